@@ -1,0 +1,72 @@
+//! The kernel's counters, one per branch.
+
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $name:ident = $label:literal,)+) => {
+        /// A slot of the per-CPU map `COUNTERS`.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Counter {
+            $($(#[doc = $doc])+ $name,)+
+        }
+
+        impl Counter {
+            /// Every counter, in the order of the map.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The counter's name as a metric label.
+            pub const fn label(self) -> &'static str {
+                match self {
+                    $(Self::$name => $label,)+
+                }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Dials sent to the agent.
+    Redirected = "redirected",
+    /// IMDS dials of pods in mode `off`, and every dial of an exempt cgroup.
+    Untouched = "untouched",
+    /// IMDS dials of pods in mode `audit`.
+    Audited = "audited",
+    /// IMDS dials of pods in mode `deny`.
+    Denied = "denied",
+    /// Dials to a port of one of our addresses that is not served.
+    DeniedPort = "denied_port",
+    /// Dials by a task that is in no pod through a pod's socket.
+    DeniedNoPod = "denied_no_pod",
+    /// Dials for which there was no target, no socket or no storage.
+    DeniedInternal = "denied_internal",
+    /// Dials of a pod whose policy was not in the map yet.
+    UnknownPod = "unknown_pod",
+    /// Tickets stored as the handshake began.
+    TicketSent = "ticket_sent",
+    /// Tickets that found `TICKETS` full: the caller arrives anonymous.
+    TicketsFull = "tickets_full",
+    /// Segments without room for the option.
+    OptionNoRoom = "option_no_room",
+    /// Tickets deleted because their connection ended or was dialled again.
+    TicketDropped = "ticket_dropped",
+    /// Connections accepted with a valid ticket.
+    Redeemed = "redeemed",
+    /// Connections accepted without a ticket.
+    NoTicket = "no_ticket",
+    /// Connections accepted with a ticket that is not, or no longer, valid.
+    BadTicket = "bad_ticket",
+}
+
+/// How many counters there are: the size of the map.
+pub const COUNT: u32 = Counter::ALL.len() as u32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_s_slot_is_its_place_in_the_list() {
+        for (place, counter) in Counter::ALL.iter().enumerate() {
+            assert_eq!(*counter as usize, place);
+        }
+    }
+}

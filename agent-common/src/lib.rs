@@ -1,0 +1,12 @@
+//! What podgate's kernel programs and its agent share: the records in the maps, the names of maps, programs
+//! and pins, and the link-local addresses they are about.
+//!
+//! Owns the binary interface between kernel and agent; never does anything with it.
+#![no_std]
+
+pub mod abi;
+pub mod counter;
+pub mod net;
+pub mod origin;
+pub mod policy;
+pub mod target;

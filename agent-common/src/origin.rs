@@ -1,0 +1,40 @@
+//! The origin: what the kernel knew about a connection when it was dialled.
+
+use crate::net::Endpoint;
+
+/// `Origin::state`: `connect` has run, the handshake has not begun.
+pub const STATE_MINTED: u32 = 1;
+/// `Origin::state`: the handshake has begun with the ticket in it.
+pub const STATE_SENT: u32 = 2;
+
+/// What the kernel knew when a pod dialled one of our endpoints. Lives in the dialling socket's storage, then
+/// under its ticket, then in the accepted socket's storage.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Cgroup of the task that dialled.
+    pub cgroup_id: u64,
+    /// The pod's own cgroup, or 0 where no policy for the pod was in the map yet.
+    pub pod_cgroup_id: u64,
+    /// Network namespace of the dialling socket.
+    pub netns_cookie: u64,
+    /// The single-use number that travels with the handshake.
+    pub ticket: u64,
+    /// When it was dialled: nanoseconds of `CLOCK_BOOTTIME`.
+    pub dialled_at_ns: u64,
+    /// The address the pod dialled.
+    pub orig_dst: Endpoint,
+    /// The address it was sent to instead; may be the same.
+    pub target: Endpoint,
+    /// [`STATE_MINTED`] or [`STATE_SENT`].
+    pub state: u32,
+    /// Process that dialled, as the initial PID namespace numbers it.
+    pub tgid: u32,
+    /// Name of the task that dialled, padded with NUL.
+    pub comm: [u8; 16],
+}
+
+// SAFETY: `repr(C)`, no padding (asserted in `abi`), every bit pattern is valid.
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "aya reads the record from a map as bytes")]
+unsafe impl aya::Pod for Origin {}
