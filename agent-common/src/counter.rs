@@ -54,6 +54,8 @@ counters! {
     NoTicket = "no_ticket",
     /// Connections accepted with a ticket that is not, or no longer, valid.
     BadTicket = "bad_ticket",
+    /// Connections accepted with a valid ticket but without room for the origin: the caller is anonymous.
+    AcceptedNoRoom = "accepted_no_room",
 }
 
 /// How many counters there are: the size of the map.

@@ -151,14 +151,19 @@ impl Endpoint {
         }
     }
 
-    /// Whether both are the same address and port.
+    /// Whether both are the same address, whatever the ports.
     #[inline(always)]
-    pub const fn same(&self, other: &Self) -> bool {
+    pub const fn same_address(&self, other: &Self) -> bool {
         self.addr[0] == other.addr[0]
             && self.addr[1] == other.addr[1]
             && self.addr[2] == other.addr[2]
             && self.addr[3] == other.addr[3]
-            && self.port.to_be() == other.port.to_be()
+    }
+
+    /// Whether both are the same address and port.
+    #[inline(always)]
+    pub const fn same(&self, other: &Self) -> bool {
+        self.same_address(other) && self.port.to_be() == other.port.to_be()
     }
 
     /// The address; a v4-mapped one as IPv4.

@@ -6,6 +6,8 @@ use crate::net::Endpoint;
 pub const STATE_MINTED: u32 = 1;
 /// `Origin::state`: the handshake has begun with the ticket in it.
 pub const STATE_SENT: u32 = 2;
+/// `Origin::state`: the connection has ended; its ticket is worth nothing any more.
+pub const STATE_SPENT: u32 = 3;
 
 /// What the kernel knew when a pod dialled one of our endpoints. Lives in the dialling socket's storage, then
 /// under its ticket, then in the accepted socket's storage.
@@ -26,7 +28,7 @@ pub struct Origin {
     pub orig_dst: Endpoint,
     /// The address it was sent to instead; may be the same.
     pub target: Endpoint,
-    /// [`STATE_MINTED`] or [`STATE_SENT`].
+    /// [`STATE_MINTED`], [`STATE_SENT`] or [`STATE_SPENT`].
     pub state: u32,
     /// Process that dialled, as the initial PID namespace numbers it.
     pub tgid: u32,

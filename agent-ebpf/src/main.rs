@@ -1,1 +1,64 @@
-fn main(){}
+//! podgate's kernel side: what runs when a pod dials, and when the agent accepts.
+//!
+//! Owns the entry points and their return values; never decides anything itself. `connect` decides whether a dial is
+//! redirected and remembers its origin, `ticket` sends the ticket with the handshake, `attest` redeems it on the
+//! agent's side. Whatever fails inside a program leaves other destinations alone and refuses podgate's own.
+#![no_std]
+#![no_main]
+#![expect(unsafe_code, reason = "symbols for the loader, and the kernel's context is raw pointers")]
+#![expect(clippy::inline_always, reason = "structs do not fit BPF's registers, so calls must vanish")]
+
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockOpsContext},
+};
+
+use crate::ctx::{Dial, Handshake};
+
+mod attest;
+mod connect;
+mod counters;
+mod ctx;
+mod globals;
+mod maps;
+mod storage;
+mod ticket;
+
+/// What every `sock_ops` program answers; the kernel ignores it for the callbacks used here.
+const SOCK_OPS_OK: u32 = 1;
+
+/// `cgroup/connect4` on kubepods.
+#[cgroup_sock_addr(connect4)]
+fn connect4(ctx: SockAddrContext) -> i32 {
+    connect::connect4(&Dial::new(&ctx)).code()
+}
+
+/// `cgroup/connect6` on kubepods: IPv6 and v4-mapped dials.
+#[cgroup_sock_addr(connect6)]
+fn connect6(ctx: SockAddrContext) -> i32 {
+    connect::connect6(&Dial::new(&ctx)).code()
+}
+
+/// `sock_ops` on kubepods: sends the ticket.
+#[sock_ops]
+fn active(ctx: SockOpsContext) -> u32 {
+    ticket::active(&Handshake::new(&ctx));
+    SOCK_OPS_OK
+}
+
+/// `sock_ops` on the agent's cgroup: redeems the ticket.
+#[sock_ops]
+fn passive(ctx: SockOpsContext) -> u32 {
+    attest::passive(&Handshake::new(&ctx));
+    SOCK_OPS_OK
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

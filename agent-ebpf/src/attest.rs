@@ -1,0 +1,43 @@
+//! The agent's side of the handshake: redeem the ticket and put the origin on the accepted socket.
+//!
+//! Owns the redemption; never trusts anything in the segment but the ticket. A connection without a valid ticket is
+//! left without an origin: the agent takes it for anonymous.
+
+use agent_common::counter::Counter;
+use aya_ebpf::bindings::BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB;
+
+use crate::{
+    counters::count,
+    ctx::Handshake,
+    maps::{ACCEPTED, TICKETS},
+    storage,
+};
+
+/// `sock_ops` on the agent's cgroup.
+#[inline(always)]
+pub(crate) fn passive(handshake: &Handshake) {
+    if handshake.event() != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
+        return;
+    }
+    let Some(socket) = handshake.socket() else { return };
+    if storage::get(&ACCEPTED, socket).is_some() {
+        // Two of these programs run while one replaces the other: the first has done it.
+        return;
+    }
+    // With SYN cookies there is no saved SYN; the ACK that completes the handshake has the option as well.
+    let Some(ticket) = handshake.ticket_of_syn().or_else(|| handshake.ticket_of_segment()) else {
+        return count(Counter::NoTicket);
+    };
+    // SAFETY: the slot may be reused while it is copied, but then the removal below fails and the copy is dropped.
+    let Some(origin) = (unsafe { TICKETS.get(ticket).copied() }) else {
+        return count(Counter::BadTicket);
+    };
+    if TICKETS.remove(ticket).is_err() {
+        // Somebody else has redeemed it in between.
+        return count(Counter::BadTicket);
+    }
+    count(match storage::create(&ACCEPTED, socket, &origin) {
+        Some(_) => Counter::Redeemed,
+        None => Counter::AcceptedNoRoom,
+    });
+}

@@ -1,0 +1,221 @@
+//! What happens to a dial: leave it alone, refuse it, or send it to the agent and remember its origin.
+//!
+//! Owns the decision and the origin; never defines a map, never touches the handshake.
+
+use agent_common::{
+    counter::Counter,
+    net::{Endpoint, HTTP_PORT, NetPort, Service},
+    origin::{Origin, STATE_MINTED},
+    policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
+};
+use aya_ebpf::helpers::{
+    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
+    bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns,
+};
+
+use crate::{
+    counters::count,
+    ctx::Dial,
+    globals::{KUBEPODS_ID, KUBEPODS_LEVEL},
+    maps::{ORIGINS, POLICIES, TARGET_INDEX, TARGETS, UNKNOWN_POD},
+    storage, ticket,
+};
+
+/// The port of every service.
+const HTTP: NetPort = NetPort::new(HTTP_PORT);
+
+/// The strictest policy, for the case that the map of one element has none.
+const STRICTEST: PodPolicy = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
+
+/// What `connect` is told.
+pub(crate) enum Verdict {
+    /// Go on, to wherever the context says now.
+    Allow,
+    /// `EPERM`.
+    Deny,
+}
+
+/// Who dials.
+struct Caller {
+    pod_cgroup_id: u64,
+    policy: PodPolicy,
+}
+
+/// What the policy says about a dial to one of our addresses.
+enum Mode {
+    Off,
+    Audit,
+    Serve,
+    Deny,
+}
+
+// === impl Verdict ===
+
+impl Verdict {
+    /// The value that a `cgroup/connect` program returns.
+    #[inline(always)]
+    pub(crate) fn code(self) -> i32 {
+        match self {
+            Self::Allow => 1,
+            Self::Deny => 0,
+        }
+    }
+}
+
+// === impl Caller ===
+
+impl Caller {
+    /// The pod of the running task; `None` for a task that is in no pod.
+    ///
+    /// The task decides and not the socket, which may have been made elsewhere.
+    #[inline(always)]
+    fn current() -> Option<Self> {
+        let level = KUBEPODS_LEVEL.load();
+        // Guaranteed pods are one level below kubepods, others two. A Guaranteed pod's second level is a container
+        // and the others' first is a QoS class: neither is ever a key of the map.
+        let outer = ancestor(level + 1);
+        if ancestor(level) != KUBEPODS_ID.load() || outer == 0 {
+            return None;
+        }
+        let inner = ancestor(level + 2);
+        // SAFETY: a policy is copied at once; entries are replaced whole.
+        let known = unsafe {
+            if let Some(policy) = POLICIES.get(inner) {
+                Some(Self { pod_cgroup_id: inner, policy: *policy })
+            } else {
+                POLICIES.get(outer).map(|policy| Self { pod_cgroup_id: outer, policy: *policy })
+            }
+        };
+        if known.is_some() {
+            return known;
+        }
+        count(Counter::UnknownPod);
+        Some(Self { pod_cgroup_id: 0, policy: UNKNOWN_POD.get(0).copied().unwrap_or(STRICTEST) })
+    }
+}
+
+/// `cgroup/connect4`.
+#[inline(always)]
+pub(crate) fn connect4(dial: &Dial) -> Verdict {
+    let destination = dial.destination4();
+    match decide(dial, &destination) {
+        Ok(None) => Verdict::Allow,
+        Ok(Some(target)) => {
+            dial.redirect4(target);
+            Verdict::Allow
+        }
+        Err(reason) => refuse(reason),
+    }
+}
+
+/// `cgroup/connect6`, of v4-mapped dials too.
+#[inline(always)]
+pub(crate) fn connect6(dial: &Dial) -> Verdict {
+    let destination = dial.destination6();
+    match decide(dial, &destination) {
+        Ok(None) => Verdict::Allow,
+        Ok(Some(target)) => {
+            dial.redirect6(target);
+            Verdict::Allow
+        }
+        Err(reason) => refuse(reason),
+    }
+}
+
+#[inline(always)]
+fn refuse(reason: Counter) -> Verdict {
+    count(reason);
+    Verdict::Deny
+}
+
+/// Where to send the dial, `None` to leave its address as it is, or why it is refused.
+#[inline(always)]
+fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoint>, Counter> {
+    let service = destination.service();
+    let target = target(destination.is_ip4());
+    let at_target = target.is_some_and(|target| target.same_address(destination));
+    if service.is_none() && !at_target {
+        return Ok(None);
+    }
+
+    let caller = Caller::current().ok_or(Counter::DeniedNoPod)?;
+    let served = dial.is_tcp()
+        && (service.is_some() && destination.port == HTTP
+            || target.is_some_and(|target| target.same(destination)));
+    match mode(&caller.policy, service, at_target) {
+        Mode::Off => {
+            count(Counter::Untouched);
+            Ok(None)
+        }
+        Mode::Audit => {
+            count(Counter::Audited);
+            Ok(None)
+        }
+        _ if !served => Err(Counter::DeniedPort),
+        Mode::Deny => Err(Counter::Denied),
+        Mode::Serve => {
+            let target = target.ok_or(Counter::DeniedInternal)?;
+            remember(dial, &caller, destination, target)?;
+            Ok((!target.same(destination)).then_some(target))
+        }
+    }
+}
+
+/// The agent's endpoint of the family in force.
+#[inline(always)]
+fn target(is_ip4: bool) -> Option<&'static Endpoint> {
+    let target = TARGETS.get(*TARGET_INDEX.get(0)?)?;
+    let endpoint = if is_ip4 { &target.v4 } else { &target.v6 };
+    (!endpoint.is_none()).then_some(endpoint)
+}
+
+/// What the policy says. The agent's own address is served to every pod that has any business with the agent.
+#[inline(always)]
+fn mode(policy: &PodPolicy, service: Option<Service>, at_target: bool) -> Mode {
+    let imds = match policy.imds {
+        IMDS_OFF => Mode::Off,
+        IMDS_AUDIT => Mode::Audit,
+        IMDS_INTERCEPT => Mode::Serve,
+        _ => Mode::Deny,
+    };
+    if matches!(service, Some(Service::Imds)) {
+        return imds;
+    }
+    let imds_is_ours = matches!(imds, Mode::Serve | Mode::Deny);
+    if policy.pod_identity != POD_IDENTITY_OFF || at_target && imds_is_ours { Mode::Serve } else { Mode::Off }
+}
+
+/// Puts the dial's origin on its socket.
+#[inline(always)]
+fn remember(dial: &Dial, caller: &Caller, destination: &Endpoint, target: &Endpoint) -> Result<(), Counter> {
+    let socket = dial.socket().ok_or(Counter::DeniedInternal)?;
+    let origin = storage::get_or_create(&ORIGINS, socket).ok_or(Counter::DeniedInternal)?;
+    if origin.state == STATE_MINTED && origin.target.same(destination) {
+        // Two of these programs run while one replaces the other: the first has been here and redirected the dial.
+        return Ok(());
+    }
+    ticket::revoke(origin);
+    // SAFETY: these helpers have no precondition.
+    let (cgroup_id, dialled_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
+    *origin = Origin {
+        cgroup_id,
+        pod_cgroup_id: caller.pod_cgroup_id,
+        netns_cookie: dial.netns_cookie(),
+        ticket: ticket::mint(dial.socket_cookie(), dialled_at_ns),
+        dialled_at_ns,
+        orig_dst: *destination,
+        target: *target,
+        state: STATE_MINTED,
+        tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
+        comm: bpf_get_current_comm().unwrap_or_default(),
+    };
+    count(Counter::Redirected);
+    Ok(())
+}
+
+/// The cgroup id of the running task's ancestor at `level`, 0 where it has none.
+#[inline(always)]
+fn ancestor(level: u32) -> u64 {
+    // SAFETY: the helper has no precondition; it answers 0 for a level below the task.
+    unsafe { bpf_get_current_ancestor_cgroup_id(level.cast_signed()) }
+}

@@ -1,0 +1,261 @@
+//! The kernel's contexts as typed values: `bpf_sock_addr` of a dial and `bpf_sock_ops` of a handshake.
+//!
+//! Owns every raw field access, with the byte order in the types; never decides anything.
+
+use core::ptr::NonNull;
+
+use agent_common::{
+    abi::{TICKET_OPTION_EXID, TICKET_OPTION_KIND, TICKET_OPTION_LEN},
+    net::{Endpoint, NetPort},
+};
+use aya_ebpf::{
+    bindings::{
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock, bpf_sock_addr, bpf_sock_ops,
+    },
+    helpers::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_load_hdr_opt, bpf_reserve_hdr_opt,
+        bpf_sock_ops_cb_flags_set, bpf_store_hdr_opt,
+    },
+    programs::{SockAddrContext, SockOpsContext},
+};
+
+/// `IPPROTO_TCP`. MPTCP needs no word of its own: the hooks run for its subflows, which are TCP.
+const IPPROTO_TCP: u32 = 6;
+/// `AF_INET`.
+const AF_INET: u32 = 2;
+/// `BPF_LOAD_HDR_OPT_TCP_SYN`: search the SYN that the listener has saved.
+const SAVED_SYN: u64 = 1;
+/// Ask for the segments' header option callbacks.
+pub(crate) const WRITE_HDR_OPT: u32 = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+/// Ask for the state change callback.
+pub(crate) const STATE: u32 = BPF_SOCK_OPS_STATE_CB_FLAG;
+
+/// A socket that socket storage may be attached to.
+#[derive(Clone, Copy)]
+pub(crate) struct Socket(NonNull<bpf_sock>);
+
+/// A `connect` call: the context of `cgroup/connect4` and `cgroup/connect6`.
+pub(crate) struct Dial(*mut bpf_sock_addr);
+
+/// An event in a connection's life: the context of `sock_ops`.
+pub(crate) struct Handshake(*mut bpf_sock_ops);
+
+// === impl Socket ===
+
+impl Socket {
+    /// The kernel's socket.
+    #[inline(always)]
+    pub(crate) fn as_ptr(self) -> *mut bpf_sock {
+        self.0.as_ptr()
+    }
+}
+
+// === impl Dial ===
+
+// SAFETY, for every block below: the kernel passes a valid context, which lives as long as the program runs.
+impl Dial {
+    #[inline(always)]
+    pub(crate) fn new(ctx: &SockAddrContext) -> Self {
+        Self(ctx.sock_addr)
+    }
+
+    /// Where `connect4` dials.
+    #[inline(always)]
+    pub(crate) fn destination4(&self) -> Endpoint {
+        // SAFETY: see above.
+        unsafe { Endpoint::from_ip4_be((*self.0).user_ip4, self.port()) }
+    }
+
+    /// Where `connect6` dials.
+    #[inline(always)]
+    pub(crate) fn destination6(&self) -> Endpoint {
+        // SAFETY: see above. Word by word: a copy of the whole array offsets the context pointer, which the verifier
+        // refuses.
+        let words = unsafe {
+            [(*self.0).user_ip6[0], (*self.0).user_ip6[1], (*self.0).user_ip6[2], (*self.0).user_ip6[3]]
+        };
+        Endpoint::from_ip6_be(words, self.port())
+    }
+
+    /// Whether the socket is TCP.
+    #[inline(always)]
+    pub(crate) fn is_tcp(&self) -> bool {
+        // SAFETY: see above.
+        unsafe { (*self.0).protocol == IPPROTO_TCP }
+    }
+
+    /// Lets `connect4` dial `target` instead.
+    #[inline(always)]
+    pub(crate) fn redirect4(&self, target: &Endpoint) {
+        // SAFETY: see above.
+        unsafe {
+            (*self.0).user_ip4 = target.addr[3];
+            (*self.0).user_port = u32::from(target.port.to_be());
+        }
+    }
+
+    /// Lets `connect6` dial `target` instead; a v4-mapped dial stays one.
+    #[inline(always)]
+    pub(crate) fn redirect6(&self, target: &Endpoint) {
+        // SAFETY: see above.
+        unsafe {
+            (*self.0).user_ip6[0] = target.addr[0];
+            (*self.0).user_ip6[1] = target.addr[1];
+            (*self.0).user_ip6[2] = target.addr[2];
+            (*self.0).user_ip6[3] = target.addr[3];
+            (*self.0).user_port = u32::from(target.port.to_be());
+        }
+    }
+
+    /// The dialling socket.
+    #[inline(always)]
+    pub(crate) fn socket(&self) -> Option<Socket> {
+        // SAFETY: see above.
+        NonNull::new(unsafe { (*self.0).__bindgen_anon_1.sk }).map(Socket)
+    }
+
+    /// The dialling socket's number, never used again while the kernel runs.
+    #[inline(always)]
+    pub(crate) fn socket_cookie(&self) -> u64 {
+        // SAFETY: see above.
+        unsafe { bpf_get_socket_cookie(self.0.cast()) }
+    }
+
+    /// The number of the socket's network namespace, as `SO_NETNS_COOKIE` gives it.
+    #[inline(always)]
+    pub(crate) fn netns_cookie(&self) -> u64 {
+        // SAFETY: see above.
+        unsafe { bpf_get_netns_cookie(self.0.cast()) }
+    }
+
+    #[inline(always)]
+    fn port(&self) -> NetPort {
+        // SAFETY: see above.
+        let port = unsafe { (*self.0).user_port };
+        #[expect(clippy::cast_possible_truncation, reason = "the port is in the low half")]
+        NetPort::from_be(port as u16)
+    }
+}
+
+// === impl Handshake ===
+
+// SAFETY, for every block below: the kernel passes a valid context, which lives as long as the program runs.
+impl Handshake {
+    #[inline(always)]
+    pub(crate) fn new(ctx: &SockOpsContext) -> Self {
+        Self(ctx.ops)
+    }
+
+    /// Which event: a `BPF_SOCK_OPS_*_CB`.
+    #[inline(always)]
+    pub(crate) fn event(&self) -> u32 {
+        // SAFETY: see above.
+        unsafe { (*self.0).op }
+    }
+
+    /// The connection's socket; absent while it is not a full one.
+    #[inline(always)]
+    pub(crate) fn socket(&self) -> Option<Socket> {
+        // SAFETY: see above.
+        NonNull::new(unsafe { (*self.0).__bindgen_anon_2.sk }).map(Socket)
+    }
+
+    /// The other side. A v4-mapped connection has the v4-mapped address.
+    #[inline(always)]
+    pub(crate) fn remote(&self) -> Endpoint {
+        // SAFETY: see above. Word by word, as in `Dial`.
+        unsafe {
+            // Network order in the upper half.
+            #[expect(clippy::cast_possible_truncation, reason = "only the upper half is left")]
+            let port = NetPort::from_be(((*self.0).remote_port >> 16) as u16);
+            if (*self.0).family == AF_INET {
+                return Endpoint::from_ip4_be((*self.0).remote_ip4, port);
+            }
+            let words = [
+                (*self.0).remote_ip6[0],
+                (*self.0).remote_ip6[1],
+                (*self.0).remote_ip6[2],
+                (*self.0).remote_ip6[3],
+            ];
+            Endpoint::from_ip6_be(words, port)
+        }
+    }
+
+    /// The TCP state that `BPF_SOCK_OPS_STATE_CB` announces.
+    #[inline(always)]
+    pub(crate) fn new_state(&self) -> u32 {
+        // SAFETY: see above.
+        unsafe { (*self.0).__bindgen_anon_1.args[1] }
+    }
+
+    /// Whether the peer has acknowledged data or sent some. The SYN counts as one byte acknowledged.
+    #[inline(always)]
+    pub(crate) fn peer_has_answered(&self) -> bool {
+        // SAFETY: see above.
+        unsafe { (*self.0).bytes_acked > 1 || (*self.0).bytes_received > 0 }
+    }
+
+    /// Asks for callbacks, keeping what other programs have asked for.
+    #[inline(always)]
+    pub(crate) fn ask_for(&self, callbacks: u32) {
+        // SAFETY: see above.
+        self.set_callbacks(unsafe { (*self.0).bpf_sock_ops_cb_flags } | callbacks);
+    }
+
+    /// Asks for callbacks no longer, keeping the others.
+    #[inline(always)]
+    pub(crate) fn do_without(&self, callbacks: u32) {
+        // SAFETY: see above.
+        self.set_callbacks(unsafe { (*self.0).bpf_sock_ops_cb_flags } & !callbacks);
+    }
+
+    /// Reserves room for the ticket in the segment at hand; false when there is none.
+    #[inline(always)]
+    pub(crate) fn reserve_option(&self) -> bool {
+        // SAFETY: see above.
+        unsafe { bpf_reserve_hdr_opt(self.0, TICKET_OPTION_LEN as u32, 0) == 0 }
+    }
+
+    /// Writes the ticket into the segment at hand. Fails without harm where a second program has written it.
+    #[inline(always)]
+    pub(crate) fn store_option(&self, ticket: u64) {
+        let [a, b, c, d, e, f, g, h] = ticket.to_be_bytes();
+        let [x, y] = TICKET_OPTION_EXID;
+        let option = [TICKET_OPTION_KIND, TICKET_OPTION_LEN as u8, x, y, a, b, c, d, e, f, g, h];
+        // SAFETY: see above; the option is as long as said.
+        unsafe { bpf_store_hdr_opt(self.0, option.as_ptr().cast(), option.len() as u32, 0) };
+    }
+
+    /// The ticket in the SYN that the listener has saved.
+    #[inline(always)]
+    pub(crate) fn ticket_of_syn(&self) -> Option<u64> {
+        self.load_option(SAVED_SYN)
+    }
+
+    /// The ticket in the segment at hand: the handshake's last ACK.
+    #[inline(always)]
+    pub(crate) fn ticket_of_segment(&self) -> Option<u64> {
+        self.load_option(0)
+    }
+
+    #[inline(always)]
+    fn set_callbacks(&self, callbacks: u32) {
+        // SAFETY: see above. It fails on flags unknown to the kernel only, and these are older than 6.1.
+        unsafe { bpf_sock_ops_cb_flags_set(self.0, callbacks.cast_signed()) };
+    }
+
+    #[inline(always)]
+    fn load_option(&self, flags: u64) -> Option<u64> {
+        // What to look for: kind, length of the experiment's identifier with both bytes before it, the identifier.
+        let [x, y] = TICKET_OPTION_EXID;
+        let mut option = [TICKET_OPTION_KIND, 4, x, y, 0, 0, 0, 0, 0, 0, 0, 0];
+        // SAFETY: see above; the buffer is as long as said.
+        let length =
+            unsafe { bpf_load_hdr_opt(self.0, option.as_mut_ptr().cast(), option.len() as u32, flags) };
+        if length != TICKET_OPTION_LEN as i64 {
+            return None;
+        }
+        let [.., a, b, c, d, e, f, g, h] = option;
+        Some(u64::from_be_bytes([a, b, c, d, e, f, g, h]))
+    }
+}

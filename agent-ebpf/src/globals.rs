@@ -1,0 +1,17 @@
+//! Values that the loader sets and that hold for the life of the programs.
+//!
+//! Owns their names (`agent_common::abi::global`); never holds anything that changes with the agent's generation.
+
+use aya_ebpf::Global;
+
+/// Key of the ticket's keyed hash. Readable by the node's root only.
+#[unsafe(no_mangle)]
+pub(crate) static TICKET_KEY: Global<[u64; 2]> = Global::new([0; 2]);
+
+/// Ancestor level of the kubepods cgroup; the root of the cgroup2 hierarchy is 0.
+#[unsafe(no_mangle)]
+pub(crate) static KUBEPODS_LEVEL: Global<u32> = Global::new(0);
+
+/// Cgroup id of the kubepods cgroup.
+#[unsafe(no_mangle)]
+pub(crate) static KUBEPODS_ID: Global<u64> = Global::new(0);

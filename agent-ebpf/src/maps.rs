@@ -1,0 +1,47 @@
+//! Every map, with the reason for its size. BTF definitions, so that `bpftool map dump` prints field names.
+//!
+//! Owns the maps' types and names (`agent_common::abi::map`); never looks anything up.
+
+use agent_common::{
+    abi::{POLICIES_MAX, TICKETS_MAX},
+    counter,
+    origin::Origin,
+    policy::PodPolicy,
+    target::Target,
+};
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, PerCpuArray, SkStorage},
+    macros::btf_map,
+};
+
+/// The origin of a dialling socket; lives and dies with it.
+#[btf_map]
+pub(crate) static ORIGINS: SkStorage<Origin> = SkStorage::new();
+
+/// The origin of an accepted socket. Apart from `ORIGINS`, because the agent's accepted sockets are no dials.
+#[btf_map]
+pub(crate) static ACCEPTED: SkStorage<Origin> = SkStorage::new();
+
+/// Ticket to origin, from the SYN until the accept. A plain hash: it never evicts somebody else's ticket.
+#[btf_map]
+pub(crate) static TICKETS: HashMap<u64, Origin, { TICKETS_MAX as usize }> = HashMap::new();
+
+/// Pod cgroup id to policy, written by the agent.
+#[btf_map]
+pub(crate) static POLICIES: HashMap<u64, PodPolicy, { POLICIES_MAX as usize }> = HashMap::new();
+
+/// What a pod gets that is not in `POLICIES` yet.
+#[btf_map]
+pub(crate) static UNKNOWN_POD: Array<PodPolicy, 1> = Array::new();
+
+/// Two slots, so that a reader never sees half of a change.
+#[btf_map]
+pub(crate) static TARGETS: Array<Target, 2> = Array::new();
+
+/// Which slot of `TARGETS` is in force.
+#[btf_map]
+pub(crate) static TARGET_INDEX: Array<u32, 1> = Array::new();
+
+/// One slot per `agent_common::counter::Counter`.
+#[btf_map]
+pub(crate) static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();

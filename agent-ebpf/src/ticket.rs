@@ -1,0 +1,94 @@
+//! The pod's side of the handshake: mint the ticket, send it with the SYN, clean it up at close.
+//!
+//! Owns the ticket from its making to the peer's answer; never rewrites addresses and never asks who is running (the
+//! helpers for that are not allowed in `sock_ops` before 6.4).
+
+use agent_common::{
+    counter::Counter,
+    origin::{Origin, STATE_MINTED, STATE_SENT, STATE_SPENT},
+    siphash::siphash24,
+};
+use aya_ebpf::bindings::{
+    BPF_NOEXIST, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
+    BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_TCP_CLOSE,
+};
+
+use crate::{
+    counters::count,
+    ctx::{Handshake, STATE, WRITE_HDR_OPT},
+    globals::TICKET_KEY,
+    maps::{ORIGINS, TICKETS},
+    storage,
+};
+
+/// The ticket of a dial. It never repeats: no other socket has the cookie, and the socket dials once at a time.
+#[inline(always)]
+pub(crate) fn mint(socket_cookie: u64, dialled_at_ns: u64) -> u64 {
+    siphash24(TICKET_KEY.load(), [socket_cookie, dialled_at_ns])
+}
+
+/// Makes the ticket of a former dial worthless, if it was not redeemed.
+#[inline(always)]
+pub(crate) fn revoke(origin: &Origin) {
+    if origin.state == STATE_SENT && TICKETS.remove(origin.ticket).is_ok() {
+        count(Counter::TicketDropped);
+    }
+}
+
+/// `sock_ops` on kubepods.
+#[inline(always)]
+pub(crate) fn active(handshake: &Handshake) {
+    let event = handshake.event();
+    if event != BPF_SOCK_OPS_TCP_CONNECT_CB
+        && event != BPF_SOCK_OPS_HDR_OPT_LEN_CB
+        && event != BPF_SOCK_OPS_WRITE_HDR_OPT_CB
+        && event != BPF_SOCK_OPS_STATE_CB
+    {
+        return;
+    }
+    let Some(origin) = handshake.socket().and_then(|socket| storage::get(&ORIGINS, socket)) else { return };
+    match event {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => begin(handshake, origin),
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB => reserve(handshake, origin),
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB if origin.state == STATE_SENT => handshake.store_option(origin.ticket),
+        BPF_SOCK_OPS_STATE_CB if handshake.new_state() == BPF_TCP_CLOSE => {
+            revoke(origin);
+            origin.state = STATE_SPENT;
+        }
+        _ => {}
+    }
+}
+
+/// The handshake begins: from now on the ticket may be redeemed.
+///
+/// Here and not in `connect`, because a `connect` that fails for want of a route is never heard of again.
+#[inline(always)]
+fn begin(handshake: &Handshake, origin: &mut Origin) {
+    // The socket may have been dialled elsewhere since, or a second program may have been here before.
+    if origin.state != STATE_MINTED || !origin.target.same(&handshake.remote()) {
+        return;
+    }
+    origin.state = STATE_SENT;
+    if TICKETS.insert(origin.ticket, &*origin, u64::from(BPF_NOEXIST)).is_err() {
+        origin.state = STATE_SPENT;
+        return count(Counter::TicketsFull);
+    }
+    handshake.ask_for(WRITE_HDR_OPT | STATE);
+    count(Counter::TicketSent);
+}
+
+/// A segment is being laid out: asks for room, until the peer has answered.
+///
+/// Stopping after the handshake's ACK would lose the identity when SYN cookies are on and that ACK is lost.
+#[inline(always)]
+fn reserve(handshake: &Handshake, origin: &Origin) {
+    if origin.state == STATE_SENT && !handshake.peer_has_answered() {
+        if !handshake.reserve_option() {
+            count(Counter::OptionNoRoom);
+        }
+        return;
+    }
+    // With TCP Fast Open the peer answers before it redeems the ticket; then the close must still be heard of.
+    let redeemed = TICKETS.get_ptr(origin.ticket).is_none();
+    handshake.do_without(if redeemed { WRITE_HDR_OPT | STATE } else { WRITE_HDR_OPT });
+}
