@@ -1,0 +1,30 @@
+//! Puts the eBPF object where the agent embeds it from: the one that `PODGATE_EBPF_OBJECT` names, else an empty file,
+//! so that checks and tests that load nothing need no eBPF toolchain. The agent refuses to start with an empty one.
+
+use std::{env, fs, path::Path, process::ExitCode};
+
+const OBJECT: &str = "PODGATE_EBPF_OBJECT";
+
+fn main() -> ExitCode {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed={OBJECT}");
+    let Some(out_dir) = env::var_os("OUT_DIR") else {
+        println!("cargo::error=OUT_DIR is not set: this is a build script, run it with cargo");
+        return ExitCode::FAILURE;
+    };
+    let embedded = Path::new(&out_dir).join("podgate.o");
+    let result = match env::var(OBJECT) {
+        Ok(object) => {
+            println!("cargo::rerun-if-changed={object}");
+            fs::copy(&object, &embedded).map(drop).map_err(|error| format!("{OBJECT}={object}: {error}"))
+        }
+        Err(_) => fs::write(&embedded, []).map_err(|error| format!("{}: {error}", embedded.display())),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("cargo::error={error}");
+            ExitCode::FAILURE
+        }
+    }
+}

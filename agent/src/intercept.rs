@@ -1,0 +1,257 @@
+//! The kernel side as the agent sees it: load the programs, tell them what to do, attach them, read what they know.
+//!
+//! Owns the programs, their maps and their links; never knows a pod, a cgroup path's meaning or a request. The
+//! programs work as long as the [`Interceptor`] lives: dropping it detaches them.
+
+use std::{error::Error as StdError, fmt, io, path::PathBuf};
+
+use agent_common::{counter::Counter, policy::PodPolicy, target::Target};
+
+mod links;
+mod object;
+mod origins;
+
+pub use self::origins::{OriginLookup, SocketOrigins};
+use self::{links::Cgroups, object::Object};
+
+/// What the programs need to know for as long as they live.
+#[derive(Debug)]
+pub struct Settings {
+    /// Directory of the kubepods cgroup on the cgroup2 mount.
+    pub kubepods: PathBuf,
+    /// Directory of the agent's own cgroup, where its listeners are made.
+    pub agent_cgroup: PathBuf,
+    /// Ancestor level of the kubepods cgroup; the root of the hierarchy is 0.
+    pub kubepods_level: u32,
+    /// Cgroup id of the kubepods cgroup.
+    pub kubepods_id: u64,
+    /// Makes the tickets unguessable.
+    pub ticket_key: TicketKey,
+}
+
+/// The 128-bit key from which the programs derive tickets.
+pub struct TicketKey([u64; 2]);
+
+/// The loaded programs and their maps.
+pub struct Interceptor {
+    object: Object,
+    cgroups: Cgroups,
+    slot: u32,
+}
+
+/// Why the kernel side does not work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The build had no eBPF toolchain.
+    #[error(
+        "this podgate was built without the eBPF object and cannot run: build it with `cargo xtask build-ebpf`, or \
+         with PODGATE_EBPF_OBJECT naming the object"
+    )]
+    NoObject,
+    /// No randomness for the key.
+    #[error("getting randomness for the ticket key: {0}")]
+    Randomness(#[source] getrandom::Error),
+    /// The kernel or aya does not take the object.
+    #[error("loading the eBPF object: {}; the agent must run privileged on Linux 6.1 or later", chain(source.as_ref()))]
+    Load {
+        /// What aya says.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// The object lacks something the agent expects.
+    #[error("BUG: the eBPF object has no usable {what}: it was built from other sources than this agent")]
+    Mismatch {
+        /// The program or map.
+        what: &'static str,
+    },
+    /// The kernel does not take a program.
+    #[error(
+        "loading the eBPF program {program}: {source}; the agent must run privileged on Linux 6.1 or later{}",
+        verifier(log_tail)
+    )]
+    Rejected {
+        /// Name of the program.
+        program: &'static str,
+        /// The kernel's error.
+        source: Box<dyn StdError + Send + Sync>,
+        /// The last lines of the verifier's log, if it got that far.
+        log_tail: String,
+    },
+    /// A cgroup directory cannot be opened.
+    #[error("opening the cgroup {}: {source}; is it on the cgroup2 mount of the host?", path.display())]
+    Cgroup {
+        /// The directory.
+        path: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// A program cannot be attached.
+    #[error(
+        "attaching the eBPF program {program} to the cgroup {}: {}; it must be on a cgroup2 mount, and no other \
+         program may be attached there or above exclusively (`bpftool cgroup tree` shows them)",
+        cgroup.display(),
+        chain(source.as_ref())
+    )]
+    Attach {
+        /// Name of the program.
+        program: &'static str,
+        /// The cgroup's directory.
+        cgroup: PathBuf,
+        /// What aya says.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// A map cannot be read or written.
+    #[error("{action} the eBPF map {map}: {}", chain(source.as_ref()))]
+    Map {
+        /// "reading" or "writing".
+        action: &'static str,
+        /// Name of the map.
+        map: &'static str,
+        /// What aya says.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+}
+
+// === impl TicketKey ===
+
+impl TicketKey {
+    /// A fresh key from the kernel's random numbers.
+    pub fn random() -> Result<Self, Error> {
+        let word = || getrandom::u64().map_err(Error::Randomness);
+        Ok(Self([word()?, word()?]))
+    }
+}
+
+impl fmt::Debug for TicketKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TicketKey(redacted)")
+    }
+}
+
+// === impl Interceptor ===
+
+impl Interceptor {
+    /// Loads the programs into the kernel. They do nothing before [`attach`](Self::attach).
+    ///
+    /// Until they are told otherwise there is no target, no pod is known, and unknown pods are left alone.
+    pub fn load(settings: &Settings) -> Result<Self, Error> {
+        let cgroups = Cgroups::open(&settings.kubepods, &settings.agent_cgroup)?;
+        Ok(Self { object: Object::load(settings)?, cgroups, slot: 0 })
+    }
+
+    /// Sends intercepted dials to `target` from now on. Programs see the former target or this one, never a mixture.
+    pub fn set_target(&mut self, target: Target) -> Result<(), Error> {
+        let other = 1 - self.slot;
+        self.object.set_target(other, target)?;
+        self.object.set_target_index(other)?;
+        self.slot = other;
+        Ok(())
+    }
+
+    /// Gives `policy` to pods that have none of their own yet.
+    pub fn set_unknown_pod(&mut self, policy: PodPolicy) -> Result<(), Error> {
+        self.object.set_unknown_pod(policy)
+    }
+
+    /// Gives `policy` to the pod with this cgroup, from its next dial on.
+    pub fn set_policy(&mut self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), Error> {
+        self.object.set_policy(pod_cgroup_id, policy)
+    }
+
+    /// Forgets the pod with this cgroup. One that is not known is fine.
+    pub fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
+        self.object.remove_policy(pod_cgroup_id)
+    }
+
+    /// Attaches the programs to the cgroups: those that redeem tickets before those that send them, and these before
+    /// those that redirect.
+    pub fn attach(&mut self) -> Result<(), Error> {
+        links::attach(&mut self.object, &self.cgroups)
+    }
+
+    /// The origins of accepted sockets. Works on its own, also after the programs are gone.
+    pub fn origins(&mut self) -> Result<SocketOrigins, Error> {
+        self.object.accepted().map(SocketOrigins::new)
+    }
+
+    /// Every counter, summed over the processors.
+    pub fn counters(&self) -> Result<Vec<(Counter, u64)>, Error> {
+        Counter::ALL.iter().map(|&counter| Ok((counter, self.object.counter(counter)?))).collect()
+    }
+}
+
+impl fmt::Debug for Interceptor {
+    /// Leaves the object out: the ticket key is in it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Interceptor")
+            .field("cgroups", &self.cgroups)
+            .field("slot", &self.slot)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The error with its causes: aya keeps the kernel's error number in the last one.
+fn chain(error: &(dyn StdError + Send + Sync + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let line = error.to_string();
+        if !text.ends_with(&line) {
+            text = format!("{text}: {line}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+fn verifier(log_tail: &str) -> String {
+    if log_tail.is_empty() { String::new() } else { format!("; the verifier's last words:\n{log_tail}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(kubepods: &str) -> Settings {
+        Settings {
+            kubepods: kubepods.into(),
+            agent_cgroup: "/".into(),
+            kubepods_level: 1,
+            kubepods_id: 1,
+            ticket_key: TicketKey([0x1122_3344, 0x5566_7788]),
+        }
+    }
+
+    #[test]
+    fn the_ticket_key_is_not_printed() {
+        let text = format!("{:?}", settings("/"));
+        assert!(text.contains("redacted"), "{text}");
+        for secret in ["287454020", "11223344", "1432778632", "55667788"] {
+            assert!(!text.contains(secret), "{text}");
+        }
+    }
+
+    #[test]
+    fn random_keys_differ() {
+        assert_ne!(TicketKey::random().unwrap().0, TicketKey::random().unwrap().0);
+    }
+
+    #[test]
+    fn a_missing_cgroup_is_named() {
+        let error = Interceptor::load(&settings("/nowhere/kubepods")).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/kubepods"), "{error}");
+        assert!(error.contains("cgroup2"), "{error}");
+    }
+
+    #[test]
+    fn a_rejected_program_comes_with_the_verifier_s_last_words() {
+        let error = Error::Rejected {
+            program: "connect4",
+            source: Box::new(io::Error::from_raw_os_error(13)),
+            log_tail: "R1 invalid mem access 'scalar'".to_owned(),
+        };
+        let text = error.to_string();
+        assert!(text.starts_with("loading the eBPF program connect4: Permission denied"), "{text}");
+        assert!(text.ends_with("R1 invalid mem access 'scalar'"), "{text}");
+    }
+}

@@ -1,0 +1,159 @@
+//! The eBPF object: embedded bytes, globals, programs and maps.
+//!
+//! Owns every use of a map and of a name in the object; never attaches anything.
+
+use std::{io, os::fd::AsFd as _};
+
+use agent_common::{
+    abi::{global, map, program},
+    counter::Counter,
+    origin::Origin,
+    policy::PodPolicy,
+    target::Target,
+};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage},
+    programs::{CgroupSockAddr, Program, ProgramError, SockOps},
+    sys::SyscallError,
+};
+
+use super::{Error, Settings};
+
+/// The object, or nothing where the build had none.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podgate.o"));
+
+/// How much of a verifier's log an error repeats; the reason is at its end.
+const LOG_TAIL_LINES: usize = 20;
+
+/// The object in the kernel. Its programs go, and their links with them, when it is dropped.
+pub(super) struct Object {
+    programs: Ebpf,
+    accepted: MapData,
+    policies: HashMap<MapData, u64, PodPolicy>,
+    unknown_pod: Array<MapData, PodPolicy>,
+    targets: Array<MapData, Target>,
+    target_index: Array<MapData, u32>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+// === impl Object ===
+
+impl Object {
+    /// Creates the maps and loads the programs.
+    pub(super) fn load(settings: &Settings) -> Result<Self, Error> {
+        if OBJECT.is_empty() {
+            return Err(Error::NoObject);
+        }
+        let mut ebpf = EbpfLoader::new()
+            .override_global(global::TICKET_KEY, &settings.ticket_key.0, true)
+            .override_global(global::KUBEPODS_LEVEL, &settings.kubepods_level, true)
+            .override_global(global::KUBEPODS_ID, &settings.kubepods_id, true)
+            .load(OBJECT)
+            .map_err(|source| Error::Load { source: source.into() })?;
+        for name in program::ALL {
+            load_program(&mut ebpf, name)?;
+        }
+        let Some(Map::SkStorage(accepted)) = ebpf.take_map(map::ACCEPTED) else {
+            return Err(Error::Mismatch { what: map::ACCEPTED });
+        };
+        Ok(Self {
+            accepted,
+            policies: take(&mut ebpf, map::POLICIES)?,
+            unknown_pod: take(&mut ebpf, map::UNKNOWN_POD)?,
+            targets: take(&mut ebpf, map::TARGETS)?,
+            target_index: take(&mut ebpf, map::TARGET_INDEX)?,
+            counters: take(&mut ebpf, map::COUNTERS)?,
+            programs: ebpf,
+        })
+    }
+
+    /// A loaded program.
+    pub(super) fn program<'a, P>(&'a mut self, name: &str) -> Result<&'a mut P, ProgramError>
+    where
+        &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+    {
+        self.programs.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
+    }
+
+    /// Fills one of the two slots.
+    pub(super) fn set_target(&mut self, slot: u32, target: Target) -> Result<(), Error> {
+        self.targets.set(slot, target, 0).map_err(writing(map::TARGETS))
+    }
+
+    /// Makes a slot the one in force.
+    pub(super) fn set_target_index(&mut self, slot: u32) -> Result<(), Error> {
+        self.target_index.set(0, slot, 0).map_err(writing(map::TARGET_INDEX))
+    }
+
+    /// What a pod gets that has no policy.
+    pub(super) fn set_unknown_pod(&mut self, policy: PodPolicy) -> Result<(), Error> {
+        self.unknown_pod.set(0, policy, 0).map_err(writing(map::UNKNOWN_POD))
+    }
+
+    /// What a pod gets.
+    pub(super) fn set_policy(&mut self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), Error> {
+        self.policies.insert(pod_cgroup_id, policy, 0).map_err(writing(map::POLICIES))
+    }
+
+    /// Forgets a pod, if it is there.
+    pub(super) fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
+        match self.policies.remove(&pod_cgroup_id) {
+            Err(MapError::SyscallError(SyscallError { io_error, .. }))
+                if io_error.kind() == io::ErrorKind::NotFound =>
+            {
+                Ok(())
+            }
+            result => result.map_err(writing(map::POLICIES)),
+        }
+    }
+
+    /// A counter, summed over the processors.
+    pub(super) fn counter(&self, counter: Counter) -> Result<u64, Error> {
+        let values = self.counters.get(&(counter as u32), 0).map_err(reading(map::COUNTERS))?;
+        Ok(values.iter().sum())
+    }
+
+    /// A handle of its own on the accepted sockets' origins.
+    pub(super) fn accepted(&self) -> Result<SkStorage<MapData, Origin>, Error> {
+        let fd = self.accepted.fd().as_fd().try_clone_to_owned();
+        let fd =
+            fd.map_err(|source| Error::Map { action: "opening", map: map::ACCEPTED, source: source.into() })?;
+        MapData::from_fd(fd).and_then(|data| Map::SkStorage(data).try_into()).map_err(reading(map::ACCEPTED))
+    }
+}
+
+/// Lets the kernel verify and compile one program.
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
+    let program = ebpf.program_mut(name).ok_or(Error::Mismatch { what: name })?;
+    let result = match program {
+        Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
+        Program::SockOps(program) => SockOps::load(program),
+        _ => return Err(Error::Mismatch { what: name }),
+    };
+    result.map_err(|error| match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let lines: Vec<_> = log.lines().filter(|line| !line.is_empty()).collect();
+            let tail = &lines[lines.len().saturating_sub(LOG_TAIL_LINES)..];
+            Error::Rejected { program: name, source: io_error.into(), log_tail: tail.join("\n") }
+        }
+        other => Error::Rejected { program: name, source: other.into(), log_tail: String::new() },
+    })
+}
+
+/// Takes a map out of the object, as the type that the agent expects.
+fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, Error>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    ebpf.take_map(name).and_then(|map| map.try_into().ok()).ok_or(Error::Mismatch { what: name })
+}
+
+fn reading(map: &'static str) -> impl FnOnce(MapError) -> Error {
+    move |source| Error::Map { action: "reading", map, source: source.into() }
+}
+
+fn writing(map: &'static str) -> impl FnOnce(MapError) -> Error {
+    move |source| Error::Map { action: "writing", map, source: source.into() }
+}
