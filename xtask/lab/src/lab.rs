@@ -1,0 +1,306 @@
+//! A whole lab: the node, the servers it talks to, its pods, and the agent.
+//!
+//! Owns the order in which they come and go. Everything goes when the `Lab` is dropped.
+
+mod pods;
+
+use std::{
+    fs::{self, File},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use tokio::process::Command;
+
+use self::pods::Pods;
+use crate::{
+    agent::{self, AgentProcess, AgentSpec},
+    cgroup::{self, CgroupDriver},
+    cluster::Cluster,
+    eks_auth::{EksAuth, EksAuthConfig, NodeCredentials},
+    enter::{self, Entry, RunDirectory},
+    faults::Faults,
+    imds::{Imds, ImdsConfig},
+    kube_api::{KubeApi, KubeUser},
+    node::Node,
+    pod::{EnvKind, Pod, PodSpec, base_environment, container_id},
+    state::{self, Claim},
+};
+
+/// The cluster's name at EKS.
+pub const CLUSTER_NAME: &str = "lab";
+/// The node's name.
+pub const NODE_NAME: &str = "ip-10-10-0-10.us-west-2.compute.internal";
+/// The node's region.
+pub const REGION: &str = "us-west-2";
+/// The node's own role: what no pod may ever get.
+pub const NODE_ROLE: &str = "lab-node-role";
+/// The node's own access key.
+pub const NODE_ACCESS_KEY_ID: &str = "ASIAPODGATENODEROLE0";
+
+const ACCOUNT: &str = "111122223333";
+const ISSUER: &str = "https://oidc.eks.us-west-2.amazonaws.com/id/PODGATELAB";
+const KUBE_API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6443);
+const EKS_AUTH: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8081);
+const IMDS: [SocketAddr; 2] = [
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)), 80),
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)), 80),
+];
+/// Life of the credentials that EKS Auth gives out: the real one's.
+const SESSION: Duration = Duration::from_hours(6);
+
+/// What a lab should be like.
+#[derive(Clone, Debug)]
+pub struct LabSpec {
+    /// Name, unique on the machine: up to 24 of a-z, 0-9 and `-`.
+    pub name: String,
+    /// An executable with the hidden subcommand [`enter::SUBCOMMAND`]: xtask's.
+    pub helper: PathBuf,
+    /// How the kubelet names cgroups.
+    pub driver: CgroupDriver,
+    /// Whether this process does nothing else, so that `lab down` may end it.
+    pub served: bool,
+}
+
+/// A lab that is up.
+#[derive(Debug)]
+pub struct Lab {
+    /// The objects at the API server.
+    pub cluster: Cluster,
+    /// The API server.
+    pub kube_api: KubeApi,
+    /// EKS Auth.
+    pub eks_auth: EksAuth,
+    /// The node's own metadata service.
+    pub imds: Imds,
+    /// What goes wrong on purpose.
+    pub faults: Faults,
+    /// The node.
+    pub node: Node,
+    /// The agent's own pod.
+    pub agent_pod: Pod,
+    helper: PathBuf,
+    pods: Mutex<Pods>,
+    claim: Claim,
+}
+
+// === impl LabSpec ===
+
+impl LabSpec {
+    /// A lab as the kubelet of EKS lays it out.
+    pub fn new(name: &str, helper: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.to_owned(),
+            helper: helper.into(),
+            driver: CgroupDriver::default(),
+            served: false,
+        }
+    }
+}
+
+// === impl Lab ===
+
+impl Lab {
+    /// Brings a lab up, without pods but the agent's, and without the agent. Needs root, and a tokio runtime for
+    /// the servers.
+    pub fn up(spec: LabSpec) -> anyhow::Result<Self> {
+        let (claim, mut state) = Claim::take(&spec.name, spec.served)?;
+        let node = Node::up(&spec.name, &state::directory(&spec.name), spec.driver)?;
+        state.node = Some(node.place.clone());
+
+        let faults = Faults::default();
+        let cluster = Cluster::new(ISSUER);
+        cluster.add_node(NODE_NAME);
+        let kube_api = KubeApi::serve(node.netns.listen(KUBE_API)?, cluster.clone(), faults.clone())?;
+        let credentials = node_credentials();
+        let eks_auth = EksAuth::serve(
+            node.netns.listen(EKS_AUTH)?,
+            EksAuthConfig {
+                cluster_name: CLUSTER_NAME.to_owned(),
+                region: REGION.to_owned(),
+                account: ACCOUNT.to_owned(),
+                node: credentials.clone(),
+                session: SESSION,
+            },
+            cluster.clone(),
+            faults.clone(),
+        )?;
+        let listeners: anyhow::Result<_> =
+            IMDS.into_iter().map(|address| node.netns.listen(address)).collect();
+        let imds = Imds::serve(listeners?, imds_config(credentials), faults.clone())?;
+
+        let mut pods = Pods::new(state)?;
+        let agent_pod = pods.add(&node, &cluster, &agent::pod_spec())?;
+        kube_api.allow_impersonation(&agent_pod.namespace, &agent_pod.service_account);
+        let user = KubeUser::Pod { namespace: agent_pod.namespace.clone(), name: agent_pod.name.clone() };
+        fs::write(kubeconfig(&node), kube_api.kubeconfig(&user)).context("cannot write the kubeconfig")?;
+        Ok(Self {
+            cluster,
+            kube_api,
+            eks_auth,
+            imds,
+            faults,
+            node,
+            agent_pod,
+            helper: spec.helper,
+            pods: Mutex::new(pods),
+            claim,
+        })
+    }
+
+    /// Takes everything down, and says what could not be.
+    pub fn down(self) -> anyhow::Result<()> {
+        self.claim.release()
+    }
+
+    /// Adds a pod: first at the API server, then on the node. Makes its namespace, its service account and the
+    /// association with its role where they are missing.
+    pub fn add_pod(&self, spec: &PodSpec) -> anyhow::Result<Pod> {
+        self.associate(spec);
+        self.pods().add(&self.node, &self.cluster, spec)
+    }
+
+    /// Starts a pod on the node that the API server does not show yet: [`Lab::announce`] adds it there.
+    pub fn start_unannounced(&self, spec: &PodSpec) -> anyhow::Result<Pod> {
+        self.associate(spec);
+        self.pods().start(&self.node, spec)
+    }
+
+    /// Adds a pod of [`Lab::start_unannounced`] at the API server.
+    pub fn announce(&self, pod: &Pod, spec: &PodSpec) -> anyhow::Result<()> {
+        self.pods().announce(&self.cluster, pod, spec)
+    }
+
+    /// Gives a pod a new token, as the kubelet does from time to time.
+    pub fn rotate_token(&self, pod: &Pod) -> anyhow::Result<()> {
+        pods::write_token(&self.cluster, pod)
+    }
+
+    /// Ends a pod: its processes, its cgroups, its volumes, then the object at the API server.
+    pub fn delete_pod(&self, pod: &Pod) -> anyhow::Result<()> {
+        self.pods().delete(&self.node, &self.cluster, pod)
+    }
+
+    /// A command in a pod's container; killed when dropped.
+    pub fn exec<A: AsRef<str>>(
+        &self,
+        pod: &Pod,
+        environment: EnvKind,
+        command: &[A],
+    ) -> anyhow::Result<Command> {
+        self.command(&pod.entry(environment), command)
+    }
+
+    /// A command on the node, outside any pod; killed when dropped.
+    pub fn on_node<A: AsRef<str>>(&self, command: &[A]) -> anyhow::Result<Command> {
+        self.command(&self.node.place.entry(), command)
+    }
+
+    /// Starts the agent in a new container of its pod and waits until it serves.
+    pub async fn start_agent(&self, spec: &AgentSpec) -> anyhow::Result<AgentProcess> {
+        let container = self.node.place.cgroups.container(&self.agent_pod.cgroup, &container_id());
+        cgroup::create(&container)?;
+        let log = self.pods().next_log(&self.node);
+        let file = File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
+        let mut command = self.agent_command(spec, &container)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()
+            .context("cannot start the agent")?;
+        let mut agent = AgentProcess::new(child, log, container)?;
+        agent.ready(&self.node).await?;
+        self.pods().set_agent(agent.process())?;
+        Ok(agent)
+    }
+
+    /// Runs the agent's binary to its end in the agent's pod: for its other subcommands, and for configurations
+    /// that it must refuse. Nothing is added to `arguments`.
+    pub fn agent_tool<A: AsRef<str>>(&self, binary: &Path, arguments: &[A]) -> anyhow::Result<Command> {
+        let entry = self.agent_entry(&self.agent_pod.container);
+        self.command(&entry, &argv(binary, arguments.iter().map(AsRef::as_ref)))
+    }
+
+    fn agent_command(&self, spec: &AgentSpec, container: &Path) -> anyhow::Result<Command> {
+        let place = &self.node.place;
+        let kubelet = place.kubelet().display().to_string();
+        let bpffs = place.bpffs().display().to_string();
+        let mut arguments = vec!["run", "--node-name", NODE_NAME, "--cluster-name", CLUSTER_NAME];
+        arguments.extend(["--cgroup-root", &place.cgroups.below_mount, "--kubelet-root", &kubelet]);
+        arguments.extend(["--bpffs", &bpffs]);
+        arguments.extend(spec.args.iter().map(String::as_str));
+        let mut entry = self.agent_entry(container);
+        entry.env.extend(spec.env.clone());
+        self.command(&entry, &argv(&spec.binary, arguments.into_iter()))
+    }
+
+    /// The agent's container: the node's network, the lab's directory where it is, a `/run/podgate` of its own.
+    fn agent_entry(&self, container: &Path) -> Entry {
+        let place = &self.node.place;
+        let directory = place.directory.clone();
+        let mut env = base_environment();
+        env.extend([
+            ("AWS_REGION".to_owned(), REGION.to_owned()),
+            ("AWS_ENDPOINT_URL_EKS_AUTH".to_owned(), self.eks_auth.url()),
+            ("KUBECONFIG".to_owned(), kubeconfig(&self.node).display().to_string()),
+        ]);
+        Entry {
+            cgroup: container.to_owned(),
+            netns: place.keeper.netns(),
+            run: RunDirectory::Own(
+                [(directory.clone(), directory), ("/run/podgate".into(), place.agent_run())].into(),
+            ),
+            env,
+        }
+    }
+
+    fn command<A: AsRef<str>>(&self, entry: &Entry, command: &[A]) -> anyhow::Result<Command> {
+        let mut helper = Command::new(&self.helper);
+        helper.arg(enter::SUBCOMMAND).arg(serde_json::to_string(entry)?).arg("--");
+        helper.args(command.iter().map(AsRef::as_ref)).kill_on_drop(true);
+        Ok(helper)
+    }
+
+    fn associate(&self, spec: &PodSpec) {
+        if let Some(role) = &spec.role {
+            self.eks_auth.associate(&spec.namespace, &spec.service_account, role);
+        }
+    }
+
+    fn pods(&self) -> MutexGuard<'_, Pods> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn kubeconfig(node: &Node) -> PathBuf {
+    node.place.directory.join("kubeconfig")
+}
+
+fn argv<'a>(program: &Path, arguments: impl Iterator<Item = &'a str>) -> Vec<String> {
+    std::iter::once(program.display().to_string()).chain(arguments.map(str::to_owned)).collect()
+}
+
+fn node_credentials() -> NodeCredentials {
+    NodeCredentials {
+        access_key_id: NODE_ACCESS_KEY_ID.to_owned(),
+        secret_access_key: uuid::Uuid::new_v4().simple().to_string(),
+        session_token: uuid::Uuid::new_v4().simple().to_string(),
+    }
+}
+
+fn imds_config(credentials: NodeCredentials) -> ImdsConfig {
+    ImdsConfig {
+        region: REGION.to_owned(),
+        zone: format!("{REGION}a"),
+        zone_id: "usw2-az1".to_owned(),
+        instance_id: "i-0123456789abcdef0".to_owned(),
+        role_name: NODE_ROLE.to_owned(),
+        credentials,
+        account: ACCOUNT.to_owned(),
+    }
+}

@@ -1,0 +1,151 @@
+//! The pods of a lab: those on the node, and how they came to be at the API server.
+//!
+//! Owns the lab's state file. Never enters a pod.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    process::Child,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+
+use crate::{
+    cluster::{self, Cluster},
+    lab::NODE_NAME,
+    node::Node,
+    pod::{self, Pod, PodSpec},
+    process::Process,
+    state::State,
+};
+
+const AUDIENCE: &str = "pods.eks.amazonaws.com";
+/// Life of a projected token: what the EKS webhook asks for.
+const TOKEN_LIFE: Duration = Duration::from_hours(24);
+
+/// The pods, and what else changes while a lab is up.
+#[derive(Debug)]
+pub(super) struct Pods {
+    state: State,
+    sandboxes: BTreeMap<String, Child>,
+    namespaces: BTreeSet<String>,
+    service_accounts: BTreeSet<(String, String)>,
+    next_index: u16,
+    next_log: u32,
+}
+
+// === impl Pods ===
+
+impl Pods {
+    pub(super) fn new(state: State) -> anyhow::Result<Self> {
+        state.save()?;
+        Ok(Self {
+            state,
+            sandboxes: BTreeMap::new(),
+            // Every cluster has these.
+            namespaces: ["default", "kube-system"].map(str::to_owned).into(),
+            service_accounts: BTreeSet::new(),
+            next_index: 1,
+            next_log: 0,
+        })
+    }
+
+    /// The API server shows a pod before the node has it, and its addresses after.
+    pub(super) fn add(&mut self, node: &Node, cluster: &Cluster, spec: &PodSpec) -> anyhow::Result<Pod> {
+        let uid = new_uid();
+        self.register(cluster, &uid, spec);
+        let pod = self.start_as(node, uid, spec)?;
+        publish(cluster, &pod)?;
+        Ok(pod)
+    }
+
+    pub(super) fn start(&mut self, node: &Node, spec: &PodSpec) -> anyhow::Result<Pod> {
+        self.start_as(node, new_uid(), spec)
+    }
+
+    pub(super) fn announce(&mut self, cluster: &Cluster, pod: &Pod, spec: &PodSpec) -> anyhow::Result<()> {
+        self.register(cluster, &pod.uid, spec);
+        publish(cluster, pod)
+    }
+
+    pub(super) fn delete(&mut self, node: &Node, cluster: &Cluster, pod: &Pod) -> anyhow::Result<()> {
+        pod.remove(&node.place.kubelet())?;
+        if let Some(mut sandbox) = self.sandboxes.remove(&pod.uid) {
+            sandbox.wait().with_context(|| format!("cannot reap the sandbox of {}", pod.full_name()))?;
+        }
+        cluster.delete_pod(&pod.namespace, &pod.name);
+        self.state.pods.retain(|other| other.uid != pod.uid);
+        self.state.save()
+    }
+
+    pub(super) fn set_agent(&mut self, agent: Process) -> anyhow::Result<()> {
+        self.state.agent = Some(agent);
+        self.state.save()
+    }
+
+    /// Where the next agent's log goes.
+    pub(super) fn next_log(&mut self, node: &Node) -> PathBuf {
+        self.next_log += 1;
+        node.place.directory.join(format!("agent-{}.log", self.next_log))
+    }
+
+    fn register(&mut self, cluster: &Cluster, uid: &str, spec: &PodSpec) {
+        if self.namespaces.insert(spec.namespace.clone()) {
+            cluster.add_namespace(&spec.namespace, BTreeMap::new());
+        }
+        if self.service_accounts.insert((spec.namespace.clone(), spec.service_account.clone())) {
+            cluster.add_service_account(&spec.namespace, &spec.service_account);
+        }
+        cluster.add_pod(&cluster::PodSpec {
+            namespace: spec.namespace.clone(),
+            name: spec.name.clone(),
+            service_account: spec.service_account.clone(),
+            node: NODE_NAME.to_owned(),
+            annotations: spec.annotations.clone(),
+            host_network: spec.host_network,
+            pod_ips: Vec::new(),
+            token_volume: spec.token_volume,
+            uid: Some(uid.to_owned()),
+        });
+    }
+
+    fn start_as(&mut self, node: &Node, uid: String, spec: &PodSpec) -> anyhow::Result<Pod> {
+        let (pod, sandbox) = Pod::start(node, spec, uid, self.next_index)?;
+        self.next_index += 1;
+        self.sandboxes.insert(pod.uid.clone(), sandbox);
+        self.state.pods.push(pod.clone());
+        self.state.save()?;
+        Ok(pod)
+    }
+}
+
+impl Drop for Pods {
+    /// Ends the sandboxes and their zombies; their cgroups go with the lab's.
+    fn drop(&mut self) {
+        for sandbox in self.sandboxes.values_mut() {
+            let _ = sandbox.kill();
+            let _ = sandbox.wait();
+        }
+    }
+}
+
+/// Mints a token for the pod's volume, as the kubelet does; a pod without the volume is left alone.
+pub(super) fn write_token(cluster: &Cluster, pod: &Pod) -> anyhow::Result<()> {
+    let Some(volume) = &pod.token_volume else { return Ok(()) };
+    let token = cluster
+        .mint_pod_token(&pod.namespace, &pod.name, &[AUDIENCE], TOKEN_LIFE)
+        .with_context(|| format!("the API server does not know the pod {}", pod.full_name()))?;
+    pod::write_token(volume, &token)
+}
+
+/// What follows once a pod is both on the node and at the API server.
+fn publish(cluster: &Cluster, pod: &Pod) -> anyhow::Result<()> {
+    write_token(cluster, pod)?;
+    cluster.set_pod_ips(&pod.namespace, &pod.name, &pod.addresses.list());
+    Ok(())
+}
+
+fn new_uid() -> String {
+    uuid::Uuid::new_v4().to_string()
+}

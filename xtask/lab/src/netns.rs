@@ -1,0 +1,94 @@
+//! Network namespaces: the node's and each pod's.
+//!
+//! Owns a handle that keeps a namespace alive and lets a short-lived thread work inside it. The namespace of the
+//! caller never changes.
+
+mod wiring;
+
+use std::{
+    fs::File,
+    io,
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+    thread,
+};
+
+use anyhow::{Context as _, anyhow};
+use nix::sched::{CloneFlags, setns, unshare};
+use rtnetlink::Handle;
+
+pub use self::wiring::PodAddresses;
+pub(crate) use self::wiring::{node_addresses, wire_node, wire_pod};
+
+/// A network namespace; it lives as long as this handle, or a process or a socket in it.
+#[derive(Debug)]
+pub struct NetNs(File);
+
+// === impl NetNs ===
+
+impl NetNs {
+    /// A new namespace with nothing but a `lo` that is down.
+    pub fn create() -> anyhow::Result<Self> {
+        on_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNET).context("cannot create a network namespace: run as root")?;
+            Self::open(Path::new("/proc/thread-self/ns/net"))
+        })
+    }
+
+    /// The namespace at `path`, such as `/proc/PID/ns/net`.
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        let file =
+            File::open(path).with_context(|| format!("cannot open the network namespace {}", path.display()))?;
+        Ok(Self(file))
+    }
+
+    /// Moves the calling thread into the namespace, for good.
+    pub fn enter(&self) -> anyhow::Result<()> {
+        setns(&self.0, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace: run as root")
+    }
+
+    /// Runs `work` inside, on a thread of its own. Sockets and processes made there stay in the namespace.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+        on_thread(|| {
+            self.enter()?;
+            work()
+        })
+    }
+
+    /// A listener inside.
+    pub fn listen(&self, address: SocketAddr) -> anyhow::Result<TcpListener> {
+        self.run(|| TcpListener::bind(address).with_context(|| format!("cannot listen on {address}")))
+    }
+
+    /// A connection from inside, by this process: outside any pod's cgroup.
+    pub fn connect(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        self.run(|| Ok(TcpStream::connect(address))).map_err(io::Error::other)?
+    }
+
+    /// Runs `work` inside with a netlink connection.
+    fn netlink<T: Send>(
+        &self,
+        work: impl AsyncFnOnce(Handle) -> anyhow::Result<T> + Send,
+    ) -> anyhow::Result<T> {
+        self.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+            runtime.block_on(async {
+                let (connection, handle, _) = rtnetlink::new_connection()?;
+                tokio::spawn(connection);
+                work(handle).await
+            })
+        })
+    }
+}
+
+impl AsFd for NetNs {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn on_thread<T: Send>(work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+    thread::scope(|scope| scope.spawn(work).join())
+        .map_err(|_| anyhow!("BUG: a thread in a network namespace panicked"))?
+}

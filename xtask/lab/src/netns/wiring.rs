@@ -1,0 +1,186 @@
+//! Links, addresses and routes of the node and its pods, as the Amazon VPC CNI lays them out: a pod has a /32
+//! and reaches everything through 169.254.1.1, the node has one route back per pod, and nobody asks by ARP.
+//!
+//! Owns what is inside the lab's own namespaces; never touches the host's network.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd as _, AsRawFd as _},
+};
+
+use anyhow::Context as _;
+use futures::TryStreamExt as _;
+use rtnetlink::{
+    Handle, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    packet_route::{address::AddressHeaderFlags, route::RouteScope},
+};
+use serde::{Deserialize, Serialize};
+
+use super::NetNs;
+
+/// Where the simulated instance metadata service listens.
+const IMDS: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+];
+/// A pod's gateway: the VPC CNI's.
+const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// A pod's gateway: the VPC CNI's.
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// `lo` is always the first link of a namespace.
+const LO: u32 = 1;
+
+/// A pod's addresses, one of each family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodAddresses {
+    /// In the lab's own 10.10.0.0/16.
+    pub v4: Ipv4Addr,
+    /// A unique local address.
+    pub v6: Ipv6Addr,
+}
+
+// === impl PodAddresses ===
+
+impl PodAddresses {
+    /// The addresses of the node's `index`th pod, counted from 1.
+    pub(crate) fn of_pod(index: u16) -> Self {
+        let [high, low] = index.to_be_bytes();
+        Self {
+            v4: Ipv4Addr::new(10, 10, 128 | high, low),
+            v6: Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 1, index),
+        }
+    }
+
+    /// Both, as `status.podIPs` lists them.
+    pub fn list(&self) -> Vec<IpAddr> {
+        vec![self.v4.into(), self.v6.into()]
+    }
+}
+
+/// The node's own addresses, and those of its host-network pods.
+pub(crate) fn node_addresses() -> PodAddresses {
+    PodAddresses { v4: Ipv4Addr::new(10, 10, 0, 10), v6: Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 0x10) }
+}
+
+/// Brings up the node's `lo` with the node's addresses and those of the simulated metadata service.
+pub(crate) fn wire_node(node: &NetNs) -> anyhow::Result<()> {
+    node.netlink(async |handle| {
+        link_up(&handle, LO).await?;
+        for address in IMDS.into_iter().chain(node_addresses().list()) {
+            add_address(&handle, LO, address).await?;
+        }
+        Ok(())
+    })?;
+    // As on a node with a CNI: pods reach each other through it.
+    node.run(|| {
+        for switch in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+            fs::write(format!("/proc/sys/net/{switch}"), "1").with_context(|| format!("cannot set {switch}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// Connects a pod's new namespace to the node's by a veth pair: `eth0` in the pod, `eniINDEX` on the node.
+pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16) -> anyhow::Result<()> {
+    let addresses = PodAddresses::of_pod(index);
+    let node_link = format!("eni{index:08x}");
+    let [high, low] = index.to_be_bytes();
+    let node_mac = [0x02, 0, 0, high, low, 1];
+    let pod_mac = [0x02, 0, 0, high, low, 2];
+
+    // Made in the pod's namespace, so that the name eth0 is free.
+    pod.netlink(async |handle| {
+        link_up(&handle, LO).await?;
+        let pair = LinkVeth::new("eth0", &node_link).address(pod_mac.to_vec()).build();
+        handle.link().add(pair).execute().await.context("cannot create the veth pair")?;
+        let end = LinkUnspec::new_with_name(&node_link)
+            .address(node_mac.to_vec())
+            .setns_by_fd(node.as_fd().as_raw_fd())
+            .build();
+        handle.link().set(end).execute().await.context("cannot move the veth's end to the node")
+    })?;
+    node.netlink(async |handle| {
+        let link = link_index(&handle, &node_link).await?;
+        link_up(&handle, link).await?;
+        for address in addresses.list() {
+            add_neighbour(&handle, link, address, pod_mac).await?;
+            add_host_route(&handle, link, address).await?;
+        }
+        Ok(())
+    })?;
+    pod.netlink(async |handle| {
+        let eth0 = link_index(&handle, "eth0").await?;
+        for address in addresses.list() {
+            add_address(&handle, eth0, address).await?;
+        }
+        link_up(&handle, eth0).await?;
+        for gateway in [IpAddr::V4(GATEWAY_V4), IpAddr::V6(GATEWAY_V6)] {
+            add_neighbour(&handle, eth0, gateway, node_mac).await?;
+            add_default_route(&handle, eth0, gateway).await?;
+        }
+        Ok(())
+    })
+}
+
+async fn link_index(handle: &Handle, name: &str) -> anyhow::Result<u32> {
+    let link = handle
+        .link()
+        .get()
+        .match_name(name)
+        .execute()
+        .try_next()
+        .await
+        .with_context(|| format!("cannot look up the link {name}"))?
+        .with_context(|| format!("there is no link {name}"))?;
+    Ok(link.header.index)
+}
+
+async fn link_up(handle: &Handle, link: u32) -> anyhow::Result<()> {
+    let up = LinkUnspec::new_with_index(link).up().build();
+    handle.link().set(up).execute().await.with_context(|| format!("cannot bring link {link} up"))
+}
+
+/// Adds one address without a subnet, usable at once (no duplicate address detection).
+async fn add_address(handle: &Handle, link: u32, address: IpAddr) -> anyhow::Result<()> {
+    let mut request = handle.address().add(link, address, host_prefix(address));
+    request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+    request.execute().await.with_context(|| format!("cannot add {address}"))
+}
+
+async fn add_neighbour(handle: &Handle, link: u32, address: IpAddr, mac: [u8; 6]) -> anyhow::Result<()> {
+    handle
+        .neighbours()
+        .add(link, address)
+        .link_layer_address(&mac)
+        .execute()
+        .await
+        .with_context(|| format!("cannot add the neighbour {address}"))
+}
+
+/// Routes one address straight onto the link.
+async fn add_host_route(handle: &Handle, link: u32, address: IpAddr) -> anyhow::Result<()> {
+    let route = RouteMessageBuilder::<IpAddr>::new()
+        .output_interface(link)
+        .destination_prefix(address, host_prefix(address))?
+        .scope(RouteScope::Link)
+        .build();
+    handle.route().add(route).execute().await.with_context(|| format!("cannot add the route to {address}"))
+}
+
+/// Routes everything else by `gateway`, which is in no subnet of the link's: hence `onlink`.
+async fn add_default_route(handle: &Handle, link: u32, gateway: IpAddr) -> anyhow::Result<()> {
+    let everything: IpAddr =
+        if gateway.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let route = RouteMessageBuilder::<IpAddr>::new()
+        .output_interface(link)
+        .destination_prefix(everything, 0)?
+        .gateway(gateway)?
+        .onlink()
+        .build();
+    handle.route().add(route).execute().await.with_context(|| format!("cannot add the route by {gateway}"))
+}
+
+fn host_prefix(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}

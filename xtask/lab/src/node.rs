@@ -1,0 +1,149 @@
+//! The simulated node: its cgroups, its network namespace, its kubelet's directory, a bpffs of its own.
+//!
+//! Owns what is there before the first pod and after the last one. Never runs a server or the agent.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::Context as _;
+use nix::mount::{MsFlags, mount};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::{
+    cgroup::{self, CgroupDriver, NodeCgroups},
+    enter::{Entry, RunDirectory},
+    netns::{NetNs, wire_node},
+    pod::base_environment,
+    process::Process,
+};
+
+/// Where the node is on this machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodePlace {
+    /// The lab's directory.
+    pub directory: PathBuf,
+    /// The node's cgroups.
+    pub cgroups: NodeCgroups,
+    /// A process that does nothing but keep the node's network namespace.
+    pub keeper: Process,
+}
+
+/// The node, held by the process that made it.
+#[derive(Debug)]
+pub struct Node {
+    /// Where it is.
+    pub place: NodePlace,
+    /// Its network namespace.
+    pub netns: NetNs,
+    keeper: Child,
+}
+
+/// The answer to [`Node::get`].
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// The body.
+    pub body: String,
+}
+
+// === impl NodePlace ===
+
+impl NodePlace {
+    /// The kubelet's root directory.
+    pub fn kubelet(&self) -> PathBuf {
+        self.directory.join("kubelet")
+    }
+
+    /// The node's bpffs; it outlives any one agent.
+    pub fn bpffs(&self) -> PathBuf {
+        Self::bpffs_in(&self.directory)
+    }
+
+    pub(crate) fn bpffs_in(directory: &Path) -> PathBuf {
+        directory.join("bpffs")
+    }
+
+    /// What the agent sees as `/run/podgate`.
+    pub fn agent_run(&self) -> PathBuf {
+        self.directory.join("agent")
+    }
+
+    /// The way to run something on the node outside any pod.
+    pub fn entry(&self) -> Entry {
+        Entry {
+            cgroup: self.cgroups.system(),
+            netns: self.keeper.netns(),
+            run: RunDirectory::Host,
+            env: base_environment(),
+        }
+    }
+}
+
+// === impl Node ===
+
+impl Node {
+    /// Builds the node of the lab called `name` in its directory.
+    pub(crate) fn up(name: &str, directory: &Path, driver: CgroupDriver) -> anyhow::Result<Self> {
+        let cgroups = NodeCgroups::create(name, driver)?;
+        let netns = NetNs::create()?;
+        wire_node(&netns)?;
+        let keeper = keep(&netns, &cgroups.system())?;
+        let place = NodePlace { directory: directory.to_owned(), cgroups, keeper: Process::of(keeper.id())? };
+        fs::create_dir(place.kubelet())?;
+        fs::DirBuilder::new().mode(0o700).create(place.agent_run())?;
+        let bpffs = place.bpffs();
+        fs::create_dir(&bpffs)?;
+        mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+            .context("cannot mount a bpffs: the kernel needs CONFIG_BPF_SYSCALL, and this root")?;
+        Ok(Self { place, netns, keeper })
+    }
+
+    /// Fetches `http://ADDRESS/PATH` from the node, outside any pod.
+    pub async fn get(&self, address: SocketAddr, path: &str) -> io::Result<Answer> {
+        let stream = self.netns.connect(address)?;
+        stream.set_nonblocking(true)?;
+        let mut stream = tokio::net::TcpStream::from_std(stream)?;
+        // HTTP/1.0: the answer ends with the connection.
+        let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        let (head, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        Ok(Answer { status: status.ok_or(io::ErrorKind::InvalidData)?, body: body.to_owned() })
+    }
+}
+
+impl Drop for Node {
+    /// Ends the keeper's zombie; that it was killed is the business of whoever removes the cgroup.
+    fn drop(&mut self) {
+        let _ = self.keeper.kill();
+        let _ = self.keeper.wait();
+    }
+}
+
+/// Starts a process that keeps `netns` and `cgroup` busy, as a pod's pause container does.
+pub(crate) fn keep(netns: &NetNs, cgroup: &Path) -> anyhow::Result<Child> {
+    cgroup::create(cgroup)?;
+    let child = netns.run(|| {
+        Command::new("sleep")
+            .arg("infinity")
+            .env_clear()
+            .envs(base_environment())
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start a process to keep a network namespace")
+    })?;
+    cgroup::join(cgroup, child.id())?;
+    Ok(child)
+}
