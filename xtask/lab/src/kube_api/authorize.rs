@@ -1,0 +1,174 @@
+//! Who may do what: RBAC, the Node authorizer, and the audience rule of `NodeRestriction`.
+//!
+//! Owns the rules in force. Never changes the cluster.
+
+use super::{
+    attributes::Attributes,
+    status::Status,
+    user::{AUTHENTICATED, MASTERS, NODES, SERVICE_ACCOUNTS, User},
+};
+use crate::cluster::{Cluster, POD_IDENTITY_AUDIENCE, store::Kind};
+
+const AUTHENTICATION: &str = "authentication.k8s.io";
+const REQUEST_AUDIENCE: &str = "request-serviceaccounts-token-audience";
+
+/// What nodes may do beside what the Node authorizer looks at one by one, as far as the lab serves it.
+const NODE_RULES: &[(&[&str], &str, &[&str])] =
+    &[(&["create"], AUTHENTICATION, &["tokenreviews"]), (&["create", "update", "patch"], "", &["events"])];
+
+/// The RBAC rules in force.
+#[derive(Debug)]
+pub(super) struct Rules {
+    rules: Vec<Rule>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Rule {
+    /// A user's name, or a group's.
+    subject: String,
+    verbs: &'static [&'static str],
+    group: &'static str,
+    /// Resources with their subresource, or paths.
+    resources: &'static [&'static str],
+}
+
+// === impl Rules ===
+
+impl Rules {
+    /// What every cluster has, and the audience rule for nodes.
+    pub(super) fn new() -> Self {
+        let mut rules = Self { rules: Vec::new() };
+        let anybody = &["/healthz", "/livez", "/readyz", "/version"];
+        rules.grant("system:unauthenticated", &["get"], "", anybody);
+        rules.grant(AUTHENTICATED, &["get"], "", anybody);
+        rules.grant(AUTHENTICATED, &["create"], AUTHENTICATION, &["selfsubjectreviews"]);
+        let issuer = &["/openid/v1/jwks", "/.well-known/openid-configuration"];
+        rules.grant(SERVICE_ACCOUNTS, &["get"], "", issuer);
+        rules.allow_node_audience(true);
+        rules
+    }
+
+    pub(super) fn allow_impersonation(&mut self, subject: &str) {
+        self.grant(subject, &["impersonate:associated-node"], AUTHENTICATION, &["nodes"]);
+        let read = &[
+            "impersonate-on:associated-node:list",
+            "impersonate-on:associated-node:watch",
+            "impersonate-on:associated-node:get",
+        ];
+        self.grant(subject, read, "", &["pods"]);
+        self.grant(subject, &["impersonate-on:associated-node:get"], "", &["serviceaccounts"]);
+        self.grant(subject, &["impersonate-on:associated-node:create"], "", &["serviceaccounts/token"]);
+        self.grant_own(subject);
+    }
+
+    pub(super) fn grant_plain_rbac(&mut self, subject: &str) {
+        self.grant(subject, &["get", "list", "watch"], "", &["pods", "serviceaccounts"]);
+        self.grant(subject, &["create"], "", &["serviceaccounts/token"]);
+        self.grant_own(subject);
+    }
+
+    pub(super) fn allow_node_audience(&mut self, allow: bool) {
+        self.rules.retain(|rule| rule.verbs != [REQUEST_AUDIENCE]);
+        if allow {
+            // The audience stands in the place of the resource.
+            self.grant(NODES, &[REQUEST_AUDIENCE], "", &[POD_IDENTITY_AUDIENCE]);
+        }
+    }
+
+    /// Refuses what no authorizer allows.
+    pub(super) fn check(
+        &self,
+        cluster: &Cluster,
+        user: &User,
+        attributes: &Attributes,
+    ) -> Result<(), Status> {
+        let reason = match user.node_identity() {
+            _ if self.allows(user, attributes) => return Ok(()),
+            None => String::new(),
+            Some(node) => match check_node(cluster, node, attributes) {
+                Ok(()) => return Ok(()),
+                Err(reason) => reason,
+            },
+        };
+        Err(Status::forbidden(user, attributes, &reason))
+    }
+
+    /// Whether RBAC gives a node the right to a token for this audience.
+    pub(super) fn allows_audience(&self, node: &User, attributes: &Attributes, audience: &str) -> bool {
+        let verb = REQUEST_AUDIENCE.to_owned();
+        let (resource, subresource) = (audience.to_owned(), String::new());
+        self.allows(node, &Attributes { verb, resource, subresource, ..attributes.clone() })
+    }
+
+    pub(super) fn allows(&self, user: &User, attributes: &Attributes) -> bool {
+        let resource = attributes.full_resource();
+        let applies = |rule: &Rule| {
+            (rule.subject == user.name || user.is_in(&rule.subject))
+                && rule.group == attributes.group
+                && rule.verbs.contains(&attributes.verb.as_str())
+                && rule.resources.contains(&resource.as_str())
+        };
+        user.is_in(MASTERS) || self.rules.iter().any(applies)
+    }
+
+    /// What an agent does in its own name, whoever it acts as for pods and tokens.
+    fn grant_own(&mut self, subject: &str) {
+        self.grant(subject, &["get", "list", "watch"], "", &["namespaces"]);
+        self.grant(subject, &["create"], "", &["events"]);
+    }
+
+    fn grant(
+        &mut self,
+        subject: &str,
+        verbs: &'static [&'static str],
+        group: &'static str,
+        resources: &'static [&'static str],
+    ) {
+        let rule = Rule { subject: subject.to_owned(), verbs, group, resources };
+        if !self.rules.contains(&rule) {
+            self.rules.push(rule);
+        }
+    }
+}
+
+/// The Node authorizer; the error is its reason, which may be empty.
+fn check_node(cluster: &Cluster, node: &str, attributes: &Attributes) -> Result<(), String> {
+    let Attributes { verb, group, name, namespace, .. } = attributes;
+    let related = |kind| {
+        if cluster.related(node, kind, namespace, name) {
+            return Ok(());
+        }
+        Err(format!("no relationship found between node '{node}' and this object"))
+    };
+    let refuse = |reason: &str| Err(reason.to_owned());
+    let resource = attributes.full_resource();
+    match (group.as_str(), resource.as_str(), verb.as_str()) {
+        ("", "pods", "get") => related(Kind::Pod),
+        ("", "pods", "list" | "watch") if attributes.field("spec.nodeName") == Some(node) => Ok(()),
+        ("", "pods", "list" | "watch") if !name.is_empty() => related(Kind::Pod),
+        ("", "pods", "list" | "watch") => {
+            refuse("can only list/watch pods with spec.nodeName field selector")
+        }
+        ("", "nodes", "get" | "list" | "watch") => match name.as_str() {
+            name if name == node => Ok(()),
+            "" => Err(format!("node '{node}' cannot read all nodes, only its own Node object")),
+            name => Err(format!("node '{node}' cannot read '{name}', only its own Node object")),
+        },
+        ("", "serviceaccounts", "get") => related(Kind::ServiceAccount),
+        ("", "serviceaccounts" | "serviceaccounts/token", _) => {
+            if verb != "create" || name.is_empty() {
+                return refuse("can only create tokens for individual service accounts");
+            }
+            if attributes.subresource != "token" {
+                return refuse("can only create token subresource of serviceaccount");
+            }
+            related(Kind::ServiceAccount)
+        }
+        (group, resource, verb) => {
+            let applies = |(verbs, of, resources): &(&[&str], &str, &[&str])| {
+                *of == group && verbs.contains(&verb) && resources.contains(&resource)
+            };
+            if NODE_RULES.iter().any(applies) { Ok(()) } else { refuse("") }
+        }
+    }
+}
