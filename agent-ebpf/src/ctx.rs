@@ -163,22 +163,27 @@ impl Handshake {
     /// The other side. A v4-mapped connection has the v4-mapped address.
     #[inline(always)]
     pub(crate) fn remote(&self) -> Endpoint {
-        // SAFETY: see above. Word by word, as in `Dial`.
-        unsafe {
-            // Network order in the upper half.
-            #[expect(clippy::cast_possible_truncation, reason = "only the upper half is left")]
-            let port = NetPort::from_be(((*self.0).remote_port >> 16) as u16);
-            if (*self.0).family == AF_INET {
-                return Endpoint::from_ip4_be((*self.0).remote_ip4, port);
-            }
-            let words = [
-                (*self.0).remote_ip6[0],
-                (*self.0).remote_ip6[1],
-                (*self.0).remote_ip6[2],
-                (*self.0).remote_ip6[3],
-            ];
-            Endpoint::from_ip6_be(words, port)
-        }
+        // SAFETY: see above. Volatile, or the compiler chooses a field first and reads it then, from a computed place,
+        // which the verifier refuses.
+        let (family, port, ip4, words) = unsafe {
+            (
+                (*self.0).family,
+                (&raw const (*self.0).remote_port).read_volatile(),
+                (&raw const (*self.0).remote_ip4).read_volatile(),
+                [
+                    (&raw const (*self.0).remote_ip6[0]).read_volatile(),
+                    (&raw const (*self.0).remote_ip6[1]).read_volatile(),
+                    (&raw const (*self.0).remote_ip6[2]).read_volatile(),
+                    (&raw const (*self.0).remote_ip6[3]).read_volatile(),
+                ],
+            )
+        };
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "the port is in the upper half, in network order"
+        )]
+        let port = NetPort::from_be((port >> 16) as u16);
+        if family == AF_INET { Endpoint::from_ip4_be(ip4, port) } else { Endpoint::from_ip6_be(words, port) }
     }
 
     /// The TCP state that `BPF_SOCK_OPS_STATE_CB` announces.

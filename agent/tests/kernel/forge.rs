@@ -1,0 +1,96 @@
+//! Handshakes made by hand: what a pod with `CAP_NET_RAW` can send to the agent.
+//!
+//! Owns the segments' layout; never completes more than a handshake.
+
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    num::NonZeroU32,
+    os::fd::OwnedFd,
+};
+
+use agent_common::abi::{TICKET_OPTION_EXID, TICKET_OPTION_KIND, TICKET_OPTION_LEN};
+use rustix::net::{
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recv, sendto,
+    socket_with,
+};
+
+use crate::node::{AGENT_V4, NOBODY};
+
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+const IP_HEADER_LEN: usize = 20;
+const TCP_HEADER_LEN: usize = 20;
+/// The initial sequence number of the forged side.
+const SEQUENCE: u32 = 1_000;
+
+/// Shakes hands with the agent at [`AGENT_V4`], port 80, in the name of [`NOBODY`], with `ticket` in the SYN.
+pub(crate) fn shake_hands(port: u16, ticket: u64) {
+    let raw =
+        socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap();
+    let ethertype_ip = NonZeroU32::from(std::num::NonZeroU16::new(0x0800_u16.to_be()).unwrap());
+    let wire = socket_with(
+        AddressFamily::PACKET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        Some(Protocol::from_raw(ethertype_ip)),
+    )
+    .unwrap();
+
+    let mut option = vec![TICKET_OPTION_KIND, TICKET_OPTION_LEN.try_into().unwrap()];
+    option.extend(TICKET_OPTION_EXID);
+    option.extend(ticket.to_be_bytes());
+    send(&raw, &segment(port, SEQUENCE, 0, SYN, &option));
+    let theirs = answer_to(&wire, port);
+    send(&raw, &segment(port, SEQUENCE + 1, theirs + 1, ACK, &[]));
+}
+
+/// The sequence number of the agent's SYN and ACK.
+fn answer_to(wire: &OwnedFd, port: u16) -> u32 {
+    let mut packet = [0; 256];
+    loop {
+        let (length, _) = recv(wire, &mut packet[..], RecvFlags::empty()).unwrap();
+        let Some(tcp) = packet[..length].get(IP_HEADER_LEN..) else { continue };
+        let is_answer = packet[12..16] == AGENT_V4.octets()
+            && tcp.get(2..4) == Some(&port.to_be_bytes())
+            && tcp.get(13) == Some(&(SYN | ACK));
+        if is_answer {
+            return u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+        }
+    }
+}
+
+fn send(raw: &OwnedFd, packet: &[u8]) {
+    sendto(raw, packet, SendFlags::empty(), &SocketAddrV4::new(AGENT_V4, 80)).unwrap();
+}
+
+/// An IPv4 packet from [`NOBODY`] with one segment in it; the kernel completes the IP header.
+fn segment(port: u16, sequence: u32, acknowledged: u32, flags: u8, options: &[u8]) -> Vec<u8> {
+    let header_len = TCP_HEADER_LEN + options.len();
+    let mut tcp = Vec::with_capacity(header_len);
+    tcp.extend(port.to_be_bytes());
+    tcp.extend(80_u16.to_be_bytes());
+    tcp.extend(sequence.to_be_bytes());
+    tcp.extend(acknowledged.to_be_bytes());
+    let words: u8 = (header_len / 4).try_into().unwrap();
+    tcp.extend([words << 4, flags]);
+    tcp.extend(u16::MAX.to_be_bytes());
+    tcp.extend([0; 4]);
+    tcp.extend(options);
+    let sum = checksum(NOBODY, AGENT_V4, &tcp);
+    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+
+    let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 6, 0, 0];
+    packet.extend(NOBODY.octets());
+    packet.extend(AGENT_V4.octets());
+    packet.extend(tcp);
+    packet
+}
+
+/// The TCP checksum over IPv4.
+fn checksum(from: Ipv4Addr, to: Ipv4Addr, tcp: &[u8]) -> u16 {
+    let length: u16 = tcp.len().try_into().unwrap();
+    let pseudo = [&from.octets()[..], &to.octets(), &[0, 6], &length.to_be_bytes(), tcp].concat();
+    let sum: u32 = pseudo.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap()
+}

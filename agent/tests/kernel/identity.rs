@@ -1,0 +1,238 @@
+//! Who dialled: the origin on the accepted socket.
+
+use std::{collections::HashSet, fs, net::TcpListener, process};
+
+use agent_common::{
+    counter::Counter,
+    net::Endpoint,
+    origin::{Origin, STATE_SENT},
+    policy::{IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
+    target::Target,
+};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::{
+    ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
+    node::{AGENT_V4, AGENT_V6, Cgroup, Node, dial, real_service},
+    redial, sockopt, tcp_socket,
+};
+
+fn boottime_ns() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap()
+}
+
+/// The name of this thread as the kernel has it.
+fn comm() -> [u8; 16] {
+    let name = fs::read("/proc/thread-self/comm").unwrap();
+    let name = name.trim_ascii_end();
+    let mut comm = [0; 16];
+    comm[..name.len()].copy_from_slice(name);
+    comm
+}
+
+#[test]
+fn a_pod_s_dial_arrives_with_its_origin() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        let services = [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY, POD_IDENTITY_V6, POD_IDENTITY_MAPPED, ECS];
+        for address in services {
+            let before = boottime_ns();
+            let stream = pod.dial(address).unwrap();
+            let origin = agent.accept().unwrap_or_else(|| panic!("{address}: anonymous"));
+
+            let target = if endpoint(address).is_ip4() { AGENT_V4.into() } else { AGENT_V6.into() };
+            let expected = Origin {
+                cgroup_id: pod.container.id,
+                pod_cgroup_id: pod.cgroup.id,
+                netns_cookie: sockopt::netns_cookie(&stream),
+                orig_dst: endpoint(address),
+                target: Endpoint::new(target, 80),
+                state: STATE_SENT,
+                tgid: process::id(),
+                comm: comm(),
+                // Checked below.
+                dialled_at_ns: origin.dialled_at_ns,
+                // Of no interest here.
+                ticket: origin.ticket,
+            };
+            assert_eq!(origin, expected, "{address}");
+            assert!((before..=boottime_ns()).contains(&origin.dialled_at_ns), "{address}: {origin:?}");
+        }
+        assert_eq!(node.count(Counter::Redirected), 7);
+        assert_eq!(node.count(Counter::Redeemed), 7);
+        assert_eq!(node.live_tickets(), 0);
+    });
+}
+
+#[test]
+fn a_v4_mapped_dial_stays_v4_mapped() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        let stream = pod.dial(IMDS_MAPPED).unwrap();
+        agent.accept().expect("anonymous");
+        let expected = format!("[::ffff:{AGENT_V4}]:80").parse().unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), expected);
+    });
+}
+
+#[test]
+fn the_pod_is_found_at_every_depth() {
+    Node::run(|node| {
+        let burstable = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let guaranteed = node.guaranteed_pod("b", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let nested = |cgroup: &Cgroup| Cgroup::create(cgroup.path.join("nested/twice"));
+        let cases = [
+            ("the pod's own cgroup", &burstable, burstable.cgroup.clone()),
+            ("a container", &burstable, burstable.container.clone()),
+            ("a container's own cgroups", &burstable, nested(&burstable.container)),
+            ("a Guaranteed pod's own cgroup", &guaranteed, guaranteed.cgroup.clone()),
+            ("a Guaranteed pod's container", &guaranteed, guaranteed.container.clone()),
+            ("a Guaranteed pod's container's own cgroups", &guaranteed, nested(&guaranteed.container)),
+        ];
+        let agent = node.agent();
+        for (case, pod, cgroup) in cases {
+            let _stream = cgroup.run(|| dial(IMDS)).unwrap();
+            let origin = agent.accept().expect(case);
+            assert_eq!((origin.cgroup_id, origin.pod_cgroup_id), (cgroup.id, pod.cgroup.id), "{case}");
+        }
+    });
+}
+
+#[test]
+fn two_pods_are_never_taken_for_each_other() {
+    Node::run(|node| {
+        let pods = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
+        let agent = node.agent();
+        let mut tickets = HashSet::new();
+        for _ in 0..20 {
+            for pod in &pods {
+                let _stream = pod.dial(POD_IDENTITY).unwrap();
+                let origin = agent.accept().expect("anonymous");
+                assert_eq!(origin.pod_cgroup_id, pod.cgroup.id);
+                assert!(tickets.insert(origin.ticket), "a ticket came twice");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_dial_to_the_agent_itself_arrives_with_its_origin_and_its_address() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_OFF, POD_IDENTITY_ON);
+        for address in
+            [format!("{AGENT_V4}:80"), format!("[::ffff:{AGENT_V4}]:80"), format!("[{AGENT_V6}]:80")]
+        {
+            let agent = node.agent();
+            let _stream = pod.dial(&address).unwrap();
+            let origin = agent.accept().expect(&address);
+            assert_eq!(origin.pod_cgroup_id, pod.cgroup.id, "{address}");
+            assert_eq!((origin.orig_dst, origin.target), (endpoint(&address), endpoint(&address)));
+        }
+    });
+}
+
+#[test]
+fn without_rewriting_there_is_a_ticket_all_the_same() {
+    Node::run(|node| {
+        let target = Target { generation: 1, v4: endpoint(POD_IDENTITY), v6: endpoint(POD_IDENTITY_V6) };
+        node.interceptor.set_target(target).unwrap();
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent_at(&[POD_IDENTITY, POD_IDENTITY_V6].map(|address| address.parse().unwrap()));
+        for (address, target) in [
+            (POD_IDENTITY, POD_IDENTITY),
+            (POD_IDENTITY_V6, POD_IDENTITY_V6),
+            (POD_IDENTITY_MAPPED, POD_IDENTITY),
+            (IMDS, POD_IDENTITY),
+            (IMDS_V6, POD_IDENTITY_V6),
+            (ECS, POD_IDENTITY),
+        ] {
+            let _stream = pod.dial(address).unwrap();
+            let origin = agent.accept().expect(address);
+            assert_eq!((origin.orig_dst, origin.target), (endpoint(address), endpoint(target)));
+            assert_eq!(origin.pod_cgroup_id, pod.cgroup.id, "{address}");
+        }
+    });
+}
+
+#[test]
+fn a_pod_that_only_has_imds_intercepted_reaches_the_agent_itself_with_a_ticket() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_OFF);
+        let agent = node.agent();
+        let _stream = pod.dial(&format!("{AGENT_V4}:80")).unwrap();
+        assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, pod.cgroup.id);
+    });
+}
+
+#[test]
+fn an_unknown_pod_gets_the_policy_of_unknown_pods_and_no_pod_cgroup() {
+    Node::run(|node| {
+        let pod = node.unknown_pod("new");
+        let real = real_service(IMDS);
+        let _stream = pod.dial(IMDS).unwrap();
+        real.accept().expect("an unknown pod is left alone at first");
+
+        let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
+        node.interceptor.set_unknown_pod(policy).unwrap();
+        let agent = node.agent();
+        let _stream = pod.dial(IMDS).unwrap();
+        let origin = agent.accept().expect("anonymous");
+        assert_eq!((origin.cgroup_id, origin.pod_cgroup_id), (pod.container.id, 0));
+        assert_eq!(node.count(Counter::UnknownPod), 2);
+    });
+}
+
+#[test]
+fn a_forgotten_pod_is_unknown() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        node.interceptor.remove_policy(pod.cgroup.id).unwrap();
+        node.interceptor.remove_policy(pod.cgroup.id).expect("once more is fine");
+        let real = real_service(IMDS);
+        let _stream = pod.dial(IMDS).unwrap();
+        real.accept().expect("left alone");
+        assert_eq!(node.count(Counter::UnknownPod), 1);
+    });
+}
+
+#[test]
+fn a_task_in_no_pod_is_refused_on_a_pod_s_socket() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        for address in [IMDS, POD_IDENTITY, ECS] {
+            let socket = pod.run(tcp_socket);
+            assert!(is_eperm(&redial(&socket, address)), "{address}");
+            // In kubepods, but in no pod.
+            assert!(is_eperm(&node.kubepods.run(|| redial(&socket, address))), "{address}");
+        }
+        assert_eq!(node.count(Counter::DeniedNoPod), 6);
+        // Elsewhere such a task may dial what it likes.
+        let other = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = pod.run(tcp_socket);
+        redial(&socket, &other.local_addr().unwrap().to_string()).unwrap();
+    });
+}
+
+#[test]
+fn the_dialling_task_counts_and_not_the_socket_s_maker() {
+    Node::run(|node| {
+        let [maker, dialler] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
+        let agent = node.agent();
+        let socket = maker.run(tcp_socket);
+        dialler.run(|| redial(&socket, IMDS)).unwrap();
+        assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, dialler.cgroup.id);
+    });
+}
+
+#[test]
+fn a_caller_outside_of_pods_is_anonymous() {
+    Node::run(|node| {
+        let agent = node.agent();
+        let _stream = dial(&format!("{AGENT_V4}:80")).unwrap();
+        assert_eq!(agent.accept(), None);
+        assert_eq!(node.count(Counter::NoTicket), 1);
+    });
+}

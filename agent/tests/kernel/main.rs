@@ -1,0 +1,45 @@
+//! The real programs in the running kernel: each test has a network namespace and a kubepods cgroup of its own.
+//!
+//! Needs root, a cgroup2 mount, and an agent built with the eBPF object.
+
+use std::{io, net::SocketAddr, os::fd::OwnedFd};
+
+use agent_common::net::Endpoint;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
+
+mod decisions;
+mod forge;
+mod identity;
+mod node;
+mod sockopt;
+mod tickets;
+
+const IMDS: &str = "169.254.169.254:80";
+const IMDS_V6: &str = "[fd00:ec2::254]:80";
+const IMDS_MAPPED: &str = "[::ffff:169.254.169.254]:80";
+const POD_IDENTITY: &str = "169.254.170.23:80";
+const POD_IDENTITY_V6: &str = "[fd00:ec2::23]:80";
+const POD_IDENTITY_MAPPED: &str = "[::ffff:169.254.170.23]:80";
+const ECS: &str = "169.254.170.2:80";
+
+/// An address as the origin has it.
+fn endpoint(address: &str) -> Endpoint {
+    let address: SocketAddr = address.parse().unwrap();
+    Endpoint::new(address.ip(), address.port())
+}
+
+/// Whether the kernel has refused the dial.
+fn is_eperm<T>(result: &io::Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
+}
+
+/// An IPv4 socket that has not been dialled yet.
+fn tcp_socket() -> OwnedFd {
+    socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap()
+}
+
+/// Dials with a socket that may have been dialled before.
+fn redial(socket: &OwnedFd, address: &str) -> io::Result<()> {
+    let address: SocketAddr = address.parse().unwrap();
+    Ok(connect(socket, &address)?)
+}

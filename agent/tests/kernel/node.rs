@@ -1,0 +1,337 @@
+//! A node in small: a network namespace, a kubepods cgroup tree, the programs attached to it, and sockets.
+//!
+//! Owns everything it makes and removes it; never touches the host's network or any cgroup above its own.
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+    process,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use agent::intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey};
+use agent_common::{
+    counter::Counter,
+    net::{ECS_V4, Endpoint, IMDS_V4, IMDS_V6, POD_IDENTITY_V4, POD_IDENTITY_V6},
+    origin::Origin,
+    policy::PodPolicy,
+    target::Target,
+};
+use nix::sched::{CloneFlags, unshare};
+use procfs::process::Process;
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+
+use crate::sockopt;
+
+/// The agent's own addresses, where it does not take over 169.254.170.23.
+pub(crate) const AGENT_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 175, 1);
+/// The same for IPv6: a unique local address.
+pub(crate) const AGENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd17, 0x5175, 0, 0, 0, 0, 0, 1);
+/// A neighbour that takes every segment and answers none: routed to `lo`, but nobody's address.
+pub(crate) const NOBODY: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 9);
+/// How long anything on `lo` may take before it counts as lost.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// `lo` is the first link of every namespace.
+const LO: u32 = 1;
+
+/// The test process is in one cgroup at a time.
+static CGROUP: Mutex<()> = Mutex::new(());
+
+/// A node with the programs attached.
+pub(crate) struct Node {
+    pub(crate) interceptor: Interceptor,
+    origins: Arc<SocketOrigins>,
+    pub(crate) kubepods: Cgroup,
+    agent: Cgroup,
+    mount_level: u32,
+    // Fields are dropped in order: the cgroups go last.
+    _root: Root,
+}
+
+/// The topmost cgroup of a node.
+struct Root(PathBuf);
+
+/// A cgroup that the test process can work in.
+#[derive(Clone)]
+pub(crate) struct Cgroup {
+    pub(crate) path: PathBuf,
+    pub(crate) id: u64,
+}
+
+/// A pod: the cgroup that policies are about, and a container in it.
+pub(crate) struct Pod {
+    pub(crate) cgroup: Cgroup,
+    pub(crate) container: Cgroup,
+}
+
+/// The agent's listeners.
+pub(crate) struct Agent {
+    origins: Arc<SocketOrigins>,
+    listeners: Vec<TcpListener>,
+}
+
+// === impl Node ===
+
+impl Node {
+    /// Runs a test on a node of its own, on a thread of its own: the namespace is the thread's.
+    pub(crate) fn run(test: fn(&mut Self)) {
+        let name = thread::current().name().expect("tests have names").to_owned();
+        let thread = thread::Builder::new().name(name.clone()).spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("kernel tests need root");
+            wire();
+            test(&mut Self::new(&name.replace("::", "-")));
+        });
+        if let Err(panic) = thread.unwrap().join() {
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    fn new(name: &str) -> Self {
+        let mount = cgroup_mount();
+        let root = Root(mount.path.join(format!("podgate-{}-{name}", process::id())));
+        let kubepods = Cgroup::create(root.0.join("kubepods.slice"));
+        let agent = Cgroup::create(kubepods.path.join("kubepods-podagent.slice"));
+        let mut interceptor = Interceptor::load(&settings(&kubepods, &agent, mount.level)).unwrap();
+        interceptor.set_policy(agent.id, PodPolicy::EXEMPT).unwrap();
+        interceptor.set_target(own_pair(1)).unwrap();
+        interceptor.attach().unwrap();
+        let origins = Arc::new(interceptor.origins().unwrap());
+        Self { interceptor, origins, kubepods, agent, mount_level: mount.level, _root: root }
+    }
+
+    /// A Burstable pod, two levels below kubepods, with a policy.
+    pub(crate) fn pod(&mut self, name: &str, imds: u32, pod_identity: u32) -> Pod {
+        let pod = self.unknown_pod(name);
+        self.interceptor.set_policy(pod.cgroup.id, PodPolicy { imds, pod_identity }).unwrap();
+        pod
+    }
+
+    /// A Burstable pod that the agent has not heard of.
+    pub(crate) fn unknown_pod(&self, name: &str) -> Pod {
+        let class = self.kubepods.path.join("kubepods-burstable.slice");
+        Pod::create(class.join(format!("kubepods-burstable-pod{name}.slice")))
+    }
+
+    /// A Guaranteed pod, directly below kubepods, with a policy.
+    pub(crate) fn guaranteed_pod(&mut self, name: &str, imds: u32, pod_identity: u32) -> Pod {
+        let pod = Pod::create(self.kubepods.path.join(format!("kubepods-pod{name}.slice")));
+        self.interceptor.set_policy(pod.cgroup.id, PodPolicy { imds, pod_identity }).unwrap();
+        pod
+    }
+
+    /// The agent, listening at its own pair of addresses.
+    pub(crate) fn agent(&self) -> Agent {
+        self.agent_at(&[(AGENT_V4, 80).into(), (AGENT_V6, 80).into()])
+    }
+
+    /// The agent, listening elsewhere.
+    pub(crate) fn agent_at(&self, addresses: &[SocketAddr]) -> Agent {
+        let listeners = self.agent.run(|| addresses.iter().map(|&address| listen(address)).collect());
+        Agent { origins: Arc::clone(&self.origins), listeners }
+    }
+
+    /// Something that the agent itself does.
+    pub(crate) fn as_agent<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.agent.run(work)
+    }
+
+    /// Drops the programs, as the end of the agent's process does. What takes their place is not attached.
+    pub(crate) fn detach(&mut self) {
+        self.interceptor =
+            Interceptor::load(&settings(&self.kubepods, &self.agent, self.mount_level)).unwrap();
+    }
+
+    /// How often a branch was taken.
+    pub(crate) fn count(&self, counter: Counter) -> u64 {
+        let counters = self.interceptor.counters().unwrap();
+        counters.iter().find(|(name, _)| *name == counter).unwrap().1
+    }
+
+    /// Tickets that could still be redeemed.
+    pub(crate) fn live_tickets(&self) -> u64 {
+        self.count(Counter::TicketSent)
+            - self.count(Counter::TicketDropped)
+            - self.count(Counter::Redeemed)
+            - self.count(Counter::AcceptedNoRoom)
+    }
+}
+
+// === impl Root ===
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        remove_tree(&self.0);
+    }
+}
+
+// === impl Cgroup ===
+
+impl Cgroup {
+    pub(crate) fn create(path: PathBuf) -> Self {
+        fs::create_dir_all(&path).unwrap();
+        let id = fs::metadata(&path).unwrap().ino();
+        Self { path, id }
+    }
+
+    /// Runs `work` with the test process in this cgroup. Whatever sockets it makes belong here for good.
+    pub(crate) fn run<T>(&self, work: impl FnOnce() -> T) -> T {
+        struct Home(PathBuf);
+        impl Drop for Home {
+            fn drop(&mut self) {
+                enter(&self.0).unwrap();
+            }
+        }
+
+        let _alone = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
+        let _home = Home(own_cgroup());
+        enter(&self.path).unwrap();
+        work()
+    }
+}
+
+// === impl Pod ===
+
+impl Pod {
+    fn create(path: PathBuf) -> Self {
+        let container = Cgroup::create(path.join("cri-containerd-0123.scope"));
+        Self { cgroup: Cgroup::create(path), container }
+    }
+
+    /// Runs `work` in the pod's container.
+    pub(crate) fn run<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.container.run(work)
+    }
+
+    /// Dials from the pod's container.
+    pub(crate) fn dial(&self, address: &str) -> io::Result<TcpStream> {
+        self.run(|| dial(address))
+    }
+}
+
+// === impl Agent ===
+
+impl Agent {
+    /// Accepts the next connection and closes it; its origin.
+    pub(crate) fn accept(&self) -> Option<Origin> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            for listener in &self.listeners {
+                if let Ok((stream, _)) = listener.accept() {
+                    return self.origins.origin(stream.as_fd()).unwrap();
+                }
+            }
+            assert!(Instant::now() < deadline, "nothing arrives at the agent");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Whether a connection waits.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.listeners
+            .iter()
+            .all(|listener| listener.accept().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock))
+    }
+}
+
+fn settings(kubepods: &Cgroup, agent: &Cgroup, mount_level: u32) -> Settings {
+    Settings {
+        kubepods: kubepods.path.clone(),
+        agent_cgroup: agent.path.clone(),
+        kubepods_level: mount_level + 2,
+        kubepods_id: kubepods.id,
+        ticket_key: TicketKey::random().unwrap(),
+    }
+}
+
+/// The agent's own pair of addresses as a target.
+pub(crate) fn own_pair(generation: u64) -> Target {
+    Target { generation, v4: Endpoint::new(AGENT_V4.into(), 80), v6: Endpoint::new(AGENT_V6.into(), 80) }
+}
+
+/// Dials from wherever the test process is.
+pub(crate) fn dial(address: &str) -> io::Result<TcpStream> {
+    TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE)
+}
+
+/// A listener as the agent makes it.
+pub(crate) fn listen(address: SocketAddr) -> TcpListener {
+    let listener = TcpListener::bind(address).unwrap();
+    sockopt::save_syn(&listener);
+    listener.set_nonblocking(true).unwrap();
+    listener
+}
+
+/// A listener in no pod, which stands for the real service.
+pub(crate) fn real_service(address: &str) -> TcpListener {
+    let listener = TcpListener::bind(address).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    listener
+}
+
+/// Brings up the namespace's `lo` with everybody's addresses.
+fn wire() {
+    netlink(async |handle| {
+        handle.link().set(LinkUnspec::new_with_index(LO).up().build()).execute().await?;
+        let route =
+            RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(NOBODY, 32).output_interface(LO);
+        handle.route().add(route.build()).execute().await
+    });
+    let v4 = [IMDS_V4, POD_IDENTITY_V4, ECS_V4, AGENT_V4].map(IpAddr::from);
+    let v6 = [IMDS_V6, POD_IDENTITY_V6, AGENT_V6].map(IpAddr::from);
+    v4.into_iter().chain(v6).for_each(add_address);
+}
+
+/// Gives the node one more address.
+pub(crate) fn add_address(address: IpAddr) {
+    let prefix = if address.is_ipv4() { 32 } else { 128 };
+    netlink(async |handle| handle.address().add(LO, address, prefix).execute().await);
+}
+
+fn netlink(work: impl AsyncFnOnce(Handle) -> Result<(), rtnetlink::Error>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        tokio::spawn(connection);
+        work(handle).await.unwrap();
+    });
+}
+
+struct Mount {
+    path: PathBuf,
+    /// Ancestor level of the mounted directory.
+    level: u32,
+}
+
+fn cgroup_mount() -> Mount {
+    let mounts = Process::myself().unwrap().mountinfo().unwrap();
+    let mount = mounts.into_iter().find(|mount| mount.fs_type == "cgroup2").expect("cgroup2 is not mounted");
+    let level = mount.root.split('/').filter(|part| !part.is_empty()).count();
+    Mount { path: mount.mount_point, level: level.try_into().unwrap() }
+}
+
+/// The cgroup directory that the test process is in.
+fn own_cgroup() -> PathBuf {
+    let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).expect("no cgroup2 line");
+    cgroup_mount().path.join(path)
+}
+
+fn enter(cgroup: &Path) -> io::Result<()> {
+    fs::write(cgroup.join("cgroup.procs"), process::id().to_string())
+}
+
+/// Removes a cgroup and those below it.
+fn remove_tree(path: &Path) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path());
+        }
+    }
+    if let Err(error) = fs::remove_dir(path) {
+        eprintln!("cannot remove the cgroup {}: {error}", path.display());
+    }
+}

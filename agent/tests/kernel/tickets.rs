@@ -1,0 +1,199 @@
+//! The ticket's life: sent once, redeemed once, never left behind.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use agent_common::{
+    counter::Counter,
+    policy::{IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_ON, PodPolicy},
+    target::Target,
+};
+use rustix::net::connect_unspec;
+
+use crate::{
+    IMDS, IMDS_MAPPED, IMDS_V6, endpoint, forge,
+    node::{AGENT_V4, NOBODY, Node, add_address, own_pair},
+    redial, tcp_socket,
+};
+
+#[test]
+fn with_syn_cookies_the_ticket_comes_with_the_ack() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        for cookies in ["0", "1", "2"] {
+            fs::write("/proc/sys/net/ipv4/tcp_syncookies", cookies).unwrap();
+            for address in [IMDS, IMDS_V6, IMDS_MAPPED] {
+                let _stream = pod.dial(address).unwrap();
+                let origin =
+                    agent.accept().unwrap_or_else(|| panic!("{address} with tcp_syncookies={cookies}"));
+                assert_eq!(origin.pod_cgroup_id, pod.cgroup.id);
+            }
+        }
+        assert_eq!(node.live_tickets(), 0);
+    });
+}
+
+#[test]
+fn a_redeemed_ticket_is_worth_nothing() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        let _stream = pod.dial(IMDS).unwrap();
+        let origin = agent.accept().expect("anonymous");
+
+        forge::shake_hands(2_000, origin.ticket);
+        assert_eq!(agent.accept(), None);
+        assert_eq!((node.count(Counter::Redeemed), node.count(Counter::BadTicket)), (1, 1));
+    });
+}
+
+#[test]
+fn a_forged_ticket_is_worth_nothing() {
+    Node::run(|node| {
+        let agent = node.agent();
+        for (port, ticket) in [(2_000, 0), (2_001, 1), (2_002, u64::MAX)] {
+            forge::shake_hands(port, ticket);
+            assert_eq!(agent.accept(), None, "{ticket}");
+        }
+        assert_eq!((node.count(Counter::Redeemed), node.count(Counter::BadTicket)), (0, 3));
+    });
+}
+
+#[test]
+fn a_dial_that_fails_leaves_no_ticket() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let dial = || TcpStream::connect_timeout(&IMDS.parse().unwrap(), Duration::from_millis(50));
+        // Without a route the handshake never begins; the others begin one each.
+        for (case, target, sent) in [
+            ("no route", SocketAddr::from(([203, 0, 113, 1], 80)), 0),
+            ("no listener", (AGENT_V4, 80).into(), 1),
+            ("no answer", (NOBODY, 80).into(), 2),
+        ] {
+            let target = Target { v4: endpoint(&target.to_string()), ..own_pair(2) };
+            node.interceptor.set_target(target).unwrap();
+            pod.run(dial).expect_err(case);
+            assert_eq!(node.count(Counter::TicketSent), sent, "{case}");
+            assert_eq!(node.count(Counter::TicketDropped), sent, "{case}");
+        }
+        assert_eq!(node.count(Counter::Redirected), 3);
+    });
+}
+
+#[test]
+fn a_redialled_socket_gets_a_new_ticket() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        let socket = pod.run(tcp_socket);
+        let own = format!("{AGENT_V4}:80");
+        let mut tickets = Vec::new();
+        for address in [IMDS, IMDS, &own, IMDS] {
+            pod.run(|| redial(&socket, address)).unwrap();
+            let origin = agent.accept().expect("anonymous");
+            assert_eq!(origin.orig_dst, endpoint(address));
+            assert!(!tickets.contains(&origin.ticket), "a ticket came twice");
+            tickets.push(origin.ticket);
+            connect_unspec(&socket).unwrap();
+        }
+        assert_eq!(node.live_tickets(), 0);
+    });
+}
+
+#[test]
+fn a_redialled_socket_does_not_carry_its_ticket_elsewhere() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        // The passive program counts what arrives here, too.
+        let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
+        let agent = node.agent();
+        let socket = pod.run(tcp_socket);
+        pod.run(|| redial(&socket, IMDS)).unwrap();
+        agent.accept().expect("anonymous");
+        connect_unspec(&socket).unwrap();
+        pod.run(|| redial(&socket, "127.0.0.1:8080")).unwrap();
+        assert_eq!(elsewhere.accept(), None);
+        assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
+    });
+}
+
+#[test]
+fn an_abandoned_handshake_does_not_leave_its_ticket_in_the_next_one() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let silent = Target { v4: endpoint(&format!("{NOBODY}:80")), ..own_pair(2) };
+        node.interceptor.set_target(silent).unwrap();
+        let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
+        let socket = pod.run(tcp_socket);
+        rustix::io::ioctl_fionbio(&socket, true).unwrap();
+        pod.run(|| redial(&socket, IMDS)).expect_err("the handshake is under way");
+        connect_unspec(&socket).unwrap();
+        assert_eq!(node.count(Counter::TicketDropped), 1);
+
+        rustix::io::ioctl_fionbio(&socket, false).unwrap();
+        pod.run(|| redial(&socket, "127.0.0.1:8080")).unwrap();
+        assert_eq!(elsewhere.accept(), None);
+        assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
+    });
+}
+
+#[test]
+fn a_pod_that_is_left_alone_does_not_send_a_former_ticket() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        let socket = pod.run(tcp_socket);
+        pod.run(|| redial(&socket, IMDS)).unwrap();
+        agent.accept().expect("anonymous");
+        connect_unspec(&socket).unwrap();
+
+        node.interceptor.set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_OFF, pod_identity: 0 }).unwrap();
+        pod.run(|| redial(&socket, &format!("{AGENT_V4}:80"))).unwrap();
+        assert_eq!(agent.accept(), None);
+        assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
+    });
+}
+
+#[test]
+fn a_dial_that_was_redirected_already_keeps_its_origin() {
+    // What the second of two programs sees while one replaces the other: the target, and an origin minted for it.
+    // Here the first dial fails for want of a route, so that its origin waits for the second.
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let late = "203.0.113.1:80";
+        node.interceptor.set_target(Target { v4: endpoint(late), ..own_pair(2) }).unwrap();
+        let socket = pod.run(tcp_socket);
+        pod.run(|| redial(&socket, IMDS)).expect_err("there is no route");
+
+        add_address(IpAddr::from([203, 0, 113, 1]));
+        let agent = node.agent_at(&[late.parse().unwrap()]);
+        pod.run(|| redial(&socket, late)).unwrap();
+        assert_eq!(agent.accept().expect("anonymous").orig_dst, endpoint(IMDS));
+        assert_eq!(node.count(Counter::Redirected), 1);
+    });
+}
+
+#[test]
+fn a_long_request_is_unharmed_by_the_option() {
+    use std::io::{Read as _, Write as _};
+
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let listener = node.as_agent(|| crate::node::listen((AGENT_V4, 80).into()));
+        listener.set_nonblocking(false).unwrap();
+        let mut client = pod.dial(IMDS).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        let request: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
+        let expected = request.clone();
+        let writer = std::thread::spawn(move || client.write_all(&request).unwrap());
+        let mut received = Vec::new();
+        server.read_to_end(&mut received).unwrap();
+        writer.join().unwrap();
+        assert!(received == expected, "the bytes differ");
+        assert_eq!(node.count(Counter::OptionNoRoom), 0);
+    });
+}
