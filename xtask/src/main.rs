@@ -1,1 +1,92 @@
-fn main(){}
+//! podgate's developer commands: `cargo xtask COMMAND`.
+//!
+//! Owns the command line. Each command is a module of its own.
+
+mod bench;
+mod check;
+mod cmd;
+mod demo;
+mod ebpf;
+mod lab;
+mod report;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// podgate's developer commands.
+#[derive(Debug, Parser)]
+#[command(name = "xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build the kernel programs, setting up their toolchain if it is missing.
+    BuildEbpf,
+    /// Check formatting, lints, documentation, dependencies and the import rules.
+    Check,
+    /// Show real clients getting their own role on a simulated node.
+    Demo {
+        /// Print the rows as JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run the tests, all tiers or one, each within its time budget.
+    Test {
+        /// Run this tier only.
+        #[arg(long, value_enum)]
+        tier: Option<test::Tier>,
+    },
+    /// Start, enter and stop simulated nodes.
+    #[command(subcommand)]
+    Lab(lab::Command),
+    /// Measure.
+    #[command(subcommand)]
+    Bench(bench::Command),
+    /// Run a command where ENTRY (JSON) says.
+    #[command(name = ::lab::enter::SUBCOMMAND, hide = true)]
+    LabEnter {
+        entry: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Run a lab until told to stop.
+    #[command(hide = true)]
+    LabServe(lab::ServeArguments),
+    /// Answer every request with the same bytes.
+    #[command(hide = true)]
+    BenchServer(bench::ServerArguments),
+    /// Send requests and report how long each took.
+    #[command(hide = true)]
+    BenchLoad(bench::LoadArguments),
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("{} {error:#}", report::failure("error:"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::BuildEbpf => ebpf::command()?,
+        Command::Check => check::run()?,
+        Command::Demo { json } => return demo::run(json),
+        Command::Test { tier } => return test::run(tier),
+        Command::Lab(command) => lab::run(command)?,
+        Command::Bench(bench::Command::Warm) => bench::warm()?,
+        Command::LabEnter { entry, command } => match ::lab::enter::enter(&serde_json::from_str(&entry)?, &command)? {},
+        Command::LabServe(arguments) => lab::serve(&arguments)?,
+        Command::BenchServer(arguments) => bench::serve(&arguments)?,
+        Command::BenchLoad(arguments) => bench::load(&arguments)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -102,8 +102,8 @@ impl NodeCgroups {
 
 /// The cgroup2 mount: the only one there is, or the `unified` one of a hybrid hierarchy.
 pub fn mount_point() -> anyhow::Result<PathBuf> {
-    procfs::process::Process::myself()
-        .and_then(|own| own.mountinfo())
+    let mounts = procfs::process::Process::myself().and_then(|own| own.mountinfo());
+    mounts
         .context("cannot read /proc/self/mountinfo")?
         .into_iter()
         .find(|mount| mount.fs_type == "cgroup2")

@@ -18,8 +18,8 @@ use anyhow::{Context as _, anyhow};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
 
-pub use self::wiring::PodAddresses;
-pub(crate) use self::wiring::{node_addresses, wire_node, wire_pod};
+pub use self::wiring::{PodAddresses, node_addresses};
+pub(crate) use self::wiring::{wire_node, wire_pod};
 
 /// A network namespace; it lives as long as this handle, or a process or a socket in it.
 #[derive(Debug)]

@@ -104,18 +104,21 @@ impl PodSpec {
     }
 
     /// The same with a role for its service account.
+    #[must_use]
     pub fn role(mut self, role: &str) -> Self {
         self.role = Some(role.to_owned());
         self
     }
 
     /// The same with an annotation.
+    #[must_use]
     pub fn annotation(mut self, key: &str, value: &str) -> Self {
         self.annotations.insert(key.to_owned(), value.to_owned());
         self
     }
 
     /// The same with what the webhook injects.
+    #[must_use]
     pub fn with_token(mut self) -> Self {
         self.token_volume = true;
         self

@@ -19,6 +19,7 @@ use crate::{cgroup, node::NodePlace, pod::Pod, process::Process};
 /// Every lab's directory is below this one.
 const LABS: &str = "/run/podgate-lab";
 const STATE_FILE: &str = "state.json";
+const NAME_RULE: &str = "a lab's name is up to 24 of a-z, 0-9 and -";
 
 /// A lab as others see it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -109,7 +110,7 @@ impl State {
 impl Claim {
     /// Takes the name for this process. What a dead lab of that name left behind goes first.
     pub(crate) fn take(name: &str, served: bool) -> anyhow::Result<(Self, State)> {
-        ensure!(is_name(name), "{name:?} is no name for a lab: up to 24 of a-z, 0-9 and -");
+        ensure!(is_name(name), "{NAME_RULE}, not {name:?}");
         if let Ok(earlier) = State::load(name) {
             ensure!(!earlier.is_alive(), "the lab {name} is up already: `cargo xtask lab down --name {name}`");
             clean(name)?;
@@ -156,6 +157,13 @@ pub fn directory(name: &str) -> PathBuf {
     Path::new(LABS).join(name)
 }
 
+/// Where a process that serves the lab called `name` logs: beside the lab's directory, which comes later.
+pub fn log_file(name: &str) -> anyhow::Result<PathBuf> {
+    ensure!(is_name(name), "{NAME_RULE}, not {name:?}");
+    fs::create_dir_all(LABS).with_context(|| format!("cannot create {LABS}: run as root"))?;
+    Ok(Path::new(LABS).join(format!(".{name}.log")))
+}
+
 /// Removes what the lab has on the machine: its cgroups with every process in them (and with those the network
 /// namespaces and veths), its mounts, its directory.
 pub fn clean(name: &str) -> anyhow::Result<()> {
@@ -166,12 +174,15 @@ pub fn clean(name: &str) -> anyhow::Result<()> {
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
         Err(error) => return Err(error).context("cannot unmount the lab's bpffs"),
     }
-    match fs::remove_dir_all(&directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", directory.display()))
+    for removed in [fs::remove_dir_all(&directory), fs::remove_file(log_file(name)?)] {
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", directory.display()));
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 fn is_name(name: &str) -> bool {

@@ -133,9 +133,7 @@ impl Drop for Pods {
 /// Mints a token for the pod's volume, as the kubelet does; a pod without the volume is left alone.
 pub(super) fn write_token(cluster: &Cluster, pod: &Pod) -> anyhow::Result<()> {
     let Some(volume) = &pod.token_volume else { return Ok(()) };
-    let token = cluster
-        .mint_pod_token(&pod.namespace, &pod.name, &[AUDIENCE], TOKEN_LIFE)
-        .with_context(|| format!("the API server does not know the pod {}", pod.full_name()))?;
+    let token = cluster.mint_pod_token(&pod.namespace, &pod.name, &[AUDIENCE], TOKEN_LIFE);
     pod::write_token(volume, &token)
 }
 

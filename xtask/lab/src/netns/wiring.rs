@@ -59,7 +59,7 @@ impl PodAddresses {
 }
 
 /// The node's own addresses, and those of its host-network pods.
-pub(crate) fn node_addresses() -> PodAddresses {
+pub fn node_addresses() -> PodAddresses {
     PodAddresses { v4: Ipv4Addr::new(10, 10, 0, 10), v6: Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 0x10) }
 }
 

@@ -1,0 +1,117 @@
+//! Requests, as many as asked for, from a few clients that each wait for the answer before they ask again.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{
+    Request, StatusCode,
+    body::Bytes,
+    client::conn::http1::{SendRequest, handshake},
+    header,
+};
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
+
+/// Clients at a time: enough to keep a server busy, few enough to measure it and not a queue.
+const CLIENTS: u32 = 4;
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LoadArguments {
+    /// Whom to ask.
+    #[arg(long)]
+    address: SocketAddr,
+    /// What to ask for.
+    #[arg(long)]
+    path: String,
+    /// How many requests in all.
+    #[arg(long)]
+    requests: u32,
+    /// A connection for each request, instead of one per client.
+    #[arg(long)]
+    new_connections: bool,
+}
+
+/// What is printed, as JSON.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct LoadResult {
+    pub(super) requests: u32,
+    pub(super) seconds: f64,
+    pub(super) p50_microseconds: f64,
+    pub(super) p99_microseconds: f64,
+}
+
+/// Runs the load and prints its result. Any answer but 200 is an error.
+pub(crate) fn load(arguments: &LoadArguments) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let began = Instant::now();
+    let mut took = runtime.block_on(async {
+        let clients: Vec<_> = (0..CLIENTS).map(|_| tokio::spawn(client(arguments.clone()))).collect();
+        let mut took = Vec::new();
+        for client in clients {
+            took.extend(client.await??);
+        }
+        anyhow::Ok(took)
+    })?;
+    let seconds = began.elapsed().as_secs_f64();
+    took.sort();
+    let percentile = |percent: usize| {
+        let at = took.len() * percent / 100;
+        took.get(at).copied().unwrap_or_default().as_secs_f64() * 1e6
+    };
+    let result = LoadResult {
+        requests: u32::try_from(took.len())?,
+        seconds,
+        p50_microseconds: percentile(50),
+        p99_microseconds: percentile(99),
+    };
+    println!("{}", serde_json::to_string(&result)?);
+    Ok(())
+}
+
+/// One client's share. A new connection counts towards its request's time.
+async fn client(arguments: LoadArguments) -> anyhow::Result<Vec<Duration>> {
+    let mut took = Vec::new();
+    let mut connection = None;
+    for _ in 0..arguments.requests / CLIENTS {
+        let began = Instant::now();
+        let mut sender = match connection.take() {
+            Some(sender) => sender,
+            None => connect(arguments.address).await?,
+        };
+        ask(&mut sender, &arguments).await?;
+        took.push(began.elapsed());
+        if !arguments.new_connections {
+            connection = Some(sender);
+        }
+    }
+    Ok(took)
+}
+
+async fn connect(address: SocketAddr) -> anyhow::Result<SendRequest<Empty<Bytes>>> {
+    let stream =
+        TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+async fn ask(sender: &mut SendRequest<Empty<Bytes>>, arguments: &LoadArguments) -> anyhow::Result<()> {
+    sender.ready().await?;
+    let mut request = Request::get(&arguments.path).header(header::HOST, arguments.address.ip().to_string());
+    if arguments.new_connections {
+        // The server closes: TIME_WAIT is then not the client's, which would run out of ports.
+        request = request.header(header::CONNECTION, "close");
+    }
+    let response = sender.send_request(request.body(Empty::new())?).await?;
+    let status = response.status();
+    let body = response.into_body().collect().await?.to_bytes();
+    ensure!(status == StatusCode::OK, "{status}: {}", String::from_utf8_lossy(&body));
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! The demo's clients: curl, and boto3 in two versions, unmodified.
+//!
+//! Owns getting them onto the machine: system packages where they are missing, the rest under `target/clients`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, bail};
+
+use crate::cmd;
+
+/// The last boto3 that knows IMDSv2 but not yet Pod Identity.
+const BOTO3_OLD: &str = "1.28.85";
+const BOTO3_CURRENT: &str = "1.44.5";
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/boto3_credentials.py");
+const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/clients");
+
+/// What is needed of the system: how to see that it is there, and the Debian package that brings it.
+const TOOLS: [(&[&str], &str); 3] = [
+    (&["curl", "--version"], "curl"),
+    (&["python3", "--version"], "python3"),
+    (&["python3", "-c", "import ensurepip, venv"], "python3-venv"),
+];
+
+/// The clients, ready to run.
+#[derive(Debug)]
+pub(super) struct Clients {
+    /// An SDK that predates Pod Identity.
+    pub(super) boto3_old: Boto3,
+    /// A current SDK.
+    pub(super) boto3_current: Boto3,
+    /// Such as `curl 8.14.1`.
+    pub(super) curl_version: String,
+}
+
+/// boto3 in an environment of its own.
+#[derive(Debug)]
+pub(super) struct Boto3 {
+    python: PathBuf,
+}
+
+// === impl Clients ===
+
+impl Clients {
+    /// Installs what is missing, saying so first.
+    pub(super) fn prepare() -> anyhow::Result<Self> {
+        install_packages()?;
+        Ok(Self {
+            boto3_old: Boto3::install(BOTO3_OLD)?,
+            boto3_current: Boto3::install(BOTO3_CURRENT)?,
+            curl_version: curl_version()?,
+        })
+    }
+}
+
+// === impl Boto3 ===
+
+impl Boto3 {
+    /// The command that resolves credentials.
+    pub(super) fn command(&self) -> Vec<String> {
+        vec![self.python.display().to_string(), SCRIPT.to_owned()]
+    }
+
+    fn install(version: &str) -> anyhow::Result<Self> {
+        let directory = Path::new(DIRECTORY).join(format!("boto3-{version}"));
+        let python = directory.join("bin/python");
+        let complete = directory.join("complete");
+        if !complete.exists() {
+            fs::create_dir_all(DIRECTORY).with_context(|| format!("cannot create {DIRECTORY}"))?;
+            cmd::run(
+                &format!("python environment for boto3 {version}"),
+                Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory),
+            )?;
+            cmd::run(
+                &format!("boto3 {version}"),
+                Command::new(&python)
+                    .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+                    .arg(format!("boto3=={version}")),
+            )?;
+            fs::write(complete, "")?;
+        }
+        Ok(Self { python })
+    }
+}
+
+fn install_packages() -> anyhow::Result<()> {
+    let missing: Vec<&str> = TOOLS
+        .iter()
+        .filter(|(probe, _)| !Command::new(probe[0]).args(&probe[1..]).output().is_ok_and(|out| out.status.success()))
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages = missing.join(" ");
+    if Command::new("apt-get").arg("--version").output().is_err() {
+        bail!("the demo's clients need {packages}: install them with this system's package manager");
+    }
+    println!("installing {packages} with apt-get");
+    cmd::run("package lists", Command::new("apt-get").args(["update", "-q"]))?;
+    cmd::run(
+        &packages,
+        Command::new("apt-get")
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .args(["install", "-y", "-q", "--no-install-recommends"])
+            .args(&missing),
+    )
+}
+
+fn curl_version() -> anyhow::Result<String> {
+    let output = Command::new("curl").arg("--version").output().context("cannot run curl")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
+}

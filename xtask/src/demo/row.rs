@@ -1,0 +1,190 @@
+//! One row of the demo's table: what was expected, what came, and whether that is right.
+//!
+//! Owns the verdict, a pure function of the client's access key and what the simulated AWS side recorded.
+
+use comfy_table::Cell;
+use lab::{
+    Pod,
+    eks_auth::Issued,
+    lab::{NODE_ACCESS_KEY_ID, NODE_ROLE},
+};
+use serde::Serialize;
+
+use super::attempt::{Attempt, Place};
+use crate::report;
+
+/// What a client should get.
+#[derive(Debug)]
+pub(super) enum Expected {
+    /// The role of its pod's service account.
+    OwnRole,
+    /// No credentials, but a reason.
+    Refusal {
+        /// What the reason must name.
+        naming: Vec<String>,
+        /// Milliseconds it may take.
+        within: Option<f64>,
+    },
+    /// The node's role, from the real metadata service.
+    NodeRole,
+}
+
+/// Who asks what, how.
+#[derive(Debug)]
+pub(super) struct Case<'a> {
+    number: &'static str,
+    pub(super) place: Place<'a>,
+    dialled: &'static str,
+    dialect: &'static str,
+    expected: Expected,
+}
+
+/// What the simulated AWS side recorded.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// What EKS Auth handed out under the client's access key.
+    pub(super) issued: Option<Issued>,
+    /// How often the node's credentials were read meanwhile.
+    pub(super) node_reads: u64,
+}
+
+/// One row.
+#[derive(Debug, Serialize)]
+pub(super) struct Row {
+    row: &'static str,
+    pod: String,
+    service_account: String,
+    client: String,
+    dialled: &'static str,
+    dialect: &'static str,
+    role: Option<String>,
+    access_key_id: Option<String>,
+    milliseconds: f64,
+    right: bool,
+    verdict: String,
+}
+
+// === impl Case ===
+
+impl<'a> Case<'a> {
+    pub(super) fn new(
+        number: &'static str,
+        place: Place<'a>,
+        dialled: &'static str,
+        dialect: &'static str,
+        expected: Expected,
+    ) -> Self {
+        Self { number, place, dialled, dialect, expected }
+    }
+}
+
+// === impl Row ===
+
+impl Row {
+    pub(super) fn new(case: &Case<'_>, attempt: Attempt, found: &Found) -> Self {
+        let (right, verdict) = match judge(case, &attempt, found) {
+            Ok(verdict) => (true, verdict),
+            Err(verdict) => (false, verdict),
+        };
+        let (pod, service_account) = match case.place {
+            Place::Pod(pod) => (pod.full_name(), format!("{}/{}", pod.namespace, pod.service_account)),
+            Place::Node => ("(the node)".to_owned(), "-".to_owned()),
+        };
+        Self {
+            row: case.number,
+            pod,
+            service_account,
+            client: attempt.version.unwrap_or_default(),
+            dialled: case.dialled,
+            dialect: case.dialect,
+            role: role(attempt.access_key_id.as_deref(), found),
+            access_key_id: attempt.access_key_id,
+            milliseconds: attempt.milliseconds,
+            right,
+            verdict,
+        }
+    }
+
+    pub(super) fn is_right(&self) -> bool {
+        self.right
+    }
+}
+
+/// Prints the table and one line of verdict.
+pub(super) fn print(rows: &[Row]) {
+    let mut table = report::table(&[
+        "", "pod", "service account", "client", "dialled", "dialect", "role", "access key id", "ms", "verdict",
+    ]);
+    for row in rows {
+        table.add_row([
+            Cell::new(row.row),
+            Cell::new(&row.pod),
+            Cell::new(&row.service_account),
+            Cell::new(&row.client),
+            Cell::new(row.dialled),
+            Cell::new(row.dialect),
+            Cell::new(row.role.as_deref().unwrap_or("-")),
+            Cell::new(row.access_key_id.as_deref().unwrap_or("-")),
+            Cell::new(format!("{:.0}", row.milliseconds)),
+            report::verdict(row.right, &row.verdict),
+        ]);
+    }
+    println!("{table}");
+    let wrong = rows.iter().filter(|row| !row.right).count();
+    if wrong == 0 {
+        println!("{}", report::success(format!("all {} rows are as they should be", rows.len())));
+    } else {
+        println!("{}", report::failure(format!("{wrong} of {} rows are not as they should be", rows.len())));
+    }
+}
+
+/// Whether the attempt is as the case expects; either way the reason.
+fn judge(case: &Case<'_>, attempt: &Attempt, found: &Found) -> Result<String, String> {
+    let is_node_key = attempt.access_key_id.as_deref() == Some(NODE_ACCESS_KEY_ID);
+    match (&case.expected, case.place) {
+        (Expected::NodeRole, _) if is_node_key && found.node_reads == 1 => Ok("untouched".to_owned()),
+        (Expected::NodeRole, _) => Err(format!("does not see the real IMDS: {}", attempt.said)),
+        _ if is_node_key || found.node_reads > 0 => Err("the node's role was handed out".to_owned()),
+        (Expected::OwnRole, Place::Pod(pod)) => own_role(pod, attempt, found.issued.as_ref()),
+        (Expected::OwnRole, Place::Node) => Err("BUG: the node has no role of its own here".to_owned()),
+        (Expected::Refusal { naming, within }, _) => refusal(naming, *within, attempt),
+    }
+}
+
+fn own_role(pod: &Pod, attempt: &Attempt, issued: Option<&Issued>) -> Result<String, String> {
+    let Some(key) = &attempt.access_key_id else { return Err(format!("no credentials: {}", attempt.said)) };
+    let Some(issued) = issued else { return Err(format!("EKS Auth never handed out {key}")) };
+    let own = issued.pod_uid == pod.uid
+        && issued.namespace == pod.namespace
+        && issued.service_account == pod.service_account
+        && Some(&issued.role_name) == pod.role.as_ref();
+    if own {
+        Ok("its own role".to_owned())
+    } else {
+        Err(format!("the role of {}/{}", issued.namespace, issued.service_account))
+    }
+}
+
+fn refusal(naming: &[String], within: Option<f64>, attempt: &Attempt) -> Result<String, String> {
+    if let Some(key) = &attempt.access_key_id {
+        return Err(format!("got the credentials {key}"));
+    }
+    let status = attempt.status.unwrap_or_default();
+    if !(400..500).contains(&status) {
+        return Err(format!("status {status}: {}", attempt.said));
+    }
+    if let Some(missing) = naming.iter().find(|name| !attempt.said.contains(*name)) {
+        return Err(format!("refused without naming {missing}: {}", attempt.said));
+    }
+    match within {
+        Some(limit) if attempt.milliseconds > limit => Err(format!("refused, but not within {limit} ms")),
+        _ => Ok(format!("refused ({status}), naming {}", naming.join(" and "))),
+    }
+}
+
+fn role(access_key_id: Option<&str>, found: &Found) -> Option<String> {
+    match access_key_id {
+        Some(NODE_ACCESS_KEY_ID) => Some(format!("{NODE_ROLE} (the node's)")),
+        _ => found.issued.as_ref().map(|issued| issued.role_name.clone()),
+    }
+}

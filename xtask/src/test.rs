@@ -1,0 +1,177 @@
+//! `cargo xtask test`: every test, tier by tier, each within its time budget.
+//!
+//! Owns which tests make a tier, the counting and the verdict. Nothing is skipped: what cannot run fails.
+
+mod step;
+
+use std::{collections::BTreeMap, fs, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context as _, bail};
+use clap::ValueEnum;
+use comfy_table::Cell;
+use lab::state::{self, State};
+use tokio::process::Command;
+
+use self::step::{Outcome, Step};
+use crate::{ebpf, report};
+
+const BUDGETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.ci/budgets.toml");
+/// Tells the lab tests which agent to run.
+const AGENT_VARIABLE: &str = "PODGATE_AGENT";
+const OBJECT_VARIABLE: &str = "PODGATE_EBPF_OBJECT";
+
+/// A kind of tests, by what they need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tier {
+    /// Pure logic and documentation examples; needs nothing.
+    Unit,
+    /// The agent in process against the lab's servers; needs nothing.
+    Pipeline,
+    /// The programs in the running kernel; needs root.
+    Kernel,
+    /// The release binary on a simulated node; needs root.
+    Lab,
+}
+
+/// Seconds by step, from the file.
+type Budgets = BTreeMap<String, u64>;
+
+// === impl Tier ===
+
+impl Tier {
+    fn needs_root(self) -> bool {
+        matches!(self, Self::Kernel | Self::Lab)
+    }
+
+    /// `cargo test` arguments that select the tier's tests.
+    fn selection(self) -> &'static [&'static [&'static str]] {
+        match self {
+            Self::Unit => &[
+                &["-p", "agent", "-p", "agent-common", "-p", "lab", "-p", "xtask", "--lib", "--bins"],
+                &["-p", "agent", "-p", "agent-common", "-p", "lab", "--doc"],
+            ],
+            Self::Pipeline => &[&["-p", "agent", "-p", "lab", "--test", "*"]],
+            Self::Kernel => &[&["-p", "agent", "--features", "kernel-tests", "--test", "kernel"]],
+            Self::Lab => &[&["-p", "xtask", "--test", "lab"]],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Pipeline => "pipeline",
+            Self::Kernel => "kernel",
+            Self::Lab => "lab",
+        }
+    }
+}
+
+/// Runs one tier or all, prints the table and, alone on the last line, `N passed, N failed`.
+pub(crate) fn run(only: Option<Tier>) -> anyhow::Result<ExitCode> {
+    let tiers: Vec<Tier> = only.map_or_else(|| Tier::value_variants().to_vec(), |tier| vec![tier]);
+    if tiers.iter().any(|tier| tier.needs_root()) {
+        report::require_root("the tests of the tiers kernel and lab")?;
+    }
+    let budgets = read_budgets()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut outcomes = Vec::new();
+    for tier in tiers {
+        run_tier(tier, &budgets, &runtime, &mut outcomes)?;
+    }
+    Ok(verdict(&outcomes))
+}
+
+/// Compiles the tier's tests, then runs them: two steps, so that each has a time of its own.
+fn run_tier(
+    tier: Tier,
+    budgets: &Budgets,
+    runtime: &tokio::runtime::Runtime,
+    outcomes: &mut Vec<Outcome>,
+) -> anyhow::Result<()> {
+    let environment = if tier.needs_root() {
+        let step = Step::new(format!("{}: build object and agent", tier.name()), budget(budgets, "build-agent")?);
+        let mut environment = Vec::new();
+        outcomes.push(step.measure(|| {
+            environment = kernel_environment(tier)?;
+            Ok(())
+        }));
+        environment
+    } else {
+        Vec::new()
+    };
+    let compile = Step::new(format!("{}: compile", tier.name()), budget(budgets, "compile")?);
+    let compile_commands =
+        tier.selection().iter().filter(|arguments| !arguments.contains(&"--doc")).map(|arguments| {
+            let mut command = cargo_test(arguments, &environment);
+            command.arg("--no-run");
+            command
+        });
+    let compiled = runtime.block_on(compile.run(compile_commands.collect()))?;
+    let is_compiled = compiled.is_good();
+    outcomes.push(compiled);
+    if is_compiled {
+        let tests = Step::new(tier.name().to_owned(), budget(budgets, tier.name())?);
+        let commands = tier.selection().iter().map(|arguments| cargo_test(arguments, &environment));
+        outcomes.push(runtime.block_on(tests.run(commands.collect()))?);
+    }
+    if tier == Tier::Lab {
+        remove_dead_labs()?;
+    }
+    Ok(())
+}
+
+fn cargo_test(arguments: &[&str], environment: &[(&str, PathBuf)]) -> Command {
+    let mut command = Command::new("cargo");
+    command.arg("test").args(arguments).envs(environment.iter().map(|(name, value)| (*name, value)));
+    command
+}
+
+/// What the tests with root need built, by the variable that tells them where it is.
+fn kernel_environment(tier: Tier) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
+    Ok(match tier {
+        Tier::Lab => vec![(AGENT_VARIABLE, ebpf::build_release_agent()?)],
+        _ => vec![(OBJECT_VARIABLE, ebpf::build_object()?.path)],
+    })
+}
+
+/// A test binary that was killed leaves its labs behind.
+fn remove_dead_labs() -> anyhow::Result<()> {
+    for lab in State::list()?.into_iter().filter(|lab| !lab.is_alive()) {
+        state::clean(&lab.name)?;
+    }
+    Ok(())
+}
+
+fn read_budgets() -> anyhow::Result<Budgets> {
+    let text = fs::read_to_string(BUDGETS).with_context(|| format!("cannot read {BUDGETS}"))?;
+    toml::from_str(&text).with_context(|| format!("{BUDGETS} is not a table of seconds"))
+}
+
+fn budget(budgets: &Budgets, step: &str) -> anyhow::Result<Duration> {
+    match budgets.get(step) {
+        Some(seconds) => Ok(Duration::from_secs(*seconds)),
+        None => bail!("{BUDGETS} has no budget for {step}"),
+    }
+}
+
+fn verdict(outcomes: &[Outcome]) -> ExitCode {
+    let mut table = report::table(&["step", "passed", "failed", "time", "budget", "verdict"]);
+    for outcome in outcomes {
+        let problem = outcome.problem();
+        table.add_row([
+            Cell::new(&outcome.name),
+            Cell::new(outcome.counts(outcome.passed)),
+            Cell::new(outcome.counts(outcome.failed)),
+            Cell::new(format!("{:.1} s", outcome.took.as_secs_f64())),
+            Cell::new(format!("{} s", outcome.budget.as_secs())),
+            report::verdict(problem.is_none(), problem.as_deref().unwrap_or("ok")),
+        ]);
+    }
+    println!("{table}");
+    let passed: u64 = outcomes.iter().map(|outcome| outcome.passed).sum();
+    // A step that failed without a failing test (it did not compile, or took too long) counts as one.
+    let failed: u64 =
+        outcomes.iter().map(|outcome| outcome.failed.max(u64::from(!outcome.is_good()))).sum();
+    println!("{passed} passed, {failed} failed");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

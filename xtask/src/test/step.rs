@@ -1,0 +1,213 @@
+//! One step of the tests: commands run one after the other, watched, timed and counted.
+//!
+//! Owns the running and the counting. Which commands and what they mean is the caller's.
+
+use std::{
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::{Child, Command},
+    time::timeout_at,
+};
+
+use crate::report;
+
+/// What is to be run, and how long it may take.
+pub(super) struct Step {
+    name: String,
+    budget: Duration,
+}
+
+/// What came of a step.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) name: String,
+    pub(super) budget: Duration,
+    pub(super) took: Duration,
+    pub(super) passed: u64,
+    pub(super) failed: u64,
+    ignored: u64,
+    has_tests: bool,
+    /// Why the step failed, where that is no failing test.
+    error: Option<String>,
+}
+
+// === impl Step ===
+
+impl Step {
+    pub(super) fn new(name: String, budget: Duration) -> Self {
+        println!("\n{}", report::heading(&name));
+        Self { name, budget }
+    }
+
+    /// Times something that is no test.
+    pub(super) fn measure(self, work: impl FnOnce() -> anyhow::Result<()>) -> Outcome {
+        let began = Instant::now();
+        let error = work().err().map(|error| format!("{error:#}"));
+        let mut outcome = self.outcome();
+        outcome.took = began.elapsed();
+        outcome.error = error;
+        outcome
+    }
+
+    /// Runs the commands one after the other; what still runs when the budget is used up is killed. An error only
+    /// when the run is interrupted.
+    pub(super) async fn run(self, commands: Vec<Command>) -> anyhow::Result<Outcome> {
+        let began = Instant::now();
+        let deadline = tokio::time::Instant::now() + self.budget;
+        let mut outcome = self.outcome();
+        for mut command in commands {
+            // A group of its own: cargo's children are killed with it.
+            let mut child = command
+                .process_group(0)
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .spawn()
+                .context("cannot run cargo")?;
+            let group = child.id().context("BUG: cargo was waited for already")?;
+            tokio::select! {
+                followed = timeout_at(deadline, outcome.follow(&mut child)) => match followed {
+                    Ok(followed) => followed?,
+                    Err(_) => {
+                        outcome.error = Some("killed: the budget is used up".to_owned());
+                        kill_group(group)?;
+                    }
+                },
+                _ = tokio::signal::ctrl_c() => {
+                    kill_group(group)?;
+                    bail!("interrupted");
+                }
+            }
+        }
+        outcome.took = began.elapsed();
+        Ok(outcome)
+    }
+
+    fn outcome(self) -> Outcome {
+        Outcome {
+            name: self.name,
+            budget: self.budget,
+            took: Duration::ZERO,
+            passed: 0,
+            failed: 0,
+            ignored: 0,
+            has_tests: false,
+            error: None,
+        }
+    }
+}
+
+// === impl Outcome ===
+
+impl Outcome {
+    /// Passes the child's output on and counts its tests until it ends.
+    async fn follow(&mut self, child: &mut Child) -> anyhow::Result<()> {
+        let stdout = child.stdout.take().context("BUG: the output is not a pipe")?;
+        let mut lines = BufReader::new(stdout).lines();
+        while let Some(line) = lines.next_line().await? {
+            println!("{line}");
+            self.count(&line);
+        }
+        let status = child.wait().await?;
+        if !status.success() && self.failed == 0 {
+            self.error = Some(format!("cargo: {status}"));
+        }
+        Ok(())
+    }
+
+    /// Adds a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+    fn count(&mut self, line: &str) {
+        let Some(result) = line.strip_prefix("test result: ") else { return };
+        self.has_tests = true;
+        for part in result.split(['.', ';']) {
+            let Some((number, what)) = part.trim().split_once(' ') else { continue };
+            let Ok(number) = number.parse::<u64>() else { continue };
+            match what {
+                "passed" => self.passed += number,
+                "failed" => self.failed += number,
+                "ignored" => self.ignored += number,
+                _ => {}
+            }
+        }
+    }
+
+    pub(super) fn is_good(&self) -> bool {
+        self.problem().is_none()
+    }
+
+    /// What is wrong, if anything.
+    pub(super) fn problem(&self) -> Option<String> {
+        if let Some(error) = &self.error {
+            Some(error.clone())
+        } else if self.failed > 0 {
+            Some("failed".to_owned())
+        } else if self.ignored > 0 {
+            Some(format!("{} ignored: nothing may be skipped", self.ignored))
+        } else if self.has_tests && self.passed == 0 {
+            Some("no test ran".to_owned())
+        } else if self.took > self.budget {
+            Some("over budget".to_owned())
+        } else {
+            None
+        }
+    }
+
+    /// A count for the table; steps without tests have none.
+    pub(super) fn counts(&self, count: u64) -> String {
+        if self.has_tests { count.to_string() } else { "-".to_owned() }
+    }
+}
+
+fn kill_group(group: u32) -> anyhow::Result<()> {
+    killpg(Pid::from_raw(group.cast_signed()), Signal::SIGKILL).context("cannot kill cargo and its children")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(lines: &[&str]) -> Outcome {
+        let mut outcome = Step { name: "unit".to_owned(), budget: Duration::from_secs(1) }.outcome();
+        lines.iter().for_each(|line| outcome.count(line));
+        outcome
+    }
+
+    #[test]
+    fn the_tests_of_several_binaries_add_up() {
+        let outcome = outcome(&[
+            "running 3 tests",
+            "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+            "test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.20s",
+        ]);
+        assert_eq!((outcome.passed, outcome.failed), (4, 2));
+        assert_eq!(outcome.problem().as_deref(), Some("failed"));
+    }
+
+    #[test]
+    fn an_ignored_test_is_a_failure() {
+        let outcome = outcome(&["test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out"]);
+        assert_eq!(outcome.problem().as_deref(), Some("1 ignored: nothing may be skipped"));
+    }
+
+    #[test]
+    fn a_tier_without_a_single_test_is_a_failure() {
+        let outcome = outcome(&["test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out"]);
+        assert_eq!(outcome.problem().as_deref(), Some("no test ran"));
+    }
+
+    #[test]
+    fn a_step_over_its_budget_is_a_failure() {
+        let mut outcome = outcome(&["test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured"]);
+        assert!(outcome.is_good());
+        outcome.took = Duration::from_secs(2);
+        assert_eq!(outcome.problem().as_deref(), Some("over budget"));
+    }
+}
