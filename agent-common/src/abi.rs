@@ -15,7 +15,7 @@ pub const TICKET_OPTION_KIND: u8 = 254;
 /// Experiment identifier that marks the option as podgate's, RFC 6994.
 pub const TICKET_OPTION_EXID: [u8; 2] = *b"pg";
 /// Length of the whole option: kind, length, `ExID` and the ticket.
-pub const TICKET_OPTION_LEN: usize = 12;
+pub const TICKET_OPTION_LEN: u8 = 12;
 
 /// Most tickets alive at a time: 250 pods with 64 dials each in flight, rounded up.
 pub const TICKETS_MAX: u32 = 16_384;

@@ -59,6 +59,7 @@ counters! {
 }
 
 /// How many counters there are: the size of the map.
+#[expect(clippy::cast_possible_truncation, reason = "there are a few dozen")]
 pub const COUNT: u32 = Counter::ALL.len() as u32;
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ pub struct Endpoint {
     /// The port.
     pub port: NetPort,
     /// Always 0.
-    pub _pad: u16,
+    pub(crate) _pad: u16,
 }
 
 /// What an endpoint is to podgate.

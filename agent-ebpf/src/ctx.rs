@@ -25,6 +25,8 @@ const IPPROTO_TCP: u32 = 6;
 const AF_INET: u32 = 2;
 /// `BPF_LOAD_HDR_OPT_TCP_SYN`: search the SYN that the listener has saved.
 const SAVED_SYN: u64 = 1;
+/// How much of an option `bpf_load_hdr_opt` compares: kind, length and experiment identifier.
+const SEARCH_LEN: u8 = 4;
 /// Ask for the segments' header option callbacks.
 pub(crate) const WRITE_HDR_OPT: u32 = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
 /// Ask for the state change callback.
@@ -39,6 +41,17 @@ pub(crate) struct Dial(*mut bpf_sock_addr);
 
 /// An event in a connection's life: the context of `sock_ops`.
 pub(crate) struct Handshake(*mut bpf_sock_ops);
+
+/// The option as it is in a TCP header.
+#[repr(C)]
+struct TicketOption {
+    kind: u8,
+    length: u8,
+    exid: [u8; 2],
+    ticket: [u8; 8],
+}
+
+const _: () = assert!(size_of::<TicketOption>() == TICKET_OPTION_LEN as usize);
 
 // === impl Socket ===
 
@@ -55,8 +68,8 @@ impl Socket {
 // SAFETY, for every block below: the kernel passes a valid context, which lives as long as the program runs.
 impl Dial {
     #[inline(always)]
-    pub(crate) fn new(ctx: &SockAddrContext) -> Self {
-        Self(ctx.sock_addr)
+    pub(crate) fn new(SockAddrContext { sock_addr }: SockAddrContext) -> Self {
+        Self(sock_addr)
     }
 
     /// Where `connect4` dials.
@@ -142,8 +155,8 @@ impl Dial {
 // SAFETY, for every block below: the kernel passes a valid context, which lives as long as the program runs.
 impl Handshake {
     #[inline(always)]
-    pub(crate) fn new(ctx: &SockOpsContext) -> Self {
-        Self(ctx.ops)
+    pub(crate) fn new(SockOpsContext { ops }: SockOpsContext) -> Self {
+        Self(ops)
     }
 
     /// Which event: a `BPF_SOCK_OPS_*_CB`.
@@ -178,10 +191,7 @@ impl Handshake {
                 ],
             )
         };
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "the port is in the upper half, in network order"
-        )]
+        // In the upper half, in network order.
         let port = NetPort::from_be((port >> 16) as u16);
         if family == AF_INET { Endpoint::from_ip4_be(ip4, port) } else { Endpoint::from_ip6_be(words, port) }
     }
@@ -218,17 +228,22 @@ impl Handshake {
     #[inline(always)]
     pub(crate) fn reserve_option(&self) -> bool {
         // SAFETY: see above.
-        unsafe { bpf_reserve_hdr_opt(self.0, TICKET_OPTION_LEN as u32, 0) == 0 }
+        unsafe { bpf_reserve_hdr_opt(self.0, u32::from(TICKET_OPTION_LEN), 0) == 0 }
     }
 
     /// Writes the ticket into the segment at hand. Fails without harm where a second program has written it.
     #[inline(always)]
     pub(crate) fn store_option(&self, ticket: u64) {
-        let [a, b, c, d, e, f, g, h] = ticket.to_be_bytes();
-        let [x, y] = TICKET_OPTION_EXID;
-        let option = [TICKET_OPTION_KIND, TICKET_OPTION_LEN as u8, x, y, a, b, c, d, e, f, g, h];
+        let option = TicketOption {
+            kind: TICKET_OPTION_KIND,
+            length: TICKET_OPTION_LEN,
+            exid: TICKET_OPTION_EXID,
+            ticket: ticket.to_be_bytes(),
+        };
         // SAFETY: see above; the option is as long as said.
-        unsafe { bpf_store_hdr_opt(self.0, option.as_ptr().cast(), option.len() as u32, 0) };
+        unsafe {
+            bpf_store_hdr_opt(self.0, (&raw const option).cast(), u32::from(TICKET_OPTION_LEN), 0);
+        }
     }
 
     /// The ticket in the SYN that the listener has saved.
@@ -251,16 +266,17 @@ impl Handshake {
 
     #[inline(always)]
     fn load_option(&self, flags: u64) -> Option<u64> {
-        // What to look for: kind, length of the experiment's identifier with both bytes before it, the identifier.
-        let [x, y] = TICKET_OPTION_EXID;
-        let mut option = [TICKET_OPTION_KIND, 4, x, y, 0, 0, 0, 0, 0, 0, 0, 0];
+        // What to look for: the kind, and as many bytes with it as tell podgate's option from other experiments.
+        let mut option = TicketOption {
+            kind: TICKET_OPTION_KIND,
+            length: SEARCH_LEN,
+            exid: TICKET_OPTION_EXID,
+            ticket: [0; 8],
+        };
         // SAFETY: see above; the buffer is as long as said.
-        let length =
-            unsafe { bpf_load_hdr_opt(self.0, option.as_mut_ptr().cast(), option.len() as u32, flags) };
-        if length != TICKET_OPTION_LEN as i64 {
-            return None;
-        }
-        let [.., a, b, c, d, e, f, g, h] = option;
-        Some(u64::from_be_bytes([a, b, c, d, e, f, g, h]))
+        let length = unsafe {
+            bpf_load_hdr_opt(self.0, (&raw mut option).cast(), u32::from(TICKET_OPTION_LEN), flags)
+        };
+        (length == i64::from(TICKET_OPTION_LEN)).then(|| u64::from_be_bytes(option.ticket))
     }
 }

@@ -30,26 +30,26 @@ const SOCK_OPS_OK: u32 = 1;
 /// `cgroup/connect4` on kubepods.
 #[cgroup_sock_addr(connect4)]
 fn connect4(ctx: SockAddrContext) -> i32 {
-    connect::connect4(&Dial::new(&ctx)).code()
+    connect::connect4(&Dial::new(ctx)).code()
 }
 
 /// `cgroup/connect6` on kubepods: IPv6 and v4-mapped dials.
 #[cgroup_sock_addr(connect6)]
 fn connect6(ctx: SockAddrContext) -> i32 {
-    connect::connect6(&Dial::new(&ctx)).code()
+    connect::connect6(&Dial::new(ctx)).code()
 }
 
 /// `sock_ops` on kubepods: sends the ticket.
 #[sock_ops]
 fn active(ctx: SockOpsContext) -> u32 {
-    ticket::active(&Handshake::new(&ctx));
+    ticket::active(&Handshake::new(ctx));
     SOCK_OPS_OK
 }
 
 /// `sock_ops` on the agent's cgroup: redeems the ticket.
 #[sock_ops]
 fn passive(ctx: SockOpsContext) -> u32 {
-    attest::passive(&Handshake::new(&ctx));
+    attest::passive(&Handshake::new(ctx));
     SOCK_OPS_OK
 }
 

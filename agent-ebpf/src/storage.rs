@@ -32,6 +32,10 @@ pub(crate) fn create(
 }
 
 #[inline(always)]
+#[expect(
+    clippy::mut_from_ref,
+    reason = "the map is but a name: what the helper returns belongs to the socket"
+)]
 fn raw(
     map: &'static SkStorage<Origin>,
     socket: Socket,

@@ -69,7 +69,7 @@ fn begin(handshake: &Handshake, origin: &mut Origin) {
         return;
     }
     origin.state = STATE_SENT;
-    if TICKETS.insert(origin.ticket, &*origin, u64::from(BPF_NOEXIST)).is_err() {
+    if TICKETS.insert(origin.ticket, *origin, u64::from(BPF_NOEXIST)).is_err() {
         origin.state = STATE_SPENT;
         return count(Counter::TicketsFull);
     }

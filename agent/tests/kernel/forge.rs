@@ -36,7 +36,7 @@ pub(crate) fn shake_hands(port: u16, ticket: u64) {
     )
     .unwrap();
 
-    let mut option = vec![TICKET_OPTION_KIND, TICKET_OPTION_LEN.try_into().unwrap()];
+    let mut option = vec![TICKET_OPTION_KIND, TICKET_OPTION_LEN];
     option.extend(TICKET_OPTION_EXID);
     option.extend(ticket.to_be_bytes());
     send(&raw, &segment(port, SEQUENCE, 0, SYN, &option));
