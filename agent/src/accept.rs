@@ -1,0 +1,123 @@
+//! Listeners and accepted connections.
+//!
+//! Owns the sockets' options, on which the kernel side depends, and the one look-up that tells who dialled.
+//! Never reads a byte of a request.
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener as StdListener},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use agent_common::origin::Origin;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use tokio::net::{TcpListener, TcpStream};
+use tracing::{error, warn};
+
+use crate::{drain::DrainWatch, intercept::OriginLookup};
+
+/// Connections that wait to be accepted. The kernel caps it at `net.core.somaxconn`, 4096 on Amazon Linux 2023.
+const BACKLOG: i32 = 4096;
+/// After an error that lasts, as too many open files.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// An accepted connection.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The connection.
+    pub stream: TcpStream,
+    /// What the kernel vouches for; none for an anonymous caller.
+    pub origin: Option<Origin>,
+    /// The address that it arrived at.
+    pub local: SocketAddr,
+}
+
+/// Makes a listener whose accepted sockets can carry an origin.
+///
+/// # Errors
+/// When the address cannot be bound, or the kernel refuses an option that identity depends on.
+pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    // Plain TCP: an MPTCP listener has no saved SYN.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    // The ticket is looked for in the SYN; without it every caller would be anonymous.
+    set_tcp_option(socket.as_fd(), libc::TCP_SAVE_SYN, 1)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    // After `listen`, which switches it on where the sysctl says so: data in a SYN would leave no room for the
+    // ticket.
+    set_tcp_option(socket.as_fd(), libc::TCP_FASTOPEN, 0)?;
+    Ok(StdListener::from(socket))
+}
+
+/// Accepts until `drain` begins, and hands each connection to `serve`.
+///
+/// # Errors
+/// When the listener cannot be watched.
+pub async fn accept(
+    listener: StdListener,
+    origins: Arc<dyn OriginLookup>,
+    mut drain: DrainWatch,
+    serve: impl Fn(Accepted),
+) -> io::Result<()> {
+    let listener = TcpListener::from_std(listener)?;
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = drain.begun() => return Ok(()),
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                if let Some(accepted) = identify(stream, &*origins) {
+                    serve(accepted);
+                }
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                warn!(%error, "cannot accept connections; trying again");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// `None`, and the connection is closed, when the kernel cannot be asked: nobody is taken for anonymous because
+/// of a failure.
+fn identify(stream: TcpStream, origins: &dyn OriginLookup) -> Option<Accepted> {
+    let local = stream.local_addr().ok()?;
+    // Small answers to small requests.
+    let _ = stream.set_nodelay(true);
+    match origins.origin(stream.as_fd()) {
+        Ok(origin) => Some(Accepted { stream, origin, local }),
+        Err(error) => {
+            error!(%error, "cannot ask the kernel who dialled; the connection is closed");
+            None
+        }
+    }
+}
+
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
+}
+
+#[expect(unsafe_code, reason = "no crate has these two options")]
+fn set_tcp_option(socket: BorrowedFd<'_>, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: both options take an `int`; the pointer and the length are those of `value`, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            option,
+            (&raw const value).cast(),
+            std::mem::size_of_val(&value).try_into().unwrap_or(4),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,147 @@
+//! Probes and metrics over TCP, and commands over a private Unix socket.
+//!
+//! Owns what operators and the kubelet ask; never serves a pod, never returns a secret.
+
+use std::{
+    convert::Infallible,
+    io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode, body::Incoming, header::CONTENT_TYPE, server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::registry::Registry;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+};
+
+use crate::whois::Whois;
+
+/// How long a question may take to arrive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// After an error that lasts, as too many open files.
+const PAUSE: Duration = Duration::from_millis(50);
+
+type Answer = Response<Full<Bytes>>;
+
+/// What the kubelet and Prometheus ask.
+#[derive(Debug)]
+pub struct Probes {
+    /// Whether pods are served.
+    pub ready: AtomicBool,
+    /// What is counted.
+    pub registry: Registry,
+}
+
+/// Answers probes for ever.
+pub async fn serve_probes(listener: TcpListener, probes: Arc<Probes>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let probes = Arc::clone(&probes);
+                serve(stream, move |request| probes.answer(request));
+            }
+            Err(_) => tokio::time::sleep(PAUSE).await,
+        }
+    }
+}
+
+/// Answers commands for ever.
+pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let whois = Arc::clone(&whois);
+                serve(stream, move |request| command(&whois, request));
+            }
+            Err(_) => tokio::time::sleep(PAUSE).await,
+        }
+    }
+}
+
+/// Makes the socket for commands. Its directory is root's alone; what an agent before this left is replaced.
+pub fn bind_commands(socket: &Path) -> io::Result<UnixListener> {
+    if let Some(directory) = socket.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700))?;
+    }
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    UnixListener::bind(socket)
+}
+
+// === impl Probes ===
+
+impl Probes {
+    fn answer(&self, request: &Request<Incoming>) -> Answer {
+        match request.uri().path() {
+            "/livez" => text(StatusCode::OK, "ok"),
+            "/readyz" if self.ready.load(Relaxed) => text(StatusCode::OK, "ok"),
+            "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not serving pods"),
+            "/metrics" => self.metrics(),
+            _ => text(StatusCode::NOT_FOUND, "/livez, /readyz and /metrics are here"),
+        }
+    }
+
+    fn metrics(&self) -> Answer {
+        let mut body = String::new();
+        if prometheus_client::encoding::text::encode(&mut body, &self.registry).is_err() {
+            return text(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be written");
+        }
+        typed(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", body)
+    }
+}
+
+fn command(whois: &Whois, request: &Request<Incoming>) -> Answer {
+    let pid = request.uri().path().strip_prefix("/whois/").and_then(|pid| pid.parse().ok());
+    let (&Method::GET, Some(pid)) = (request.method(), pid) else {
+        return text(StatusCode::NOT_FOUND, "GET /whois/PID is here");
+    };
+    match whois.of_process(pid) {
+        Ok(answer) => match serde_json::to_string(&answer) {
+            Ok(answer) => typed(StatusCode::OK, "application/json", answer),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        },
+        Err(error) => text(StatusCode::UNPROCESSABLE_ENTITY, error),
+    }
+}
+
+fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    answer: impl Fn(&Request<Incoming>) -> Answer + Send + Sync + 'static,
+) {
+    tokio::spawn(async move {
+        let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request))));
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .serve_connection(TokioIo::new(stream), service);
+        // Whoever asked has hung up: nothing is left to tell.
+        let _ = served.await;
+    });
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
+    typed(status, "text/plain; charset=utf-8", body)
+}
+
+fn typed(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(body.into()));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
+    answer
+}

@@ -1,0 +1,159 @@
+//! Credentials: what they are, where they come from, and how they are kept.
+//!
+//! Owns everything between an identified caller and AWS; never sees a request, never decides who may ask.
+
+use std::{fmt, time::Duration};
+
+use jiff::Timestamp;
+
+pub mod aws;
+pub mod cache;
+pub mod eks_auth;
+pub mod jwt;
+pub mod kube_identity;
+pub mod schedule;
+pub mod token;
+
+use crate::secret::Secret;
+
+/// Temporary credentials of a pod's role.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Credentials {
+    /// The access key's id; not a secret.
+    pub access_key_id: String,
+    /// The secret key.
+    pub secret_access_key: Secret,
+    /// The session token.
+    pub session_token: Secret,
+    /// When AWS stops accepting them.
+    pub expiration: Timestamp,
+    /// When they were obtained.
+    pub obtained_at: Timestamp,
+    /// The role they are for.
+    pub role: Role,
+}
+
+/// The role that credentials are for, as the ARN of the assumed role names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Role {
+    /// The account.
+    pub account_id: String,
+    /// `aws`, `aws-cn`, `aws-us-gov`, …
+    pub partition: String,
+    /// The role's name, without its path.
+    pub name: String,
+}
+
+/// Why there are no credentials. The text is for whoever runs the pod.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// EKS Auth said no, or that it cannot.
+    #[error("EKS Auth refused: {0}")]
+    Service(ServiceError),
+    /// EKS Auth could not be asked.
+    #[error("EKS Auth cannot be reached: {reason}")]
+    Unreachable {
+        /// What failed underneath.
+        reason: String,
+    },
+    /// The node has no credentials to ask with.
+    #[error("the node has no AWS credentials: {reason}")]
+    NodeCredentials {
+        /// What failed underneath.
+        reason: String,
+    },
+    /// There is no token to ask with.
+    #[error("no token for the pod's service account: {reason}")]
+    Token {
+        /// What failed underneath.
+        reason: String,
+    },
+    /// The answer is not one.
+    #[error("EKS Auth's answer cannot be used: {reason}")]
+    BadAnswer {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// It takes too long. The call goes on, and whoever asks again shares its result.
+    #[error("still waiting for EKS Auth after {} ms; try again", .0.as_millis())]
+    Slow(Duration),
+}
+
+/// An error as EKS Auth gives it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceError {
+    /// HTTP status.
+    pub status: u16,
+    /// `AccessDeniedException` and so on.
+    pub code: String,
+    /// Its text.
+    pub message: String,
+    /// AWS's id of the request.
+    pub request_id: String,
+}
+
+// === impl Role ===
+
+impl Role {
+    /// Reads `arn:<partition>:sts::<account>:assumed-role/<role>/<session>`.
+    pub fn from_assumed_role_arn(arn: &str) -> Option<Self> {
+        let mut fields = arn.splitn(6, ':');
+        let ("arn", partition, "sts", "", account_id, resource) =
+            (fields.next()?, fields.next()?, fields.next()?, fields.next()?, fields.next()?, fields.next()?)
+        else {
+            return None;
+        };
+        let (name, session) = resource.strip_prefix("assumed-role/")?.split_once('/')?;
+        let present = ![partition, account_id, name, session].contains(&"");
+        present.then(|| Self {
+            account_id: account_id.to_owned(),
+            partition: partition.to_owned(),
+            name: name.to_owned(),
+        })
+    }
+
+    /// The role's ARN, but for a path, which the assumed role's does not show.
+    pub fn arn(&self) -> String {
+        format!("arn:{}:iam::{}:role/{}", self.partition, self.account_id, self.name)
+    }
+}
+
+// === impl Error ===
+
+impl Error {
+    /// Whether the service account has no association: the one refusal that is an answer.
+    pub fn is_no_association(&self) -> bool {
+        matches!(self, Self::Service(error) if error.code == "ResourceNotFoundException")
+    }
+}
+
+// === impl ServiceError ===
+
+impl fmt::Display for ServiceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_role_is_read_from_the_assumed_role_s_arn() {
+        let role =
+            Role::from_assumed_role_arn("arn:aws-cn:sts::123456789012:assumed-role/web/eks-c1-web-0-5f");
+        let role = role.unwrap();
+        assert_eq!((role.account_id.as_str(), role.name.as_str()), ("123456789012", "web"));
+        assert_eq!(role.arn(), "arn:aws-cn:iam::123456789012:role/web");
+        for bad in [
+            "",
+            "arn:aws:iam::123456789012:role/web",
+            "arn:aws:sts::123456789012:assumed-role/web",
+            "arn:aws:sts::123456789012:assumed-role//s",
+            "arn:aws:sts:::assumed-role/web/s",
+        ] {
+            assert_eq!(Role::from_assumed_role_arn(bad), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! One call of `AssumeRoleForPodIdentity`.
+//!
+//! Owns the call and what its failures mean; never caches, never tries twice.
+
+use aws_config::SdkConfig;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_sdk_eksauth::{
+    Client,
+    error::{DisplayErrorContext, ProvideErrorMetadata as _, SdkError},
+    operation::{
+        RequestId as _,
+        assume_role_for_pod_identity::{AssumeRoleForPodIdentityError, AssumeRoleForPodIdentityOutput},
+    },
+};
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use jiff::Timestamp;
+
+use super::{Credentials, Error, Role, ServiceError};
+use crate::{identity::ServiceAccountRef, secret::Secret};
+
+/// Exchanges tokens for credentials.
+#[derive(Clone, Debug)]
+pub struct EksAuth {
+    client: Client,
+    cluster_name: String,
+    node_name: String,
+}
+
+/// What EKS Auth answered: whose token it was, and the credentials.
+#[derive(Clone, Debug)]
+pub struct Assumed {
+    /// The service account that EKS Auth saw in the token.
+    pub service_account: ServiceAccountRef,
+    /// The credentials of its role.
+    pub credentials: Credentials,
+}
+
+// === impl EksAuth ===
+
+impl EksAuth {
+    /// Calls on behalf of this node of this cluster.
+    pub fn new(config: &SdkConfig, cluster_name: &str, node_name: &str) -> Self {
+        Self {
+            client: Client::new(config),
+            cluster_name: cluster_name.to_owned(),
+            node_name: node_name.to_owned(),
+        }
+    }
+
+    /// Exchanges one token.
+    pub async fn assume_role(&self, token: &Secret) -> Result<Assumed, Error> {
+        let call = self.client.assume_role_for_pod_identity();
+        let call = call.cluster_name(&self.cluster_name).token(token.expose()).eks_node_name(&self.node_name);
+        let answer = call.send().await.map_err(|error| failure(&error))?;
+        assumed(&answer, Timestamp::now()).map_err(|reason| Error::BadAnswer { reason: reason.to_owned() })
+    }
+}
+
+fn assumed(answer: &AssumeRoleForPodIdentityOutput, now: Timestamp) -> Result<Assumed, &'static str> {
+    let credentials = answer.credentials().ok_or("it has no credentials")?;
+    let subject = answer.subject().ok_or("it has no subject")?;
+    let arn = answer.assumed_role_user().ok_or("it has no assumed role")?.arn();
+    let expiration = Timestamp::from_second(credentials.expiration().secs());
+    Ok(Assumed {
+        service_account: ServiceAccountRef {
+            namespace: subject.namespace().to_owned(),
+            name: subject.service_account().to_owned(),
+        },
+        credentials: Credentials {
+            access_key_id: credentials.access_key_id().to_owned(),
+            secret_access_key: Secret::from(credentials.secret_access_key()),
+            session_token: Secret::from(credentials.session_token()),
+            expiration: expiration.map_err(|_| "its expiration is out of range")?,
+            obtained_at: now,
+            role: Role::from_assumed_role_arn(arn).ok_or("its ARN is not an assumed role's")?,
+        },
+    })
+}
+
+/// The two kinds of failure that need no look at the service's answer are told apart by type; that the node's
+/// credentials are what is missing shows only as the source of a failure to construct or dispatch.
+fn failure(error: &SdkError<AssumeRoleForPodIdentityError, HttpResponse>) -> Error {
+    let reason = DisplayErrorContext(error).to_string();
+    match error {
+        SdkError::ServiceError(answer) => Error::Service(ServiceError {
+            status: answer.raw().status().as_u16(),
+            code: answer.err().code().unwrap_or("UnknownError").to_owned(),
+            message: answer.err().message().unwrap_or_default().to_owned(),
+            request_id: answer.err().request_id().unwrap_or_default().to_owned(),
+        }),
+        SdkError::ResponseError(_) => Error::BadAnswer { reason },
+        SdkError::TimeoutError(_) => Error::Unreachable { reason: "no answer in time".to_owned() },
+        _ if is_about_credentials(error) => Error::NodeCredentials { reason },
+        _ => Error::Unreachable { reason },
+    }
+}
+
+fn is_about_credentials(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    std::iter::from_fn(|| {
+        let this = cause?;
+        cause = this.source();
+        Some(this)
+    })
+    .any(<dyn std::error::Error>::is::<CredentialsError>)
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_sdk_eksauth::types;
+
+    use super::*;
+
+    fn answer(arn: &str) -> AssumeRoleForPodIdentityOutput {
+        let subject = types::Subject::builder().namespace("app").service_account("web").build().unwrap();
+        let credentials = types::Credentials::builder()
+            .access_key_id("ASIAEXAMPLE")
+            .secret_access_key("secret")
+            .session_token("session")
+            .expiration(aws_smithy_types::DateTime::from_secs(1_000_000))
+            .build();
+        let user = types::AssumedRoleUser::builder().arn(arn).assume_role_id("AROA:x").build();
+        let association =
+            types::PodIdentityAssociation::builder().association_arn("a").association_id("b").build();
+        AssumeRoleForPodIdentityOutput::builder()
+            .subject(subject)
+            .audience("pods.eks.amazonaws.com")
+            .pod_identity_association(association.unwrap())
+            .assumed_role_user(user.unwrap())
+            .credentials(credentials.unwrap())
+            .build()
+            .unwrap()
+    }
+
+    #[test]
+    fn an_answer_is_taken_over_whole() {
+        let answer = answer("arn:aws:sts::123456789012:assumed-role/web/eks-c1-web-0-x");
+        let assumed = assumed(&answer, Timestamp::UNIX_EPOCH).unwrap();
+        assert_eq!(assumed.service_account.to_string(), "app/web");
+        assert_eq!(assumed.credentials.role.name, "web");
+        assert_eq!(assumed.credentials.expiration, Timestamp::from_second(1_000_000).unwrap());
+        assert!(!format!("{assumed:?}").contains("secret\""), "secrets do not print");
+    }
+
+    #[test]
+    fn an_answer_without_a_role_is_an_error() {
+        assert!(assumed(&answer("arn:aws:iam::1:user/x"), Timestamp::UNIX_EPOCH).is_err());
+    }
+}

@@ -1,0 +1,260 @@
+//! Reads a service-account token: is it one, whose is it, is its time right?
+//!
+//! Owns the checks that need nothing but the token, in the words of the stock agent (eks-pod-identity-agent
+//! 0.1.37), which SDK users search the web for. Never verifies a signature: EKS Auth does.
+
+use base64::{
+    Engine as _, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
+use jiff::Timestamp;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+use crate::identity::{PodUid, ServiceAccountRef};
+
+/// Longest token that is looked at, in bytes. Real ones have 1 to 2 kB.
+pub const MAX_LEN: usize = 16 * 1024;
+
+/// The algorithms that the stock agent's library knows; the name is checked, not the signature.
+const ALGORITHMS: [&str; 14] = [
+    "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384",
+    "ES512", "EdDSA", "none",
+];
+
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::URL_SAFE,
+    GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::RequireNone)
+        .with_decode_allow_trailing_bits(true),
+);
+
+/// What an unverified token says of itself. Nothing here is true before somebody has verified the token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claims {
+    /// When it ends.
+    pub expiration: Option<Timestamp>,
+    /// The pod it is bound to.
+    pub pod: Option<PodUid>,
+    /// The service account.
+    pub service_account: Option<ServiceAccountRef>,
+}
+
+/// Why a token is refused. The texts are the stock agent's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No header, or an empty one.
+    #[error("Service account token cannot be empty")]
+    Empty,
+    /// It is no token.
+    #[error("Service account token cannot be parsed: {0}")]
+    Malformed(String),
+    /// Its time is over or has not come.
+    #[error("Service account token failed basic claim validations: {0}")]
+    Invalid(&'static str),
+}
+
+#[derive(Deserialize)]
+struct Payload {
+    #[serde(rename = "iss")]
+    _iss: Option<String>,
+    #[serde(rename = "sub")]
+    _sub: Option<String>,
+    #[serde(rename = "jti")]
+    _jti: Option<String>,
+    #[serde(rename = "aud")]
+    _aud: Option<Audience>,
+    #[serde(default, deserialize_with = "seconds")]
+    exp: Option<i64>,
+    #[serde(default, deserialize_with = "seconds")]
+    nbf: Option<i64>,
+    #[serde(rename = "iat", default, deserialize_with = "seconds")]
+    _iat: Option<i64>,
+    #[serde(rename = "kubernetes.io", default)]
+    kubernetes: Value,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Audience {
+    One(#[expect(dead_code, reason = "only its type is checked")] String),
+    Many(#[expect(dead_code, reason = "only its type is checked")] Vec<String>),
+}
+
+/// Reads a token and checks its times.
+pub fn read(token: &str, now: Timestamp) -> Result<Claims, Error> {
+    if token.is_empty() {
+        return Err(Error::Empty);
+    }
+    let malformed = |what: String| Error::Malformed(format!("token is malformed: {what}"));
+    let unverifiable =
+        |what| Error::Malformed(format!("token is unverifiable: signing method (alg) is {what}"));
+    if token.len() > MAX_LEN {
+        return Err(malformed(format!("token is longer than {MAX_LEN} bytes")));
+    }
+    let mut segments = token.split('.');
+    let (Some(header), Some(payload), Some(_signature), None) =
+        (segments.next(), segments.next(), segments.next(), segments.next())
+    else {
+        return Err(malformed("token contains an invalid number of segments".into()));
+    };
+    let header = decode(header).map_err(|e| malformed(format!("could not base64 decode header: {e}")))?;
+    let header: serde_json::Map<String, Value> = serde_json::from_slice(&header)
+        .map_err(|e| malformed(format!("could not JSON decode header: {}", shape(&e))))?;
+    let payload = decode(payload).map_err(|e| malformed(format!("could not base64 decode claim: {e}")))?;
+    let payload: Payload = serde_json::from_slice(&payload)
+        .map_err(|e| malformed(format!("could not JSON decode claim: {}", shape(&e))))?;
+    let algorithm = header.get("alg").and_then(Value::as_str).ok_or_else(|| unverifiable("unspecified"))?;
+    if !ALGORITHMS.contains(&algorithm) {
+        return Err(unverifiable("unavailable"));
+    }
+    let expired = payload.exp.is_some_and(|exp| exp <= now.as_second());
+    let early = payload.nbf.is_some_and(|nbf| nbf > now.as_second());
+    match (expired, early) {
+        (false, false) => Ok(claims(&payload)),
+        (true, false) => Err(Error::Invalid("token is expired")),
+        (false, true) => Err(Error::Invalid("token is not valid yet")),
+        (true, true) => Err(Error::Invalid("token is expired, token is not valid yet")),
+    }
+}
+
+fn claims(payload: &Payload) -> Claims {
+    let text = |path: &str| payload.kubernetes.pointer(path).and_then(Value::as_str);
+    let service_account = || {
+        Some(ServiceAccountRef {
+            namespace: text("/namespace")?.to_owned(),
+            name: text("/serviceaccount/name")?.to_owned(),
+        })
+    };
+    Claims {
+        expiration: payload.exp.and_then(|exp| Timestamp::from_second(exp).ok()),
+        pod: text("/pod/uid").and_then(PodUid::parse),
+        service_account: service_account(),
+    }
+}
+
+fn decode(segment: &str) -> Result<Vec<u8>, String> {
+    // Go counts the position in the input, as base64 does.
+    BASE64.decode(segment).map_err(|error| {
+        let at = match error {
+            base64::DecodeError::InvalidByte(at, _)
+            | base64::DecodeError::InvalidLastSymbol { offset: at, .. } => at,
+            _ => segment.len(),
+        };
+        format!("illegal base64 data at input byte {at}")
+    })
+}
+
+/// What is wrong with a JSON text, without quoting it: the text is a secret.
+fn shape(error: &serde_json::Error) -> String {
+    let what = match error.classify() {
+        serde_json::error::Category::Data => "unexpected type",
+        serde_json::error::Category::Eof => "unexpected end of JSON input",
+        _ => "invalid character",
+    };
+    format!("{what} at column {}", error.column())
+}
+
+/// A JSON number, cut to whole seconds.
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i64>, D::Error> {
+    let number = Option::<serde_json::Number>::deserialize(deserializer)?;
+    #[expect(clippy::cast_possible_truncation, reason = "a claim out of range saturates: far past or future")]
+    Ok(number.map(|number| number.as_i64().unwrap_or_else(|| number.as_f64().unwrap_or(0.0) as i64)))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    const UID: &str = "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11";
+
+    fn now() -> Timestamp {
+        Timestamp::from_second(1_000_000).unwrap()
+    }
+
+    fn token(header: &Value, payload: &Value) -> String {
+        format!("{}.{}.c2ln", BASE64.encode(header.to_string()), BASE64.encode(payload.to_string()))
+    }
+
+    fn refusal(token: &str) -> String {
+        read(token, now()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_kubelet_s_token_says_whose_it_is() {
+        let payload = json!({
+            "aud": ["pods.eks.amazonaws.com"], "exp": 1_000_060, "nbf": 999_999.5, "iss": "https://oidc",
+            "sub": "system:serviceaccount:app:web",
+            "kubernetes.io": {"namespace": "app", "pod": {"name": "web-0", "uid": UID},
+                              "serviceaccount": {"name": "web", "uid": "x"}},
+        });
+        let claims = read(&token(&json!({"alg": "RS256"}), &payload), now()).unwrap();
+        assert_eq!(claims.pod, PodUid::parse(UID));
+        assert_eq!(claims.service_account.unwrap().to_string(), "app/web");
+        assert_eq!(claims.expiration, Some(Timestamp::from_second(1_000_060).unwrap()));
+    }
+
+    #[test]
+    fn every_refusal_has_the_stock_agent_s_words() {
+        let rs256 = json!({"alg": "RS256"});
+        let parsed = "Service account token cannot be parsed: token is";
+        let failed = "Service account token failed basic claim validations: token is";
+        let cases = [
+            (String::new(), "Service account token cannot be empty".to_owned()),
+            ("a.b".into(), format!("{parsed} malformed: token contains an invalid number of segments")),
+            ("a.b.c.d".into(), format!("{parsed} malformed: token contains an invalid number of segments")),
+            (
+                format!("Bearer {}", token(&rs256, &json!({}))),
+                format!(
+                    "{parsed} malformed: could not base64 decode header: illegal base64 data at input byte 6"
+                ),
+            ),
+            (
+                token(&json!({}), &json!({})),
+                format!("{parsed} unverifiable: signing method (alg) is unspecified"),
+            ),
+            (
+                token(&json!({"alg": "XX"}), &json!({})),
+                format!("{parsed} unverifiable: signing method (alg) is unavailable"),
+            ),
+            (token(&rs256, &json!({"exp": 1_000_000})), format!("{failed} expired")),
+            (token(&rs256, &json!({"nbf": 1_000_001})), format!("{failed} not valid yet")),
+            (
+                token(&rs256, &json!({"nbf": 1_000_001, "exp": 5})),
+                format!("{failed} expired, token is not valid yet"),
+            ),
+        ];
+        for (token, text) in cases {
+            assert_eq!(refusal(&token), text);
+        }
+        let claim = "could not JSON decode claim";
+        assert!(refusal(&token(&rs256, &json!({"exp": "soon"}))).contains(claim));
+        assert!(refusal(&token(&rs256, &json!([]))).contains(claim));
+        assert!(refusal("W10.e30.").contains("could not JSON decode header"));
+        assert!(
+            refusal("e30.!.").contains("could not base64 decode claim: illegal base64 data at input byte 0")
+        );
+    }
+
+    #[test]
+    fn a_refusal_never_quotes_the_token() {
+        let secret = token(&json!({"alg": "RS256"}), &json!({"exp": "SECRETVALUE"}));
+        assert!(!refusal(&secret).contains("SECRETVALUE"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_token_panics(token in ".{0,200}") {
+            let _ = read(&token, now());
+        }
+
+        #[test]
+        fn no_payload_panics(payload in ".{0,100}") {
+            let token = format!("{}.{}.", BASE64.encode(r#"{"alg":"RS256"}"#), BASE64.encode(payload));
+            let _ = read(&token, now());
+        }
+    }
+}

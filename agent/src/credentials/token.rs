@@ -1,0 +1,225 @@
+//! The token that proves a pod's service account to EKS Auth, for a caller who sent none.
+//!
+//! Owns where it comes from, best first: the file that the kubelet keeps for the pod, then TokenRequest. Never
+//! asks for a token that is not bound to that very pod.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use k8s_openapi::api::{
+    authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
+    core::v1::ServiceAccount,
+};
+use kube::{Api, Client, api::PostParams};
+use moka::future::Cache;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use tracing::debug;
+
+use super::{jwt, schedule};
+use crate::{
+    identity::{Pod, PodUid, pods::TOKEN_VOLUME},
+    secret::Secret,
+};
+
+/// The audience that EKS Auth takes tokens for.
+pub const AUDIENCE: &str = "pods.eks.amazonaws.com";
+/// Life asked for, as the EKS webhook does: a day.
+const LIFE_SECS: i64 = 86_400;
+/// The Node authorizer learns of a pod up to some 200 ms after the watch: a refusal is asked again until then.
+const AUTHORIZER_LAG: Duration = Duration::from_millis(500);
+const RETRY_EVERY: Duration = Duration::from_millis(50);
+/// Pods that a node can have, with room; a token more or less costs one call.
+const REQUESTED_MAX: u64 = 1024;
+
+/// Obtains tokens for pods.
+#[derive(Clone)]
+pub struct Tokens {
+    kubelet_pods: PathBuf,
+    kube: Client,
+    requested: Cache<PodUid, (Secret, Timestamp)>,
+}
+
+/// Why there is no token.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kubelet's file cannot be read.
+    #[error("cannot read the kubelet's token of pod {pod}: {source}")]
+    File {
+        /// The pod, as `namespace/name`.
+        pod: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The API server gave none.
+    #[error("the API server gives no token for service account {service_account}: {source}")]
+    Request {
+        /// The service account, as `namespace/name`.
+        service_account: String,
+        /// Why.
+        #[source]
+        source: Box<kube::Error>,
+    },
+    /// The API server's answer has no token.
+    #[error("the API server's answer for service account {service_account} has no token")]
+    Empty {
+        /// The service account, as `namespace/name`.
+        service_account: String,
+    },
+}
+
+// === impl Tokens ===
+
+impl Tokens {
+    /// Tokens from the kubelet whose `--root-dir` is `kubelet_root`, and from the API server.
+    pub fn new(kubelet_root: &Path, kube: Client) -> Self {
+        let requested = Cache::builder().max_capacity(REQUESTED_MAX).build();
+        Self { kubelet_pods: kubelet_root.join("pods"), kube, requested }
+    }
+
+    /// A token bound to this pod, good now.
+    pub async fn for_pod(&self, pod: &Pod) -> Result<Secret, Error> {
+        if let Some(token) = self.kubelets(pod).await? {
+            return Ok(token);
+        }
+        let now = Timestamp::now();
+        if let Some((token, until)) = self.requested.get(&pod.uid).await
+            && now < until
+        {
+            return Ok(token);
+        }
+        let (token, expiration) = self.request(pod).await?;
+        let until = schedule::use_token_until(now, expiration);
+        self.requested.insert(pod.uid, (token.clone(), until)).await;
+        Ok(token)
+    }
+
+    /// Drops what was kept for a pod that is gone.
+    pub async fn forget(&self, uid: PodUid) {
+        self.requested.invalidate(&uid).await;
+    }
+
+    /// The kubelet's token of the pod. `None` where the webhook has put none, or the kubelet has not written it
+    /// yet, or it is no longer good because the kubelet is behind.
+    async fn kubelets(&self, pod: &Pod) -> Result<Option<Secret>, Error> {
+        if !pod.token_volume {
+            return Ok(None);
+        }
+        let volume = self.kubelet_pods.join(pod.uid.to_string());
+        let volume = volume.join("volumes/kubernetes.io~projected").join(TOKEN_VOLUME);
+        let read = tokio::task::spawn_blocking(move || read_projected(&volume)).await;
+        let read = read.unwrap_or_else(|join| Err(io::Error::other(join)));
+        match read {
+            Ok(token) => match jwt::read(token.expose(), Timestamp::now()) {
+                Ok(claims) if claims.pod == Some(pod.uid) => Ok(Some(token)),
+                _ => {
+                    debug!(pod.uid = %pod.uid, "the kubelet's token is not good: asking the API server");
+                    Ok(None)
+                }
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::File { pod: pod.full_name(), source }),
+        }
+    }
+
+    async fn request(&self, pod: &Pod) -> Result<(Secret, Timestamp), Error> {
+        let service_account = &pod.service_account;
+        let api = Api::<ServiceAccount>::namespaced(self.kube.clone(), &service_account.namespace);
+        let request = TokenRequest {
+            spec: TokenRequestSpec {
+                audiences: vec![AUDIENCE.to_owned()],
+                bound_object_ref: Some(BoundObjectReference {
+                    api_version: Some("v1".to_owned()),
+                    kind: Some("Pod".to_owned()),
+                    name: Some(pod.name.clone()),
+                    uid: Some(pod.uid.to_string()),
+                }),
+                expiration_seconds: Some(LIFE_SECS),
+            },
+            ..TokenRequest::default()
+        };
+        let begun = tokio::time::Instant::now();
+        loop {
+            match api.create_token_request(&service_account.name, &PostParams::default(), &request).await {
+                Ok(answer) => {
+                    let status = answer.status.filter(|status| !status.token.is_empty());
+                    let status = status
+                        .ok_or_else(|| Error::Empty { service_account: service_account.to_string() })?;
+                    return Ok((Secret::from(status.token), status.expiration_timestamp.0));
+                }
+                Err(kube::Error::Api(status)) if status.code == 403 && begun.elapsed() < AUTHORIZER_LAG => {
+                    tokio::time::sleep(RETRY_EVERY).await;
+                }
+                Err(source) => {
+                    return Err(Error::Request {
+                        service_account: service_account.to_string(),
+                        source: Box::new(source),
+                    });
+                }
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Tokens {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokens").field("kubelet_pods", &self.kubelet_pods).finish_non_exhaustive()
+    }
+}
+
+/// Reads a projected token. The volume's files are symlinks (`..data`) that the kubelet switches, on a
+/// directory that the pod may share with a container of its own making: the kernel keeps us inside it.
+fn read_projected(volume: &Path) -> io::Result<Secret> {
+    let directory = File::open(volume)?;
+    let file = rustix::fs::openat2(
+        &directory,
+        TOKEN_VOLUME,
+        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
+        Mode::empty(),
+        ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS,
+    )?;
+    let file = File::from(file);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file"));
+    }
+    let mut token = String::new();
+    file.take(jwt::MAX_LEN as u64 + 1).read_to_string(&mut token)?;
+    if token.len() > jwt::MAX_LEN {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is too large for a token"));
+    }
+    Ok(Secret::from(token.trim_end()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn the_kubelet_s_chain_of_links_is_followed_and_no_way_out() {
+        let volume = tempfile::tempdir().unwrap();
+        let at = |path: &str| volume.path().join(path);
+        assert_eq!(read_projected(&at("absent")).unwrap_err().kind(), io::ErrorKind::NotFound);
+
+        std::fs::create_dir(at("..2026_01_01")).unwrap();
+        std::fs::write(at("..2026_01_01/eks-pod-identity-token"), "a.b.c\n").unwrap();
+        symlink("..2026_01_01", at("..data")).unwrap();
+        symlink("..data/eks-pod-identity-token", at(TOKEN_VOLUME)).unwrap();
+        assert_eq!(read_projected(volume.path()).unwrap().expose(), "a.b.c");
+
+        std::fs::write(at("..2026_01_01/eks-pod-identity-token"), vec![b'a'; jwt::MAX_LEN + 1]).unwrap();
+        assert!(read_projected(volume.path()).is_err());
+
+        let elsewhere = tempfile::NamedTempFile::new().unwrap();
+        for target in [elsewhere.path(), Path::new("../../../../../../etc/hostname"), Path::new("..data")] {
+            std::fs::remove_file(at(TOKEN_VOLUME)).unwrap();
+            symlink(target, at(TOKEN_VOLUME)).unwrap();
+            assert!(read_projected(volume.path()).is_err(), "{}", target.display());
+        }
+    }
+}

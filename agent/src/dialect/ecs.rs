@@ -1,0 +1,80 @@
+//! The ECS credential endpoint, which SDKs older than Pod Identity know: a relative URI on 169.254.170.2.
+
+use hyper::{StatusCode, http::request::Parts};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::{
+    Refusal, Response, must_read,
+    pod_identity::{self, SentToken},
+};
+use crate::credentials::Credentials;
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Body<'a> {
+    role_arn: String,
+    access_key_id: &'a str,
+    secret_access_key: &'a str,
+    token: &'a str,
+    expiration: String,
+}
+
+/// What a request asks: always for credentials, with the token it sent, if any. Whatever follows the path is
+/// the client's own.
+pub fn ask(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
+    let path = head.uri.path();
+    let below = path.strip_prefix(pod_identity::PATH);
+    if !below.is_some_and(|below| below.is_empty() || below.starts_with('/')) {
+        return Err(Refusal::not_found("credentials are at /v1/credentials"));
+    }
+    must_read(&head.method)?;
+    pod_identity::sent_token(head, now)
+}
+
+/// Credentials.
+pub fn credentials(credentials: &Credentials) -> Response {
+    pod_identity::json(
+        StatusCode::OK,
+        &Body {
+            role_arn: credentials.role.arn(),
+            access_key_id: &credentials.access_key_id,
+            secret_access_key: credentials.secret_access_key.expose(),
+            token: credentials.session_token.expose(),
+            expiration: credentials.expiration.to_string(),
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+    use hyper::Request;
+
+    use super::*;
+    use crate::testing::credentials as some_credentials;
+
+    #[test]
+    fn every_uri_below_the_path_is_taken() {
+        for (path, taken) in [
+            ("/v1/credentials", true),
+            ("/v1/credentials/0c5c", true),
+            ("/v1/credentialsx", false),
+            ("/v2/credentials", false),
+            ("/", false),
+        ] {
+            let head = Request::get(path).body(()).unwrap().into_parts().0;
+            assert_eq!(ask(&head, Timestamp::UNIX_EPOCH).is_ok(), taken, "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn credentials_name_their_role() {
+        let body = credentials(&some_credentials()).into_body().collect().await.unwrap().to_bytes();
+        let expected = concat!(
+            r#"{"RoleArn":"arn:aws:iam::123456789012:role/web","AccessKeyId":"ASIAEXAMPLE","#,
+            r#""SecretAccessKey":"secret","Token":"session","Expiration":"2026-03-17T22:27:34Z"}"#
+        );
+        assert_eq!(body, expected);
+    }
+}

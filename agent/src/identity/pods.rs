@@ -1,0 +1,281 @@
+//! The pods of this node, kept by a watch.
+//!
+//! Owns what podgate remembers of a pod; never watches another node's pods, never reads a cgroup.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
+    net::IpAddr,
+    sync::{Arc, PoisonError, RwLock},
+    time::Instant,
+};
+
+use futures::{StreamExt as _, pin_mut};
+use k8s_openapi::api::core::v1 as core;
+use kube::{
+    Api,
+    runtime::{WatchStreamExt as _, watcher},
+};
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+
+use super::cgroup::PodUid;
+
+/// Annotations that podgate reads begin with this.
+const ANNOTATION_PREFIX: &str = "podgate.dev/";
+/// Name of the volume that the EKS webhook adds.
+pub const TOKEN_VOLUME: &str = "eks-pod-identity-token";
+
+/// A service account.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct ServiceAccountRef {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// What podgate remembers of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Pod {
+    /// Its UID.
+    pub uid: PodUid,
+    /// Its name.
+    pub name: String,
+    /// Its service account; the namespace is the pod's own.
+    pub service_account: ServiceAccountRef,
+    /// Whether it is on the host's network.
+    pub host_network: bool,
+    /// Whether the EKS webhook gave it a token.
+    pub token_volume: bool,
+    /// Its addresses, once it has them.
+    pub ips: Vec<IpAddr>,
+    /// Its annotations that concern podgate.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// What happened to a pod.
+#[derive(Clone, Debug)]
+pub enum PodEvent {
+    /// It is new, or something that podgate remembers of it changed.
+    Changed(Arc<Pod>),
+    /// The API server has it no more. Its containers may still be terminating.
+    Deleted(PodUid),
+    /// Every pod of the node has been told of once. Comes again after the watch was away.
+    Synced,
+}
+
+/// The pods of this node by UID.
+#[derive(Debug)]
+pub struct Pods {
+    table: RwLock<HashMap<PodUid, Arc<Pod>>>,
+    changes: watch::Sender<()>,
+}
+
+// === impl ServiceAccountRef ===
+
+impl fmt::Display for ServiceAccountRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+// === impl Pod ===
+
+impl Pod {
+    /// Takes over what podgate needs. `None` without a usable UID, name or namespace, which the API server
+    /// never leaves out.
+    pub fn from_api(pod: &core::Pod) -> Option<Self> {
+        let metadata = &pod.metadata;
+        let spec = pod.spec.as_ref()?;
+        let status = pod.status.as_ref();
+        let annotations = metadata.annotations.iter().flatten();
+        let ips = status.and_then(|status| status.pod_ips.as_ref()).into_iter().flatten();
+        Some(Self {
+            uid: PodUid::parse(metadata.uid.as_deref()?)?,
+            name: metadata.name.clone()?,
+            service_account: ServiceAccountRef {
+                namespace: metadata.namespace.clone()?,
+                name: spec.service_account_name.clone().unwrap_or_else(|| "default".to_owned()),
+            },
+            host_network: spec.host_network.unwrap_or(false),
+            token_volume: spec.volumes.iter().flatten().any(|volume| volume.name == TOKEN_VOLUME),
+            ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
+            annotations: annotations
+                .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
+                .map(|(key, value)| (key.clone(), value.clone()))
+                .collect(),
+        })
+    }
+
+    /// `namespace/name`, as people name it.
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.service_account.namespace, self.name)
+    }
+}
+
+// === impl Pods ===
+
+impl Default for Pods {
+    fn default() -> Self {
+        Self { table: RwLock::default(), changes: watch::Sender::new(()) }
+    }
+}
+
+impl Pods {
+    /// The pod with this UID, if the watch has seen it. A deleted one stays until [`Pods::forget`].
+    pub fn get(&self, uid: PodUid) -> Option<Arc<Pod>> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).get(&uid).cloned()
+    }
+
+    /// The pod with this UID, waiting for the watch until `deadline`.
+    pub async fn wait(&self, uid: PodUid, deadline: Instant) -> Option<Arc<Pod>> {
+        let mut changes = self.changes.subscribe();
+        let seen = async {
+            loop {
+                changes.mark_unchanged();
+                if let Some(pod) = self.get(uid) {
+                    return pod;
+                }
+                if changes.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::time::timeout_at(deadline.into(), seen).await.ok()
+    }
+
+    /// Remembers a pod. Whether anything about it is new.
+    pub(crate) fn insert(&self, pod: &Arc<Pod>) -> bool {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let known = table.insert(pod.uid, Arc::clone(pod));
+        drop(table);
+        let new = known.is_none_or(|known| known != *pod);
+        if new {
+            self.changes.send_replace(());
+        }
+        new
+    }
+
+    /// Drops a pod whose cgroup is gone.
+    pub fn forget(&self, uid: PodUid) {
+        self.table.write().unwrap_or_else(PoisonError::into_inner).remove(&uid);
+    }
+
+    /// Follows the pods of one node for ever, telling `events` what happens to them.
+    pub async fn follow(&self, api: Api<core::Pod>, node: &str, events: mpsc::Sender<PodEvent>) {
+        let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
+        let stream = watcher(api, config).default_backoff();
+        pin_mut!(stream);
+        // UIDs that the API server has, to tell who vanished while the watch was away.
+        let mut present = HashSet::new();
+        let mut listed = HashSet::new();
+        while let Some(event) = stream.next().await {
+            let news = match event {
+                Ok(watcher::Event::Apply(pod)) => {
+                    present.extend(self.apply(&pod, &events).await);
+                    vec![]
+                }
+                Ok(watcher::Event::Delete(pod)) => {
+                    let uid = pod.metadata.uid.as_deref().and_then(PodUid::parse);
+                    uid.filter(|uid| present.remove(uid)).map(PodEvent::Deleted).into_iter().collect()
+                }
+                Ok(watcher::Event::Init) => {
+                    listed.clear();
+                    vec![]
+                }
+                Ok(watcher::Event::InitApply(pod)) => {
+                    listed.extend(self.apply(&pod, &events).await);
+                    vec![]
+                }
+                Ok(watcher::Event::InitDone) => {
+                    let gone = present.difference(&listed).copied().map(PodEvent::Deleted);
+                    let news = gone.chain([PodEvent::Synced]).collect();
+                    present = std::mem::take(&mut listed);
+                    info!(pods = present.len(), "the pods of this node are known");
+                    news
+                }
+                Err(error) => {
+                    warn!(%error, "the watch of this node's pods failed; it is tried again, known pods are served");
+                    vec![]
+                }
+            };
+            for event in news {
+                // A closed channel: the agent is stopping.
+                let _ = events.send(event).await;
+            }
+        }
+    }
+
+    async fn apply(&self, pod: &core::Pod, events: &mpsc::Sender<PodEvent>) -> Option<PodUid> {
+        let pod = Arc::new(Pod::from_api(pod)?);
+        let uid = pod.uid;
+        if self.insert(&pod) {
+            // A closed channel: the agent is stopping.
+            let _ = events.send(PodEvent::Changed(pod)).await;
+        }
+        Some(uid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn api_pod(spec: &serde_json::Value) -> core::Pod {
+        serde_json::from_value(json!({
+            "metadata": {
+                "name": "web-0", "namespace": "app", "uid": "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11",
+                "annotations": {"podgate.dev/imds-v1": "allow", "other": "x"},
+            },
+            "spec": spec,
+            "status": {"podIPs": [{"ip": "10.0.0.7"}, {"ip": "nonsense"}]},
+        }))
+        .unwrap()
+    }
+
+    fn within(ms: u64) -> Instant {
+        (tokio::time::Instant::now() + Duration::from_millis(ms)).into_std()
+    }
+
+    #[test]
+    fn only_what_podgate_needs_is_kept() {
+        let spec = json!({"containers": [], "serviceAccountName": "web", "hostNetwork": true,
+            "volumes": [{"name": "eks-pod-identity-token"}]});
+        let pod = Pod::from_api(&api_pod(&spec)).unwrap();
+        assert_eq!(pod.service_account.to_string(), "app/web");
+        assert_eq!(pod.full_name(), "app/web-0");
+        assert!(pod.host_network && pod.token_volume);
+        assert_eq!(pod.ips, ["10.0.0.7".parse::<IpAddr>().unwrap()]);
+        assert_eq!(pod.annotations.keys().collect::<Vec<_>>(), ["podgate.dev/imds-v1"]);
+    }
+
+    #[test]
+    fn a_pod_without_a_service_account_has_the_default_one() {
+        let pod = Pod::from_api(&api_pod(&json!({"containers": []}))).unwrap();
+        assert_eq!(pod.service_account.to_string(), "app/default");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_appears_in_time_is_found_and_no_other() {
+        let pods = Arc::new(Pods::default());
+        let (events, _received) = mpsc::channel(8);
+        let pod = api_pod(&json!({"containers": []}));
+        let uid = Pod::from_api(&pod).unwrap().uid;
+        let late = {
+            let pods = Arc::clone(&pods);
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                pods.apply(&pod, &events).await
+            })
+        };
+        assert!(pods.wait(uid, within(400)).await.is_none());
+        assert_eq!(pods.wait(uid, within(800)).await.unwrap().uid, uid);
+        late.await.unwrap();
+    }
+}

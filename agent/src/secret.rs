@@ -1,0 +1,38 @@
+//! A string that must not be seen: it prints as `[redacted]` and is read by [`Secret::expose`] alone.
+
+use std::fmt;
+
+/// A token, key or signature.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Box<str>);
+
+// === impl Secret ===
+
+impl Secret {
+    /// The secret itself, for the one place that sends it where it belongs.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<T: Into<Box<str>>> From<T> for Secret {
+    fn from(value: T) -> Self {
+        Self(value.into())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_does_not_print() {
+        assert_eq!(format!("{:?}", Secret::from("hunter2")), "[redacted]");
+    }
+}

@@ -1,0 +1,274 @@
+//! The steps of a request, in order: dialect, identity, policy, credentials, answer.
+//!
+//! Owns that sequence and what each failure means to the caller; the one place that awaits every stage. Never
+//! parses a format, never calls AWS.
+
+use std::{
+    convert::Infallible,
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
+
+use agent_common::{net::Endpoint, origin::Origin};
+use hyper::{
+    Request, StatusCode, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use jiff::Timestamp;
+use tracing::{debug, info, warn};
+
+mod refusal;
+
+use crate::{
+    accept::Accepted,
+    credentials::{
+        Credentials,
+        cache::{CredentialSource, Engine, Proof},
+    },
+    dialect::{
+        Dialect, Refusal, Response, ecs, forwarded, imds,
+        imds::ReadPath,
+        imds_token::ImdsTokens,
+        is_forwarded,
+        pod_identity::{self, SentToken},
+    },
+    drain::DrainWatch,
+    identity::{CallerResolver, Pod, PodUid},
+    metrics::RequestMetrics,
+    policy::{Defaults, ImdsMode, Policy},
+};
+
+/// Every request is answered by then: SDKs give up at one second.
+pub const DEADLINE: Duration = Duration::from_millis(800);
+/// How long a request's head may take, and how long a connection may be idle.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest head, in bytes: a token has 1 to 2 kB, and nothing else is long.
+const HEAD_MAX: usize = 32 * 1024;
+
+/// Serves callers.
+#[derive(Debug)]
+pub struct Server<S> {
+    /// What pods get unless something more particular says otherwise.
+    pub defaults: Defaults,
+    /// Who a caller is.
+    pub resolver: CallerResolver,
+    /// What it gets.
+    pub engine: Engine<S>,
+    /// The session tokens of IMDSv2.
+    pub imds_tokens: ImdsTokens,
+    /// What is counted.
+    pub metrics: RequestMetrics,
+}
+
+/// A connection and what is known of it: the kernel's word does not change during its life.
+struct Connection {
+    origin: Option<Origin>,
+    local: Endpoint,
+    uid: OnceLock<PodUid>,
+}
+
+// === impl Server ===
+
+impl<S: CredentialSource> Server<S> {
+    /// Serves one connection to its end. When `drain` begins, the request in flight is the last.
+    pub async fn connection(self: Arc<Self>, accepted: Accepted, mut drain: DrainWatch) {
+        let Accepted { stream, origin, local } = accepted;
+        let connection =
+            Connection { origin, local: Endpoint::new(local.ip(), local.port()), uid: OnceLock::new() };
+        let service =
+            service_fn(|request| async { Ok::<_, Infallible>(self.request(&connection, request).await) });
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .max_buf_size(HEAD_MAX)
+            .serve_connection(TokioIo::new(stream), service);
+        let mut served = std::pin::pin!(served);
+        let result = tokio::select! {
+            result = served.as_mut() => result,
+            () = drain.begun() => {
+                served.as_mut().graceful_shutdown();
+                served.await
+            }
+        };
+        if let Err(error) = result {
+            // Garbage, a head too long or too slow, a caller who hung up: its own connection ends, no more.
+            debug!(%error, "a connection ended early");
+        }
+    }
+
+    async fn request(&self, connection: &Connection, request: Request<Incoming>) -> Response {
+        let begun = Instant::now();
+        let (head, _) = request.into_parts();
+        let dialect = Dialect::pick(connection.dialled().service(), head.uri.path());
+        let answer = self.answer(dialect, connection, &head, begun + DEADLINE).await;
+        let (response, outcome) = match answer {
+            Ok(response) => (response, "ok".into()),
+            Err(refusal) => {
+                let response = dialect.refuse(&refusal);
+                log_refusal(connection, dialect, &refusal);
+                (response, refusal.code)
+            }
+        };
+        self.metrics.count(dialect, response.status());
+        let pod = connection.uid.get().and_then(|uid| self.resolver.known(*uid));
+        info!(
+            target: "access",
+            dialect = dialect.label(),
+            status = response.status().as_u16(),
+            outcome = &*outcome,
+            pod.uid = connection.uid.get().map(tracing::field::display),
+            pod.name = pod.as_deref().map(Pod::full_name),
+            sa = pod.as_deref().map(|pod| tracing::field::display(&pod.service_account)),
+            process = connection.origin.as_ref().map(process),
+            ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "request"
+        );
+        // A body is dropped unread; hyper closes the connection rather than take it for the next request.
+        response
+    }
+
+    async fn answer(
+        &self,
+        dialect: Dialect,
+        connection: &Connection,
+        head: &Parts,
+        deadline: Instant,
+    ) -> Result<Response, Refusal> {
+        let now = Timestamp::now();
+        match dialect {
+            Dialect::PodIdentity => {
+                let sent = pod_identity::ask(head, now)?;
+                let credentials = self.container(connection, head, sent, deadline).await?;
+                Ok(pod_identity::credentials(&credentials))
+            }
+            Dialect::Ecs => {
+                let sent = ecs::ask(head, now)?;
+                let credentials = self.container(connection, head, sent, deadline).await?;
+                Ok(ecs::credentials(&credentials))
+            }
+            Dialect::Imds => self.imds(connection, head, now, deadline).await,
+        }
+    }
+
+    /// The container endpoints: by the caller's token, by the kernel's word, or by both, which must agree.
+    async fn container(
+        &self,
+        connection: &Connection,
+        head: &Parts,
+        sent: Option<SentToken>,
+        deadline: Instant,
+    ) -> Result<Arc<Credentials>, Refusal> {
+        let Some(origin) = &connection.origin else {
+            let SentToken { token, claims } = sent.ok_or_else(|| pod_identity::no_token(""))?;
+            let answer = self.engine.for_token(token, claims, deadline).await;
+            return answer.map_err(|error| refusal::credentials(&error, None));
+        };
+        let uid = self.uid(connection, origin)?;
+        let (proof, pod) = match sent {
+            Some(sent) if sent.claims.pod == Some(uid) => (Proof::Own(sent.token), self.resolver.known(uid)),
+            Some(_) => return Err(refusal::somebody_else_s_token()),
+            None => {
+                let pod = self.pod(uid, deadline).await?;
+                if !Policy::decide(&self.defaults, &pod).tokenless {
+                    return Err(pod_identity::no_token(refusal::TOKENLESS_HINT));
+                }
+                if is_forwarded(&head.headers) {
+                    return Err(forwarded());
+                }
+                (Proof::OnBehalf(Arc::clone(&pod)), Some(pod))
+            }
+        };
+        let answer = self.engine.for_pod(uid, proof, deadline).await;
+        answer.map_err(|error| refusal::credentials(&error, pod.as_deref()))
+    }
+
+    async fn imds(
+        &self,
+        connection: &Connection,
+        head: &Parts,
+        now: Timestamp,
+        deadline: Instant,
+    ) -> Result<Response, Refusal> {
+        let origin = connection.origin.as_ref().ok_or_else(refusal::anonymous)?;
+        let ask = imds::ask(head)?;
+        let uid = self.uid(connection, origin)?;
+        let (session, path) = match ask {
+            // Never waits for anything: every SDK that knows IMDSv2 begins here.
+            imds::Ask::Token { ttl_secs } => {
+                return Ok(imds::token(self.imds_tokens.mint(uid, now, ttl_secs), ttl_secs));
+            }
+            imds::Ask::Read { session, path } => (session, path),
+        };
+        if let Some(session) = session
+            && !self.imds_tokens.is_valid(session, uid, now)
+        {
+            return Err(imds::bad_session());
+        }
+        let pod = self.pod(uid, deadline).await?;
+        let policy = Policy::decide(&self.defaults, &pod);
+        match policy.imds {
+            ImdsMode::Intercept => {}
+            ImdsMode::Deny => return Err(refusal::denied()),
+            ImdsMode::Off | ImdsMode::Audit => return Err(refusal::not_intercepted()),
+        }
+        if session.is_none() {
+            if !policy.imds_v1 {
+                return Err(imds::v1_is_off());
+            }
+            if is_forwarded(&head.headers) {
+                return Err(forwarded());
+            }
+        }
+        let asked = match path {
+            ReadPath::Roles => None,
+            ReadPath::Role(role) => Some(role),
+            ReadPath::Other => return Err(imds::nothing()),
+        };
+        let answer = self.engine.for_pod(uid, Proof::OnBehalf(Arc::clone(&pod)), deadline).await;
+        let credentials = answer.map_err(|error| refusal::credentials(&error, Some(&pod)))?;
+        match asked {
+            None => Ok(imds::roles(&credentials)),
+            Some(role) => imds::role(role, &credentials),
+        }
+    }
+
+    fn uid(&self, connection: &Connection, origin: &Origin) -> Result<PodUid, Refusal> {
+        if let Some(uid) = connection.uid.get() {
+            return Ok(*uid);
+        }
+        let uid = self.resolver.uid(origin).map_err(|error| refusal::identity(&error))?;
+        Ok(*connection.uid.get_or_init(|| uid))
+    }
+
+    async fn pod(&self, uid: PodUid, deadline: Instant) -> Result<Arc<Pod>, Refusal> {
+        self.resolver.pod(uid, deadline).await.map_err(|error| refusal::identity(&error))
+    }
+}
+
+// === impl Connection ===
+
+impl Connection {
+    /// What the caller dialled; without an origin, where it arrived.
+    fn dialled(&self) -> &Endpoint {
+        self.origin.as_ref().map_or(&self.local, |origin| &origin.orig_dst)
+    }
+}
+
+/// The dialling process, as `name/pid`.
+fn process(origin: &Origin) -> String {
+    let end = origin.comm.iter().position(|byte| *byte == 0).unwrap_or(origin.comm.len());
+    let name = String::from_utf8_lossy(&origin.comm[..end]);
+    format!("{}/{}", name.escape_debug(), origin.tgid)
+}
+
+/// Refusals that somebody should look at; the rest is in the access log.
+fn log_refusal(connection: &Connection, dialect: Dialect, refusal: &Refusal) {
+    if refusal.status.is_server_error() || refusal.status == StatusCode::FORBIDDEN {
+        warn!(
+            dialect = dialect.label(),
+            pod.uid = connection.uid.get().map(tracing::field::display),
+            reason = refusal.message,
+            "a caller was refused"
+        );
+    }
+}

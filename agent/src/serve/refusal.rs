@@ -1,0 +1,161 @@
+//! What each failure means to the caller: one function for a kind of cause.
+
+use hyper::StatusCode;
+
+use crate::{
+    credentials::{Error as CredentialsError, ServiceError},
+    dialect::Refusal,
+    identity::{Error as IdentityError, Pod},
+};
+
+/// Follows the stock agent's words where the kernel knows the pod.
+pub(super) const TOKENLESS_HINT: &str = "; this pod is not served without one: podgate.dev/tokenless: allow on the \
+     pod would change that";
+
+/// The caller has no identity.
+pub(super) fn identity(error: &IdentityError) -> Refusal {
+    let (status, code) = match error {
+        IdentityError::CgroupGone { .. }
+        | IdentityError::NotAPod { .. }
+        | IdentityError::StaticPod { .. } => (StatusCode::FORBIDDEN, "AccessDenied"),
+        IdentityError::CgroupPath { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
+        IdentityError::PodUnknown { .. } => (StatusCode::SERVICE_UNAVAILABLE, "PodUnknown"),
+    };
+    Refusal::new(status, code, error.to_string())
+}
+
+/// There are no credentials for the caller. Statuses are the stock agent's, since SDKs decide by them.
+pub(super) fn credentials(error: &CredentialsError, pod: Option<&Pod>) -> Refusal {
+    let whose = pod.map(|pod| format!(" (pod {}, service account {})", pod.full_name(), pod.service_account));
+    let whose = whose.unwrap_or_default();
+    match error {
+        CredentialsError::Service(error) => Refusal::new(
+            service_status(error),
+            error.code.clone(),
+            format!("{}{}{whose}", service_text(error), advice(&error.code)),
+        ),
+        CredentialsError::Unreachable { .. } | CredentialsError::BadAnswer { .. } => {
+            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "Unavailable", format!("[]: {error}{whose}"))
+        }
+        CredentialsError::NodeCredentials { .. } => {
+            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "NodeCredentials", format!("{error}{whose}"))
+        }
+        CredentialsError::Token { .. } => {
+            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "NoToken", format!("{error}{whose}"))
+        }
+        CredentialsError::Slow(_) => {
+            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "Slow", format!("{error}{whose}"))
+        }
+    }
+}
+
+/// The token and the kernel name different pods.
+pub(super) fn somebody_else_s_token() -> Refusal {
+    Refusal::new(
+        StatusCode::FORBIDDEN,
+        "AccessDenied",
+        "the token is bound to another pod than the one that sent it",
+    )
+}
+
+/// Nobody vouches for the caller.
+pub(super) fn anonymous() -> Refusal {
+    Refusal::new(
+        StatusCode::FORBIDDEN,
+        "AccessDenied",
+        "podgate does not know which pod this connection is from: it answers connections that pods of this node \
+         dial themselves",
+    )
+}
+
+/// The pod's policy is `deny`.
+pub(super) fn denied() -> Refusal {
+    Refusal::new(
+        StatusCode::FORBIDDEN,
+        "AccessDenied",
+        "the instance metadata service is denied to this pod by podgate's policy",
+    )
+}
+
+/// The pod was dialled for before its policy was known, and is not to be intercepted.
+pub(super) fn not_intercepted() -> Refusal {
+    Refusal::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "NotIntercepted",
+        "this pod uses the instance's own metadata service: dial again",
+    )
+}
+
+fn service_status(error: &ServiceError) -> StatusCode {
+    let status = StatusCode::from_u16(error.status).ok();
+    let status = status.filter(|status| status.is_client_error() || status.is_server_error());
+    status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+/// The stock agent's text: `[request id]: (Code): message, fault: client`.
+fn service_text(error: &ServiceError) -> String {
+    let fault = match error.code.as_str() {
+        "UnknownError" => "unknown",
+        "InternalServerException" | "ServiceUnavailableException" => "server",
+        _ => "client",
+    };
+    format!("[{}]: ({}): {}, fault: {fault}", error.request_id, error.code, error.message)
+}
+
+fn advice(code: &str) -> &'static str {
+    match code {
+        "ResourceNotFoundException" => {
+            "; the service account has no pod identity association in this cluster: make one with `aws eks \
+             create-pod-identity-association`"
+        }
+        "AccessDeniedException" => {
+            "; the role's trust policy must allow pods.eks.amazonaws.com sts:AssumeRole and sts:TagSession, and the \
+             node's role eks-auth:AssumeRoleForPodIdentity"
+        }
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::pod;
+
+    fn service(status: u16, code: &str) -> CredentialsError {
+        CredentialsError::Service(ServiceError {
+            status,
+            code: code.into(),
+            message: "m".into(),
+            request_id: "r1".into(),
+        })
+    }
+
+    #[test]
+    fn a_pod_without_association_learns_whose_is_missing() {
+        let refusal = credentials(&service(404, "ResourceNotFoundException"), Some(&pod("app", "web")));
+        assert_eq!(refusal.status, StatusCode::NOT_FOUND);
+        assert!(refusal.message.starts_with("[r1]: (ResourceNotFoundException): m, fault: client"));
+        assert!(refusal.message.contains("service account app/web"), "{}", refusal.message);
+    }
+
+    #[test]
+    fn upstream_s_status_is_passed_on_when_it_is_an_error() {
+        for (upstream, status) in [(400, 400), (404, 404), (429, 429), (503, 503), (302, 500), (7, 500)] {
+            assert_eq!(credentials(&service(upstream, "X"), None).status.as_u16(), status, "{upstream}");
+        }
+    }
+
+    #[test]
+    fn what_may_be_tried_again_is_a_server_error() {
+        let errors = [
+            CredentialsError::Slow(std::time::Duration::from_millis(800)),
+            CredentialsError::Unreachable { reason: "x".into() },
+            CredentialsError::NodeCredentials { reason: "x".into() },
+        ];
+        for error in errors {
+            assert!(credentials(&error, None).status.is_server_error(), "{error}");
+        }
+        let unknown = IdentityError::PodUnknown { uid: crate::testing::pod_uid() };
+        assert_eq!(identity(&unknown).status, StatusCode::SERVICE_UNAVAILABLE);
+    }
+}

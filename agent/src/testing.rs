@@ -1,0 +1,100 @@
+//! Doubles for what only a node has, and values for tests. Not part of a release build.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+};
+
+use agent_common::origin::Origin;
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::{
+    credentials::{Credentials, Role, jwt::Claims},
+    identity::{Pod, PodUid, ServiceAccountRef, cgroupfs::CgroupPaths},
+    intercept::{self, OriginLookup},
+};
+
+/// A pod with a fresh UID; its service account is `name` in `namespace`.
+pub fn pod(namespace: &str, name: &str) -> Pod {
+    Pod {
+        uid: pod_uid(),
+        name: format!("{name}-0"),
+        service_account: ServiceAccountRef { namespace: namespace.to_owned(), name: name.to_owned() },
+        host_network: false,
+        token_volume: false,
+        ips: vec![],
+        annotations: BTreeMap::new(),
+    }
+}
+
+/// A fresh pod UID.
+///
+/// # Panics
+/// Never: a UUID's hyphenated form is a pod's UID.
+#[expect(clippy::expect_used, reason = "test code")]
+pub fn pod_uid() -> PodUid {
+    PodUid::parse(&Uuid::new_v4().to_string()).expect("a UUID is a pod's UID")
+}
+
+/// What a token bound to this pod says.
+pub fn claims(pod: PodUid) -> Claims {
+    Claims { expiration: None, pod: Some(pod), service_account: None }
+}
+
+/// Stands in for cgroup2: the test says which id has which path.
+#[derive(Debug, Default)]
+pub struct FakeCgroups(Mutex<HashMap<u64, PathBuf>>);
+
+/// Stands in for the kernel: every connection accepted has this origin.
+#[derive(Debug, Default)]
+pub struct FakeOrigins(Mutex<Option<Origin>>);
+
+// === impl FakeCgroups ===
+
+impl FakeCgroups {
+    /// From now on the cgroup has this path, relative to kubepods.
+    pub fn set(&self, cgroup_id: u64, path: impl Into<PathBuf>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(cgroup_id, path.into());
+    }
+}
+
+impl CgroupPaths for std::sync::Arc<FakeCgroups> {
+    fn below_kubepods(&self, cgroup_id: u64) -> io::Result<Option<PathBuf>> {
+        Ok(self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&cgroup_id).cloned())
+    }
+}
+
+// === impl FakeOrigins ===
+
+impl FakeOrigins {
+    /// From now on accepted connections have this origin.
+    pub fn set(&self, origin: Option<Origin>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = origin;
+    }
+}
+
+impl OriginLookup for std::sync::Arc<FakeOrigins> {
+    fn origin(&self, _: BorrowedFd<'_>) -> Result<Option<Origin>, intercept::Error> {
+        Ok(*self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Credentials of role `web`, from 2026-03-17T16:27:34Z for six hours.
+pub fn credentials() -> Credentials {
+    Credentials {
+        access_key_id: "ASIAEXAMPLE".to_owned(),
+        secret_access_key: "secret".into(),
+        session_token: "session".into(),
+        expiration: Timestamp::from_second(1_773_786_454).unwrap_or_default(),
+        obtained_at: Timestamp::from_second(1_773_764_854).unwrap_or_default(),
+        role: Role {
+            account_id: "123456789012".to_owned(),
+            partition: "aws".to_owned(),
+            name: "web".to_owned(),
+        },
+    }
+}

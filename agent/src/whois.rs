@@ -1,0 +1,100 @@
+//! Whose identity would a process get, and why?
+//!
+//! Owns the answer for people; takes the very steps that a request takes, and hands nothing out.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::chain,
+    identity::{
+        Pods,
+        cgroup::{self, Owner},
+        cgroupfs::{self, Kubepods},
+    },
+    policy::{Defaults, Policy},
+};
+
+/// Answers for processes of this node.
+#[derive(Debug)]
+pub struct Whois {
+    /// Where the pods' cgroups are.
+    pub kubepods: Arc<Kubepods>,
+    /// The pods of this node.
+    pub pods: Arc<Pods>,
+    /// What pods get unless something more particular says otherwise.
+    pub defaults: Defaults,
+}
+
+/// What is known of a process.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Answer {
+    /// The process.
+    pub pid: i32,
+    /// Its cgroup.
+    pub cgroup: String,
+    /// The id of its cgroup, as in the kernel's maps.
+    pub cgroup_id: Option<u64>,
+    /// The pod's UID.
+    pub pod_uid: Option<String>,
+    /// The pod, as `namespace/name`.
+    pub pod: Option<String>,
+    /// The service account, as `namespace/name`.
+    pub service_account: Option<String>,
+    /// What the pod's dials to IMDS get.
+    pub imds: Option<String>,
+    /// Why, in a sentence.
+    pub because: String,
+}
+
+// === impl Whois ===
+
+impl Whois {
+    /// Answers for one process.
+    ///
+    /// # Errors
+    /// When there is no such process, in a sentence.
+    pub fn of_process(&self, pid: i32) -> Result<Answer, String> {
+        let cgroup = self.kubepods.of_process(Some(pid)).map_err(|error| chain(&error))?;
+        let mut answer = Answer {
+            pid,
+            cgroup: cgroup.display().to_string(),
+            cgroup_id: cgroupfs::cgroup_id(&cgroup).ok(),
+            pod_uid: None,
+            pod: None,
+            service_account: None,
+            imds: None,
+            because: String::new(),
+        };
+        let below = cgroup.strip_prefix(self.kubepods.path()).ok();
+        answer.because = match below.and_then(cgroup::parse).map(|found| found.owner) {
+            None => "its cgroup is no pod's: podgate does not touch it".to_owned(),
+            Some(Owner::StaticPod(hash)) => {
+                format!("it is in a static pod (configuration {hash}), which has no service account: refused")
+            }
+            Some(Owner::Pod(uid)) => {
+                answer.pod_uid = Some(uid.to_string());
+                match self.pods.get(uid) {
+                    None => "the API server has not shown this pod yet: its requests wait".to_owned(),
+                    Some(pod) => {
+                        let policy = Policy::decide(&self.defaults, &pod);
+                        answer.pod = Some(pod.full_name());
+                        answer.service_account = Some(pod.service_account.to_string());
+                        answer.imds = Some(label(&policy.imds));
+                        format!(
+                            "its cgroup is the pod's, and the pod runs under it; mode: {}",
+                            label(&policy.reason)
+                        )
+                    }
+                }
+            }
+        };
+        Ok(answer)
+    }
+}
+
+fn label(value: &impl Serialize) -> String {
+    let text = serde_json::to_value(value).ok();
+    text.and_then(|text| text.as_str().map(str::to_owned)).unwrap_or_default()
+}
