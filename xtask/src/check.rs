@@ -1,0 +1,134 @@
+//! `cargo xtask check`: formatting, lints, documentation, dependencies and the import rules.
+//!
+//! Owns the list of checks and the verdict; runs every check even when one fails. What could not run is never shown
+//! as passed.
+
+mod imports;
+
+use std::{process::Command, time::Instant};
+
+use anyhow::bail;
+
+use crate::{
+    cmd,
+    ebpf::{cargo, root, target_directory},
+    report,
+};
+
+/// Version of cargo-deny.
+const DENY_VERSION: &str = "0.20.2";
+
+/// Every check: what it is called, and how it is run under that name.
+const CHECKS: [(&str, Check); 7] = [
+    ("formatting", formatting),
+    ("lints (agent and tools)", lints),
+    // Stable's clippy on the host's target: the BPF toolchains have none. The code is the same but for aya's assembly.
+    ("lints (kernel programs, as host code)", kernel_lints),
+    ("documentation", documentation),
+    ("bans, licenses and sources", dependencies),
+    ("security advisories", advisories),
+    ("import rules", import_rules),
+];
+
+/// A check. An error means that it failed.
+type Check = fn(&str) -> anyhow::Result<Outcome>;
+
+/// What came of a check that did not fail.
+enum Outcome {
+    Passed,
+    NotRun(String),
+}
+
+/// Runs every check.
+pub(crate) fn run() -> anyhow::Result<()> {
+    let mut table = report::table(&["check", "result", "seconds"]);
+    let (mut passed, mut failed, mut not_run) = (0, 0, 0);
+    for (name, check) in CHECKS {
+        let started = Instant::now();
+        let result = match check(name) {
+            Ok(Outcome::Passed) => {
+                passed += 1;
+                report::success("passed")
+            }
+            Ok(Outcome::NotRun(reason)) => {
+                not_run += 1;
+                format!("not run: {reason}")
+            }
+            Err(error) => {
+                eprintln!("{} {error:#}", report::failure("✗"));
+                failed += 1;
+                report::failure("failed")
+            }
+        };
+        table.add_row([name.to_owned(), result, format!("{:.1}", started.elapsed().as_secs_f64())]);
+    }
+    println!("{table}");
+    println!("{passed} passed, {failed} failed, {not_run} not run");
+    if failed > 0 {
+        bail!("{failed} of {} checks failed", CHECKS.len());
+    }
+    Ok(())
+}
+
+fn formatting(name: &str) -> anyhow::Result<Outcome> {
+    pass(name, cargo().args(["fmt", "--all", "--check"]))
+}
+
+fn lints(name: &str) -> anyhow::Result<Outcome> {
+    pass(name, cargo().args(["clippy", "--all-targets", "--all-features", "--", "-D", "warnings"]))
+}
+
+fn kernel_lints(name: &str) -> anyhow::Result<Outcome> {
+    // The profile of the programs: a panic handler of one's own is allowed only where panics abort.
+    let arguments = ["clippy", "--package", "agent-ebpf", "--profile", "ebpf", "--", "-D", "warnings"];
+    pass(name, cargo().args(arguments))
+}
+
+fn documentation(name: &str) -> anyhow::Result<Outcome> {
+    pass(name, cargo().args(["doc", "--no-deps", "--all-features"]).env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+fn dependencies(name: &str) -> anyhow::Result<Outcome> {
+    pass(name, cargo_deny()?.args(["check", "bans", "licenses", "sources"]))
+}
+
+fn advisories(name: &str) -> anyhow::Result<Outcome> {
+    // Without the network there is no database, and without it no verdict.
+    if let Err(error) = cmd::run("advisory database", cargo_deny()?.args(["fetch", "db"])) {
+        let reason = format!("{error:#}");
+        let reason =
+            reason.lines().find(|line| line.contains("[ERROR]") || line.contains("failed")).unwrap_or("");
+        return Ok(Outcome::NotRun(format!("the advisory database cannot be fetched ({})", reason.trim())));
+    }
+    pass(name, cargo_deny()?.args(["check", "--disable-fetch", "advisories"]))
+}
+
+fn import_rules(_: &str) -> anyhow::Result<Outcome> {
+    let violations = imports::violations(&root().join("agent/src"))?;
+    if !violations.is_empty() {
+        bail!("the import rules are broken:\n{}", violations.join("\n"));
+    }
+    Ok(Outcome::Passed)
+}
+
+fn pass(name: &str, command: &mut Command) -> anyhow::Result<Outcome> {
+    cmd::run(name, command)?;
+    Ok(Outcome::Passed)
+}
+
+/// cargo-deny from `target/tools`, installed there first if it is not there.
+fn cargo_deny() -> anyhow::Result<Command> {
+    let tools = target_directory().join("tools");
+    let program = tools.join("bin/cargo-deny");
+    if !program.is_file() {
+        cmd::run(
+            &format!("cargo-deny {DENY_VERSION}"),
+            cargo()
+                .args(["install", "cargo-deny", "--version", DENY_VERSION, "--locked", "--root"])
+                .arg(&tools),
+        )?;
+    }
+    let mut command = Command::new(program);
+    command.current_dir(root()).args(["--config", ".deny.toml"]);
+    Ok(command)
+}

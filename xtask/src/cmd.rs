@@ -1,0 +1,165 @@
+//! Running other programs so that a person can follow: what is run, that it is still running, what went wrong.
+//!
+//! Owns the echo, the spinner and the logs under `target/xtask`; never decides what to run. Progress goes to stderr,
+//! so that a command's own output can be read by programs.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    io::IsTerminal as _,
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use indicatif::ProgressBar;
+use owo_colors::{OwoColorize as _, Stream};
+
+use crate::ebpf;
+
+/// How much of a log is shown when a command fails; the rest is in the file.
+const LOG_TAIL_LINES: usize = 60;
+/// How often the spinner moves.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Something that is missing on this machine and that this command does not set up by itself: exit status 2.
+#[derive(Debug)]
+pub(crate) struct Missing(pub(crate) String);
+
+// === impl Missing ===
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Missing {}
+
+/// Runs `command`, which does `what`. Its output goes to a log, the end of which is shown if it fails.
+pub(crate) fn run(what: &str, command: &mut Command) -> anyhow::Result<()> {
+    let (log_path, log) = open_log(what)?;
+    eprintln!(
+        "{}",
+        format_args!("$ {}", echo(command)).if_supports_color(Stream::Stderr, |line| line.dimmed())
+    );
+    let started = Instant::now();
+    let spinner = spinner(what);
+    let program = command.get_program().display().to_string();
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().context("cannot share the log")?)
+        .stderr(log)
+        .status()
+        .with_context(|| format!("{what}: cannot run {program}; is it installed and in PATH?"));
+    spinner.finish_and_clear();
+    let status = status?;
+    let seconds = started.elapsed().as_secs_f64();
+    if !status.success() {
+        let log = fs::read_to_string(&log_path).unwrap_or_default();
+        bail!("{what} failed ({status}, {seconds:.1} s)\n{}\nwhole log: {}", tail(&log), log_path.display());
+    }
+    let mark = "✓".if_supports_color(Stream::Stderr, |mark| mark.green());
+    eprintln!("{mark} {what} ({seconds:.1} s)");
+    Ok(())
+}
+
+/// What `command` prints, without its last line break. For questions that take no time: nothing is shown.
+pub(crate) fn ask(command: &mut Command) -> anyhow::Result<String> {
+    let echo = echo(command);
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {echo}"))?;
+    if !output.status.success() {
+        bail!("{echo}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim_end());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+/// The command as one would type it, with the variables that it is given.
+fn echo(command: &Command) -> String {
+    let mut line = String::new();
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            let _ = write!(line, "{}={} ", name.display(), quote(&value.to_string_lossy()));
+        }
+    }
+    line.push_str(&quote(&command.get_program().to_string_lossy()));
+    for argument in command.get_args() {
+        line.push(' ');
+        line.push_str(&quote(&argument.to_string_lossy()));
+    }
+    line
+}
+
+/// Quotes a word for a shell where it needs to be.
+fn quote(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=/.,:+@%^".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// Shows that `what` goes on: a spinner on a terminal, else one line.
+fn spinner(what: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        eprintln!("  {what} …");
+        return ProgressBar::hidden();
+    }
+    let spinner = ProgressBar::new_spinner().with_message(format!("{what} …"));
+    spinner.enable_steady_tick(TICK);
+    spinner
+}
+
+fn open_log(what: &str) -> anyhow::Result<(PathBuf, File)> {
+    let directory = ebpf::target_directory().join("xtask");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let name: String = what.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let path = directory.join(format!("{name}.log"));
+    let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok((path, log))
+}
+
+fn tail(log: &str) -> String {
+    let lines: Vec<_> = log.lines().collect();
+    lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_echoed_command_can_be_pasted_into_a_shell() {
+        let mut command = Command::new("cargo");
+        command
+            .args(["build", "--cfg", "a b", "", "it's"])
+            .env("RUSTFLAGS", "-C debuginfo=2")
+            .env_remove("RUSTC");
+        assert_eq!(echo(&command), r"RUSTFLAGS='-C debuginfo=2' cargo build --cfg 'a b' '' 'it'\''s'");
+    }
+
+    #[test]
+    fn a_failure_shows_the_end_of_the_output() {
+        let error =
+            run("a failing command", Command::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]));
+        let error = error.unwrap_err().to_string();
+        for part in ["a failing command failed", "exit status: 3", "out\nerr", "a-failing-command.log"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let error = format!("{:#}", run("something", &mut Command::new("no-such-program-here")).unwrap_err());
+        assert!(error.contains("no-such-program-here"), "{error}");
+    }
+
+    #[test]
+    fn an_answer_comes_without_its_line_break() {
+        assert_eq!(ask(Command::new("echo").arg("yes")).unwrap(), "yes");
+        let error = ask(Command::new("sh").args(["-c", "echo no >&2; false"])).unwrap_err().to_string();
+        assert!(error.ends_with("no"), "{error}");
+    }
+}
