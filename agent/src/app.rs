@@ -13,6 +13,7 @@ use std::{
 };
 
 use agent_common::policy::PodPolicy;
+use aws_config::SdkConfig;
 use kube::Api;
 use prometheus_client::registry::Registry;
 use tokio::{
@@ -38,7 +39,7 @@ use crate::{
     enforce::Enforcer,
     identity::{
         CallerResolver, Pods, cgroup,
-        cgroupfs::{self, Kubepods},
+        cgroupfs::{self, CgroupPaths, Kubepods},
         tree,
     },
     intercept::{self, Interceptor, OriginLookup, Settings, TicketKey},
@@ -125,19 +126,8 @@ pub async fn run(config: Config) -> Result<(), Error> {
 
     let kube = kube_identity::client(config.kube_identity, &config.node_name).await?;
     let aws = aws::config().await;
-    let engine = Engine::new(NodeSource {
-        tokens: Tokens::new(&config.kubelet_root, kube.clone()),
-        eks_auth: EksAuth::new(&aws, &config.cluster_name, &config.node_name),
-    });
-    let mut imds_key = [0; 32];
-    getrandom::fill(&mut imds_key).map_err(Error::Randomness)?;
-    let server = Arc::new(Server {
-        defaults: config.defaults,
-        resolver: CallerResolver::new(Arc::clone(&node.kubepods), Arc::clone(&pods)),
-        engine,
-        imds_tokens: ImdsTokens::new(&imds_key),
-        metrics: request_metrics,
-    });
+    let cgroups = Arc::clone(&node.kubepods);
+    let server = Arc::new(server(&config, cgroups, &pods, kube.clone(), &aws, request_metrics)?);
 
     let (pod_events, received) = mpsc::channel(POD_EVENTS);
     let (synced, mut is_synced) = watch::channel(false);
@@ -172,6 +162,29 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let removed = link.down().await;
     outcome?;
     Ok(removed?)
+}
+
+/// Builds the stages behind an accepted connection.
+pub fn server(
+    config: &Config,
+    cgroups: impl CgroupPaths,
+    pods: &Arc<Pods>,
+    kube: kube::Client,
+    aws: &SdkConfig,
+    metrics: RequestMetrics,
+) -> Result<Server<NodeSource>, Error> {
+    let mut imds_key = [0; 32];
+    getrandom::fill(&mut imds_key).map_err(Error::Randomness)?;
+    Ok(Server {
+        defaults: config.defaults,
+        resolver: CallerResolver::new(cgroups, Arc::clone(pods)),
+        engine: Engine::new(NodeSource {
+            tokens: Tokens::new(&config.kubelet_root, kube),
+            eks_auth: EksAuth::new(aws, &config.cluster_name, &config.node_name),
+        }),
+        imds_tokens: ImdsTokens::new(&imds_key),
+        metrics,
+    })
 }
 
 /// Listens, attaches, and serves until the end.

@@ -1,0 +1,368 @@
+//! The whole agent but for the kernel, in process: real requests in, the lab's servers behind.
+
+#[path = "pipeline/node.rs"]
+mod node;
+
+use std::time::{Duration, Instant};
+
+use agent::policy::ImdsMode;
+use lab::faults::{Fault, Service};
+use node::{Answer, Node, TestPod};
+
+const IMDS: &str = "169.254.169.254";
+const POD_IDENTITY: &str = "169.254.170.23";
+const ECS: &str = "169.254.170.2";
+const ROLES: &str = "/latest/meta-data/iam/security-credentials/";
+const TOKEN: &str = "/latest/api/token";
+const TTL: (&str, &str) = ("X-aws-ec2-metadata-token-ttl-seconds", "21600");
+
+async fn session(node: &Node) -> String {
+    let answer = node.request("PUT", TOKEN, &[TTL]).await;
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.body
+}
+
+async fn imds_v2(node: &Node, path: &str) -> Answer {
+    let session = session(node).await;
+    node.get(path, &[("X-aws-ec2-metadata-token", &session)]).await
+}
+
+/// The three requests that every IMDSv2 client makes.
+async fn imds_credentials(node: &Node) -> Answer {
+    let session = session(node).await;
+    let header = [("X-aws-ec2-metadata-token", session.as_str())];
+    let roles = node.get(ROLES, &header).await;
+    assert_eq!(roles.status, 200, "{roles:?}");
+    node.get(&format!("{ROLES}{}", roles.body), &header).await
+}
+
+fn web(node: &Node) -> TestPod {
+    node.eks_auth.associate("app", "web", "web-role");
+    node.pod("web-0", "web", |_| {})
+}
+
+/// A pod as the EKS webhook leaves it.
+fn injected(node: &Node) -> TestPod {
+    node.eks_auth.associate("app", "web", "web-role");
+    node.pod("web-0", "web", |spec| spec.token_volume = true)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_gets_its_own_role_from_each_address() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = web(&node);
+    node.dial_as(&pod, IMDS);
+    assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
+    node.dial_as(&pod, POD_IDENTITY);
+    assert_eq!(node.role_of(&node.get("/v1/credentials", &[]).await), "web-role for web-0");
+    node.dial_as(&pod, ECS);
+    let ecs = node.get("/v1/credentials/anything", &[]).await;
+    assert_eq!(node.role_of(&ecs), "web-role for web-0");
+    assert_eq!(ecs.json()["RoleArn"], "arn:aws:iam::123456789012:role/web-role");
+    assert_eq!(node.eks_auth.calls(), 1, "one call served all three");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_of_one_service_account_get_credentials_of_their_own() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let first = web(&node);
+    let second = node.pod("web-1", "web", |_| {});
+    node.dial_as(&first, IMDS);
+    assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
+    node.dial_as(&second, IMDS);
+    assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn imds_v1_is_refused_with_the_way_to_allow_it_and_served_where_it_is_allowed() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = web(&node);
+    node.dial_as(&pod, IMDS);
+    let refused = node.get(ROLES, &[]).await;
+    assert_eq!(refused.status, 401);
+    assert!(refused.body.contains("podgate.dev/imds-v1: allow"), "{refused:?}");
+
+    let allowed = node.pod("old-0", "web", |spec| {
+        spec.annotations.insert("podgate.dev/imds-v1".into(), "allow".into());
+    });
+    node.dial_as(&allowed, IMDS);
+    assert_eq!(node.get(ROLES, &[]).await.body, "web-role");
+    let credentials = node.get(&format!("{ROLES}web-role"), &[]).await;
+    assert_eq!(node.role_of(&credentials), "web-role for old-0");
+    let proxied = node.get(ROLES, &[("X-Forwarded-For", "10.0.0.1")]).await;
+    assert_eq!(proxied.status, 403, "{proxied:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_token_is_of_no_use_to_another_pod() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let first = web(&node);
+    let second = node.pod("web-1", "web", |_| {});
+    node.dial_as(&first, IMDS);
+    let stolen = session(&node).await;
+    node.dial_as(&second, IMDS);
+    for token in [stolen.as_str(), "INVALID", ""] {
+        let answer = node.get(ROLES, &[("X-aws-ec2-metadata-token", token)]).await;
+        assert_eq!(answer.status, 401, "{token:?} {answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_the_node_is_served() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), IMDS);
+    for path in [
+        "/latest/user-data",
+        "/latest/meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
+        "/latest/dynamic/instance-identity/signature",
+        "/latest/meta-data/iam/security-credentials/node-role",
+    ] {
+        assert_eq!(imds_v2(&node, path).await.status, 404, "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_webhook_s_token_is_served_as_the_stock_agent_does_with_and_without_an_origin() {
+    let node = Node::start(ImdsMode::Audit).await;
+    let pod = injected(&node);
+    let token = pod.token(&node);
+    node.dial_anonymously();
+    let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
+    assert_eq!(node.role_of(&answer), "web-role for web-0");
+    assert!(answer.head.contains("content-length:"), "{answer:?}");
+    node.dial_as(&pod, POD_IDENTITY);
+    let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
+    assert_eq!(node.role_of(&answer), "web-role for web-0");
+    assert_eq!(node.eks_auth.calls(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_anonymous_without_a_token() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_anonymously();
+    let answer = node.get("/v1/credentials", &[]).await;
+    assert_eq!((answer.status, answer.message().as_str()), (400, "Service account token cannot be empty"));
+    let answer = node.request("PUT", TOKEN, &[TTL]).await;
+    assert_eq!(answer.status, 403, "{answer:?}");
+    assert!(answer.body.contains("does not know which pod"), "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forged_token_without_an_origin_never_gets_what_is_kept_for_its_pod() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = injected(&node);
+    let genuine = pod.token(&node);
+    node.dial_anonymously();
+    let header = |token: &str| [("Authorization", token.to_owned())];
+    let get = async |token: &str| {
+        let [(name, value)] = header(token);
+        node.get("/v1/credentials", &[(name, &value)]).await
+    };
+    assert_eq!(get(&genuine).await.status, 200, "the pod's credentials are kept now");
+    let (signed, _signature) = genuine.rsplit_once('.').unwrap();
+    let forged = format!("{signed}.Zm9yZ2Vk");
+    let answer = get(&forged).await;
+    assert_eq!(answer.status, 400, "{answer:?}");
+    assert!(answer.message().contains("InvalidTokenException"), "{answer:?}");
+    assert_eq!(get(&genuine).await.status, 200);
+    assert_eq!(node.eks_auth.calls(), 2, "the forged token itself went to EKS Auth, the genuine one once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stolen_token_is_worthless_to_a_pod() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let victim = injected(&node);
+    let thief = node.pod("thief-0", "thief", |_| {});
+    node.dial_as(&thief, POD_IDENTITY);
+    let answer = node.get("/v1/credentials", &[("Authorization", &victim.token(&node))]).await;
+    assert_eq!(answer.status, 403, "{answer:?}");
+    assert_eq!(node.eks_auth.calls(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_has_a_token_must_send_it() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = injected(&node);
+    node.dial_as(&pod, POD_IDENTITY);
+    let answer = node.get("/v1/credentials", &[]).await;
+    assert_eq!(answer.status, 400);
+    assert!(answer.message().starts_with("Service account token cannot be empty"), "{answer:?}");
+    // IMDS has no token: there the kernel's word is enough, and the kubelet's file the token.
+    pod.kubelet_writes(&node, &pod.token(&node));
+    node.dial_as(&pod, IMDS);
+    assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_account_without_association_is_named_at_once() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = node.pod("web-0", "lonely", |_| {});
+    for address in [IMDS, POD_IDENTITY] {
+        node.dial_as(&pod, address);
+        let answer = match address {
+            IMDS => imds_v2(&node, ROLES).await,
+            _ => node.get("/v1/credentials", &[]).await,
+        };
+        assert_eq!(answer.status, 404, "{answer:?}");
+        assert!(answer.body.contains("app/lonely"), "{answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_not_a_pod_is_refused() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let cases = [
+        ("burstable/podfc407168c6823ed1e0a61410d6621724/c", "static pod"),
+        ("burstable", "belongs to no pod"),
+        ("elsewhere/pod0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11/c", "belongs to no pod"),
+    ];
+    for (path, reason) in cases {
+        node.dial_from_cgroup(path, IMDS);
+        let answer = node.request("PUT", TOKEN, &[TTL]).await;
+        assert_eq!(answer.status, 403, "{path} {answer:?}");
+        assert!(answer.body.contains(reason), "{path} {answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_the_watch_has_not_shown_waits_and_is_then_told_to_try_again() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.eks_auth.associate("app", "web", "web-role");
+    let uid = "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11";
+    let pod = node.cgroup_of("late-0", uid);
+    node.dial_as(&pod, POD_IDENTITY);
+    let begun = Instant::now();
+    let answer = node.get("/v1/credentials", &[]).await;
+    let waited = begun.elapsed();
+    assert_eq!(answer.status, 503, "{answer:?}");
+    assert!(waited >= Duration::from_millis(700) && waited < Duration::from_millis(1000), "{waited:?}");
+
+    let (late, ()) = tokio::join!(node.get("/v1/credentials", &[]), async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        node.pod("late-0", "web", |spec| spec.uid = Some(uid.into()));
+    });
+    assert_eq!(node.role_of(&late), "web-role for late-0");
+    // The session token needs no watch at all.
+    node.dial_as(&node.cgroup_of("never", "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e12"), IMDS);
+    session(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_is_not_to_be_intercepted_is_told_to_dial_again() {
+    for (imds, status) in [(ImdsMode::Off, 503), (ImdsMode::Audit, 503), (ImdsMode::Deny, 403)] {
+        let node = Node::start(imds).await;
+        node.dial_as(&web(&node), IMDS);
+        assert_eq!(imds_v2(&node, ROLES).await.status, status, "{imds:?}");
+        assert_eq!(node.eks_auth.calls(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_eks_auth_cannot_be_reached_the_answer_is_quick_and_says_so() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), POD_IDENTITY);
+    node.faults.set(Service::EksAuth, Fault::Drop);
+    let begun = Instant::now();
+    let answer = node.get("/v1/credentials", &[]).await;
+    assert!(begun.elapsed() < Duration::from_millis(500));
+    assert_eq!(answer.status, 500);
+    assert!(answer.message().contains("EKS Auth cannot be reached"), "{answer:?}");
+    node.faults.clear(Service::EksAuth);
+    assert_eq!(node.get("/v1/credentials", &[]).await.status, 200, "a failure is not kept");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_call_goes_on_without_its_caller_and_serves_the_next_one() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), POD_IDENTITY);
+    node.faults.set(Service::EksAuth, Fault::Latency(Duration::from_millis(1200)));
+    let begun = Instant::now();
+    let slow = node.get("/v1/credentials", &[]).await;
+    assert_eq!(slow.status, 503, "{slow:?}");
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert_eq!(node.get("/v1/credentials", &[]).await.status, 200);
+    assert_eq!(node.eks_auth.calls(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_of_eks_auth_keep_their_status_and_text() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), POD_IDENTITY);
+    for (status, code) in [(400, "AccessDeniedException"), (503, "ServiceUnavailableException")] {
+        let fault = Fault::Error { status, code: code.into(), message: "words of AWS".into() };
+        node.faults.set(Service::EksAuth, fault);
+        let answer = node.get("/v1/credentials", &[]).await;
+        assert_eq!(answer.status, status, "{answer:?}");
+        assert_eq!(answer.json()["code"], code);
+        assert!(answer.message().contains(&format!("({code}): words of AWS, fault: ")), "{answer:?}");
+    }
+    node.faults.set(Service::EksAuth, Fault::Throttle { retry_after: None });
+    assert_eq!(node.get("/v1/credentials", &[]).await.status, 429);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_known_pod_with_the_kubelet_s_token_needs_no_api_server() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = injected(&node);
+    pod.kubelet_writes(&node, &pod.token(&node));
+    node.dial_as(&pod, IMDS);
+    assert_eq!(imds_credentials(&node).await.status, 200, "the pod is known");
+    let other = node.pod("web-1", "web", |spec| spec.token_volume = true);
+    other.kubelet_writes(&node, &other.token(&node));
+    node.dial_as(&other, POD_IDENTITY);
+    assert_eq!(node.get("/v1/credentials", &[("Authorization", "x")]).await.status, 400);
+    node.dial_as(&other, IMDS);
+    imds_v2(&node, "/latest/meta-data/").await;
+    node.faults.set(Service::KubeApi, Fault::Drop);
+    assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_client_harms_its_own_connection_alone() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), POD_IDENTITY);
+    let long =
+        format!("GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\nX: {}\r\n\r\n", "a".repeat(100_000));
+    let (garbage, long, one_byte) = tokio::join!(
+        node.raw(b"\x16\x03\x01 this is no HTTP\r\n\r\n".to_vec()),
+        node.raw(long),
+        // Waits for the end of the connection, which comes although nothing more is sent.
+        tokio::time::timeout(Duration::from_secs(9), node.raw("G"))
+    );
+    for answer in [garbage, long, one_byte.expect("the connection is closed")].into_iter().flatten() {
+        assert!((400..500).contains(&answer.status), "{answer:?}");
+    }
+    assert_eq!(node.get("/v1/credentials", &[]).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_s_body_is_never_taken_for_another_request() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), POD_IDENTITY);
+    let inner = "GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n";
+    let outer =
+        format!("POST /v1/credentials HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{inner}", inner.len());
+    let answer = node.raw(outer).await.unwrap();
+    assert_eq!(answer.status, 405, "{answer:?}");
+    assert!(!answer.body.contains("AccessKeyId"), "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_in_flight_is_finished_before_the_end() {
+    let mut node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), POD_IDENTITY);
+    node.faults.set(Service::EksAuth, Fault::Latency(Duration::from_millis(400)));
+    let address = node.address;
+    let request = tokio::task::spawn_blocking(move || {
+        use std::io::{Read as _, Write as _};
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream.write_all(b"GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    });
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    assert!(node.stop().await, "everything in flight was finished");
+    assert!(request.await.unwrap().starts_with("HTTP/1.1 200"));
+    assert!(std::net::TcpStream::connect(address).is_err(), "nobody listens any more");
+}

@@ -1,0 +1,329 @@
+//! A node without a kernel: the agent's stages behind real listeners, and the servers they talk to.
+#![expect(clippy::unwrap_used, reason = "test code")]
+
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use agent::{
+    accept, app,
+    config::{Config, KubeIdentity, LogFormat},
+    credentials::cache::NodeSource,
+    drain::{Drain, drain},
+    identity::{PodUid, Pods},
+    intercept::OriginLookup,
+    metrics::RequestMetrics,
+    policy::{Defaults, ImdsMode},
+    serve::Server,
+    testing::{FakeCgroups, FakeOrigins},
+};
+use agent_common::{
+    net::Endpoint,
+    origin::{Origin, STATE_SENT},
+};
+use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
+use aws_credential_types::{Credentials, provider::SharedCredentialsProvider};
+use kube::{
+    Api, Client,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use lab::{
+    cluster::{Cluster, PodSpec},
+    eks_auth::{EksAuth, EksAuthConfig},
+    faults::Faults,
+    imds::NodeCredentials,
+    kube_api::{KubeApi, KubeUser},
+};
+use tokio::sync::mpsc;
+
+pub(crate) const CLUSTER: &str = "lab";
+const NODE: &str = "n1";
+
+/// The agent behind a listener on loopback, and everything it talks to.
+pub(crate) struct Node {
+    pub(crate) address: SocketAddr,
+    pub(crate) cluster: Cluster,
+    pub(crate) eks_auth: EksAuth,
+    pub(crate) faults: Faults,
+    pub(crate) kubelet: tempfile::TempDir,
+    _kube_api: KubeApi,
+    origins: Arc<FakeOrigins>,
+    cgroups: Arc<FakeCgroups>,
+    drain: Option<Drain>,
+}
+
+/// An answer as it came over the wire.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: String,
+}
+
+impl Node {
+    /// Every pod is intercepted unless `imds` says otherwise.
+    pub(crate) async fn start(imds: ImdsMode) -> Self {
+        let cluster = Cluster::new("https://oidc.test.invalid/id/LAB");
+        cluster.add_node(NODE);
+        cluster.add_namespace("app", BTreeMap::new());
+        cluster.add_service_account("kube-system", "podgate");
+        cluster.add_pod(&spec("kube-system", "podgate-0", "podgate"));
+        let faults = Faults::default();
+        let kube_api = KubeApi::serve(listener(), cluster.clone(), faults.clone()).unwrap();
+        kube_api.allow_impersonation("kube-system", "podgate");
+        let node = NodeCredentials {
+            access_key_id: "ASIANODE".into(),
+            secret_access_key: "node-secret".into(),
+            session_token: "node-session".into(),
+        };
+        let eks_auth = EksAuthConfig {
+            cluster_name: CLUSTER.into(),
+            region: "us-west-2".into(),
+            account: "123456789012".into(),
+            node: node.clone(),
+            session: Duration::from_hours(6),
+        };
+        let eks_auth = EksAuth::serve(listener(), eks_auth, cluster.clone(), faults.clone()).unwrap();
+
+        let kubelet = tempfile::tempdir().unwrap();
+        let config = config(imds, kubelet.path().to_owned());
+        let aws = aws(&eks_auth.url(), &node);
+        let kube = client(&kube_api).await;
+        let (pods, cgroups) = (Arc::<Pods>::default(), Arc::<FakeCgroups>::default());
+        let metrics = RequestMetrics::default();
+        let server = app::server(&config, Arc::clone(&cgroups), &pods, kube.clone(), &aws, metrics).unwrap();
+        let (events, mut received) = mpsc::channel(64);
+        tokio::spawn(async move { pods.follow(Api::all(kube), NODE, events).await });
+        tokio::spawn(async move { while received.recv().await.is_some() {} });
+        let origins = Arc::<FakeOrigins>::default();
+        let (address, drain) = serve(Arc::new(server), Arc::clone(&origins));
+        Self {
+            address,
+            cluster,
+            eks_auth,
+            faults,
+            kubelet,
+            _kube_api: kube_api,
+            origins,
+            cgroups,
+            drain: Some(drain),
+        }
+    }
+
+    /// A pod `name` of service account `sa` in namespace `app`, changed by `change`; its cgroup is 1000 + n.
+    pub(crate) fn pod(&self, name: &str, sa: &str, change: impl FnOnce(&mut PodSpec)) -> TestPod {
+        self.cluster.add_service_account("app", sa);
+        let mut spec = spec("app", name, sa);
+        change(&mut spec);
+        let uid = self.cluster.add_pod(&spec);
+        self.cgroup_of(name, &uid)
+    }
+
+    /// The cgroup of a pod that the API server need not know.
+    pub(crate) fn cgroup_of(&self, name: &str, uid: &str) -> TestPod {
+        let cgroup_id = u64::from_be_bytes(uid.replace('-', "").as_bytes()[..8].try_into().unwrap());
+        self.cgroups.set(cgroup_id, format!("burstable/pod{uid}/container"));
+        TestPod { name: name.into(), uid: uid.into(), cgroup_id }
+    }
+
+    /// From now on connections are dialled to `address` by a process in this cgroup, which has this path.
+    pub(crate) fn dial_from_cgroup(&self, path: &str, address: &str) {
+        self.cgroups.set(7, path);
+        self.origins.set(Some(origin(7, address)));
+    }
+
+    /// From now on connections are this pod's, which dialled `address`.
+    pub(crate) fn dial_as(&self, pod: &TestPod, address: &str) {
+        self.origins.set(Some(origin(pod.cgroup_id, address)));
+    }
+
+    /// From now on nobody vouches for connections.
+    pub(crate) fn dial_anonymously(&self) {
+        self.origins.set(None);
+    }
+
+    /// Ends the agent as `SIGTERM` does, and tells whether everything in flight was finished.
+    pub(crate) async fn stop(&mut self) -> bool {
+        self.drain.take().unwrap().run(Duration::from_secs(5)).await
+    }
+
+    /// Sends bytes on a connection of its own and reads to its end.
+    pub(crate) async fn raw(&self, bytes: impl Into<Vec<u8>>) -> Option<Answer> {
+        let (address, bytes) = (self.address, bytes.into());
+        tokio::task::spawn_blocking(move || {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            // The server may close before it has read everything.
+            let _ = stream.write_all(&bytes);
+            let mut answer = vec![];
+            let _ = stream.read_to_end(&mut answer);
+            parse(&answer)
+        })
+        .await
+        .unwrap()
+    }
+
+    /// A request with these headers, and nothing else, on a connection of its own.
+    pub(crate) async fn request(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
+        let headers: Vec<_> = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let host =
+            if headers.iter().any(|h| h.starts_with("Host:")) { "" } else { "Host: 169.254.170.23\r\n" };
+        let request =
+            format!("{method} {path} HTTP/1.1\r\n{host}{}Connection: close\r\n\r\n", headers.concat());
+        self.raw(request).await.unwrap()
+    }
+
+    pub(crate) async fn get(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
+        self.request("GET", path, headers).await
+    }
+
+    /// Whose role the credentials in an answer are, by EKS Auth's own record.
+    pub(crate) fn role_of(&self, answer: &Answer) -> String {
+        let key = answer.json()["AccessKeyId"].as_str().unwrap_or_default().to_owned();
+        let issued =
+            self.eks_auth.issued(&key).unwrap_or_else(|| panic!("{key:?} was never issued: {answer:?}"));
+        format!("{} for {}", issued.role_name, issued.pod_name)
+    }
+}
+
+/// A pod of the test.
+#[derive(Clone, Debug)]
+pub(crate) struct TestPod {
+    pub(crate) name: String,
+    pub(crate) uid: String,
+    pub(crate) cgroup_id: u64,
+}
+
+impl TestPod {
+    /// Puts the token that the kubelet would keep for this pod where it would.
+    pub(crate) fn kubelet_writes(&self, node: &Node, token: &str) {
+        assert!(PodUid::parse(&self.uid).is_some());
+        let volume = node.kubelet.path().join("pods").join(&self.uid);
+        let volume = volume.join("volumes/kubernetes.io~projected/eks-pod-identity-token");
+        std::fs::create_dir_all(volume.join("..1")).unwrap();
+        std::fs::write(volume.join("..1/eks-pod-identity-token"), token).unwrap();
+        let _ = std::os::unix::fs::symlink("..1", volume.join("..data"));
+        let _ = std::os::unix::fs::symlink(
+            "..data/eks-pod-identity-token",
+            volume.join("eks-pod-identity-token"),
+        );
+    }
+
+    pub(crate) fn token(&self, node: &Node) -> String {
+        node.cluster.mint_pod_token("app", &self.name, &["pods.eks.amazonaws.com"], Duration::from_hours(1))
+    }
+}
+
+impl Answer {
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("no JSON: {self:?}"))
+    }
+
+    pub(crate) fn message(&self) -> String {
+        self.json()["message"].as_str().unwrap().to_owned()
+    }
+}
+
+fn serve(server: Arc<Server<NodeSource>>, origins: Arc<FakeOrigins>) -> (SocketAddr, Drain) {
+    let listener = accept::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.local_addr().unwrap();
+    let (drain, watch) = drain();
+    let lookup: Arc<dyn OriginLookup> = Arc::new(origins);
+    tokio::spawn(async move {
+        let of_connections = watch.clone();
+        let serve = move |accepted| {
+            tokio::spawn(Arc::clone(&server).connection(accepted, of_connections.clone()));
+        };
+        accept::accept(listener, lookup, watch, serve).await.unwrap();
+    });
+    (address, drain)
+}
+
+fn spec(namespace: &str, name: &str, service_account: &str) -> PodSpec {
+    PodSpec {
+        namespace: namespace.into(),
+        name: name.into(),
+        service_account: service_account.into(),
+        node: NODE.into(),
+        annotations: BTreeMap::new(),
+        host_network: false,
+        pod_ips: vec!["10.0.0.7".parse().unwrap()],
+        token_volume: false,
+        uid: None,
+    }
+}
+
+fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
+    Config {
+        node_name: NODE.into(),
+        cluster_name: CLUSTER.into(),
+        cgroup_root: "/".into(),
+        kubelet_root,
+        bpffs: "/sys/fs/bpf".into(),
+        defaults: Defaults { imds, imds_v1: false },
+        target_v4: None,
+        target_v6: None,
+        link: "podgate0".into(),
+        kube_identity: KubeIdentity::AssociatedNode,
+        admin: "127.0.0.1:0".parse().unwrap(),
+        socket: "/run/podgate/podgate.sock".into(),
+        drain: Duration::from_secs(5),
+        log_format: LogFormat::Text,
+        log_filter: "info".into(),
+    }
+}
+
+fn aws(url: &str, node: &NodeCredentials) -> SdkConfig {
+    let session_token = Some(node.session_token.clone());
+    let credentials =
+        Credentials::new(&node.access_key_id, &node.secret_access_key, session_token, None, "test");
+    SdkConfig::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(Region::new("us-west-2"))
+        .endpoint_url(url)
+        .credentials_provider(SharedCredentialsProvider::new(credentials))
+        .retry_config(RetryConfig::disabled())
+        .timeout_config(TimeoutConfig::builder().connect_timeout(Duration::from_secs(1)).build())
+        .build()
+}
+
+async fn client(kube_api: &KubeApi) -> Client {
+    let user = KubeUser::Pod { namespace: "kube-system".into(), name: "podgate-0".into() };
+    let kubeconfig = Kubeconfig::from_yaml(&kube_api.kubeconfig(&user)).unwrap();
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+    let mut config = config.unwrap();
+    config.auth_info.impersonate = Some(format!("system:node:{NODE}"));
+    Client::try_from(config).unwrap()
+}
+
+fn origin(cgroup_id: u64, address: &str) -> Origin {
+    let ip: IpAddr = address.parse().unwrap();
+    Origin {
+        cgroup_id,
+        pod_cgroup_id: 0,
+        netns_cookie: 1,
+        ticket: 1,
+        dialled_at_ns: 1,
+        orig_dst: Endpoint::new(ip, 80),
+        target: Endpoint::new(ip, 80),
+        state: STATE_SENT,
+        tgid: 1,
+        comm: *b"test\0\0\0\0\0\0\0\0\0\0\0\0",
+    }
+}
+
+fn listener() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").unwrap()
+}
+
+fn parse(answer: &[u8]) -> Option<Answer> {
+    let text = String::from_utf8_lossy(answer);
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    Some(Answer { status, head: head.to_lowercase(), body: body.into() })
+}
