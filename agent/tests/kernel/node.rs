@@ -13,7 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent::intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey};
+use agent::{
+    accept::listen,
+    intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey},
+};
 use agent_common::{
     counter::Counter,
     net::{ECS_V4, Endpoint, IMDS_V4, IMDS_V6, POD_IDENTITY_V4, POD_IDENTITY_V6},
@@ -24,8 +27,6 @@ use agent_common::{
 use nix::sched::{CloneFlags, unshare};
 use procfs::process::Process;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
-
-use crate::sockopt;
 
 /// The agent's own addresses, where it does not take over 169.254.170.23.
 pub(crate) const AGENT_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 175, 1);
@@ -130,7 +131,8 @@ impl Node {
 
     /// The agent, listening elsewhere.
     pub(crate) fn agent_at(&self, addresses: &[SocketAddr]) -> Agent {
-        let listeners = self.agent.run(|| addresses.iter().map(|&address| listen(address)).collect());
+        let listeners =
+            self.agent.run(|| addresses.iter().map(|&address| listen(address).unwrap()).collect());
         Agent { origins: Arc::clone(&self.origins), listeners }
     }
 
@@ -255,14 +257,6 @@ pub(crate) fn own_pair(generation: u64) -> Target {
 /// Dials from wherever the test process is.
 pub(crate) fn dial(address: &str) -> io::Result<TcpStream> {
     TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE)
-}
-
-/// A listener as the agent makes it.
-pub(crate) fn listen(address: SocketAddr) -> TcpListener {
-    let listener = TcpListener::bind(address).unwrap();
-    sockopt::save_syn(&listener);
-    listener.set_nonblocking(true).unwrap();
-    listener
 }
 
 /// A listener in no pod, which stands for the real service.

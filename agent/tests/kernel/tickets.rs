@@ -183,7 +183,7 @@ fn a_long_request_is_unharmed_by_the_option() {
 
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        let listener = node.as_agent(|| crate::node::listen((AGENT_V4, 80).into()));
+        let listener = node.as_agent(|| agent::accept::listen((AGENT_V4, 80).into()).unwrap());
         listener.set_nonblocking(false).unwrap();
         let mut client = pod.dial(IMDS).unwrap();
         let (mut server, _) = listener.accept().unwrap();
