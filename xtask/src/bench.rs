@@ -15,11 +15,11 @@ use tokio::{
     process::Child,
 };
 
+use self::{load::LoadResult, server::BARE_PORT};
 pub(crate) use self::{
     load::{LoadArguments, load},
     server::{ServerArguments, serve},
 };
-use self::{load::LoadResult, server::BARE_PORT};
 use crate::{cmd, ebpf, report};
 
 /// Turns: each server is asked this often, in every variant.
@@ -118,7 +118,7 @@ pub(crate) fn warm() -> anyhow::Result<()> {
 fn build_release_helper() -> anyhow::Result<std::path::PathBuf> {
     cmd::run(
         "release build of the bare server and the load",
-        std::process::Command::new("cargo").args(["build", "--release", "--package", "xtask"]),
+        ebpf::cargo().args(["build", "--release", "--package", "xtask"]),
     )?;
     Ok(ebpf::target_directory().join("release/xtask"))
 }
@@ -126,7 +126,8 @@ fn build_release_helper() -> anyhow::Result<std::path::PathBuf> {
 async fn compare(agent: &Path, helper: &Path) -> anyhow::Result<()> {
     let lab = Lab::up(LabSpec::new(&format!("bench-{}", std::process::id()), helper))?;
     let pod = lab.add_pod(&PodSpec::new("bench", "client").role("client-role"))?;
-    let agent = lab.start_agent(&AgentSpec::new(agent, &["--imds", "intercept", "--log-filter", "warn"])).await?;
+    let agent =
+        lab.start_agent(&AgentSpec::new(agent, &["--imds", "intercept", "--log-filter", "warn"])).await?;
     let body = warm_up(&lab, &pod).await?;
     let bare_address = format!("{}:{BARE_PORT}", netns::node_addresses().v4);
     let bare = start_bare(&lab, helper, &bare_address, body.len()).await?;

@@ -132,7 +132,8 @@ impl Demo<'_> {
 
     /// 3. A current SDK with the webhook's environment and token file.
     async fn current_sdk(&self) -> anyhow::Result<Row> {
-        let pod = self.lab.add_pod(&PodSpec::new(NAMESPACE, "payments").role("payments-role").with_token())?;
+        let pod =
+            self.lab.add_pod(&PodSpec::new(NAMESPACE, "payments").role("payments-role").with_token())?;
         let case =
             Case::new("3", Place::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity, token", Expected::OwnRole);
         let reads = self.lab.imds.credential_reads();
@@ -164,8 +165,7 @@ impl Demo<'_> {
     async fn at_the_same_instant(&self) -> anyhow::Result<Vec<Row>> {
         let pods = [self.pod_with_role("east")?, self.pod_with_role("west")?];
         let reads = self.lab.imds.credential_reads();
-        let attempts =
-            attempt::boto3_at_once(self.lab, &pods.each_ref(), &self.clients.boto3_old).await?;
+        let attempts = attempt::boto3_at_once(self.lab, &pods.each_ref(), &self.clients.boto3_old).await?;
         let rows = ["6a", "6b"].into_iter().zip(&pods).zip(attempts).map(|((number, pod), attempt)| {
             let case = Case::new(number, Place::Pod(pod), IMDS_ADDRESS, "IMDSv2", Expected::OwnRole);
             self.judge(&case, attempt, reads)

@@ -24,7 +24,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{ebpf, report};
 
 /// How long a lab may take to go down.
-const DOWN_TIMEOUT: Duration = Duration::from_secs(60);
+const DOWN_TIMEOUT: Duration = Duration::from_mins(1);
 const NAMESPACE: &str = "shop";
 
 #[derive(Debug, Subcommand)]
@@ -228,8 +228,7 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
 fn status(as_json: bool) -> anyhow::Result<()> {
     let labs = State::list()?;
     if as_json {
-        let labs: Vec<_> =
-            labs.iter().map(|lab| json!({"alive": lab.is_alive(), "lab": lab})).collect();
+        let labs: Vec<_> = labs.iter().map(|lab| json!({"alive": lab.is_alive(), "lab": lab})).collect();
         println!("{}", serde_json::to_string_pretty(&labs)?);
         return Ok(());
     }
@@ -269,7 +268,11 @@ fn down(name: &str, all: bool) -> anyhow::Result<()> {
 /// Asks the lab's process to take the lab down, and waits for it.
 fn stop(lab: &State) -> anyhow::Result<()> {
     let pid = lab.owner.pid;
-    ensure!(lab.served, "the lab {} belongs to a test or demo that runs as process {pid}: stop that", lab.name);
+    ensure!(
+        lab.served,
+        "the lab {} belongs to a test or demo that runs as process {pid}: stop that",
+        lab.name
+    );
     kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM)
         .with_context(|| format!("cannot stop the lab {}, process {pid}", lab.name))?;
     let deadline = Instant::now() + DOWN_TIMEOUT;

@@ -15,6 +15,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+/// Something must be installed first.
+const EXIT_MISSING: u8 = 2;
+
 /// podgate's developer commands.
 #[derive(Debug, Parser)]
 #[command(name = "xtask", bin_name = "cargo xtask")]
@@ -70,7 +73,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("{} {error:#}", report::failure("error:"));
-            ExitCode::FAILURE
+            if error.is::<cmd::Missing>() { ExitCode::from(EXIT_MISSING) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -83,7 +86,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Test { tier } => return test::run(tier),
         Command::Lab(command) => lab::run(command)?,
         Command::Bench(bench::Command::Warm) => bench::warm()?,
-        Command::LabEnter { entry, command } => match ::lab::enter::enter(&serde_json::from_str(&entry)?, &command)? {},
+        Command::LabEnter { entry, command } => {
+            match ::lab::enter::enter(&serde_json::from_str(&entry)?, &command)? {}
+        }
         Command::LabServe(arguments) => lab::serve(&arguments)?,
         Command::BenchServer(arguments) => bench::serve(&arguments)?,
         Command::BenchLoad(arguments) => bench::load(&arguments)?,

@@ -15,7 +15,8 @@ use tokio::process::Command;
 use self::step::{Outcome, Step};
 use crate::{ebpf, report};
 
-const BUDGETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.ci/budgets.toml");
+/// Seconds by step, in the workspace.
+const BUDGETS: &str = ".ci/budgets.toml";
 /// Tells the lab tests which agent to run.
 const AGENT_VARIABLE: &str = "PODGATE_AGENT";
 const OBJECT_VARIABLE: &str = "PODGATE_EBPF_OBJECT";
@@ -89,7 +90,8 @@ fn run_tier(
     outcomes: &mut Vec<Outcome>,
 ) -> anyhow::Result<()> {
     let environment = if tier.needs_root() {
-        let step = Step::new(format!("{}: build object and agent", tier.name()), budget(budgets, "build-agent")?);
+        let step =
+            Step::new(format!("{}: build object and agent", tier.name()), budget(budgets, "build-agent")?);
         let mut environment = Vec::new();
         outcomes.push(step.measure(|| {
             environment = kernel_environment(tier)?;
@@ -121,7 +123,7 @@ fn run_tier(
 }
 
 fn cargo_test(arguments: &[&str], environment: &[(&str, PathBuf)]) -> Command {
-    let mut command = Command::new("cargo");
+    let mut command = Command::from(ebpf::cargo());
     command.arg("test").args(arguments).envs(environment.iter().map(|(name, value)| (*name, value)));
     command
 }
@@ -143,7 +145,8 @@ fn remove_dead_labs() -> anyhow::Result<()> {
 }
 
 fn read_budgets() -> anyhow::Result<Budgets> {
-    let text = fs::read_to_string(BUDGETS).with_context(|| format!("cannot read {BUDGETS}"))?;
+    let text =
+        fs::read_to_string(ebpf::root().join(BUDGETS)).with_context(|| format!("cannot read {BUDGETS}"))?;
     toml::from_str(&text).with_context(|| format!("{BUDGETS} is not a table of seconds"))
 }
 
@@ -170,8 +173,7 @@ fn verdict(outcomes: &[Outcome]) -> ExitCode {
     println!("{table}");
     let passed: u64 = outcomes.iter().map(|outcome| outcome.passed).sum();
     // A step that failed without a failing test (it did not compile, or took too long) counts as one.
-    let failed: u64 =
-        outcomes.iter().map(|outcome| outcome.failed.max(u64::from(!outcome.is_good()))).sum();
+    let failed: u64 = outcomes.iter().map(|outcome| outcome.failed.max(u64::from(!outcome.is_good()))).sum();
     println!("{passed} passed, {failed} failed");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

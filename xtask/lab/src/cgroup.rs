@@ -118,7 +118,8 @@ pub(crate) fn of_lab(name: &str) -> anyhow::Result<PathBuf> {
 
 /// Creates a cgroup and its parents.
 pub fn create(cgroup: &Path) -> anyhow::Result<()> {
-    fs::create_dir_all(cgroup).with_context(|| format!("cannot create cgroup {}: run as root", cgroup.display()))
+    fs::create_dir_all(cgroup)
+        .with_context(|| format!("cannot create cgroup {}: run as root", cgroup.display()))
 }
 
 /// Moves the process `pid` into a cgroup; 0 is the calling process.

@@ -93,12 +93,7 @@ pub struct Lab {
 impl LabSpec {
     /// A lab as the kubelet of EKS lays it out.
     pub fn new(name: &str, helper: impl Into<PathBuf>) -> Self {
-        Self {
-            name: name.to_owned(),
-            helper: helper.into(),
-            driver: CgroupDriver::default(),
-            served: false,
-        }
+        Self { name: name.to_owned(), helper: helper.into(), driver: CgroupDriver::default(), served: false }
     }
 }
 

@@ -38,8 +38,8 @@ impl NetNs {
 
     /// The namespace at `path`, such as `/proc/PID/ns/net`.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
-        let file =
-            File::open(path).with_context(|| format!("cannot open the network namespace {}", path.display()))?;
+        let file = File::open(path)
+            .with_context(|| format!("cannot open the network namespace {}", path.display()))?;
         Ok(Self(file))
     }
 

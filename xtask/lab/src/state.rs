@@ -112,7 +112,10 @@ impl Claim {
     pub(crate) fn take(name: &str, served: bool) -> anyhow::Result<(Self, State)> {
         ensure!(is_name(name), "{NAME_RULE}, not {name:?}");
         if let Ok(earlier) = State::load(name) {
-            ensure!(!earlier.is_alive(), "the lab {name} is up already: `cargo xtask lab down --name {name}`");
+            ensure!(
+                !earlier.is_alive(),
+                "the lab {name} is up already: `cargo xtask lab down --name {name}`"
+            );
             clean(name)?;
         }
         let state = State {

@@ -114,7 +114,12 @@ pub(super) async fn pod_identity(lab: &Lab, place: Place<'_>) -> anyhow::Result<
 }
 
 /// boto3's default chain.
-pub(super) async fn boto3(lab: &Lab, pod: &Pod, environment: EnvKind, client: &Boto3) -> anyhow::Result<Attempt> {
+pub(super) async fn boto3(
+    lab: &Lab,
+    pod: &Pod,
+    environment: EnvKind,
+    client: &Boto3,
+) -> anyhow::Result<Attempt> {
     let output = finish(lab.exec(pod, environment, &client.command())?).await?;
     boto3_line(&output)
 }
@@ -133,7 +138,8 @@ pub(super) async fn boto3_at_once(lab: &Lab, pods: &[&Pod], client: &Boto3) -> a
             .spawn()?;
         let stdout = child.stdout.take().context("BUG: the client's output is not a pipe")?;
         let mut lines = BufReader::new(stdout).lines();
-        let first = timeout(CLIENT_TIMEOUT, lines.next_line()).await.context("a client hangs at its start")??;
+        let first =
+            timeout(CLIENT_TIMEOUT, lines.next_line()).await.context("a client hangs at its start")??;
         if first.as_deref() != Some("ready") {
             bail!("a client in {} did not start: {first:?}", pod.full_name());
         }

@@ -2,21 +2,17 @@
 //!
 //! Owns getting them onto the machine: system packages where they are missing, the rest under `target/clients`.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, bail};
 
-use crate::cmd;
+use crate::{cmd, ebpf};
 
 /// The last boto3 that knows IMDSv2 but not yet Pod Identity.
 const BOTO3_OLD: &str = "1.28.85";
 const BOTO3_CURRENT: &str = "1.44.5";
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/boto3_credentials.py");
-const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/clients");
+/// The client program, in the workspace.
+const SCRIPT: &str = "xtask/clients/boto3_credentials.py";
 
 /// What is needed of the system: how to see that it is there, and the Debian package that brings it.
 const TOOLS: [(&[&str], &str); 3] = [
@@ -61,15 +57,14 @@ impl Clients {
 impl Boto3 {
     /// The command that resolves credentials.
     pub(super) fn command(&self) -> Vec<String> {
-        vec![self.python.display().to_string(), SCRIPT.to_owned()]
+        [&self.python, &ebpf::root().join(SCRIPT)].map(|path| path.display().to_string()).into()
     }
 
     fn install(version: &str) -> anyhow::Result<Self> {
-        let directory = Path::new(DIRECTORY).join(format!("boto3-{version}"));
+        let directory = ebpf::target_directory().join("clients").join(format!("boto3-{version}"));
         let python = directory.join("bin/python");
         let complete = directory.join("complete");
         if !complete.exists() {
-            fs::create_dir_all(DIRECTORY).with_context(|| format!("cannot create {DIRECTORY}"))?;
             cmd::run(
                 &format!("python environment for boto3 {version}"),
                 Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory),
@@ -89,7 +84,9 @@ impl Boto3 {
 fn install_packages() -> anyhow::Result<()> {
     let missing: Vec<&str> = TOOLS
         .iter()
-        .filter(|(probe, _)| !Command::new(probe[0]).args(&probe[1..]).output().is_ok_and(|out| out.status.success()))
+        .filter(|(probe, _)| {
+            !Command::new(probe[0]).args(&probe[1..]).output().is_ok_and(|out| out.status.success())
+        })
         .map(|(_, package)| *package)
         .collect();
     if missing.is_empty() {

@@ -51,7 +51,7 @@ pub(super) struct Found {
 /// One row.
 #[derive(Debug, Serialize)]
 pub(super) struct Row {
-    row: &'static str,
+    number: &'static str,
     pod: String,
     service_account: String,
     client: String,
@@ -91,7 +91,7 @@ impl Row {
             Place::Node => ("(the node)".to_owned(), "-".to_owned()),
         };
         Self {
-            row: case.number,
+            number: case.number,
             pod,
             service_account,
             client: attempt.version.unwrap_or_default(),
@@ -113,11 +113,20 @@ impl Row {
 /// Prints the table and one line of verdict.
 pub(super) fn print(rows: &[Row]) {
     let mut table = report::table(&[
-        "", "pod", "service account", "client", "dialled", "dialect", "role", "access key id", "ms", "verdict",
+        "",
+        "pod",
+        "service account",
+        "client",
+        "dialled",
+        "dialect",
+        "role",
+        "access key id",
+        "ms",
+        "verdict",
     ]);
     for row in rows {
         table.add_row([
-            Cell::new(row.row),
+            Cell::new(row.number),
             Cell::new(&row.pod),
             Cell::new(&row.service_account),
             Cell::new(&row.client),

@@ -74,13 +74,14 @@ impl Step {
                 .context("cannot run cargo")?;
             let group = child.id().context("BUG: cargo was waited for already")?;
             tokio::select! {
-                followed = timeout_at(deadline, outcome.follow(&mut child)) => match followed {
-                    Ok(followed) => followed?,
-                    Err(_) => {
+                followed = timeout_at(deadline, outcome.follow(&mut child)) => {
+                    if let Ok(followed) = followed {
+                        followed?;
+                    } else {
                         outcome.error = Some("killed: the budget is used up".to_owned());
                         kill_group(group)?;
                     }
-                },
+                }
                 _ = tokio::signal::ctrl_c() => {
                     kill_group(group)?;
                     bail!("interrupted");
@@ -176,7 +177,9 @@ mod tests {
 
     fn outcome(lines: &[&str]) -> Outcome {
         let mut outcome = Step { name: "unit".to_owned(), budget: Duration::from_secs(1) }.outcome();
-        lines.iter().for_each(|line| outcome.count(line));
+        for line in lines {
+            outcome.count(line);
+        }
         outcome
     }
 
@@ -193,13 +196,15 @@ mod tests {
 
     #[test]
     fn an_ignored_test_is_a_failure() {
-        let outcome = outcome(&["test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out"]);
+        let outcome =
+            outcome(&["test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out"]);
         assert_eq!(outcome.problem().as_deref(), Some("1 ignored: nothing may be skipped"));
     }
 
     #[test]
     fn a_tier_without_a_single_test_is_a_failure() {
-        let outcome = outcome(&["test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out"]);
+        let outcome =
+            outcome(&["test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out"]);
         assert_eq!(outcome.problem().as_deref(), Some("no test ran"));
     }
 

@@ -75,7 +75,8 @@ pub(crate) fn wire_node(node: &NetNs) -> anyhow::Result<()> {
     // As on a node with a CNI: pods reach each other through it.
     node.run(|| {
         for switch in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-            fs::write(format!("/proc/sys/net/{switch}"), "1").with_context(|| format!("cannot set {switch}"))?;
+            fs::write(format!("/proc/sys/net/{switch}"), "1")
+                .with_context(|| format!("cannot set {switch}"))?;
         }
         Ok(())
     })

@@ -1,0 +1,75 @@
+//! When something else is broken, or the agent is told to stop.
+
+use std::time::Duration;
+
+use lab::faults::{Fault, Service};
+
+use crate::node::{Node, POD_IDENTITY};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_eks_auth_does_not_answer_the_refusal_is_fast_and_gives_the_reason() -> anyhow::Result<()> {
+    let node = Node::intercepting().await?;
+    // The agent's own credentials are not what is missing.
+    node.curl(&node.pod("first")?, &[POD_IDENTITY]).await?;
+    let pod = node.pod("unlucky")?;
+    for fault in [Fault::Drop, Fault::Hang] {
+        node.lab.faults.set(Service::EksAuth, fault.clone());
+        let refusal = node.curl(&pod, &[POD_IDENTITY]).await?;
+        assert!((500..600).contains(&refusal.status), "{fault:?}: {refusal:?}");
+        assert!(refusal.milliseconds < 1000.0, "{fault:?}: {refusal:?}");
+        assert!(refusal.body.contains("EKS Auth"), "{fault:?}: {refusal:?}");
+        node.lab.faults.clear(Service::EksAuth);
+    }
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_outlive_eks_auth() -> anyhow::Result<()> {
+    let node = Node::intercepting().await?;
+    let pod = node.pod("steady")?;
+    let before = node.curl(&pod, &[POD_IDENTITY]).await?;
+    node.assert_own_role(&pod, &before);
+    node.lab.faults.set(Service::EksAuth, Fault::Drop);
+    let after = node.curl(&pod, &[POD_IDENTITY]).await?;
+    assert_eq!(after.access_key_id(), before.access_key_id());
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn known_pods_are_served_while_the_api_server_is_down() -> anyhow::Result<()> {
+    let node = Node::intercepting().await?;
+    let pod = node.lab.add_pod(&crate::node::spec("steady").with_token())?;
+    node.assert_own_role(&pod, &node.imds_v2(&pod, crate::node::IMDS, &[]).await?);
+    node.lab.faults.set(Service::KubeApi, Fault::Drop);
+    node.assert_own_role(&pod, &node.imds_v2(&pod, crate::node::IMDS, &[]).await?);
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_in_flight_at_sigterm_is_answered() -> anyhow::Result<()> {
+    let mut node = Node::intercepting().await?;
+    node.curl(&node.pod("first")?, &[POD_IDENTITY]).await?;
+    let pod = node.pod("patient")?;
+    node.lab.faults.set(Service::EksAuth, Fault::Latency(Duration::from_millis(500)));
+    let stopping = async {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        node.agent.terminate()
+    };
+    let (answer, stopped) = tokio::join!(node.curl(&pod, &[POD_IDENTITY]), stopping);
+    stopped?;
+    node.assert_own_role(&pod, &answer?);
+    assert!(node.agent.wait().await?.success());
+    node.lab.down()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_started_again_serves_the_pods_that_are_there() -> anyhow::Result<()> {
+    let node = Node::intercepting().await?;
+    let pod = node.pod("constant")?;
+    let Node { lab, agent } = node;
+    agent.kill().await?;
+    let agent = lab.start_agent(&crate::node::agent(&["--imds", "intercept"])?).await?;
+    let node = Node { lab, agent };
+    node.assert_own_role(&pod, &node.imds_v2(&pod, crate::node::IMDS, &[]).await?);
+    node.down().await
+}

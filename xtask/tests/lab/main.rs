@@ -1,0 +1,11 @@
+//! The release binary on a simulated node: real programs, real pods, nothing faked between them.
+//!
+//! Run by `cargo xtask test --tier lab`, as root. Each test has a node of its own and leaves nothing behind.
+
+mod connections;
+mod faults;
+mod identity;
+mod isolation;
+mod node;
+mod roles;
+mod startup;
