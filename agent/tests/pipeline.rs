@@ -235,7 +235,7 @@ async fn a_pod_that_the_watch_has_not_shown_waits_and_is_then_told_to_try_again(
     let answer = node.get("/v1/credentials", &[]).await;
     let waited = begun.elapsed();
     assert_eq!(answer.status, 503, "{answer:?}");
-    assert!(waited >= Duration::from_millis(700) && waited < Duration::from_millis(1000), "{waited:?}");
+    assert!(waited >= Duration::from_millis(700) && waited < Duration::from_secs(1), "{waited:?}");
 
     let (late, ()) = tokio::join!(node.get("/v1/credentials", &[]), async {
         tokio::time::sleep(Duration::from_millis(200)).await;
