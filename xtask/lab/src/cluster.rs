@@ -87,7 +87,7 @@ impl Cluster {
 
     /// Adds a namespace with these annotations; returns its UID.
     pub fn add_namespace(&self, name: &str, annotations: BTreeMap<String, String>) -> String {
-        self.add(Kind::Namespace, "", name, objects::namespace(name, &annotations))
+        self.add(Kind::Namespace, "", name, objects::namespace(name, annotations))
     }
 
     /// Adds a service account; returns its UID.
@@ -228,11 +228,6 @@ impl Cluster {
         read(&self.state().store)
     }
 
-    /// Adds an object that came through the API.
-    pub(crate) fn create(&self, kind: Kind, namespace: &str, name: &str, object: Value) -> String {
-        self.add(kind, namespace, name, object)
-    }
-
     /// The latest resource version, and every later one.
     pub(crate) fn revisions(&self) -> watch::Receiver<u64> {
         self.inner.revision.subscribe()
@@ -252,7 +247,8 @@ impl Cluster {
         })
     }
 
-    fn add(&self, kind: Kind, namespace: &str, name: &str, object: Value) -> String {
+    /// Adds an object, or replaces it by a new one; returns its UID.
+    pub(crate) fn add(&self, kind: Kind, namespace: &str, name: &str, object: Value) -> String {
         self.change(|store| store.add(kind, namespace, name, object))
     }
 

@@ -5,6 +5,7 @@
 use std::fmt::Write as _;
 
 /// Random bytes, fit for keys and tokens.
+#[expect(clippy::expect_used, reason = "fails on a programming error only")]
 pub(crate) fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     aws_lc_rs::rand::fill(&mut bytes).expect("BUG: the random number generator does not fail");

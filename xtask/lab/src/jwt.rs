@@ -96,6 +96,7 @@ impl SigningKey {
     ///
     /// # Panics
     /// If the random number generator fails.
+    #[expect(clippy::expect_used, reason = "fails on a programming error only")]
     pub fn generate() -> Self {
         let pair = KeyPair::generate(KeySize::Rsa2048).expect("BUG: 2048 bits is a legal size");
         let der = pair.public_key().as_der().expect("BUG: a generated key has an encoding");
@@ -104,6 +105,7 @@ impl SigningKey {
     }
 
     /// A new key that pretends to be this one: the same id, another signature.
+    #[must_use]
     pub fn forge(&self) -> Self {
         Self { id: self.id.clone(), ..Self::generate() }
     }
@@ -117,6 +119,7 @@ impl SigningKey {
     ///
     /// # Panics
     /// If the random number generator fails.
+    #[expect(clippy::expect_used, reason = "fails on a programming error only")]
     pub fn sign(&self, claims: &Claims) -> String {
         let header = json!({"alg": "RS256", "kid": self.id});
         let claims = serde_json::to_vec(claims).expect("BUG: claims are plain data");

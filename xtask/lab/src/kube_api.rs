@@ -1,4 +1,4 @@
-//! The Kubernetes API server, over TLS, as a node and a DaemonSet's pod meet it.
+//! The Kubernetes API server, over TLS, as a node and an agent's pod meet it.
 //!
 //! Owns the way of a request: who asks, as whom, may they, then the answer. What exists is the
 //! [`Cluster`]'s. Its answers and refusals, case by case, are those of kube-apiserver 1.36 with the Node authorizer,
@@ -12,12 +12,15 @@ use std::{
 
 use anyhow::Context as _;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use hyper::{Method, StatusCode};
+use hyper::StatusCode;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::{
-    cluster::{API_AUDIENCE, Cluster, openid_configuration, store::Kind},
+    cluster::{
+        API_AUDIENCE, Cluster, openid_configuration,
+        store::{Kind, Store},
+    },
     faults::{Faults, Service},
     http::{self, Handler, Refusal, Response, Server},
 };
@@ -229,7 +232,7 @@ impl Api {
         };
         self.rules().check(&self.cluster, &user, &attributes)?;
         if attributes.group.is_empty() && attributes.version.is_empty() {
-            return self.answer_path(&attributes.path);
+            return Ok(self.answer_path(&attributes.path));
         }
         self.answer_resource(&user, &attributes, request)
     }
@@ -246,7 +249,7 @@ impl Api {
         authenticated.map(|(user, _)| user).map_err(|_| Status::unauthorized())
     }
 
-    fn answer_path(&self, path: &str) -> Result<Response, Status> {
+    fn answer_path(&self, path: &str) -> Response {
         let value = match path {
             "/version" => json!({
                 "major": "1", "minor": "36", "gitVersion": "v1.36.3", "gitCommit": "", "gitTreeState": "archive",
@@ -254,15 +257,15 @@ impl Api {
             }),
             "/openid/v1/jwks" => {
                 let keys = self.cluster.jwks().to_string();
-                return Ok(http::response(StatusCode::OK, "application/jwk-set+json", keys));
+                return http::response(StatusCode::OK, "application/jwk-set+json", keys);
             }
             "/.well-known/openid-configuration" => openid_configuration(&self.cluster),
             "/healthz" | "/livez" | "/readyz" => {
-                return Ok(http::response(StatusCode::OK, "text/plain", "ok"));
+                return http::response(StatusCode::OK, "text/plain", "ok");
             }
-            _ => return Ok(http::response(StatusCode::NOT_FOUND, "text/plain", "404 page not found\n")),
+            _ => return http::response(StatusCode::NOT_FOUND, "text/plain", "404 page not found\n"),
         };
-        Ok(http::json(StatusCode::OK, &value))
+        http::json(StatusCode::OK, &value)
     }
 
     fn answer_resource(
@@ -303,11 +306,11 @@ impl Api {
             let Some(prefix) = metadata["generateName"].as_str() else {
                 return Err(Status::bad_request("name or generateName is required".to_owned()));
             };
-            metadata["name"] = json!(format!("{prefix}{:x}", self.cluster.read(|store| store.revision())));
+            metadata["name"] = json!(format!("{prefix}{:x}", self.cluster.read(Store::revision)));
         }
         let name = metadata["name"].as_str().unwrap_or_default().to_owned();
         metadata["namespace"] = json!(attributes.namespace);
-        self.cluster.create(Kind::Event, &attributes.namespace, &name, event);
+        self.cluster.add(Kind::Event, &attributes.namespace, &name, event);
         Ok(self.cluster.get(Kind::Event, &attributes.namespace, &name).unwrap_or_default())
     }
 
@@ -330,10 +333,7 @@ fn entry(request: &http::Request) -> Request {
     Request {
         user: String::new(),
         impersonated: None,
-        method: match &request.method {
-            method if *method == Method::GET => "GET".to_owned(),
-            method => method.to_string(),
-        },
+        method: request.method.to_string(),
         path: format!("{}{separator}{}", request.path, request.query),
         status: 0,
     }

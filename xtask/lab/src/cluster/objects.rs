@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::POD_IDENTITY_AUDIENCE;
 
@@ -46,7 +46,9 @@ pub(super) fn node(name: &str) -> Value {
     })
 }
 
-pub(super) fn namespace(name: &str, annotations: &BTreeMap<String, String>) -> Value {
+pub(super) fn namespace(name: &str, annotations: BTreeMap<String, String>) -> Value {
+    let annotations: Map<String, Value> =
+        annotations.into_iter().map(|(key, value)| (key, Value::String(value))).collect();
     json!({
         "metadata": {
             "name": name,

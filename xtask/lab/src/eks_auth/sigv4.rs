@@ -158,3 +158,117 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
         text.chars().map(|digit| digit.to_digit(16).and_then(|value| u8::try_from(value).ok())).collect();
     Some(digits?.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit)).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use hyper::{HeaderMap, Method, header::HeaderValue};
+
+    use super::*;
+
+    type Change = fn(&mut Request);
+
+    const NOW: &str = "2026-11-21T09:00:00Z";
+    const SIGNED_HEADERS: &str = "host;x-amz-date;x-amz-security-token";
+
+    fn credentials() -> NodeCredentials {
+        NodeCredentials {
+            access_key_id: "ASIANODE".into(),
+            secret_access_key: "secret".into(),
+            session_token: "session".into(),
+        }
+    }
+
+    /// A request signed at `date` with the headers named.
+    fn signed(date: &str, signed_headers: &str) -> Request {
+        let mut headers = HeaderMap::new();
+        headers.insert("host", HeaderValue::from_static("eks-auth.lab"));
+        headers.insert("x-amz-date", HeaderValue::from_str(date).unwrap());
+        headers.insert("x-amz-security-token", HeaderValue::from_static("session"));
+        let mut request = Request {
+            method: Method::POST,
+            path: "/clusters/lab/assume-role-for-pod-identity".into(),
+            query: String::new(),
+            headers,
+            body: Bytes::from_static(b"{}"),
+            client_certificate: None,
+        };
+        let names: Vec<&str> = signed_headers.split(';').collect();
+        let scope = format!("{}/eu-west-1/{SERVICE}/aws4_request", &date[..8]);
+        let canonical = sha256(canonical_request(&request, &names).as_bytes());
+        let key = signing_key("secret", [&date[..8], "eu-west-1", SERVICE, "aws4_request"]);
+        let signature = hmac::sign(&key, format!("{ALGORITHM}\n{date}\n{scope}\n{canonical}").as_bytes());
+        let header = format!(
+            "{ALGORITHM} Credential=ASIANODE/{scope}, SignedHeaders={signed_headers}, Signature={}",
+            hex(signature.as_ref())
+        );
+        request.headers.insert("authorization", HeaderValue::from_str(&header).unwrap());
+        request
+    }
+
+    fn verdict(request: &Request) -> Result<(), String> {
+        let verdict = verify(request, &credentials(), "eu-west-1", NOW.parse().unwrap());
+        verdict.map_err(|error| format!("{}: {}", error.code, error.message))
+    }
+
+    #[test]
+    fn an_altered_request_is_refused() {
+        let alter = |change: Change| {
+            let mut request = signed("20261121T090000Z", SIGNED_HEADERS);
+            change(&mut request);
+            verdict(&request)
+        };
+        assert_eq!(alter(|_| {}), Ok(()));
+        let changes: [(&str, Change); 5] = [
+            ("body", |request| request.body = Bytes::from_static(b"{ }")),
+            ("path", |request| request.path = "/clusters/other/assume-role-for-pod-identity".into()),
+            ("query", |request| request.query = "a=b".into()),
+            ("method", |request| request.method = Method::GET),
+            ("host", |request| {
+                request.headers.insert("host", HeaderValue::from_static("elsewhere"));
+            }),
+        ];
+        for (case, change) in changes {
+            let refusal = alter(change).unwrap_err();
+            let expected = "InvalidSignatureException: The request signature we calculated";
+            assert!(refusal.starts_with(expected), "{case}: {refusal}");
+        }
+        let missing = alter(|request| {
+            request.headers.remove("authorization");
+        });
+        assert!(missing.unwrap_err().starts_with("MissingAuthenticationTokenException"));
+    }
+
+    #[test]
+    fn a_signature_is_good_for_five_minutes_around_its_date() {
+        for (date, refusal) in [
+            ("20261121T085500Z", None),
+            ("20261121T090500Z", None),
+            (
+                "20261121T085459Z",
+                Some("Signature expired: 20261121T085459Z is now earlier than 20261121T085500Z"),
+            ),
+            ("20261121T090501Z", Some("Signature not yet current")),
+        ] {
+            let found = verdict(&signed(date, SIGNED_HEADERS)).err();
+            let as_expected = match (&found, refusal) {
+                (None, None) => true,
+                (Some(found), Some(refusal)) => found.contains(refusal),
+                _ => false,
+            };
+            assert!(as_expected, "{date}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn what_must_be_signed_may_not_be_left_out() {
+        for (signed_headers, missing) in [
+            ("x-amz-date;x-amz-security-token", "host"),
+            ("host;x-amz-security-token", "x-amz-date"),
+            ("host;x-amz-date", "x-amz-security-token"),
+        ] {
+            let refusal = verdict(&signed("20261121T090000Z", signed_headers)).unwrap_err();
+            assert!(refusal.contains(&format!("'{missing}' must be a 'SignedHeader'")), "{refusal}");
+        }
+    }
+}

@@ -36,12 +36,12 @@ impl Attributes {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
         let rest = match parts.as_slice() {
             ["api", version, rest @ ..] if !rest.is_empty() => {
-                attributes.version = (*version).to_owned();
+                (*version).clone_into(&mut attributes.version);
                 rest
             }
             ["apis", group, version, rest @ ..] if !rest.is_empty() => {
-                attributes.group = (*group).to_owned();
-                attributes.version = (*version).to_owned();
+                (*group).clone_into(&mut attributes.group);
+                (*version).clone_into(&mut attributes.version);
                 rest
             }
             _ => return attributes,
@@ -83,7 +83,7 @@ impl Attributes {
         let parts = match parts {
             // A namespace is itself the namespace that the request is in.
             ["namespaces", namespace, rest @ ..] => {
-                self.namespace = (*namespace).to_owned();
+                (*namespace).clone_into(&mut self.namespace);
                 if rest.is_empty() || rest[0] == "status" || rest[0] == "finalize" { parts } else { rest }
             }
             _ => parts,

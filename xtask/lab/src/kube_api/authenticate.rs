@@ -26,8 +26,11 @@ pub(super) type Authenticated = (User, Vec<String>);
 #[derive(Debug)]
 pub(super) struct Authenticator {
     cluster: Cluster,
-    good: Mutex<HashMap<(String, Vec<String>), (Authenticated, Instant)>>,
+    good: Mutex<HashMap<Asked, (Authenticated, Instant)>>,
 }
+
+/// A token, and the audiences that it was held against.
+type Asked = (String, Vec<String>);
 
 // === impl Authenticator ===
 
@@ -110,4 +113,35 @@ impl Authenticator {
 fn quoted(list: &[String]) -> String {
     let quoted: Vec<String> = list.iter().map(|item| format!("\"{item}\"")).collect();
     format!("[{}]", quoted.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{API_AUDIENCE, PodSpec};
+
+    #[test]
+    fn a_token_of_a_deleted_pod_is_good_for_ten_more_seconds_if_it_was_seen_before() {
+        let cluster = Cluster::new("https://oidc.test.invalid");
+        cluster.add_service_account("app", "web");
+        let text = str::to_owned;
+        cluster.add_pod(&PodSpec {
+            namespace: text("app"),
+            name: text("web-1"),
+            service_account: text("web"),
+            ..PodSpec::default()
+        });
+        let token = cluster.mint_pod_token("app", "web-1", &[API_AUDIENCE], Duration::from_hours(1));
+        let authenticator = Authenticator::new(cluster.clone());
+        let (now, start) = (Timestamp::now(), Instant::now());
+        let after = |seconds| {
+            let at = start + Duration::from_secs(seconds);
+            authenticator.token(&token, &[text(API_AUDIENCE)], now, at).map(|(user, _)| user.name)
+        };
+        assert_eq!(after(0).unwrap(), "system:serviceaccount:app:web");
+        cluster.delete_pod("app", "web-1");
+        assert_eq!(after(9).unwrap(), "system:serviceaccount:app:web");
+        let refusal = "[invalid bearer token, service account token has been invalidated]";
+        assert_eq!(after(10).unwrap_err(), refusal);
+    }
 }

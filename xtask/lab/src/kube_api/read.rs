@@ -104,8 +104,8 @@ impl Watch {
         let initial = attributes.flag("sendInitialEvents");
         let version = resource_version(attributes)?;
         let timeout = match attributes.parameter("timeoutSeconds").parse() {
+            Ok(0) | Err(_) => WATCH_TIMEOUT,
             Ok(seconds) => Duration::from_secs(seconds),
-            Err(_) => WATCH_TIMEOUT,
         };
         let now = Instant::now();
         let mut watch = Self {

@@ -89,20 +89,20 @@ impl Status {
 
     /// Authorization refuses; `reason` may be empty.
     pub(super) fn forbidden(user: &User, attributes: &Attributes, reason: &str) -> Self {
-        let Attributes { verb, group, namespace, .. } = attributes;
-        let mut why = format!("User \"{}\" cannot {verb} ", user.name);
-        if attributes.is_resource() {
-            why += &format!("resource \"{}\" in API group \"{group}\" ", attributes.full_resource());
-            why += &match namespace.as_str() {
-                "" => "at the cluster scope".to_owned(),
-                namespace => format!("in the namespace \"{namespace}\""),
-            };
-        } else {
-            why += &format!("path \"{}\"", attributes.path);
-        }
-        if !reason.is_empty() {
-            why += &format!(": {reason}");
-        }
+        let Attributes { verb, group, namespace, path, .. } = attributes;
+        let what = match namespace.as_str() {
+            _ if !attributes.is_resource() => format!("path \"{path}\""),
+            namespace => {
+                let resource = attributes.full_resource();
+                let place = match namespace {
+                    "" => "at the cluster scope".to_owned(),
+                    namespace => format!("in the namespace \"{namespace}\""),
+                };
+                format!("resource \"{resource}\" in API group \"{group}\" {place}")
+            }
+        };
+        let separator = if reason.is_empty() { "" } else { ": " };
+        let why = format!("User \"{}\" cannot {verb} {what}{separator}{reason}", user.name);
         Self::denied(attributes, &why)
     }
 

@@ -75,6 +75,7 @@ impl Authority {
     ///
     /// # Panics
     /// If the random number generator fails.
+    #[expect(clippy::expect_used, reason = "fails on a programming error only")]
     pub(super) fn client_certificate(&self, user: &User) -> (String, String) {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, user.name.as_str());
