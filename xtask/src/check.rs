@@ -95,10 +95,8 @@ fn dependencies(name: &str) -> anyhow::Result<Outcome> {
 fn advisories(name: &str) -> anyhow::Result<Outcome> {
     // Without the network there is no database, and without it no verdict.
     if let Err(error) = cmd::run("advisory database", cargo_deny()?.args(["fetch", "db"])) {
-        let reason = format!("{error:#}");
-        let reason =
-            reason.lines().find(|line| line.contains("[ERROR]") || line.contains("failed")).unwrap_or("");
-        return Ok(Outcome::NotRun(format!("the advisory database cannot be fetched ({})", reason.trim())));
+        eprintln!("{error:#}");
+        return Ok(Outcome::NotRun("the advisory database cannot be fetched".to_owned()));
     }
     pass(name, cargo_deny()?.args(["check", "--disable-fetch", "advisories"]))
 }

@@ -16,11 +16,25 @@ const STAGES: [&str; 6] = ["accept", "identity", "policy", "credentials", "diale
 /// A module and what it must not name: `crate::module`, or a crate; a trailing `*` stands for any ending.
 const RULES: [(&str, &[&str]); 8] = [
     ("intercept", &["crate::identity", "crate::credentials", "crate::dialect", "hyper*", "kube"]),
-    ("accept", &["aya", "kube", "aws*"]),
+    ("accept", &["aya", "kube", "aws_config", "aws_sdk*", "aws_smithy*"]),
     ("identity", &["crate::intercept", "crate::credentials", "crate::dialect"]),
     ("credentials", &["crate::intercept", "crate::dialect", "hyper*"]),
-    ("policy", &["aws*", "hyper*", "aya"]),
-    ("dialect", &["kube", "aws*", "aya", "tokio", "std::fs", "std::net", "std::io", "std::process"]),
+    ("policy", &["aws_config", "aws_sdk*", "aws_smithy*", "hyper*", "aya"]),
+    (
+        "dialect",
+        &[
+            "kube",
+            "aws_config",
+            "aws_sdk*",
+            "aws_smithy*",
+            "aya",
+            "tokio",
+            "std::fs",
+            "std::net",
+            "std::io",
+            "std::process",
+        ],
+    ),
     ("serve", &["crate::config"]),
     ("link", &["crate::*"]),
 ];
@@ -185,6 +199,8 @@ mod tests {
             ("identity", "crate::policy", true),
             ("credentials", "aws_config", true),
             ("dialect", "aws_config", false),
+            ("dialect", "aws_sdk_eksauth", false),
+            ("dialect", "aws_lc_rs", true),
             ("dialect", "tokio", false),
             ("dialect", "std::net", false),
             ("dialect", "std::time", true),
