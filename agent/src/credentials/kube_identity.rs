@@ -23,6 +23,8 @@ pub enum Error {
 /// pods and tokens, and the Node authorizer limits it to the pods of its node.
 pub async fn client(identity: KubeIdentity, node_name: &str) -> Result<Client, Error> {
     let mut config = Config::infer().await.map_err(|error| Error::Infer(error.into()))?;
+    // The client would try again for minutes; the watch backs off by itself, and a pod waits for a token.
+    config.default_retry = false;
     if identity == KubeIdentity::AssociatedNode {
         config.auth_info.impersonate = Some(format!("system:node:{node_name}"));
     }
