@@ -202,13 +202,17 @@ fn a_forgotten_pod_is_unknown() {
 fn a_task_in_no_pod_is_refused_on_a_pod_s_socket() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        // As deep as a container, but not below kubepods.
+        let system = node.kubepods.path.with_file_name("system.slice");
+        let service = Cgroup::create(system.join("a.slice/b.slice/c.service"));
         for address in [IMDS, POD_IDENTITY, ECS] {
             let socket = pod.run(tcp_socket);
             assert!(is_eperm(&redial(&socket, address)), "{address}");
+            assert!(is_eperm(&service.run(|| redial(&socket, address))), "{address}");
             // In kubepods, but in no pod.
             assert!(is_eperm(&node.kubepods.run(|| redial(&socket, address))), "{address}");
         }
-        assert_eq!(node.count(Counter::DeniedNoPod), 6);
+        assert_eq!(node.count(Counter::DeniedNoPod), 9);
         // Elsewhere such a task may dial what it likes.
         let other = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = pod.run(tcp_socket);

@@ -1,6 +1,11 @@
 //! The real programs in the running kernel: each test has a network namespace and a kubepods cgroup of its own.
 //!
 //! Needs root, a cgroup2 mount, and an agent built with the eBPF object.
+#![expect(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a test fails where something is not as it should be"
+)]
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd};
 
@@ -8,11 +13,11 @@ use agent_common::net::Endpoint;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 
 mod decisions;
-mod forge;
 mod identity;
 mod node;
 mod sockopt;
 mod tickets;
+mod wire;
 
 const IMDS: &str = "169.254.169.254:80";
 const IMDS_V6: &str = "[fd00:ec2::254]:80";

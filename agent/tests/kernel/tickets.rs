@@ -2,10 +2,13 @@
 
 use std::{
     fs,
+    io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream},
+    thread,
     time::Duration,
 };
 
+use agent::accept::listen;
 use agent_common::{
     counter::Counter,
     policy::{IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_ON, PodPolicy},
@@ -14,9 +17,10 @@ use agent_common::{
 use rustix::net::connect_unspec;
 
 use crate::{
-    IMDS, IMDS_MAPPED, IMDS_V6, endpoint, forge,
+    IMDS, IMDS_MAPPED, IMDS_V6, endpoint,
     node::{AGENT_V4, NOBODY, Node, add_address, own_pair},
     redial, tcp_socket,
+    wire::{self, Wire},
 };
 
 #[test]
@@ -45,7 +49,7 @@ fn a_redeemed_ticket_is_worth_nothing() {
         let _stream = pod.dial(IMDS).unwrap();
         let origin = agent.accept().expect("anonymous");
 
-        forge::shake_hands(2_000, origin.ticket);
+        wire::shake_hands(2_000, origin.ticket);
         assert_eq!(agent.accept(), None);
         assert_eq!((node.count(Counter::Redeemed), node.count(Counter::BadTicket)), (1, 1));
     });
@@ -56,7 +60,7 @@ fn a_forged_ticket_is_worth_nothing() {
     Node::run(|node| {
         let agent = node.agent();
         for (port, ticket) in [(2_000, 0), (2_001, 1), (2_002, u64::MAX)] {
-            forge::shake_hands(port, ticket);
+            wire::shake_hands(port, ticket);
             assert_eq!(agent.accept(), None, "{ticket}");
         }
         assert_eq!((node.count(Counter::Redeemed), node.count(Counter::BadTicket)), (0, 3));
@@ -142,6 +146,20 @@ fn an_abandoned_handshake_does_not_leave_its_ticket_in_the_next_one() {
 }
 
 #[test]
+fn a_dial_without_a_route_does_not_leave_its_ticket_for_the_next_destination() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        node.interceptor.set_target(Target { v4: endpoint("203.0.113.1:80"), ..own_pair(2) }).unwrap();
+        let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
+        let socket = pod.run(tcp_socket);
+        pod.run(|| redial(&socket, IMDS)).expect_err("there is no route");
+        pod.run(|| redial(&socket, "127.0.0.1:8080")).unwrap();
+        assert_eq!(elsewhere.accept(), None);
+        assert_eq!((node.count(Counter::NoTicket), node.count(Counter::TicketSent)), (1, 0));
+    });
+}
+
+#[test]
 fn a_pod_that_is_left_alone_does_not_send_a_former_ticket() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
@@ -178,18 +196,44 @@ fn a_dial_that_was_redirected_already_keeps_its_origin() {
 }
 
 #[test]
-fn a_long_request_is_unharmed_by_the_option() {
-    use std::io::{Read as _, Write as _};
-
+fn the_ticket_is_sent_until_the_agent_has_answered() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        let listener = node.as_agent(|| agent::accept::listen((AGENT_V4, 80).into()).unwrap());
+        let listener = node.as_agent(|| listen((AGENT_V4, 80).into())).unwrap();
+        listener.set_nonblocking(false).unwrap();
+        let wire = Wire::watch();
+        let mut client = pod.dial(IMDS).unwrap();
+        let port = client.local_addr().unwrap().port();
+        let (mut server, _) = listener.accept().unwrap();
+        let handshake = wire.tickets_from(port);
+        assert!(!handshake.is_empty() && handshake.iter().all(|&ticket| ticket), "{handshake:?}");
+
+        let mut exchange = || {
+            let mut byte = [0];
+            client.write_all(b"?").unwrap();
+            server.read_exact(&mut byte).unwrap();
+            server.write_all(b"!").unwrap();
+            client.read_exact(&mut byte).unwrap();
+            wire.tickets_from(port)
+        };
+        let first = exchange();
+        assert!(first.first() == Some(&true), "{first:?}");
+        let later: Vec<_> = (0..5).flat_map(|_| exchange()).collect();
+        assert!(!later.is_empty() && later.iter().all(|&ticket| !ticket), "{later:?}");
+    });
+}
+
+#[test]
+fn a_long_request_is_unharmed_by_the_option() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let listener = node.as_agent(|| listen((AGENT_V4, 80).into())).unwrap();
         listener.set_nonblocking(false).unwrap();
         let mut client = pod.dial(IMDS).unwrap();
         let (mut server, _) = listener.accept().unwrap();
         let request: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
         let expected = request.clone();
-        let writer = std::thread::spawn(move || client.write_all(&request).unwrap());
+        let writer = thread::spawn(move || client.write_all(&request).unwrap());
         let mut received = Vec::new();
         server.read_to_end(&mut received).unwrap();
         writer.join().unwrap();

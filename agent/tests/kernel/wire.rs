@@ -1,10 +1,10 @@
-//! Handshakes made by hand: what a pod with `CAP_NET_RAW` can send to the agent.
+//! Segments on the wire: watched, and made by hand as a pod with `CAP_NET_RAW` can make them.
 //!
 //! Owns the segments' layout; never completes more than a handshake.
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
-    num::NonZeroU32,
+    num::{NonZeroU16, NonZeroU32},
     os::fd::OwnedFd,
 };
 
@@ -23,40 +23,61 @@ const TCP_HEADER_LEN: usize = 20;
 /// The initial sequence number of the forged side.
 const SEQUENCE: u32 = 1_000;
 
+/// Every IPv4 packet of the namespace from now on.
+pub(crate) struct Wire(OwnedFd);
+
+// === impl Wire ===
+
+impl Wire {
+    pub(crate) fn watch() -> Self {
+        let ip = NonZeroU32::from(NonZeroU16::new(0x0800_u16.to_be()).unwrap());
+        let ip = Some(Protocol::from_raw(ip));
+        Self(socket_with(AddressFamily::PACKET, SocketType::DGRAM, SocketFlags::CLOEXEC, ip).unwrap())
+    }
+
+    /// Of each segment that has left `port` since the last call: whether there is a ticket in it.
+    pub(crate) fn tickets_from(&self, port: u16) -> Vec<bool> {
+        let mut packet = [0; 2048];
+        let mut found = Vec::new();
+        while let Ok((length, _)) = recv(&self.0, &mut packet[..], RecvFlags::DONTWAIT) {
+            let tcp = &packet[IP_HEADER_LEN..length];
+            if tcp[0..2] == port.to_be_bytes() {
+                let options = &tcp[TCP_HEADER_LEN..usize::from(tcp[12] >> 4) * 4];
+                let [x, y] = TICKET_OPTION_EXID;
+                let head = [TICKET_OPTION_KIND, TICKET_OPTION_LEN, x, y];
+                found.push(options.windows(head.len()).any(|window| window == head));
+            }
+        }
+        found
+    }
+
+    /// The sequence number of the SYN and ACK that the agent sends to `port`.
+    fn answer_to(&self, port: u16) -> u32 {
+        let mut packet = [0; 256];
+        loop {
+            let (length, _) = recv(&self.0, &mut packet[..], RecvFlags::empty()).unwrap();
+            let Some(tcp) = packet[..length].get(IP_HEADER_LEN..) else { continue };
+            let is_answer = packet[12..16] == AGENT_V4.octets()
+                && tcp.get(2..4) == Some(&port.to_be_bytes())
+                && tcp.get(13) == Some(&(SYN | ACK));
+            if is_answer {
+                return u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+            }
+        }
+    }
+}
+
 /// Shakes hands with the agent at [`AGENT_V4`], port 80, in the name of [`NOBODY`], with `ticket` in the SYN.
 pub(crate) fn shake_hands(port: u16, ticket: u64) {
     let raw =
         socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap();
-    let ethertype_ip = NonZeroU32::from(std::num::NonZeroU16::new(0x0800_u16.to_be()).unwrap());
-    let wire = socket_with(
-        AddressFamily::PACKET,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC,
-        Some(Protocol::from_raw(ethertype_ip)),
-    )
-    .unwrap();
-
+    let wire = Wire::watch();
     let mut option = vec![TICKET_OPTION_KIND, TICKET_OPTION_LEN];
     option.extend(TICKET_OPTION_EXID);
     option.extend(ticket.to_be_bytes());
     send(&raw, &segment(port, SEQUENCE, 0, SYN, &option));
-    let theirs = answer_to(&wire, port);
+    let theirs = wire.answer_to(port);
     send(&raw, &segment(port, SEQUENCE + 1, theirs + 1, ACK, &[]));
-}
-
-/// The sequence number of the agent's SYN and ACK.
-fn answer_to(wire: &OwnedFd, port: u16) -> u32 {
-    let mut packet = [0; 256];
-    loop {
-        let (length, _) = recv(wire, &mut packet[..], RecvFlags::empty()).unwrap();
-        let Some(tcp) = packet[..length].get(IP_HEADER_LEN..) else { continue };
-        let is_answer = packet[12..16] == AGENT_V4.octets()
-            && tcp.get(2..4) == Some(&port.to_be_bytes())
-            && tcp.get(13) == Some(&(SYN | ACK));
-        if is_answer {
-            return u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-        }
-    }
 }
 
 fn send(raw: &OwnedFd, packet: &[u8]) {
