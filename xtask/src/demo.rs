@@ -10,7 +10,7 @@ mod row;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use lab::{AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec};
+use lab::{AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter};
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::{
@@ -53,7 +53,7 @@ pub(crate) fn run(json: bool) -> anyhow::Result<ExitCode> {
 /// Brings the node up, lets every client try, takes the node down.
 async fn on_a_lab(agent: &AgentSpec, clients: &Clients) -> anyhow::Result<Vec<Row>> {
     let name = format!("demo-{}", std::process::id());
-    let lab = Lab::up(LabSpec::new(&name, std::env::current_exe()?))?;
+    let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
     let agent = lab.start_agent(agent).await?;
     let rows = Demo { lab: &lab, clients }.rows().await;
     let rows = match rows {

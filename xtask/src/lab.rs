@@ -153,7 +153,7 @@ fn up(arguments: &UpArguments) -> anyhow::Result<()> {
     report::require_root("a lab")?;
     let taken = State::list()?.into_iter().any(|lab| lab.name == arguments.name && lab.is_alive());
     ensure!(!taken, "the lab {0} is up already: `cargo xtask lab down --name {0}`", arguments.name);
-    let mut server = process::Command::new(std::env::current_exe()?);
+    let mut server = process::Command::new(enter::OWN_EXECUTABLE);
     server.args(["lab-serve", "--name", &arguments.name, "--imds", arguments.imds.as_flag()]);
     server.args(["--pods", &arguments.pods.to_string()]);
     if !arguments.no_agent {
@@ -197,7 +197,7 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let spec = LabSpec { served: true, ..LabSpec::new(&arguments.up.name, std::env::current_exe()?) };
+        let spec = LabSpec { served: true, ..LabSpec::new(&arguments.up.name, enter::OWN_EXECUTABLE) };
         let lab = Lab::up(spec)?;
         for number in 1..=arguments.up.pods {
             let name = format!("app-{number}");

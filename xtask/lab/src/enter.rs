@@ -25,6 +25,9 @@ use crate::{cgroup, netns::NetNs};
 /// The name of xtask's hidden subcommand: `xtask lab-enter ENTRY -- COMMAND…`.
 pub const SUBCOMMAND: &str = "lab-enter";
 
+/// The running executable, even after a build has put another one in its place.
+pub const OWN_EXECUTABLE: &str = "/proc/self/exe";
+
 /// Where a command runs and what it finds there.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Entry {
