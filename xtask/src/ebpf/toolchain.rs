@@ -1,7 +1,7 @@
 //! The toolchain of the kernel programs: a rustc with a `core` for BPF, and a linker that reads what it writes.
 //!
-//! Owns finding and installing both; never changes what is already on the machine. New packages come by apt-get on
-//! Debian and its relatives, new toolchains by rustup, and the linker goes below `target/tools`.
+//! Owns finding and installing both; never changes what is already on the machine. Packages come by apt-get on Debian
+//! and its relatives; what rustup and cargo install goes below `target/tools`.
 
 use std::{
     env, fs,
@@ -73,9 +73,9 @@ fn candidates() -> Vec<PathBuf> {
             })
             .map(|directory| directory.join("bin/rustc")),
     );
-    rustcs.extend(
-        subdirectories(&rustup_home().join("toolchains")).map(|directory| directory.join("bin/rustc")),
-    );
+    for home in [rustup_home(), own_rustup_home()] {
+        rustcs.extend(subdirectories(&home.join("toolchains")).map(|directory| directory.join("bin/rustc")));
+    }
     rustcs.retain(|rustc| rustc.is_file());
     rustcs
 }
@@ -130,14 +130,15 @@ fn install() -> anyhow::Result<()> {
         }
     }
     if has_rustup() {
-        eprintln!(
-            "installing with rustup, beside the toolchains that are there: nightly with the source of `core`"
-        );
+        let home = own_rustup_home();
+        eprintln!("installing with rustup, into {}: nightly with the source of `core`", home.display());
         return cmd::run(
             "Rust nightly with rust-src",
             Command::new("rustup")
                 .args(["toolchain", "install", "nightly", "--profile", "minimal", "--component", "rust-src"])
-                .arg("--no-self-update"),
+                .arg("--no-self-update")
+                .env("RUSTUP_HOME", home)
+                .env_remove("RUSTUP_TOOLCHAIN"),
         );
     }
     Err(Missing(instructions()).into())
@@ -249,6 +250,11 @@ fn has_rustup() -> bool {
 fn is_in_path(program: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).any(|directory| directory.join(program).is_file())
+}
+
+/// Toolchains of podgate's own: the user's nightly is not updated for it.
+fn own_rustup_home() -> PathBuf {
+    target_directory().join("tools/rustup")
 }
 
 fn rustup_home() -> PathBuf {
