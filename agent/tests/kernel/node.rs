@@ -75,6 +75,9 @@ pub(crate) struct Agent {
     listeners: Vec<TcpListener>,
 }
 
+/// A listener in no pod, which stands for the real service.
+pub(crate) struct RealService(TcpListener);
+
 // === impl Node ===
 
 impl Node {
@@ -219,23 +222,46 @@ impl Pod {
 impl Agent {
     /// Accepts the next connection and closes it; its origin.
     pub(crate) fn accept(&self) -> Option<Origin> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            for listener in &self.listeners {
-                if let Ok((stream, _)) = listener.accept() {
-                    return self.origins.origin(stream.as_fd()).unwrap();
-                }
-            }
-            assert!(Instant::now() < deadline, "nothing arrives at the agent");
-            thread::sleep(Duration::from_millis(1));
-        }
+        soon(|| self.try_accept())
     }
 
-    /// Whether a connection waits.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.listeners
-            .iter()
-            .all(|listener| listener.accept().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock))
+    /// The same, if there is a connection: its origin, if it has one.
+    #[expect(clippy::option_option, reason = "no connection is not the same as an anonymous one")]
+    pub(crate) fn try_accept(&self) -> Option<Option<Origin>> {
+        let (stream, _) = self.listeners.iter().find_map(|listener| listener.accept().ok())?;
+        Some(self.origins.origin(stream.as_fd()).unwrap())
+    }
+}
+
+// === impl RealService ===
+
+impl RealService {
+    pub(crate) fn listen(address: &str) -> Self {
+        let listener = outside(|| TcpListener::bind(address)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        Self(listener)
+    }
+
+    /// Accepts the next connection and closes it.
+    pub(crate) fn accept(&self) {
+        soon(|| self.try_accept());
+    }
+
+    /// The same, if there is a connection.
+    pub(crate) fn try_accept(&self) -> Option<()> {
+        self.0.accept().ok().map(drop)
+    }
+}
+
+/// What `happens` gives, within a moment.
+pub(crate) fn soon<T>(mut happens: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(result) = happens() {
+            return result;
+        }
+        assert!(Instant::now() < deadline, "nothing happens");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -254,16 +280,15 @@ pub(crate) fn own_pair(generation: u64) -> Target {
     Target { generation, v4: Endpoint::new(AGENT_V4.into(), 80), v6: Endpoint::new(AGENT_V6.into(), 80) }
 }
 
-/// Dials from wherever the test process is.
-pub(crate) fn dial(address: &str) -> io::Result<TcpStream> {
-    TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE)
+/// Runs `work` in no pod: no other test may take the process into one meanwhile.
+pub(crate) fn outside<T>(work: impl FnOnce() -> T) -> T {
+    let _alone = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
+    work()
 }
 
-/// A listener in no pod, which stands for the real service.
-pub(crate) fn real_service(address: &str) -> TcpListener {
-    let listener = TcpListener::bind(address).unwrap();
-    listener.set_nonblocking(true).unwrap();
-    listener
+/// Dials from wherever the test process is: within [`Cgroup::run`] or [`outside`].
+pub(crate) fn dial(address: &str) -> io::Result<TcpStream> {
+    TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE)
 }
 
 /// Brings up the namespace's `lo` with everybody's addresses.
