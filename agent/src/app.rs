@@ -44,9 +44,8 @@ use crate::{
     },
     intercept::{self, Interceptor, OriginLookup, Settings, TicketKey},
     link::{self, Addresses, Link},
-    metrics::{self, RequestMetrics},
     policy,
-    serve::Server,
+    serve::{Server, metrics::RequestMetrics},
     whois::Whois,
 };
 
@@ -116,7 +115,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
 
     let mut registry = Registry::default();
     let request_metrics = RequestMetrics::register(&mut registry);
-    metrics::register_kernel(&mut registry, Arc::clone(&interceptor));
+    intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
     let whois =
         Whois { kubepods: Arc::clone(&node.kubepods), pods: Arc::clone(&pods), defaults: config.defaults };
@@ -138,7 +137,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
         map: Arc::clone(&interceptor),
         own: node.own_pod,
         pods: Arc::clone(&pods),
-        engine: Arc::clone(&server),
+        engine: Arc::clone(&server.engine),
     };
     tasks.spawn("the policies' upkeep", enforcer.run(first, cgroups, received, synced));
     let node_name = config.node_name.clone();
@@ -178,10 +177,10 @@ pub fn server(
     Ok(Server {
         defaults: config.defaults,
         resolver: CallerResolver::new(cgroups, Arc::clone(pods)),
-        engine: Engine::new(NodeSource {
+        engine: Arc::new(Engine::new(NodeSource {
             tokens: Tokens::new(&config.kubelet_root, kube),
             eks_auth: EksAuth::new(aws, &config.cluster_name, &config.node_name),
-        }),
+        })),
         imds_tokens: ImdsTokens::new(&imds_key),
         metrics,
     })

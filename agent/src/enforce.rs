@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info};
 
 use crate::{
-    credentials::cache::CredentialSource,
+    credentials::cache::{CredentialSource, Engine},
     identity::{
         Pod, PodUid, Pods,
         pods::PodEvent,
@@ -22,7 +22,6 @@ use crate::{
     },
     intercept::{self, Interceptor},
     policy::{Defaults, Policy},
-    serve::Server,
 };
 
 /// Where policies go. A trait because only root has the kernel's map.
@@ -62,7 +61,7 @@ pub trait Forget: Send + Sync + 'static {
     fn forget(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
 }
 
-// === impl Interceptor, Server ===
+// === impl Interceptor, Engine ===
 
 impl PolicyMap for Arc<Mutex<Interceptor>> {
     fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
@@ -74,9 +73,9 @@ impl PolicyMap for Arc<Mutex<Interceptor>> {
     }
 }
 
-impl<S: CredentialSource> Forget for Server<S> {
+impl<S: CredentialSource> Forget for Engine<S> {
     async fn forget(&self, uid: PodUid) {
-        self.engine.forget(uid).await;
+        Self::forget(self, uid).await;
     }
 }
 

@@ -8,11 +8,13 @@ use std::{error::Error as StdError, fmt, io, path::PathBuf};
 use agent_common::{counter::Counter, policy::PodPolicy, target::Target};
 
 mod links;
+pub mod metrics;
 mod object;
 mod origins;
 
 pub use self::origins::{OriginLookup, SocketOrigins};
 use self::{links::Cgroups, object::Object};
+use crate::error::chain;
 
 /// What the programs need to know for as long as they live.
 #[derive(Debug)]
@@ -188,20 +190,6 @@ impl fmt::Debug for Interceptor {
             .field("slot", &self.slot)
             .finish_non_exhaustive()
     }
-}
-
-/// The error with its causes: aya keeps the kernel's error number in the last one.
-fn chain(error: &(dyn StdError + Send + Sync + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let line = error.to_string();
-        if !text.ends_with(&line) {
-            text = format!("{text}: {line}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 fn verifier(log_tail: &str) -> String {

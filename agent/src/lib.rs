@@ -26,7 +26,6 @@ pub mod error;
 pub mod identity;
 pub mod intercept;
 pub mod link;
-pub mod metrics;
 pub mod policy;
 pub mod preflight;
 pub mod secret;

@@ -17,8 +17,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
 use tracing::{debug, info, warn};
 
+pub mod metrics;
 mod refusal;
 
+use self::metrics::RequestMetrics;
 use crate::{
     accept::Accepted,
     credentials::{
@@ -34,7 +36,6 @@ use crate::{
     },
     drain::DrainWatch,
     identity::{CallerResolver, Pod, PodUid},
-    metrics::RequestMetrics,
     policy::{Defaults, ImdsMode, Policy},
 };
 
@@ -53,7 +54,7 @@ pub struct Server<S> {
     /// Who a caller is.
     pub resolver: CallerResolver,
     /// What it gets.
-    pub engine: Engine<S>,
+    pub engine: Arc<Engine<S>>,
     /// The session tokens of IMDSv2.
     pub imds_tokens: ImdsTokens,
     /// What is counted.

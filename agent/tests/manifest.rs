@@ -1,4 +1,5 @@
 //! The manifest in `deploy/` against the agent that it starts.
+#![expect(clippy::unwrap_used, reason = "test code")]
 
 use agent::cli::Cli;
 use clap::{CommandFactory as _, Parser as _};

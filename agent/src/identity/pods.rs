@@ -131,6 +131,9 @@ impl Pods {
 
     /// The pod with this UID, waiting for the watch until `deadline`.
     pub async fn wait(&self, uid: PodUid, deadline: Instant) -> Option<Arc<Pod>> {
+        if let Some(pod) = self.get(uid) {
+            return Some(pod);
+        }
         let mut changes = self.changes.subscribe();
         let seen = async {
             loop {

@@ -17,9 +17,8 @@ use agent::{
     drain::{Drain, drain},
     identity::{PodUid, Pods},
     intercept::OriginLookup,
-    metrics::RequestMetrics,
     policy::{Defaults, ImdsMode},
-    serve::Server,
+    serve::{Server, metrics::RequestMetrics},
     testing::{FakeCgroups, FakeOrigins},
 };
 use agent_common::{
