@@ -74,8 +74,8 @@ impl Variant {
     /// Enough for the clock ticks of the CPU time to be fine.
     fn requests(self) -> u32 {
         match self {
-            Self::KeepAlive => 20_000,
-            Self::NewConnection => 4_000,
+            Self::KeepAlive => 50_000,
+            Self::NewConnection => 10_000,
         }
     }
 }
@@ -126,8 +126,7 @@ fn build_release_helper() -> anyhow::Result<std::path::PathBuf> {
 async fn compare(agent: &Path, helper: &Path) -> anyhow::Result<()> {
     let lab = Lab::up(LabSpec::new(&format!("bench-{}", std::process::id()), helper))?;
     let pod = lab.add_pod(&PodSpec::new("bench", "client").role("client-role"))?;
-    let agent =
-        lab.start_agent(&AgentSpec::new(agent, &["--imds", "intercept", "--log-filter", "warn"])).await?;
+    let agent = lab.start_agent(&AgentSpec::new(agent, &["--imds", "intercept"])).await?;
     let body = warm_up(&lab, &pod).await?;
     let bare_address = format!("{}:{BARE_PORT}", netns::node_addresses().v4);
     let bare = start_bare(&lab, helper, &bare_address, body.len()).await?;

@@ -4,6 +4,7 @@
 //! so that a command's own output can be read by programs.
 
 use std::{
+    env,
     fmt::Write as _,
     fs::{self, File},
     io::IsTerminal as _,
@@ -73,6 +74,12 @@ pub(crate) fn ask(command: &mut Command) -> anyhow::Result<String> {
         bail!("{echo}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim_end());
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+/// Whether there is such a program.
+pub(crate) fn is_in_path(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|directory| directory.join(program).is_file())
 }
 
 /// The command as one would type it, with the variables that it is given.

@@ -4,7 +4,6 @@
 //! simulated AWS side: whose role was handed out under the access key that the client shows.
 
 mod attempt;
-mod clients;
 mod row;
 
 use std::process::ExitCode;
@@ -15,10 +14,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::{
     attempt::{Attempt, IMDS, Place},
-    clients::Clients,
     row::{Case, Expected, Row},
 };
-use crate::{ebpf, report};
+use crate::{clients::Clients, ebpf, report};
 
 const NAMESPACE: &str = "shop";
 const IMDS_ADDRESS: &str = "169.254.169.254";

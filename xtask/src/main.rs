@@ -2,8 +2,10 @@
 //!
 //! Owns the command line. Each command is a module of its own.
 
+mod apt;
 mod bench;
 mod check;
+mod clients;
 mod cmd;
 mod demo;
 mod ebpf;

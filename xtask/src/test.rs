@@ -13,7 +13,7 @@ use lab::state::{self, State};
 use tokio::process::Command;
 
 use self::step::{Outcome, Step};
-use crate::{ebpf, report};
+use crate::{clients, ebpf, report};
 
 /// Seconds by step, in the workspace.
 const BUDGETS: &str = ".ci/budgets.toml";
@@ -131,7 +131,10 @@ fn cargo_test(arguments: &[&str], environment: &[(&str, PathBuf)]) -> Command {
 /// What the tests with root need built, by the variable that tells them where it is.
 fn kernel_environment(tier: Tier) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
     Ok(match tier {
-        Tier::Lab => vec![(AGENT_VARIABLE, ebpf::build_release_agent()?)],
+        Tier::Lab => {
+            clients::install_packages()?;
+            vec![(AGENT_VARIABLE, ebpf::build_release_agent()?)]
+        }
         _ => vec![(OBJECT_VARIABLE, ebpf::build_object()?.path)],
     })
 }

@@ -13,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::clients::Boto3;
+use crate::clients::Boto3;
 
 pub(super) const IMDS: &str = "http://169.254.169.254";
 const ROLES: &str = "/latest/meta-data/iam/security-credentials/";

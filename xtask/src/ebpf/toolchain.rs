@@ -9,10 +9,11 @@ use std::{
     process::Command,
 };
 
-use anyhow::Context as _;
-
 use super::{TARGET, cargo, target_directory};
-use crate::cmd::{self, Missing};
+use crate::{
+    apt,
+    cmd::{self, Missing},
+};
 
 /// Version of bpf-linker.
 const LINKER_VERSION: &str = "0.13.0";
@@ -122,8 +123,8 @@ fn judge(rustc: &Path, version: &str, sysroot: &Path) -> Option<Toolchain> {
 
 /// Installs a compiler, saying so first.
 fn install() -> anyhow::Result<()> {
-    if has_apt() && nix::unistd::geteuid().is_root() {
-        match apt_install("a Rust compiler with `core` for BPF", &RUST_PACKAGES) {
+    if apt::is_usable() {
+        match apt::install("a Rust compiler with `core` for BPF", &RUST_PACKAGES) {
             Ok(()) => return Ok(()),
             Err(error) if has_rustup() => eprintln!("{error:#}\ntrying rustup instead"),
             Err(error) => return Err(error),
@@ -150,8 +151,8 @@ fn llvm_prefix(version: u32) -> anyhow::Result<PathBuf> {
         return Ok(prefix);
     }
     let package = format!("llvm-{version}-dev");
-    if has_apt() && nix::unistd::geteuid().is_root() {
-        apt_install("LLVM, to build bpf-linker with", &[&package])?;
+    if apt::is_usable() {
+        apt::install("LLVM, to build bpf-linker with", &[&package])?;
     }
     find_llvm(version).ok_or_else(|| {
         Missing(format!(
@@ -174,26 +175,6 @@ fn find_llvm(version: u32) -> Option<PathBuf> {
         let prefix = PathBuf::from(cmd::ask(Command::new(program).arg("--prefix")).ok()?);
         (major(&found) == Some(version) && prefix.join("include/llvm-c").is_dir()).then_some(prefix)
     })
-}
-
-/// Installs packages for `purpose`, unless something would have to be removed for them.
-fn apt_install(purpose: &str, packages: &[&str]) -> anyhow::Result<()> {
-    eprintln!("installing with apt-get, for {purpose}: {}", packages.join(" "));
-    let possible = || cmd::ask(apt_get("install").arg("--simulate").args(packages));
-    if possible().is_err() {
-        cmd::run("package lists", &mut apt_get("update"))?;
-        possible().with_context(|| format!("apt-get cannot install {}", packages.join(" ")))?;
-    }
-    cmd::run(&packages.join(" "), apt_get("install").args(packages))
-}
-
-fn apt_get(command: &str) -> Command {
-    let mut apt_get = Command::new("apt-get");
-    apt_get.env("DEBIAN_FRONTEND", "noninteractive").args([command, "-q", "-y"]);
-    if command == "install" {
-        apt_get.args(["--no-install-recommends", "--no-remove"]);
-    }
-    apt_get
 }
 
 /// What a person does on a machine that this command cannot set up.
@@ -239,17 +220,8 @@ fn major(version: &str) -> Option<u32> {
     version.split('.').next()?.parse().ok()
 }
 
-fn has_apt() -> bool {
-    is_in_path("apt-get")
-}
-
 fn has_rustup() -> bool {
-    is_in_path("rustup")
-}
-
-fn is_in_path(program: &str) -> bool {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|directory| directory.join(program).is_file())
+    cmd::is_in_path("rustup")
 }
 
 /// Toolchains of podgate's own: the user's nightly is not updated for it.

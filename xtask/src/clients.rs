@@ -1,12 +1,16 @@
-//! The demo's clients: curl, and boto3 in two versions, unmodified.
+//! The clients of the demo and the lab tests: curl, Python, and boto3 in two versions, unmodified.
 //!
 //! Owns getting them onto the machine: system packages where they are missing, the rest under `target/clients`.
 
 use std::{fs, path::PathBuf, process::Command};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 
-use crate::{cmd, ebpf};
+use crate::{
+    apt,
+    cmd::{self, Missing},
+    ebpf,
+};
 
 /// The last boto3 that knows IMDSv2 but not yet Pod Identity.
 const BOTO3_OLD: &str = "1.28.85";
@@ -23,18 +27,18 @@ const TOOLS: [(&[&str], &str); 3] = [
 
 /// The clients, ready to run.
 #[derive(Debug)]
-pub(super) struct Clients {
+pub(crate) struct Clients {
     /// An SDK that predates Pod Identity.
-    pub(super) boto3_old: Boto3,
+    pub(crate) boto3_old: Boto3,
     /// A current SDK.
-    pub(super) boto3_current: Boto3,
+    pub(crate) boto3_current: Boto3,
     /// Such as `curl 8.14.1`.
-    pub(super) curl_version: String,
+    pub(crate) curl_version: String,
 }
 
 /// boto3 in an environment of its own.
 #[derive(Debug)]
-pub(super) struct Boto3 {
+pub(crate) struct Boto3 {
     python: PathBuf,
 }
 
@@ -42,7 +46,7 @@ pub(super) struct Boto3 {
 
 impl Clients {
     /// Installs what is missing, saying so first.
-    pub(super) fn prepare() -> anyhow::Result<Self> {
+    pub(crate) fn prepare() -> anyhow::Result<Self> {
         install_packages()?;
         Ok(Self {
             boto3_old: Boto3::install(BOTO3_OLD)?,
@@ -56,7 +60,7 @@ impl Clients {
 
 impl Boto3 {
     /// The command that resolves credentials.
-    pub(super) fn command(&self) -> Vec<String> {
+    pub(crate) fn command(&self) -> Vec<String> {
         [&self.python, &ebpf::root().join(SCRIPT)].map(|path| path.display().to_string()).into()
     }
 
@@ -81,30 +85,25 @@ impl Boto3 {
     }
 }
 
-fn install_packages() -> anyhow::Result<()> {
-    let missing: Vec<&str> = TOOLS
-        .iter()
-        .filter(|(probe, _)| {
-            !Command::new(probe[0]).args(&probe[1..]).output().is_ok_and(|out| out.status.success())
-        })
-        .map(|(_, package)| *package)
-        .collect();
+/// Installs curl and Python where they are missing.
+pub(crate) fn install_packages() -> anyhow::Result<()> {
+    let is_there = |probe: &[&str]| {
+        Command::new(probe[0]).args(&probe[1..]).output().is_ok_and(|out| out.status.success())
+    };
+    let missing: Vec<&str> =
+        TOOLS.iter().filter(|(probe, _)| !is_there(probe)).map(|(_, package)| *package).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let packages = missing.join(" ");
-    if Command::new("apt-get").arg("--version").output().is_err() {
-        bail!("the demo's clients need {packages}: install them with this system's package manager");
+    if !apt::is_usable() {
+        let packages = missing.join(" ");
+        return Err(Missing(format!(
+            "the clients in the pods need {packages}: install them with this system's package manager, on Debian\n\
+             \x20   sudo apt-get install --no-install-recommends {packages}"
+        ))
+        .into());
     }
-    println!("installing {packages} with apt-get");
-    cmd::run("package lists", Command::new("apt-get").args(["update", "-q"]))?;
-    cmd::run(
-        &packages,
-        Command::new("apt-get")
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .args(["install", "-y", "-q", "--no-install-recommends"])
-            .args(&missing),
-    )
+    apt::install("the clients in the pods", &missing)
 }
 
 fn curl_version() -> anyhow::Result<String> {
