@@ -44,17 +44,24 @@ impl Tier {
         matches!(self, Self::Kernel | Self::Lab)
     }
 
-    /// `cargo test` arguments that select the tier's tests.
-    fn selection(self) -> &'static [&'static [&'static str]] {
-        match self {
-            Self::Unit => &[
-                &["-p", "agent", "-p", "agent-common", "-p", "lab", "-p", "xtask", "--lib", "--bins"],
-                &["-p", "agent", "-p", "agent-common", "-p", "lab", "--doc"],
+    /// `cargo test` arguments that select the tier's tests, one list for each run of cargo.
+    fn selection(self) -> anyhow::Result<Vec<Vec<String>>> {
+        let arguments = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        Ok(match self {
+            Self::Unit => vec![
+                arguments("-p agent -p agent-common -p lab -p xtask --lib --bins"),
+                arguments("-p agent -p agent-common -p lab --doc"),
             ],
-            Self::Pipeline => &[&["-p", "agent", "-p", "lab", "--test", "*"]],
-            Self::Kernel => &[&["-p", "agent", "--features", "kernel-tests", "--test", "kernel"]],
-            Self::Lab => &[&["-p", "xtask", "--test", "lab"]],
-        }
+            Self::Pipeline => {
+                let mut selection = arguments("-p agent -p lab");
+                for directory in ["agent/tests", "xtask/lab/tests"] {
+                    selection.extend(tests_in(directory)?);
+                }
+                vec![selection]
+            }
+            Self::Kernel => vec![arguments("-p agent --features kernel-tests --test kernel")],
+            Self::Lab => vec![arguments("-p xtask --test lab")],
+        })
     }
 
     fn name(self) -> &'static str {
@@ -102,18 +109,20 @@ fn run_tier(
         Vec::new()
     };
     let compile = Step::new(format!("{}: compile", tier.name()), budget(budgets, "compile")?);
-    let compile_commands =
-        tier.selection().iter().filter(|arguments| !arguments.contains(&"--doc")).map(|arguments| {
-            let mut command = cargo_test(arguments, &environment);
-            command.arg("--no-run");
-            command
-        });
+    let selection = tier.selection()?;
+    // Examples in the documentation are compiled as they run.
+    let compiled = selection.iter().filter(|arguments| !arguments.iter().any(|argument| argument == "--doc"));
+    let compile_commands = compiled.map(|arguments| {
+        let mut command = cargo_test(arguments, &environment);
+        command.arg("--no-run");
+        command
+    });
     let compiled = runtime.block_on(compile.run(compile_commands.collect()))?;
     let is_compiled = compiled.is_good();
     outcomes.push(compiled);
     if is_compiled {
         let tests = Step::new(tier.name().to_owned(), budget(budgets, tier.name())?);
-        let commands = tier.selection().iter().map(|arguments| cargo_test(arguments, &environment));
+        let commands = selection.iter().map(|arguments| cargo_test(arguments, &environment));
         outcomes.push(runtime.block_on(tests.run(commands.collect()))?);
     }
     if tier == Tier::Lab {
@@ -122,7 +131,22 @@ fn run_tier(
     Ok(())
 }
 
-fn cargo_test(arguments: &[&str], environment: &[(&str, PathBuf)]) -> Command {
+/// Selects every integration test in a directory's files; those in directories of their own need root.
+fn tests_in(directory: &str) -> anyhow::Result<Vec<String>> {
+    let path = ebpf::root().join(directory);
+    let entries = fs::read_dir(&path).with_context(|| format!("cannot list {}", path.display()))?;
+    let mut selection = Vec::new();
+    for entry in entries {
+        let file = entry?.path();
+        if file.extension().is_some_and(|extension| extension == "rs") {
+            let name = file.file_stem().unwrap_or_default().to_string_lossy();
+            selection.extend(["--test".to_owned(), name.into_owned()]);
+        }
+    }
+    Ok(selection)
+}
+
+fn cargo_test(arguments: &[String], environment: &[(&str, PathBuf)]) -> Command {
     let mut command = Command::from(ebpf::cargo());
     command.arg("test").args(arguments).envs(environment.iter().map(|(name, value)| (*name, value)));
     command
