@@ -43,7 +43,7 @@ pub(crate) fn failure(text: impl Display) -> String {
 pub(crate) fn require_root(what: &str) -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!(
-            "{what} needs root: it makes cgroups and network namespaces and loads BPF programs.\n\
+            "{what} must run as root: to make cgroups and network namespaces, and to load BPF programs.\n\
              Run it as `sudo -E env \"PATH=$PATH\" cargo xtask …`"
         );
     }
