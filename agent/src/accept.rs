@@ -30,8 +30,6 @@ pub struct Accepted {
     pub stream: TcpStream,
     /// What the kernel vouches for; none for an anonymous caller.
     pub origin: Option<Origin>,
-    /// The address that it arrived at.
-    pub local: SocketAddr,
 }
 
 /// Makes a listener whose accepted sockets can carry an origin.
@@ -57,7 +55,8 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     Ok(StdListener::from(socket))
 }
 
-/// Accepts until `drain` begins, and hands each connection to `serve`.
+/// Accepts until `drain` begins, and hands each connection to `serve`: at the end those too that wait in the queue,
+/// which closing the listener would reset.
 ///
 /// # Errors
 /// When the listener cannot be watched.
@@ -71,7 +70,7 @@ pub async fn accept(
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = drain.begun() => return Ok(()),
+            () = drain.begun() => break,
         };
         match accepted {
             Ok((stream, _)) => {
@@ -86,16 +85,23 @@ pub async fn accept(
             }
         }
     }
+    let listener = listener.into_std()?;
+    while let Ok((stream, _)) = listener.accept() {
+        stream.set_nonblocking(true)?;
+        if let Some(accepted) = identify(TcpStream::from_std(stream)?, &*origins) {
+            serve(accepted);
+        }
+    }
+    Ok(())
 }
 
 /// `None`, and the connection is closed, when the kernel cannot be asked: nobody is taken for anonymous because
 /// of a failure.
 fn identify(stream: TcpStream, origins: &dyn OriginLookup) -> Option<Accepted> {
-    let local = stream.local_addr().ok()?;
     // Small answers to small requests.
     let _ = stream.set_nodelay(true);
     match origins.origin(stream.as_fd()) {
-        Ok(origin) => Some(Accepted { stream, origin, local }),
+        Ok(origin) => Some(Accepted { stream, origin }),
         Err(error) => {
             error!(%error, "cannot ask the kernel who dialled; the connection is closed");
             None

@@ -5,7 +5,7 @@
 use std::{
     convert::Infallible,
     io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::Path,
     sync::{
         Arc,
@@ -71,11 +71,17 @@ pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>) {
     }
 }
 
-/// Makes the socket for commands. Its directory is root's alone; what an agent before this left is replaced.
+/// Makes the socket for commands. What an agent before this left is replaced.
+///
+/// # Errors
+/// When the socket cannot be made, or the directory is not the user's own and private.
 pub fn bind_commands(socket: &Path) -> io::Result<UnixListener> {
-    if let Some(directory) = socket.parent() {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700))?;
+    let directory = socket.parent().unwrap_or(Path::new("/"));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    let metadata = std::fs::metadata(directory)?;
+    if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o077 != 0 {
+        let refusal = format!("{} must be a directory of podgate's own with mode 0700", directory.display());
+        return Err(io::Error::other(refusal));
     }
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -7,21 +7,26 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
 };
 
-use agent_common::policy::PodPolicy;
+use agent_common::{net::Endpoint, policy::PodPolicy, target::Target};
 use aws_config::SdkConfig;
 use kube::Api;
 use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
-    task::JoinSet,
 };
 use tracing::{info, warn};
+
+mod node;
+mod signal;
+mod tasks;
+
+use self::{node::Node, signal::Signals, tasks::Tasks};
 
 use crate::{
     accept,
@@ -38,11 +43,11 @@ use crate::{
     drain::drain,
     enforce::Enforcer,
     identity::{
-        CallerResolver, Pods, cgroup,
-        cgroupfs::{self, CgroupPaths, Kubepods},
+        CallerResolver, Pods,
+        cgroupfs::{self, CgroupPaths},
         tree,
     },
-    intercept::{self, Interceptor, OriginLookup, Settings, TicketKey},
+    intercept::{self, Interceptor, OriginLookup},
     link::{self, Addresses, Link},
     policy,
     serve::{Server, metrics::RequestMetrics},
@@ -88,6 +93,9 @@ pub enum Error {
     /// No randomness for a key.
     #[error("the kernel gives no random numbers: {0}")]
     Randomness(#[source] getrandom::Error),
+    /// There is no address left to listen on.
+    #[error("no address to serve pods on: IPv6 is switched off on this node and --target-v4 is \"none\"")]
+    NoTarget,
     /// The signals cannot be watched.
     #[error("cannot watch for signals: {0}")]
     Signal(#[source] io::Error),
@@ -96,35 +104,32 @@ pub enum Error {
     Ended(&'static str),
 }
 
+/// The kernel side, shared by those who steer it and those who count.
+type SharedInterceptor = Arc<Mutex<Interceptor>>;
+
 /// Runs the agent until `SIGTERM` or `SIGINT`.
 pub async fn run(config: Config) -> Result<(), Error> {
-    let node = Node::find(&config)?;
+    let mut signals = Signals::watch()?;
+    let mut tasks = Tasks::default();
+    let node = Node::find(&config.cgroup_root)?;
+    let (interceptor, origins) = load(&config, &node)?;
     let pods = Arc::<Pods>::default();
-    let probes_listener = listen_tcp(config.admin).await?;
-    let commands_listener = admin::bind_commands(&config.socket)
-        .map_err(|source| Error::Listen { address: config.socket.display().to_string(), source })?;
-
-    let mut interceptor = Interceptor::load(&node.settings()?)?;
-    interceptor.set_unknown_pod(policy::unknown_pod(&config.defaults))?;
-    // Before anything is attached: the agent's own calls must never meet its own programs.
-    if let Some(own) = node.own_pod {
-        interceptor.set_policy(own, PodPolicy::EXEMPT)?;
-    }
-    let origins: Arc<dyn OriginLookup> = Arc::new(interceptor.origins()?);
-    let interceptor = Arc::new(Mutex::new(interceptor));
 
     let mut registry = Registry::default();
     let request_metrics = RequestMetrics::register(&mut registry);
     intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
-    let whois =
-        Whois { kubepods: Arc::clone(&node.kubepods), pods: Arc::clone(&pods), defaults: config.defaults };
-    let mut tasks = Tasks::default();
-    tasks.spawn("the probes' server", admin::serve_probes(probes_listener, Arc::clone(&probes)));
-    tasks.spawn("the commands' server", admin::serve_commands(commands_listener, Arc::new(whois)));
+    let whois = Whois {
+        kubepods: Arc::clone(&node.kubepods),
+        pods: Arc::clone(&pods),
+        defaults: config.defaults,
+        own: node.own_pod,
+    };
+    serve_operators(&config, &probes, whois, &mut tasks).await?;
 
     let kube = kube_identity::client(config.kube_identity, &config.node_name).await?;
     let aws = aws::config().await;
+    aws::check(&aws).await;
     let cgroups = Arc::clone(&node.kubepods);
     let server = Arc::new(server(&config, cgroups, &pods, kube.clone(), &aws, request_metrics)?);
 
@@ -147,9 +152,9 @@ pub async fn run(config: Config) -> Result<(), Error> {
     // Existing pods have their policies before the first of their dials is decided. Without the API server
     // nothing is intercepted yet, and the agent is not ready.
     tokio::select! {
-        _ = is_synced.wait_for(|synced| *synced) => {}
+        Ok(_) = is_synced.wait_for(|synced| *synced) => {}
         ended = tasks.ended() => return Err(ended),
-        signal = signalled() => return signal,
+        () = signals.end() => return Ok(()),
     }
 
     let wanted = Addresses {
@@ -157,7 +162,8 @@ pub async fn run(config: Config) -> Result<(), Error> {
         v6: config.target_v6.map(|target| *target.ip()),
     };
     let (link, addresses) = Link::up(&config.link, wanted).await?;
-    let outcome = serve(&config, addresses, server, &interceptor, origins, &probes, &mut tasks).await;
+    let serving = Serving { config: &config, interceptor: &interceptor, probes: &probes };
+    let outcome = serving.run(addresses, server, origins, &mut tasks, &mut signals).await;
     let removed = link.down().await;
     outcome?;
     Ok(removed?)
@@ -186,134 +192,112 @@ pub fn server(
     })
 }
 
-/// Listens, attaches, and serves until the end.
-async fn serve(
+/// Loads the kernel side. Nothing is attached yet.
+fn load(config: &Config, node: &Node) -> Result<(SharedInterceptor, Arc<dyn OriginLookup>), Error> {
+    let mut interceptor = Interceptor::load(&node.settings()?)?;
+    interceptor.set_unknown_pod(policy::unknown_pod(&config.defaults))?;
+    // Before anything is attached: the agent's own calls must never meet its own programs.
+    if let Some(own) = node.own_pod {
+        interceptor.set_policy(own, PodPolicy::EXEMPT)?;
+    }
+    let origins = Arc::new(interceptor.origins()?);
+    Ok((Arc::new(Mutex::new(interceptor)), origins))
+}
+
+/// Answers probes and commands from now on.
+async fn serve_operators(
     config: &Config,
-    addresses: Addresses,
-    server: Arc<Server<NodeSource>>,
-    interceptor: &Mutex<Interceptor>,
-    origins: Arc<dyn OriginLookup>,
-    probes: &Probes,
+    probes: &Arc<Probes>,
+    whois: Whois,
     tasks: &mut Tasks,
 ) -> Result<(), Error> {
-    let (drain, watch) = drain();
-    let mut target = config.clone();
-    target.target_v6 = target.target_v6.filter(|_| addresses.v6.is_some());
-    for address in [target.target_v4.map(SocketAddr::V4), target.target_v6.map(SocketAddr::V6)] {
-        let Some(address) = address else { continue };
-        let listener = accept::listen(address)
-            .map_err(|source| Error::Listen { address: address.to_string(), source })?;
-        let (server, origins, watch) = (Arc::clone(&server), Arc::clone(&origins), watch.clone());
-        let of_connections = watch.clone();
-        tasks.spawn("a listener", async move {
-            let serve = |accepted| {
-                tokio::spawn(Arc::clone(&server).connection(accepted, of_connections.clone()));
-            };
-            if let Err(error) = accept::accept(listener, origins, watch, serve).await {
-                warn!(%error, %address, "cannot accept connections");
-            }
-        });
-    }
-    {
-        let mut interceptor = interceptor.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        interceptor.set_target(target.target(GENERATION))?;
-        interceptor.attach()?;
-    }
-    drop(watch);
-    probes.ready.store(true, Relaxed);
-    info!("pods are served");
+    let refused = |address: String| move |source| Error::Listen { address, source };
+    let listener = TcpListener::bind(config.admin).await.map_err(refused(config.admin.to_string()))?;
+    tasks.spawn("the probes' server", admin::serve_probes(listener, Arc::clone(probes)));
+    let listener =
+        admin::bind_commands(&config.socket).map_err(refused(config.socket.display().to_string()))?;
+    tasks.spawn("the commands' server", admin::serve_commands(listener, Arc::new(whois)));
+    Ok(())
+}
 
-    let end = tokio::select! {
-        signal = signalled() => signal,
-        ended = tasks.ended() => Err(ended),
+/// The time in which pods are served.
+struct Serving<'a> {
+    config: &'a Config,
+    interceptor: &'a Mutex<Interceptor>,
+    probes: &'a Probes,
+}
+
+// === impl Serving ===
+
+impl Serving<'_> {
+    /// Listens, attaches, and serves until the end.
+    async fn run(
+        &self,
+        addresses: Addresses,
+        server: Arc<Server<NodeSource>>,
+        origins: Arc<dyn OriginLookup>,
+        tasks: &mut Tasks,
+        signals: &mut Signals,
+    ) -> Result<(), Error> {
+        let (drain, watch) = drain();
+        let v4 = self.config.target_v4.filter(|_| addresses.v4.is_some()).map(SocketAddr::V4);
+        let v6 = self.config.target_v6.filter(|_| addresses.v6.is_some()).map(SocketAddr::V6);
+        if v4.is_none() && v6.is_none() {
+            return Err(Error::NoTarget);
+        }
+        for address in [v4, v6].into_iter().flatten() {
+            let listener = accept::listen(address)
+                .map_err(|source| Error::Listen { address: address.to_string(), source })?;
+            let (server, origins, watch) = (Arc::clone(&server), Arc::clone(&origins), watch.clone());
+            let of_connections = watch.clone();
+            tasks.spawn("a listener", async move {
+                let serve = |accepted| {
+                    tokio::spawn(Arc::clone(&server).connection(accepted, of_connections.clone()));
+                };
+                if let Err(error) = accept::accept(listener, origins, watch, serve).await {
+                    warn!(%error, %address, "cannot accept connections");
+                }
+            });
+        }
+        drop(watch);
+        self.interceptor().set_target(target(v4, v6))?;
+        self.interceptor().attach()?;
+        self.probes.ready.store(true, Relaxed);
+        info!("pods are served");
+
+        let end = tokio::select! {
+            () = signals.end() => Ok(()),
+            ended = tasks.ended() => Err(ended),
+        };
+        self.probes.ready.store(false, Relaxed);
+        // New dials are refused at once, and none is sent to an address that is about to go.
+        self.interceptor().set_target(target(None, None))?;
+        info!("stopping: requests in flight are finished");
+        if !drain.run(self.config.drain).await {
+            let seconds = self.config.drain.as_secs();
+            warn!(seconds, "requests were still in flight at the end of the drain time");
+        }
+        end
+    }
+
+    fn interceptor(&self) -> MutexGuard<'_, Interceptor> {
+        self.interceptor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The target as the programs read it.
+fn target(v4: Option<SocketAddr>, v6: Option<SocketAddr>) -> Target {
+    let endpoint = |address: Option<SocketAddr>| {
+        address.map_or(Endpoint::NONE, |address| Endpoint::new(address.ip(), address.port()))
     };
-    probes.ready.store(false, Relaxed);
-    info!("stopping: requests in flight are finished");
-    if !drain.run(config.drain).await {
-        warn!(seconds = config.drain.as_secs(), "requests were still in flight at the end of the drain time");
-    }
-    end
-}
-
-/// Where this node's pods are, and podgate among them.
-struct Node {
-    kubepods: Arc<Kubepods>,
-    agent_cgroup: PathBuf,
-    own_pod: Option<u64>,
-}
-
-/// What runs as long as the agent does.
-#[derive(Default)]
-struct Tasks(JoinSet<&'static str>);
-
-// === impl Node ===
-
-impl Node {
-    fn find(config: &Config) -> Result<Self, Error> {
-        let kubepods = Kubepods::find(&config.cgroup_root)?;
-        let agent_cgroup = kubepods.of_process(None)?;
-        let below = agent_cgroup.strip_prefix(kubepods.path()).ok();
-        let own_pod = below.and_then(cgroup::parse).map(|own| kubepods.path().join(own.pod));
-        let own_pod = own_pod.map(|path| read_id(&path)).transpose()?;
-        if own_pod.is_none() {
-            info!(cgroup = %agent_cgroup.display(), "podgate is not in a pod's cgroup");
-        }
-        Ok(Self { kubepods: Arc::new(kubepods), agent_cgroup, own_pod })
-    }
-
-    fn settings(&self) -> Result<Settings, Error> {
-        Ok(Settings {
-            kubepods: self.kubepods.path().to_owned(),
-            agent_cgroup: self.agent_cgroup.clone(),
-            kubepods_level: self.kubepods.level(),
-            kubepods_id: read_id(self.kubepods.path())?,
-            ticket_key: TicketKey::random()?,
-        })
-    }
-}
-
-// === impl Tasks ===
-
-impl Tasks {
-    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        self.0.spawn(async move {
-            task.await;
-            name
-        });
-    }
-
-    /// Waits for one that should not have ended.
-    async fn ended(&mut self) -> Error {
-        match self.0.join_next().await {
-            Some(Ok(name)) => Error::Ended(name),
-            Some(Err(_)) | None => Error::Ended("a part of the agent, by a panic,"),
-        }
-    }
-}
-
-fn read_id(path: &std::path::Path) -> Result<u64, Error> {
-    cgroupfs::cgroup_id(path).map_err(|source| Error::CgroupRead { path: path.to_owned(), source })
-}
-
-async fn listen_tcp(address: SocketAddr) -> Result<TcpListener, Error> {
-    let listening = TcpListener::bind(address).await;
-    listening.map_err(|source| Error::Listen { address: address.to_string(), source })
-}
-
-/// Returns at `SIGTERM` or `SIGINT`.
-async fn signalled() -> Result<(), Error> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
-    tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-    }
+    Target { generation: GENERATION, v4: endpoint(v4), v6: endpoint(v6) }
 }
 
 fn in_use(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => "; another agent, podgate's or AWS's own, listens there: see `ss -ltnp`",
+        io::ErrorKind::AddrInUse => {
+            "; somebody else listens there, perhaps AWS's own agent: `ss -ltnp` tells who"
+        }
         _ => "",
     }
 }

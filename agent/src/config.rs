@@ -4,13 +4,12 @@
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    net::{SocketAddr, SocketAddrV4, SocketAddrV6},
     path::PathBuf,
     str::FromStr,
     time::Duration,
 };
 
-use agent_common::{net::Endpoint, target::Target};
 use clap::Args;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
@@ -191,13 +190,6 @@ impl Config {
             Some(config) if problems.0.is_empty() => Ok(config),
             _ => Err(problems.0),
         }
-    }
-
-    /// The target as the kernel's programs read it.
-    pub fn target(&self, generation: u64) -> Target {
-        let v4 = self.target_v4.map(|v4| Endpoint::new(IpAddr::V4(*v4.ip()), v4.port()));
-        let v6 = self.target_v6.map(|v6| Endpoint::new(IpAddr::V6(*v6.ip()), v6.port()));
-        Target { generation, v4: v4.unwrap_or(Endpoint::NONE), v6: v6.unwrap_or(Endpoint::NONE) }
     }
 }
 

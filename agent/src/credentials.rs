@@ -75,7 +75,7 @@ pub enum Error {
         reason: String,
     },
     /// It takes too long. The call goes on, and whoever asks again shares its result.
-    #[error("still waiting for EKS Auth after {} ms; try again", .0.as_millis())]
+    #[error("no token or no answer from EKS Auth after {} ms; try again", .0.as_millis())]
     Slow(Duration),
 }
 
@@ -115,15 +115,6 @@ impl Role {
     /// The role's ARN, but for a path, which the assumed role's does not show.
     pub fn arn(&self) -> String {
         format!("arn:{}:iam::{}:role/{}", self.partition, self.account_id, self.name)
-    }
-}
-
-// === impl Error ===
-
-impl Error {
-    /// Whether the service account has no association: the one refusal that is an answer.
-    pub fn is_no_association(&self) -> bool {
-        matches!(self, Self::Service(error) if error.code == "ResourceNotFoundException")
     }
 }
 

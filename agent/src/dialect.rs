@@ -50,7 +50,7 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 // === impl Dialect ===
 
 impl Dialect {
-    /// The dialect of the address that was dialled; where that is podgate's own, the path tells.
+    /// The dialect of the service that was dialled; where that is not known, the path tells.
     pub fn pick(dialled: Option<Service>, path: &str) -> Self {
         match dialled {
             Some(Service::PodIdentity) => Self::PodIdentity,

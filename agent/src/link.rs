@@ -11,9 +11,17 @@ use std::{
 use futures::TryStreamExt as _;
 use rtnetlink::{
     Error as NetlinkError, Handle, LinkBridge, LinkDummy, LinkUnspec,
-    packet_route::address::{AddressAttribute, AddressFlags},
+    packet_route::{
+        address::{AddressAttribute, AddressFlags},
+        link::{LinkAttribute, LinkMessage},
+    },
 };
 use tracing::{debug, info, warn};
+
+use crate::error::chain;
+
+/// Marks a link as podgate's (`ip link` shows it as `alias`).
+const ALIAS: &str = "podgate: addresses that pods' dials to credential endpoints are sent to";
 
 /// The link, as long as it is to exist.
 #[derive(Debug)]
@@ -50,36 +58,58 @@ pub enum Error {
         /// The kernel's word.
         source: io::Error,
     },
+    /// A link of that name is there, and another's.
+    #[error("the network link {link} exists and is not podgate's: choose another name with --link")]
+    Taken {
+        /// The link.
+        link: String,
+    },
 }
 
 // === impl Link ===
 
 impl Link {
-    /// Makes the link, or takes over the one that an agent before this has left, and gives it the addresses. An
-    /// IPv6 address that the node cannot have is left out with a warning.
+    /// Makes the link and gives it the addresses. One that an agent before this has left is made anew; a link that is
+    /// not podgate's is not touched. An IPv6 address that the node cannot have is left out with a warning.
     pub async fn up(name: &str, wanted: Addresses) -> Result<(Self, Addresses), Error> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
         tokio::spawn(connection);
-        let index = match index(&handle, name).await {
-            Some(index) => index,
-            None => create(&handle, name).await?,
-        };
-        let link = Self { handle, name: name.to_owned(), index };
-        if let Some(v4) = wanted.v4 {
-            link.add(v4.into()).await?;
+        if let Some(existing) = find(&handle, name).await {
+            if !is_own(&existing) {
+                return Err(Error::Taken { link: name.to_owned() });
+            }
+            Self { handle: handle.clone(), name: name.to_owned(), index: existing.header.index }
+                .down()
+                .await?;
         }
-        let v6 = match wanted.v6 {
-            Some(v6) => link.add_v6(v6).await?,
-            None => None,
-        };
-        info!(link = name, v4 = ?wanted.v4, v6 = ?v6, "the target's addresses are up");
-        Ok((link, Addresses { v4: wanted.v4, v6 }))
+        let link = Self { index: create(&handle, name).await?, handle, name: name.to_owned() };
+        match link.address(wanted).await {
+            Ok(addresses) => Ok((link, addresses)),
+            Err(error) => {
+                if let Err(error) = link.down().await {
+                    warn!(error = chain(&error), "cannot remove the link again");
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Removes the link, and its addresses with it.
     pub async fn down(self) -> Result<(), Error> {
         let removed = self.handle.link().del(self.index).execute().await;
-        removed.map_err(|error| refused("remove the link", &self.name, error))
+        removed.map_err(|error| refused("remove the link", &self.name, &error))
+    }
+
+    async fn address(&self, wanted: Addresses) -> Result<Addresses, Error> {
+        if let Some(v4) = wanted.v4 {
+            self.add(v4.into()).await?;
+        }
+        let v6 = match wanted.v6 {
+            Some(v6) => self.add_v6(v6).await?,
+            None => None,
+        };
+        info!(link = self.name, v4 = ?wanted.v4, v6 = ?v6, "the target's addresses are up");
+        Ok(Addresses { v4: wanted.v4, v6 })
     }
 
     async fn add_v6(&self, address: Ipv6Addr) -> Result<Option<Ipv6Addr>, Error> {
@@ -101,43 +131,44 @@ impl Link {
             let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
             request.message_mut().attributes.push(AddressAttribute::Flags(flags));
         }
-        request.execute().await.map_err(|error| refused(&format!("put {address}"), &self.name, error))
+        request.execute().await.map_err(|error| refused(&format!("put {address}"), &self.name, &error))
     }
 }
 
-async fn index(handle: &Handle, name: &str) -> Option<u32> {
+async fn find(handle: &Handle, name: &str) -> Option<LinkMessage> {
     let mut links = handle.link().get().match_name(name.to_owned()).execute();
-    links.try_next().await.ok().flatten().map(|link| link.header.index)
+    links.try_next().await.ok().flatten()
+}
+
+fn is_own(link: &LinkMessage) -> bool {
+    link.attributes
+        .iter()
+        .any(|attribute| matches!(attribute, LinkAttribute::IfAlias(alias) if alias == ALIAS))
 }
 
 /// A dummy link; a bridge without ports, which serves as well, where the kernel has no dummy.
 async fn create(handle: &Handle, name: &str) -> Result<u32, Error> {
-    let refused = |error| refused("make the link", name, error);
-    let made = handle.link().add(LinkDummy::new(name).up().build()).execute().await;
+    let refused = |error: &NetlinkError| refused("make the link", name, error);
+    let made = handle.link().add(LinkDummy::new(name).build()).execute().await;
     if let Err(error) = made {
-        let error = kernel_error(error);
-        if error.raw_os_error() != Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) {
-            return Err(Error::Netlink {
-                action: "make the link".to_owned(),
-                link: name.to_owned(),
-                source: error,
-            });
+        if kernel_error(&error).raw_os_error() != Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) {
+            return Err(refused(&error));
         }
         debug!("this kernel has no dummy links: making a bridge instead");
-        handle.link().add(LinkBridge::new(name).build()).execute().await.map_err(refused)?;
+        handle.link().add(LinkBridge::new(name).build()).execute().await.map_err(|error| refused(&error))?;
     }
-    let created = index(handle, name).await;
-    let index = created.ok_or_else(|| refused(NetlinkError::RequestFailed))?;
-    let up = LinkUnspec::new_with_index(index).up().build();
-    handle.link().set(up).execute().await.map_err(refused)?;
+    let created = find(handle, name).await;
+    let index = created.ok_or_else(|| refused(&NetlinkError::RequestFailed))?.header.index;
+    let up = LinkUnspec::new_with_index(index).alias(ALIAS).up().build();
+    handle.link().set(up).execute().await.map_err(|error| refused(&error))?;
     Ok(index)
 }
 
-fn refused(action: &str, link: &str, error: NetlinkError) -> Error {
+fn refused(action: &str, link: &str, error: &NetlinkError) -> Error {
     Error::Netlink { action: action.to_owned(), link: link.to_owned(), source: kernel_error(error) }
 }
 
-fn kernel_error(error: NetlinkError) -> io::Error {
+fn kernel_error(error: &NetlinkError) -> io::Error {
     match error {
         NetlinkError::NetlinkError(message) => message.to_io(),
         other => io::Error::other(other.to_string()),

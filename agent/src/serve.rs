@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_common::{net::Endpoint, origin::Origin};
+use agent_common::{net::Service, origin::Origin};
 use hyper::{
     Request, StatusCode, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn,
 };
@@ -64,7 +64,6 @@ pub struct Server<S> {
 /// A connection and what is known of it: the kernel's word does not change during its life.
 struct Connection {
     origin: Option<Origin>,
-    local: Endpoint,
     uid: OnceLock<PodUid>,
 }
 
@@ -73,9 +72,8 @@ struct Connection {
 impl<S: CredentialSource> Server<S> {
     /// Serves one connection to its end. When `drain` begins, the request in flight is the last.
     pub async fn connection(self: Arc<Self>, accepted: Accepted, mut drain: DrainWatch) {
-        let Accepted { stream, origin, local } = accepted;
-        let connection =
-            Connection { origin, local: Endpoint::new(local.ip(), local.port()), uid: OnceLock::new() };
+        let Accepted { stream, origin } = accepted;
+        let connection = Connection { origin, uid: OnceLock::new() };
         let service =
             service_fn(|request| async { Ok::<_, Infallible>(self.request(&connection, request).await) });
         let served = http1::Builder::new()
@@ -100,7 +98,7 @@ impl<S: CredentialSource> Server<S> {
     async fn request(&self, connection: &Connection, request: Request<Incoming>) -> Response {
         let begun = Instant::now();
         let (head, _) = request.into_parts();
-        let dialect = Dialect::pick(connection.dialled().service(), head.uri.path());
+        let dialect = Dialect::pick(connection.dialled(), head.uri.path());
         let answer = self.answer(dialect, connection, &head, begun + DEADLINE).await;
         let (response, outcome) = match answer {
             Ok(response) => (response, "ok".into()),
@@ -249,9 +247,10 @@ impl<S: CredentialSource> Server<S> {
 // === impl Connection ===
 
 impl Connection {
-    /// What the caller dialled; without an origin, where it arrived.
-    fn dialled(&self) -> &Endpoint {
-        self.origin.as_ref().map_or(&self.local, |origin| &origin.orig_dst)
+    /// The service that the caller dialled. Without an origin nobody knows: where it arrived is the target of
+    /// every dial.
+    fn dialled(&self) -> Option<Service> {
+        self.origin.as_ref().and_then(|origin| origin.orig_dst.service())
     }
 }
 

@@ -26,7 +26,6 @@ pub fn pod(namespace: &str, name: &str) -> Pod {
         service_account: ServiceAccountRef { namespace: namespace.to_owned(), name: name.to_owned() },
         host_network: false,
         token_volume: false,
-        ips: vec![],
         annotations: BTreeMap::new(),
     }
 }
@@ -42,7 +41,7 @@ pub fn pod_uid() -> PodUid {
 
 /// What a token bound to this pod says.
 pub fn claims(pod: PodUid) -> Claims {
-    Claims { expiration: None, pod: Some(pod), service_account: None }
+    Claims { pod: Some(pod) }
 }
 
 /// Stands in for cgroup2: the test says which id has which path.

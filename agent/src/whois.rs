@@ -25,6 +25,8 @@ pub struct Whois {
     pub pods: Arc<Pods>,
     /// What pods get unless something more particular says otherwise.
     pub defaults: Defaults,
+    /// The cgroup of podgate's own pod.
+    pub own: Option<u64>,
 }
 
 /// What is known of a process.
@@ -68,7 +70,13 @@ impl Whois {
             because: String::new(),
         };
         let below = cgroup.strip_prefix(self.kubepods.path()).ok();
-        answer.because = match below.and_then(cgroup::parse).map(|found| found.owner) {
+        let found = below.and_then(cgroup::parse);
+        let pod = found.as_ref().map(|found| self.kubepods.path().join(&found.pod));
+        let pod_id = pod.and_then(|pod| cgroupfs::cgroup_id(&pod).ok());
+        answer.because = match found.map(|found| found.owner) {
+            _ if pod_id.is_some() && pod_id == self.own => {
+                "it is podgate itself, which it does not touch".to_owned()
+            }
             None => "its cgroup is no pod's: podgate does not touch it".to_owned(),
             Some(Owner::StaticPod(hash)) => {
                 format!("it is in a static pod (configuration {hash}), which has no service account: refused")

@@ -56,7 +56,7 @@ async fn a_pod_gets_its_own_role_from_each_address() {
     node.dial_as(&pod, POD_IDENTITY);
     assert_eq!(node.role_of(&node.get("/v1/credentials", &[]).await), "web-role for web-0");
     node.dial_as(&pod, ECS);
-    let ecs = node.get("/v1/credentials/anything", &[]).await;
+    let ecs = node.get("/v1/credentials/anything", &[("Host", ECS)]).await;
     assert_eq!(node.role_of(&ecs), "web-role for web-0");
     assert_eq!(ecs.json()["RoleArn"], "arn:aws:iam::123456789012:role/web-role");
     assert_eq!(node.eks_auth.calls(), 1, "one call served all three");
@@ -142,9 +142,27 @@ async fn nobody_is_anonymous_without_a_token() {
     node.dial_anonymously();
     let answer = node.get("/v1/credentials", &[]).await;
     assert_eq!((answer.status, answer.message().as_str()), (400, "Service account token cannot be empty"));
-    let answer = node.request("PUT", TOKEN, &[TTL]).await;
-    assert_eq!(answer.status, 403, "{answer:?}");
-    assert!(answer.body.contains("does not know which pod"), "{answer:?}");
+    for (method, path) in [("PUT", TOKEN), ("GET", ROLES), ("GET", "/")] {
+        let answer = node.request(method, path, &[TTL]).await;
+        assert_eq!(answer.status, 403, "{answer:?}");
+        assert!(answer.body.contains("does not know which pod"), "{answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hung_api_server_does_not_hold_a_pod_for_ever() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = web(&node);
+    node.dial_as(&pod, IMDS);
+    imds_v2(&node, "/latest/meta-data/").await;
+    node.dial_as(&pod, POD_IDENTITY);
+    node.faults.set(Service::KubeApi, Fault::Hang);
+    assert_eq!(node.get("/v1/credentials", &[]).await.status, 503, "there is no token to be had");
+    node.faults.clear(Service::KubeApi);
+    let begun = Instant::now();
+    while node.get("/v1/credentials", &[]).await.status != 200 {
+        assert!(begun.elapsed() < Duration::from_secs(15), "the call that hangs is never given up");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use rustix::process::{Resource, Rlimit};
 use tracing::{error, info};
 
 use crate::{
@@ -25,6 +26,12 @@ pub fn run(flags: &Flags) -> ExitCode {
     let dumpable = rustix::process::DumpableBehavior::NotDumpable;
     if let Err(error) = rustix::process::set_dumpable_behavior(dumpable) {
         return refuse([format!("cannot forbid core dumps, which would hold credentials: {error}")]);
+    }
+    // Each connection is a descriptor, and pods decide how many there are.
+    let files = rustix::process::getrlimit(Resource::Nofile);
+    let files = Rlimit { current: files.maximum, maximum: files.maximum };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, files) {
+        return refuse([format!("cannot raise the limit of open files: {error}")]);
     }
     let findings = Facts::gather(&config).findings();
     if !findings.is_empty() {

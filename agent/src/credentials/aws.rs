@@ -10,6 +10,10 @@ use aws_config::{
     profile::ProfileFileCredentialsProvider, retry::RetryConfig, timeout::TimeoutConfig,
     web_identity_token::WebIdentityTokenCredentialsProvider,
 };
+use aws_credential_types::provider::ProvideCredentials as _;
+use tracing::warn;
+
+use crate::error::chain;
 
 /// A connection takes a millisecond within a region.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -28,6 +32,22 @@ pub async fn config() -> SdkConfig {
         .retry_config(RetryConfig::disabled())
         .load()
         .await
+}
+
+/// Asks once for what every call needs, and says what is missing: better now than to the first pod. What is
+/// missing may come later, so the agent goes on.
+pub async fn check(config: &SdkConfig) {
+    if config.region().is_none() {
+        warn!("no AWS region: set AWS_REGION, or let the agent reach the instance metadata service");
+    }
+    let Some(provider) = config.credentials_provider() else { return };
+    match tokio::time::timeout(CALL_TIMEOUT, provider.provide_credentials()).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => {
+            warn!(error = chain(&error), "the node has no AWS credentials to call EKS Auth with");
+        }
+        Err(_) => warn!("the node's AWS credentials did not come in time"),
+    }
 }
 
 /// The node's credentials: environment, shared files (hybrid nodes), web identity, instance role.

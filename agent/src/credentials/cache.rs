@@ -26,6 +26,9 @@ use crate::{
     secret::Secret,
 };
 
+/// How long finding a token and exchanging it may take in all. Callers are answered sooner; this ends what they
+/// share, so that a service that hangs does not hold a pod for ever.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(6);
 /// Pods whose credentials are kept: more than a node can run.
 const PODS_MAX: u64 = 4096;
 /// Accepted tokens that are remembered: each pod has one, and a new one every 19 hours.
@@ -117,7 +120,7 @@ impl<S: CredentialSource> Engine<S> {
         }
         let (source, by_pod) = (Arc::clone(&self.source), self.by_pod.clone());
         detached(deadline, async move {
-            let fetch = async {
+            let fetch = in_time(async {
                 let (token, owner) = match proof {
                     Proof::Own(token) => (token, None),
                     Proof::OnBehalf(pod) => (source.token(&pod).await?, Some(pod)),
@@ -129,7 +132,7 @@ impl<S: CredentialSource> Engine<S> {
                     }),
                     _ => Ok(Arc::new(assumed.credentials)),
                 }
-            };
+            });
             by_pod.try_get_with(uid, fetch).await.map_err(Arc::unwrap_or_clone)
         })
         .await
@@ -154,12 +157,12 @@ impl<S: CredentialSource> Engine<S> {
         let (source, by_pod) = (Arc::clone(&self.source), self.by_pod.clone());
         let accepted = self.accepted.clone();
         detached(deadline, async move {
-            let accept = async {
+            let accept = in_time(async {
                 let pod = claims.pod.ok_or_else(unbound)?;
                 let assumed = source.assume_role(&token).await?;
                 by_pod.insert(pod, Arc::new(assumed.credentials)).await;
                 Ok(pod)
-            };
+            });
             let accept = accepted.try_get_with(fingerprint(&token), accept);
             let pod = accept.await.map_err(Arc::unwrap_or_clone)?;
             let fetch =
@@ -213,6 +216,11 @@ async fn detached(
         Ok(Err(join)) => Err(Error::BadAnswer { reason: format!("BUG: the call ended early: {join}") }),
         Err(_) => Err(Error::Slow(begun.elapsed())),
     }
+}
+
+async fn in_time<T>(fetch: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let fetched = tokio::time::timeout(FETCH_TIMEOUT, fetch).await;
+    fetched.unwrap_or_else(|_| Err(Error::Slow(FETCH_TIMEOUT)))
 }
 
 fn fingerprint(token: &Secret) -> TokenDigest {

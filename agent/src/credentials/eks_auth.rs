@@ -6,7 +6,7 @@ use aws_config::SdkConfig;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_eksauth::{
     Client,
-    error::{DisplayErrorContext, ProvideErrorMetadata as _, SdkError},
+    error::{ProvideErrorMetadata as _, SdkError},
     operation::{
         RequestId as _,
         assume_role_for_pod_identity::{AssumeRoleForPodIdentityError, AssumeRoleForPodIdentityOutput},
@@ -16,7 +16,7 @@ use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use jiff::Timestamp;
 
 use super::{Credentials, Error, Role, ServiceError};
-use crate::{identity::ServiceAccountRef, secret::Secret};
+use crate::{error::chain, identity::ServiceAccountRef, secret::Secret};
 
 /// Exchanges tokens for credentials.
 #[derive(Clone, Debug)]
@@ -77,21 +77,24 @@ fn assumed(answer: &AssumeRoleForPodIdentityOutput, now: Timestamp) -> Result<As
     })
 }
 
-/// The two kinds of failure that need no look at the service's answer are told apart by type; that the node's
-/// credentials are what is missing shows only as the source of a failure to construct or dispatch.
+/// That the node's credentials are what is missing shows only as a cause of a failure to construct or dispatch.
 fn failure(error: &SdkError<AssumeRoleForPodIdentityError, HttpResponse>) -> Error {
-    let reason = DisplayErrorContext(error).to_string();
     match error {
-        SdkError::ServiceError(answer) => Error::Service(ServiceError {
-            status: answer.raw().status().as_u16(),
-            code: answer.err().code().unwrap_or("UnknownError").to_owned(),
-            message: answer.err().message().unwrap_or_default().to_owned(),
-            request_id: answer.err().request_id().unwrap_or_default().to_owned(),
-        }),
-        SdkError::ResponseError(_) => Error::BadAnswer { reason },
+        // An error in a successful answer is one that could not be read.
+        SdkError::ServiceError(answer) if !answer.raw().status().is_success() => {
+            Error::Service(ServiceError {
+                status: answer.raw().status().as_u16(),
+                code: answer.err().code().unwrap_or("UnknownError").to_owned(),
+                message: answer.err().message().unwrap_or_default().to_owned(),
+                request_id: answer.err().request_id().unwrap_or_default().to_owned(),
+            })
+        }
+        SdkError::ServiceError(_) | SdkError::ResponseError(_) => {
+            Error::BadAnswer { reason: "it does not read as one".to_owned() }
+        }
         SdkError::TimeoutError(_) => Error::Unreachable { reason: "no answer in time".to_owned() },
-        _ if is_about_credentials(error) => Error::NodeCredentials { reason },
-        _ => Error::Unreachable { reason },
+        _ if is_about_credentials(error) => Error::NodeCredentials { reason: chain(error) },
+        _ => Error::Unreachable { reason: chain(error) },
     }
 }
 

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use crate::identity::{PodUid, ServiceAccountRef};
+use crate::identity::PodUid;
 
 /// Longest token that is looked at, in bytes. Real ones have 1 to 2 kB.
 pub const MAX_LEN: usize = 16 * 1024;
@@ -33,12 +33,8 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 /// What an unverified token says of itself. Nothing here is true before somebody has verified the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claims {
-    /// When it ends.
-    pub expiration: Option<Timestamp>,
     /// The pod it is bound to.
     pub pod: Option<PodUid>,
-    /// The service account.
-    pub service_account: Option<ServiceAccountRef>,
 }
 
 /// Why a token is refused. The texts are the stock agent's.
@@ -112,25 +108,13 @@ pub fn read(token: &str, now: Timestamp) -> Result<Claims, Error> {
     let expired = payload.exp.is_some_and(|exp| exp <= now.as_second());
     let early = payload.nbf.is_some_and(|nbf| nbf > now.as_second());
     match (expired, early) {
-        (false, false) => Ok(claims(&payload)),
+        (false, false) => {
+            let pod = payload.kubernetes.pointer("/pod/uid").and_then(Value::as_str);
+            Ok(Claims { pod: pod.and_then(PodUid::parse) })
+        }
         (true, false) => Err(Error::Invalid("token is expired")),
         (false, true) => Err(Error::Invalid("token is not valid yet")),
         (true, true) => Err(Error::Invalid("token is expired, token is not valid yet")),
-    }
-}
-
-fn claims(payload: &Payload) -> Claims {
-    let text = |path: &str| payload.kubernetes.pointer(path).and_then(Value::as_str);
-    let service_account = || {
-        Some(ServiceAccountRef {
-            namespace: text("/namespace")?.to_owned(),
-            name: text("/serviceaccount/name")?.to_owned(),
-        })
-    };
-    Claims {
-        expiration: payload.exp.and_then(|exp| Timestamp::from_second(exp).ok()),
-        pod: text("/pod/uid").and_then(PodUid::parse),
-        service_account: service_account(),
     }
 }
 
@@ -194,8 +178,6 @@ mod tests {
         });
         let claims = read(&token(&json!({"alg": "RS256"}), &payload), now()).unwrap();
         assert_eq!(claims.pod, PodUid::parse(UID));
-        assert_eq!(claims.service_account.unwrap().to_string(), "app/web");
-        assert_eq!(claims.expiration, Some(Timestamp::from_second(1_000_060).unwrap()));
     }
 
     #[test]

@@ -2,9 +2,14 @@
 //!
 //! Owns how the client is made; never asks the server anything itself.
 
+use std::time::Duration;
+
 use kube::{Client, Config};
 
 use crate::config::KubeIdentity;
+
+/// kube's watches last 290 s at most.
+const READ_TIMEOUT: Duration = Duration::from_mins(5);
 
 /// Why there is no client for the API server.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +30,8 @@ pub async fn client(identity: KubeIdentity, node_name: &str) -> Result<Client, E
     let mut config = Config::infer().await.map_err(|error| Error::Infer(error.into()))?;
     // The client would try again for minutes; the watch backs off by itself, and a pod waits for a token.
     config.default_retry = false;
+    // Longer than the server ends a watch by itself: only a server that hangs is given up.
+    config.read_timeout = Some(READ_TIMEOUT);
     if identity == KubeIdentity::AssociatedNode {
         config.auth_info.impersonate = Some(format!("system:node:{node_name}"));
     }

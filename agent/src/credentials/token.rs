@@ -151,7 +151,7 @@ impl Tokens {
                         .ok_or_else(|| Error::Empty { service_account: service_account.to_string() })?;
                     return Ok((Secret::from(status.token), status.expiration_timestamp.0));
                 }
-                Err(kube::Error::Api(status)) if status.code == 403 && begun.elapsed() < AUTHORIZER_LAG => {
+                Err(kube::Error::Api(status)) if lags(&status) && begun.elapsed() < AUTHORIZER_LAG => {
                     tokio::time::sleep(RETRY_EVERY).await;
                 }
                 Err(source) => {
@@ -169,6 +169,11 @@ impl std::fmt::Debug for Tokens {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tokens").field("kubelet_pods", &self.kubelet_pods).finish_non_exhaustive()
     }
+}
+
+/// Whether the Node authorizer has not heard of the pod yet; every other refusal is meant.
+fn lags(status: &kube::core::Status) -> bool {
+    status.code == 403 && status.message.contains("no relationship found")
 }
 
 /// Reads a projected token. The volume's files are symlinks (`..data`) that the kubelet switches, on a

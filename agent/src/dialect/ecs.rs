@@ -1,5 +1,8 @@
 //! The ECS credential endpoint, which SDKs older than Pod Identity know: a relative URI on 169.254.170.2.
 
+use std::net::IpAddr;
+
+use agent_common::net::ECS_V4;
 use hyper::{StatusCode, http::request::Parts};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -29,6 +32,7 @@ pub fn ask(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
         return Err(Refusal::not_found("credentials are at /v1/credentials"));
     }
     must_read(&head.method)?;
+    pod_identity::check_host(head, &[IpAddr::V4(ECS_V4)])?;
     pod_identity::sent_token(head, now)
 }
 
@@ -63,9 +67,11 @@ mod tests {
             ("/v2/credentials", false),
             ("/", false),
         ] {
-            let head = Request::get(path).body(()).unwrap().into_parts().0;
+            let head = Request::get(path).header("host", "169.254.170.2").body(()).unwrap().into_parts().0;
             assert_eq!(ask(&head, Timestamp::UNIX_EPOCH).is_ok(), taken, "{path}");
         }
+        let rebound = Request::get("/v1/credentials").header("host", "evil").body(()).unwrap().into_parts().0;
+        assert_eq!(ask(&rebound, Timestamp::UNIX_EPOCH).unwrap_err().status, StatusCode::FORBIDDEN);
     }
 
     #[tokio::test]

@@ -3,6 +3,8 @@
 //! Where podgate differs: GET and HEAD only; errors are JSON `{"code", "message"}`, which lets the Go SDK v1 ask
 //! once instead of four times and the Java SDK v1 show the message; a caller without a token may be served.
 
+use std::net::IpAddr;
+
 use agent_common::net::{POD_IDENTITY_V4, POD_IDENTITY_V6};
 use hyper::{
     StatusCode,
@@ -55,7 +57,7 @@ pub fn ask(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
         return Err(Refusal::not_found("404 page not found"));
     }
     must_read(&head.method)?;
-    check_host(head)?;
+    check_host(head, &[IpAddr::V4(POD_IDENTITY_V4), IpAddr::V6(POD_IDENTITY_V6)])?;
     sent_token(head, now)
 }
 
@@ -114,7 +116,7 @@ fn bad_token(error: &jwt::Error) -> Refusal {
 
 /// A page on the web whose name resolves to our address must not reach us with the browser's help. The stock
 /// agent compares text: no other spelling of an address is taken.
-fn check_host(head: &Parts) -> Result<(), Refusal> {
+pub(super) fn check_host(head: &Parts, addresses: &[IpAddr]) -> Result<(), Refusal> {
     let host = match head.uri.authority() {
         Some(authority) => authority.as_str(),
         None => head.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or(""),
@@ -124,15 +126,16 @@ fn check_host(head: &Parts) -> Result<(), Refusal> {
         _ => host,
     };
     let name = name.trim_matches(['[', ']']);
-    let (v4, v6) = (POD_IDENTITY_V4, POD_IDENTITY_V6);
-    if name == v4.to_string() || name == v6.to_string() {
+    let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+    if addresses.iter().any(|address| address == name) {
         return Ok(());
     }
     Err(Refusal::new(
         StatusCode::FORBIDDEN,
         "AccessDenied",
         format!(
-            "Access Denied. Called agent through invalid address, please use either [{v4} {v6}] address not {name}"
+            "Access Denied. Called agent through invalid address, please use either [{}] address not {name}",
+            addresses.join(" ")
         ),
     ))
 }

@@ -86,11 +86,6 @@ impl Kubepods {
         &self.path
     }
 
-    /// The cgroup id of kubepods.
-    pub fn id(&self) -> io::Result<u64> {
-        cgroup_id(&self.path)
-    }
-
     /// How many levels kubepods is below the root of the cgroup2 hierarchy, which is level 0.
     pub fn level(&self) -> u32 {
         let below = self.path.strip_prefix(&self.mount).unwrap_or(&self.path);

@@ -5,7 +5,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
-    net::IpAddr,
     sync::{Arc, PoisonError, RwLock},
     time::Instant,
 };
@@ -49,8 +48,6 @@ pub struct Pod {
     pub host_network: bool,
     /// Whether the EKS webhook gave it a token.
     pub token_volume: bool,
-    /// Its addresses, once it has them.
-    pub ips: Vec<IpAddr>,
     /// Its annotations that concern podgate.
     pub annotations: BTreeMap<String, String>,
 }
@@ -89,9 +86,7 @@ impl Pod {
     pub fn from_api(pod: &core::Pod) -> Option<Self> {
         let metadata = &pod.metadata;
         let spec = pod.spec.as_ref()?;
-        let status = pod.status.as_ref();
         let annotations = metadata.annotations.iter().flatten();
-        let ips = status.and_then(|status| status.pod_ips.as_ref()).into_iter().flatten();
         Some(Self {
             uid: PodUid::parse(metadata.uid.as_deref()?)?,
             name: metadata.name.clone()?,
@@ -101,7 +96,6 @@ impl Pod {
             },
             host_network: spec.host_network.unwrap_or(false),
             token_volume: spec.volumes.iter().flatten().any(|volume| volume.name == TOKEN_VOLUME),
-            ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
             annotations: annotations
                 .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
                 .map(|(key, value)| (key.clone(), value.clone()))
@@ -237,7 +231,6 @@ mod tests {
                 "annotations": {"podgate.dev/imds-v1": "allow", "other": "x"},
             },
             "spec": spec,
-            "status": {"podIPs": [{"ip": "10.0.0.7"}, {"ip": "nonsense"}]},
         }))
         .unwrap()
     }
@@ -254,7 +247,6 @@ mod tests {
         assert_eq!(pod.service_account.to_string(), "app/web");
         assert_eq!(pod.full_name(), "app/web-0");
         assert!(pod.host_network && pod.token_volume);
-        assert_eq!(pod.ips, ["10.0.0.7".parse::<IpAddr>().unwrap()]);
         assert_eq!(pod.annotations.keys().collect::<Vec<_>>(), ["podgate.dev/imds-v1"]);
     }
 

@@ -4,12 +4,15 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ffi::OsString,
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use futures::{Stream, StreamExt as _};
-use inotify::{EventStream, Inotify, WatchMask};
+use inotify::{Inotify, WatchMask};
+use tracing::error;
 
 use super::{
     cgroup::{self, Owner, PodUid},
@@ -36,6 +39,8 @@ pub struct PodCgroup {
 
 /// Room for a few hundred events; on overflow the kernel says so, and the next look sees everything anyway.
 const BUFFER: usize = 16 * 1024;
+/// After a failure that may pass, as too many open files.
+const RETRY_EVERY: Duration = Duration::from_millis(200);
 
 /// Follows the cgroups of pods: those that exist already, and what happens from now on. Static pods are left
 /// out: they have no policy.
@@ -47,13 +52,22 @@ pub fn follow(
 ) -> io::Result<(Vec<TreeEvent>, impl Stream<Item = TreeEvent> + Send + Unpin + use<>)> {
     let inotify = Inotify::init()?;
     let mut tree = Tree { kubepods: kubepods.to_owned(), watched: HashSet::new(), known: HashMap::new() };
-    tree.watch(&inotify.watches(), PathBuf::new())?;
+    let watches = inotify.watches();
+    tree.watch(&watches, PathBuf::new())?;
+    let first = tree.look(&watches)?;
     let changes = inotify.into_event_stream(vec![0; BUFFER])?;
-    let first = tree.look(&changes);
     let later = futures::stream::unfold((changes, tree), |(mut changes, mut tree)| async {
         // Which event it was does not matter: a look at three directories tells what is new.
         let _ = changes.next().await?;
-        let events = tree.look(&changes);
+        let events = loop {
+            match tree.look(&changes.watches()) {
+                Ok(events) => break events,
+                Err(error) => {
+                    error!(%error, "cannot read the pods' cgroups; the last state holds, and they are read again");
+                    tokio::time::sleep(RETRY_EVERY).await;
+                }
+            }
+        };
         Some((futures::stream::iter(events), (changes, tree)))
     });
     Ok((first, Box::pin(later.flatten())))
@@ -80,29 +94,22 @@ impl Tree {
     }
 
     /// Reads the directories and tells what differs from the last time.
-    fn look<B: AsMut<[u8]> + AsRef<[u8]>>(&mut self, changes: &EventStream<B>) -> Vec<TreeEvent> {
+    ///
+    /// # Errors
+    /// When one cannot be read. Then nothing has changed: no pod is taken for gone because of a failure.
+    fn look(&mut self, watches: &inotify::Watches) -> io::Result<Vec<TreeEvent>> {
         let mut found = HashMap::new();
-        let mut directories = vec![PathBuf::new()];
-        while let Some(directory) = directories.pop() {
-            for name in names(&self.kubepods.join(&directory)) {
-                let path = directory.join(name);
-                match cgroup::parse(&path) {
-                    Some(pod) if pod.pod == path => {
-                        let Owner::Pod(uid) = pod.owner else { continue };
-                        // Gone again already: the event of its removal is on its way.
-                        let Ok(id) = cgroupfs::cgroup_id(&self.kubepods.join(&path)) else { continue };
-                        found.insert(path, PodCgroup { uid, id });
-                    }
-                    _ if directory.as_os_str().is_empty() => {
-                        // A quality-of-service cgroup; what the kubelet did not make has no pods in it. It is
-                        // watched before it is read, so that nothing falls between the two.
-                        if !self.watched.contains(&path) {
-                            let _ = self.watch(&changes.watches(), path.clone());
-                        }
-                        directories.push(path);
-                    }
-                    _ => {}
-                }
+        for name in names(&self.kubepods)? {
+            let path = PathBuf::from(name);
+            if self.note(&path, &mut found)? {
+                continue;
+            }
+            // A quality-of-service cgroup; what the kubelet did not make has no pods in it. It is watched before it
+            // is read, so that nothing falls between the two.
+            let is_seen = self.watched.contains(&path) || gone(self.watch(watches, path.clone()))?.is_some();
+            let below = if is_seen { gone(names(&self.kubepods.join(&path)))? } else { None };
+            for name in below.into_iter().flatten() {
+                self.note(&path.join(name), &mut found)?;
             }
         }
         self.watched.retain(|path| self.kubepods.join(path).is_dir());
@@ -111,21 +118,44 @@ impl Tree {
         let new = found.iter().filter(|(path, pod)| self.known.get(*path) != Some(pod));
         events.extend(new.map(|(_, pod)| TreeEvent::Appeared(*pod)));
         self.known = found;
-        events
+        Ok(events)
+    }
+
+    /// Puts a pod's cgroup among those found. Whether it is a pod's, static ones included.
+    fn note(&self, path: &Path, found: &mut HashMap<PathBuf, PodCgroup>) -> io::Result<bool> {
+        let Some(pod) = cgroup::parse(path).filter(|pod| pod.pod == path) else { return Ok(false) };
+        if let Owner::Pod(uid) = pod.owner
+            && let Some(id) = gone(cgroupfs::cgroup_id(&self.kubepods.join(path)))?
+        {
+            found.insert(path.to_owned(), PodCgroup { uid, id });
+        }
+        Ok(true)
     }
 }
 
-/// The directories in a directory; none where it cannot be read, because it is gone.
-fn names(directory: &Path) -> Vec<std::ffi::OsString> {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    directories.map(|entry| entry.file_name()).collect()
+/// The directories in a directory.
+fn names(directory: &Path) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if gone(entry.file_type())?.is_some_and(|kind| kind.is_dir()) {
+            names.push(entry.file_name());
+        }
+    }
+    Ok(names)
+}
+
+/// What is gone by the time it is looked at is none; the event of its removal is on its way.
+fn gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     const UID: &str = "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11";

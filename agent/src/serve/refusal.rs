@@ -51,11 +51,7 @@ pub(super) fn credentials(error: &CredentialsError, pod: Option<&Pod>) -> Refusa
 
 /// The token and the kernel name different pods.
 pub(super) fn somebody_else_s_token() -> Refusal {
-    Refusal::new(
-        StatusCode::FORBIDDEN,
-        "AccessDenied",
-        "the token is bound to another pod than the one that sent it",
-    )
+    Refusal::new(StatusCode::FORBIDDEN, "AccessDenied", "the token is not bound to the pod that sent it")
 }
 
 /// Nobody vouches for the caller.

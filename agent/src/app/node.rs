@@ -1,0 +1,57 @@
+//! Where this node's pods are, and podgate among them.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tracing::info;
+
+use super::Error;
+use crate::{
+    identity::{
+        cgroup,
+        cgroupfs::{self, Kubepods},
+    },
+    intercept::{Settings, TicketKey},
+};
+
+/// The node as the agent finds it.
+pub(super) struct Node {
+    /// The cgroup of all pods.
+    pub(super) kubepods: Arc<Kubepods>,
+    /// The cgroup of podgate's own pod, unless it does not run as one.
+    pub(super) own_pod: Option<u64>,
+    agent_cgroup: PathBuf,
+}
+
+// === impl Node ===
+
+impl Node {
+    pub(super) fn find(cgroup_root: &Path) -> Result<Self, Error> {
+        let kubepods = Kubepods::find(cgroup_root)?;
+        let agent_cgroup = kubepods.of_process(None)?;
+        let below = agent_cgroup.strip_prefix(kubepods.path()).ok();
+        let own_pod = below.and_then(cgroup::parse).map(|own| kubepods.path().join(own.pod));
+        let own_pod = own_pod.map(|path| read_id(&path)).transpose()?;
+        if own_pod.is_none() {
+            info!(cgroup = %agent_cgroup.display(), "podgate is not in a pod's cgroup");
+        }
+        Ok(Self { kubepods: Arc::new(kubepods), own_pod, agent_cgroup })
+    }
+
+    /// What the programs need to know of it.
+    pub(super) fn settings(&self) -> Result<Settings, Error> {
+        Ok(Settings {
+            kubepods: self.kubepods.path().to_owned(),
+            agent_cgroup: self.agent_cgroup.clone(),
+            kubepods_level: self.kubepods.level(),
+            kubepods_id: read_id(self.kubepods.path())?,
+            ticket_key: TicketKey::random()?,
+        })
+    }
+}
+
+fn read_id(path: &Path) -> Result<u64, Error> {
+    cgroupfs::cgroup_id(path).map_err(|source| Error::CgroupRead { path: path.to_owned(), source })
+}
