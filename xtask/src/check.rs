@@ -19,11 +19,12 @@ use crate::{
 const DENY_VERSION: &str = "0.20.2";
 
 /// Every check: what it is called, and how it is run under that name.
-const CHECKS: [(&str, Check); 7] = [
+const CHECKS: [(&str, Check); 8] = [
     ("formatting", formatting),
     ("lints (agent and tools)", lints),
     // Stable's clippy on the host's target: the BPF toolchains have none. The code is the same but for aya's assembly.
     ("lints (kernel programs, as host code)", kernel_lints),
+    ("the oldest Rust that is promised", oldest_rust),
     ("documentation", documentation),
     ("bans, licenses and sources", dependencies),
     ("security advisories", advisories),
@@ -82,6 +83,24 @@ fn kernel_lints(name: &str) -> anyhow::Result<Outcome> {
     // The profile of the programs: a panic handler of one's own is allowed only where panics abort.
     let arguments = ["clippy", "--package", "agent-ebpf", "--profile", "ebpf", "--", "-D", "warnings"];
     pass(name, cargo().args(arguments))
+}
+
+/// The `rust-version` of the workspace must be true.
+fn oldest_rust(name: &str) -> anyhow::Result<Outcome> {
+    let oldest = env!("CARGO_PKG_RUST_VERSION");
+    let current = cmd::ask(Command::new("rustc").arg("--version"))?;
+    if current.starts_with(&format!("rustc {oldest}.")) {
+        // The lints have just compiled everything with it.
+        return Ok(Outcome::Passed);
+    }
+    let installed = cmd::ask(Command::new("rustup").args(["toolchain", "list"])).unwrap_or_default();
+    let Some(toolchain) = installed.split_whitespace().find(|name| name.starts_with(&format!("{oldest}.")))
+    else {
+        return Ok(Outcome::NotRun(format!("`rustup toolchain install {oldest}` would bring it")));
+    };
+    let mut check = Command::new("rustup");
+    check.args(["run", toolchain, "cargo", "check", "--all-targets", "--target-dir"]);
+    pass(name, check.arg(target_directory().join("oldest-rust")).current_dir(root()))
 }
 
 fn documentation(name: &str) -> anyhow::Result<Outcome> {

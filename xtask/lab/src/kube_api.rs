@@ -177,6 +177,12 @@ impl KubeApi {
         self.api.rules().grant_plain_rbac(&User::service_account_name(namespace, service_account));
     }
 
+    /// Grants what the cluster roles and bindings of a manifest grant, as `kubectl apply` would; its other objects
+    /// are left out.
+    pub fn apply_rbac(&self, manifest: &str) -> anyhow::Result<()> {
+        self.api.rules().apply(manifest)
+    }
+
     /// Whether nodes may ask for tokens with the audience of EKS Auth for pods without such a volume. On by
     /// default.
     pub fn allow_node_audience(&self, allow: bool) {

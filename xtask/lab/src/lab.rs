@@ -42,6 +42,8 @@ pub const NODE_ROLE: &str = "lab-node-role";
 /// The node's own access key.
 pub const NODE_ACCESS_KEY_ID: &str = "ASIAPODGATENODEROLE0";
 
+/// What the agent is deployed with.
+const MANIFEST: &str = include_str!("../../../deploy/podgate.yaml");
 const ACCOUNT: &str = "111122223333";
 const ISSUER: &str = "https://oidc.eks.us-west-2.amazonaws.com/id/PODGATELAB";
 const KUBE_API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 6443);
@@ -130,7 +132,9 @@ impl Lab {
 
         let mut pods = Pods::new(state)?;
         let agent_pod = pods.add(&node, &cluster, &agent::pod_spec())?;
-        kube_api.allow_impersonation(&agent_pod.namespace, &agent_pod.service_account);
+        // The agent has the rights that it is deployed with, and no more.
+        kube_api.allow_node_audience(false);
+        kube_api.apply_rbac(MANIFEST)?;
         let user = KubeUser::Pod { namespace: agent_pod.namespace.clone(), name: agent_pod.name.clone() };
         fs::write(kubeconfig(&node), kube_api.kubeconfig(&user)).context("cannot write the kubeconfig")?;
         Ok(Self {

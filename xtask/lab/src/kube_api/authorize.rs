@@ -2,6 +2,10 @@
 //!
 //! Owns the rules in force. Never changes the cluster.
 
+use anyhow::Context as _;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use serde_json::Value;
+
 use super::{
     attributes::Attributes,
     status::Status,
@@ -26,10 +30,10 @@ pub(super) struct Rules {
 struct Rule {
     /// A user's name, or a group's.
     subject: String,
-    verbs: &'static [&'static str],
-    group: &'static str,
+    verbs: Vec<String>,
+    group: String,
     /// Resources with their subresource, or paths.
-    resources: &'static [&'static str],
+    resources: Vec<String>,
 }
 
 // === impl Rules ===
@@ -46,6 +50,30 @@ impl Rules {
         rules.grant(SERVICE_ACCOUNTS, &["get"], "", issuer);
         rules.allow_node_audience(true);
         rules
+    }
+
+    /// Grants what the cluster roles and bindings of a manifest grant, and nothing else.
+    pub(super) fn apply(&mut self, manifest: &str) -> anyhow::Result<()> {
+        let documents: Vec<Value> = serde_saphyr::from_multiple(manifest)?;
+        let of_kind = |kind: &'static str| documents.iter().filter(move |document| document["kind"] == kind);
+        for binding in of_kind("ClusterRoleBinding") {
+            let ClusterRoleBinding { role_ref, subjects, .. } = serde_json::from_value(binding.clone())?;
+            let role = of_kind("ClusterRole").find(|role| role["metadata"]["name"] == role_ref.name);
+            let role = role.with_context(|| format!("there is no cluster role {}", role_ref.name))?;
+            let ClusterRole { rules, .. } = serde_json::from_value(role.clone())?;
+            for subject in subjects.iter().flatten() {
+                let subject = match &subject.namespace {
+                    Some(namespace) => User::service_account_name(namespace, &subject.name),
+                    None => subject.name.clone(),
+                };
+                for rule in rules.iter().flatten() {
+                    for group in rule.api_groups.iter().flatten() {
+                        self.grant(&subject, &rule.verbs, group, rule.resources.as_deref().unwrap_or_default());
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn allow_impersonation(&mut self, subject: &str) {
@@ -105,8 +133,8 @@ impl Rules {
         let applies = |rule: &Rule| {
             (rule.subject == user.name || user.is_in(&rule.subject))
                 && rule.group == attributes.group
-                && rule.verbs.contains(&attributes.verb.as_str())
-                && rule.resources.contains(&resource.as_str())
+                && rule.verbs.contains(&attributes.verb)
+                && rule.resources.contains(&resource)
         };
         user.is_in(MASTERS) || self.rules.iter().any(applies)
     }
@@ -120,11 +148,16 @@ impl Rules {
     fn grant(
         &mut self,
         subject: &str,
-        verbs: &'static [&'static str],
-        group: &'static str,
-        resources: &'static [&'static str],
+        verbs: &[impl ToString],
+        group: &str,
+        resources: &[impl ToString],
     ) {
-        let rule = Rule { subject: subject.to_owned(), verbs, group, resources };
+        let rule = Rule {
+            subject: subject.to_owned(),
+            verbs: verbs.iter().map(ToString::to_string).collect(),
+            group: group.to_owned(),
+            resources: resources.iter().map(ToString::to_string).collect(),
+        };
         if !self.rules.contains(&rule) {
             self.rules.push(rule);
         }
