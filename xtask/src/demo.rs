@@ -85,7 +85,7 @@ impl Demo<'_> {
         rows.push(self.without_token().await?);
         rows.push(self.dual_stack().await?);
         rows.extend(self.at_the_same_instant().await?);
-        rows.push(self.not_associated().await?);
+        rows.extend(self.not_associated().await?);
         rows.push(self.outside_any_pod().await?);
         Ok(rows)
     }
@@ -171,17 +171,22 @@ impl Demo<'_> {
         Ok(rows.collect())
     }
 
-    /// 7. A pod whose service account has no association.
-    async fn not_associated(&self) -> anyhow::Result<Row> {
+    /// 7. A pod whose service account has no association: told why, and given nothing at the address where the
+    ///    node's role would be.
+    async fn not_associated(&self) -> anyhow::Result<Vec<Row>> {
         let pod = self.lab.add_pod(&PodSpec::new(NAMESPACE, "stranger"))?;
         let expected = Expected::Refusal {
             naming: vec![pod.namespace.clone(), pod.service_account.clone()],
             within: Some(REFUSAL_MILLISECONDS),
         };
-        let case = Case::new("7", Place::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity", expected);
+        let case = Case::new("7a", Place::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity", expected);
         let reads = self.lab.imds.credential_reads();
         let attempt = attempt::pod_identity(self.lab, case.place).await?;
-        Ok(self.judge(&case, attempt, reads))
+        let told = self.judge(&case, attempt, reads);
+        let expected = Expected::Refusal { naming: vec![], within: None };
+        let case = Case::new("7b", Place::Pod(&pod), IMDS_ADDRESS, "IMDSv2", expected);
+        let attempt = attempt::boto3(self.lab, &pod, EnvKind::None, &self.clients.boto3_old).await?;
+        Ok(vec![told, self.judge(&case, attempt, reads)])
     }
 
     /// 8. A process outside any pod.

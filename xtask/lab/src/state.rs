@@ -71,7 +71,8 @@ impl State {
         let mut labs = Vec::new();
         for entry in entries {
             let name = entry?.file_name().to_string_lossy().into_owned();
-            if is_name(&name) {
+            // One without its state is just being removed.
+            if is_name(&name) && directory(&name).join(STATE_FILE).exists() {
                 labs.push(Self::load(&name)?);
             }
         }
@@ -177,15 +178,18 @@ pub fn clean(name: &str) -> anyhow::Result<()> {
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
         Err(error) => return Err(error).context("cannot unmount the lab's bpffs"),
     }
-    for removed in [fs::remove_dir_all(&directory), fs::remove_file(log_file(name)?)] {
-        match removed {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("cannot remove {}", directory.display()));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
+    // The name is free in one step: nobody sees a lab with half of its files.
+    let doomed = Path::new(LABS).join(format!(".{name}.removed"));
+    let removed = remove(fs::remove_dir_all(&doomed))
+        .and_then(|()| remove(fs::rename(&directory, &doomed)))
+        .and_then(|()| remove(fs::remove_dir_all(&doomed)))
+        .and_then(|()| remove(fs::remove_file(log_file(name).map_err(io::Error::other)?)));
+    removed.with_context(|| format!("cannot remove {}", directory.display()))
+}
+
+/// What is not there needs no removal.
+fn remove(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 
 fn is_name(name: &str) -> bool {

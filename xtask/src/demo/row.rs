@@ -178,7 +178,8 @@ fn refusal(naming: &[String], within: Option<f64>, attempt: &Attempt) -> Result<
     if let Some(key) = &attempt.access_key_id {
         return Err(format!("got the credentials {key}"));
     }
-    let status = attempt.status.unwrap_or_default();
+    // An SDK keeps the status to itself; that it ended without credentials is what counts.
+    let Some(status) = attempt.status else { return Ok("no credentials, and not the node's".to_owned()) };
     if !(400..500).contains(&status) {
         return Err(format!("status {status}: {}", attempt.said));
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lab::faults::{Fault, Service};
 
-use crate::node::{Node, POD_IDENTITY};
+use crate::node::{IMDS, Node, POD_IDENTITY, ROLES};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn when_eks_auth_does_not_answer_the_refusal_is_fast_and_gives_the_reason() -> anyhow::Result<()> {
@@ -38,10 +38,16 @@ async fn credentials_outlive_eks_auth() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn known_pods_are_served_while_the_api_server_is_down() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let pod = node.lab.add_pod(&crate::node::spec("steady").with_token())?;
-    node.assert_own_role(&pod, &node.imds_v2(&pod, crate::node::IMDS, &[]).await?);
+    let cached = node.lab.add_pod(&crate::node::spec("cached").with_token())?;
+    node.assert_own_role(&cached, &node.imds_v2(&cached, IMDS, &[]).await?);
+    // Known to the agent, but without credentials yet: the refusal of IMDSv1 needs the pod and no more.
+    let known = node.lab.add_pod(&crate::node::spec("known").with_token())?;
+    node.curl(&known, &[ROLES]).await?.assert_refused(401, &[]);
+    let calls = node.lab.eks_auth.calls();
     node.lab.faults.set(Service::KubeApi, Fault::Drop);
-    node.assert_own_role(&pod, &node.imds_v2(&pod, crate::node::IMDS, &[]).await?);
+    node.assert_own_role(&cached, &node.imds_v2(&cached, IMDS, &[]).await?);
+    node.assert_own_role(&known, &node.imds_v2(&known, IMDS, &[]).await?);
+    assert_eq!(node.lab.eks_auth.calls(), calls + 1, "the second pod's first call is made meanwhile");
     node.down().await
 }
 

@@ -44,8 +44,7 @@ async fn a_caller_without_origin_and_token_gets_the_stock_agent_s_refusal() -> a
     node.curl_on_node(&[POD_IDENTITY]).await?.assert_refused(400, &[NO_TOKEN]);
     let elsewhere = "http://169.254.170.23/latest/meta-data/";
     let refusal = node.curl_on_node(&["-H", "Host: 169.254.169.254", elsewhere]).await?;
-    assert!((400..500).contains(&refusal.status), "{refusal:?}");
-    assert!(!refusal.body.is_empty());
+    refusal.assert_refused(403, &["does not know which pod"]);
     node.down().await
 }
 
@@ -80,7 +79,7 @@ async fn a_token_stolen_by_another_pod_is_refused() -> anyhow::Result<()> {
     let thief = node.pod("thief")?;
     let stolen = node.lab.cluster.mint_pod_token(&victim.namespace, &victim.name, &[AUDIENCE], HOUR);
     let header = format!("Authorization: {stolen}");
-    node.curl(&thief, &["-H", &header, POD_IDENTITY]).await?.assert_refused(403, &["another pod"]);
+    node.curl(&thief, &["-H", &header, POD_IDENTITY]).await?.assert_refused(403, &["not bound to the pod"]);
     node.down().await
 }
 

@@ -80,12 +80,7 @@ impl Node {
     /// The session token and then the role's credentials, as every SDK with IMDSv2 asks for them. `options` are
     /// curl's, for each request; `host` is the URL's.
     pub(crate) async fn imds_v2(&self, pod: &Pod, host: &str, options: &[&str]) -> anyhow::Result<Answer> {
-        let url = format!("{host}/latest/api/token");
-        let mut ask = vec!["-X", "PUT", "-H", "X-aws-ec2-metadata-token-ttl-seconds: 21600", &url];
-        ask.extend(options);
-        let token = self.curl(pod, &ask).await?;
-        assert_eq!(token.status, 200, "{token:?}");
-        let header = format!("X-aws-ec2-metadata-token: {}", token.body);
+        let header = self.session(pod, host, options).await?;
         let roles = format!("{host}/latest/meta-data/iam/security-credentials/");
         let mut ask = vec!["-H", header.as_str()];
         ask.extend(options);
@@ -93,6 +88,16 @@ impl Node {
         assert_eq!(role.status, 200, "{role:?}");
         let role = format!("{roles}{}", role.body);
         self.curl(pod, &[&ask[..], &[role.as_str()]].concat()).await
+    }
+
+    /// The header of a new IMDSv2 session.
+    pub(crate) async fn session(&self, pod: &Pod, host: &str, options: &[&str]) -> anyhow::Result<String> {
+        let url = format!("{host}/latest/api/token");
+        let mut ask = vec!["-X", "PUT", "-H", "X-aws-ec2-metadata-token-ttl-seconds: 21600", &url];
+        ask.extend(options);
+        let token = self.curl(pod, &ask).await?;
+        assert_eq!(token.status, 200, "{token:?}");
+        Ok(format!("X-aws-ec2-metadata-token: {}", token.body))
     }
 
     /// The answer must hold credentials that EKS Auth handed out for this pod and for its role.

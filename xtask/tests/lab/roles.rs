@@ -93,6 +93,11 @@ async fn a_pod_without_an_association_is_refused_fast_by_name_and_without_the_no
     let refusal = node.curl(&pod, &[POD_IDENTITY]).await?;
     refusal.assert_refused(404, &["shop", "stranger"]);
     assert!(refusal.milliseconds < 100.0, "{refusal:?}");
+    // Where an SDK goes next, the node's role would be: not for this pod.
+    let session = node.session(&pod, IMDS, &[]).await?;
+    node.curl(&pod, &["-H", &session, ROLES]).await?.assert_refused(404, &["shop", "stranger"]);
+    let node_s = format!("{ROLES}{NODE_ROLE}");
+    node.curl(&pod, &["-H", &session, &node_s]).await?.assert_refused(404, &[]);
     assert_eq!(node.lab.imds.credential_reads(), reads);
     node.down().await
 }
@@ -118,6 +123,9 @@ async fn in_audit_a_pod_without_identity_sees_the_real_metadata_service() -> any
 async fn in_deny_a_dial_to_the_metadata_service_fails_at_once() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "deny"]).await?;
     let pod = node.pod("sealed")?;
+    let dial = "import socket, errno\ntry: socket.create_connection(('169.254.169.254', 80), 5)\n\
+                except OSError as error: print(errno.errorcode[error.errno])";
+    assert_eq!(node.python(&pod, dial).await?, "EPERM");
     let refused = node.curl(&pod, &[ROLES]).await?;
     assert_eq!(refused.status, 0, "{refused:?}");
     assert!(refused.milliseconds < 100.0, "{refused:?}");

@@ -68,7 +68,12 @@ impl Rules {
                 };
                 for rule in rules.iter().flatten() {
                     for group in rule.api_groups.iter().flatten() {
-                        self.grant(&subject, &rule.verbs, group, rule.resources.as_deref().unwrap_or_default());
+                        self.grant(
+                            &subject,
+                            &rule.verbs,
+                            group,
+                            rule.resources.as_deref().unwrap_or_default(),
+                        );
                     }
                 }
             }
@@ -145,13 +150,7 @@ impl Rules {
         self.grant(subject, &["create"], "", &["events"]);
     }
 
-    fn grant(
-        &mut self,
-        subject: &str,
-        verbs: &[impl ToString],
-        group: &str,
-        resources: &[impl ToString],
-    ) {
+    fn grant(&mut self, subject: &str, verbs: &[impl ToString], group: &str, resources: &[impl ToString]) {
         let rule = Rule {
             subject: subject.to_owned(),
             verbs: verbs.iter().map(ToString::to_string).collect(),
