@@ -18,8 +18,6 @@ use rtnetlink::{
 };
 use tracing::{debug, info, warn};
 
-use crate::error::chain;
-
 /// Marks a link as podgate's (`ip link` shows it as `alias`).
 const ALIAS: &str = "podgate: addresses that pods' dials to credential endpoints are sent to";
 
@@ -87,7 +85,7 @@ impl Link {
             Ok(addresses) => Ok((link, addresses)),
             Err(error) => {
                 if let Err(error) = link.down().await {
-                    warn!(error = chain(&error), "cannot remove the link again");
+                    warn!(%error, "cannot remove the link again");
                 }
                 Err(error)
             }

@@ -1,6 +1,6 @@
 //! The ECS credential endpoint, which SDKs older than Pod Identity know: a relative URI on 169.254.170.2.
 
-use std::net::IpAddr;
+use core::net::IpAddr;
 
 use agent_common::net::ECS_V4;
 use hyper::{StatusCode, http::request::Parts};

@@ -3,7 +3,7 @@
 //! Where podgate differs: GET and HEAD only; errors are JSON `{"code", "message"}`, which lets the Go SDK v1 ask
 //! once instead of four times and the Java SDK v1 show the message; a caller without a token may be served.
 
-use std::net::IpAddr;
+use core::net::IpAddr;
 
 use agent_common::net::{POD_IDENTITY_V4, POD_IDENTITY_V6};
 use hyper::{

@@ -40,7 +40,7 @@ const RULES: [(&str, &[&str]); 8] = [
 ];
 
 /// Modules that belong to no stage and know none.
-const LIFECYCLE: [&str; 3] = ["drain", "telemetry", "metrics"];
+const LIFECYCLE: [&str; 2] = ["drain", "telemetry"];
 
 /// Modules that put everything together: only these may name `serve` and `app`.
 const COMPOSITION: [&str; 4] = ["app", "cli", "main", "serve"];
