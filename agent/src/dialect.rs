@@ -131,7 +131,18 @@ fn respond(status: StatusCode, content_type: &'static str, body: impl Into<Bytes
 
 #[cfg(test)]
 mod tests {
+    use hyper::{Request, http::request::Parts};
+
     use super::*;
+
+    /// The head of a request, for the dialects' tests.
+    pub(super) fn head(method: &str, uri: &str, headers: &[(&str, &str)]) -> Parts {
+        let mut request = Request::builder().method(method).uri(uri);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(()).unwrap().into_parts().0
+    }
 
     #[test]
     fn a_wrong_method_is_told_the_right_ones() {

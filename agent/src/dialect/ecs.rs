@@ -52,11 +52,9 @@ pub fn credentials(credentials: &Credentials) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use http_body_util::BodyExt as _;
-    use hyper::Request;
-
     use super::*;
-    use crate::testing::credentials as some_credentials;
+    use crate::{dialect::tests::head, testing::credentials as some_credentials};
+    use http_body_util::BodyExt as _;
 
     #[test]
     fn every_uri_below_the_path_is_taken() {
@@ -67,10 +65,10 @@ mod tests {
             ("/v2/credentials", false),
             ("/", false),
         ] {
-            let head = Request::get(path).header("host", "169.254.170.2").body(()).unwrap().into_parts().0;
+            let head = head("GET", path, &[("host", "169.254.170.2")]);
             assert_eq!(ask(&head, Timestamp::UNIX_EPOCH).is_ok(), taken, "{path}");
         }
-        let rebound = Request::get("/v1/credentials").header("host", "evil").body(()).unwrap().into_parts().0;
+        let rebound = head("GET", "/v1/credentials", &[("host", "evil")]);
         assert_eq!(ask(&rebound, Timestamp::UNIX_EPOCH).unwrap_err().status, StatusCode::FORBIDDEN);
     }
 

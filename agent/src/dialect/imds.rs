@@ -220,19 +220,9 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use http_body_util::BodyExt as _;
-    use hyper::Request;
-
     use super::*;
-    use crate::testing::credentials as some_credentials;
-
-    fn head(method: &str, uri: &str, headers: &[(&str, &str)]) -> Parts {
-        let mut request = Request::builder().method(method).uri(uri);
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        request.body(()).unwrap().into_parts().0
-    }
+    use crate::{dialect::tests::head, testing::credentials as some_credentials};
+    use http_body_util::BodyExt as _;
 
     async fn text(response: Response) -> String {
         let body = response.into_body().collect().await.unwrap().to_bytes();

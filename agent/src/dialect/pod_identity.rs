@@ -146,19 +146,9 @@ fn is_bare_ip6(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use http_body_util::BodyExt as _;
-    use hyper::Request;
-
     use super::*;
-    use crate::testing::credentials as some_credentials;
-
-    fn head(method: &str, uri: &str, headers: &[(&str, &str)]) -> Parts {
-        let mut request = Request::builder().method(method).uri(uri);
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        request.body(()).unwrap().into_parts().0
-    }
+    use crate::{dialect::tests::head, testing::credentials as some_credentials};
+    use http_body_util::BodyExt as _;
 
     fn refusal(head: &Parts) -> (u16, String) {
         let refusal = ask(head, Timestamp::UNIX_EPOCH).unwrap_err();
