@@ -46,7 +46,8 @@ pub mod map {
     pub const TICKETS: &str = "TICKETS";
     /// Pod cgroup id to [`crate::policy::PodPolicy`].
     pub const POLICIES: &str = "POLICIES";
-    /// One [`crate::policy::PodPolicy`]: what a pod gets that has none yet.
+    /// Two [`crate::policy::PodPolicy`]: what a pod gets that has none yet, by [`crate::policy::UNKNOWN_IN_POD_NETWORK`]
+    /// and [`crate::policy::UNKNOWN_ON_HOST_NETWORK`].
     pub const UNKNOWN_POD: &str = "UNKNOWN_POD";
     /// Two [`crate::target::Target`] slots.
     pub const TARGETS: &str = "TARGETS";
@@ -64,6 +65,8 @@ pub mod global {
     pub const KUBEPODS_LEVEL: &str = "KUBEPODS_LEVEL";
     /// `u64`: cgroup id of the kubepods cgroup.
     pub const KUBEPODS_ID: &str = "KUBEPODS_ID";
+    /// `u64`: cookie of the host's network namespace, 0 where it is not known.
+    pub const HOST_NETNS: &str = "HOST_NETNS";
 }
 
 const _: () = {

@@ -14,6 +14,11 @@ pub const POD_IDENTITY_OFF: u32 = 0;
 /// `PodPolicy::pod_identity`: redirected to the agent.
 pub const POD_IDENTITY_ON: u32 = 1;
 
+/// Slot of `UNKNOWN_POD` for dials through a socket in a pod's own network.
+pub const UNKNOWN_IN_POD_NETWORK: u32 = 0;
+/// Slot of `UNKNOWN_POD` for dials through a socket in the host's network namespace.
+pub const UNKNOWN_ON_HOST_NETWORK: u32 = 1;
+
 /// The policy of one pod. A value that is none of the constants counts as the strictest.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,10 @@ use agent_common::{
     counter::Counter,
     net::{Endpoint, HTTP_PORT, NetPort, Service},
     origin::{Origin, STATE_MINTED},
-    policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
+    policy::{
+        IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy,
+        UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK,
+    },
 };
 use aya_ebpf::helpers::{
     bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
@@ -16,7 +19,7 @@ use aya_ebpf::helpers::{
 use crate::{
     counters::count,
     ctx::Dial,
-    globals::{KUBEPODS_ID, KUBEPODS_LEVEL},
+    globals::{HOST_NETNS, KUBEPODS_ID, KUBEPODS_LEVEL},
     maps::{ORIGINS, POLICIES, TARGET_INDEX, TARGETS, UNKNOWN_POD},
     storage, ticket,
 };
@@ -24,7 +27,7 @@ use crate::{
 /// The port of every service.
 const HTTP: NetPort = NetPort::new(HTTP_PORT);
 
-/// The strictest policy, for the case that the map of one element has none.
+/// The strictest policy, for the case that the map has none.
 const STRICTEST: PodPolicy = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
 
 /// What `connect` is told.
@@ -67,9 +70,10 @@ impl Verdict {
 impl Caller {
     /// The pod of the running task; `None` for a task that is in no pod.
     ///
-    /// The task decides and not the socket, which may have been made elsewhere.
+    /// The task decides and not the socket, which may have been made elsewhere. Only while nothing is known of the pod
+    /// does its socket's network tell host-network pods from others.
     #[inline(always)]
-    fn current() -> Option<Self> {
+    fn current(dial: &Dial) -> Option<Self> {
         let level = KUBEPODS_LEVEL.load();
         // Guaranteed pods are one level below kubepods, others two. A Guaranteed pod's second level is a container
         // and the others' first is a QoS class: neither is ever a key of the map.
@@ -90,7 +94,9 @@ impl Caller {
             return known;
         }
         count(Counter::UnknownPod);
-        Some(Self { pod_cgroup_id: 0, policy: UNKNOWN_POD.get(0).copied().unwrap_or(STRICTEST) })
+        let on_host_network = dial.netns_cookie() == HOST_NETNS.load();
+        let slot = if on_host_network { UNKNOWN_ON_HOST_NETWORK } else { UNKNOWN_IN_POD_NETWORK };
+        Some(Self { pod_cgroup_id: 0, policy: UNKNOWN_POD.get(slot).copied().unwrap_or(STRICTEST) })
     }
 }
 
@@ -138,7 +144,7 @@ fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoin
         return Ok(None);
     }
 
-    let caller = Caller::current().ok_or(Counter::DeniedNoPod)?;
+    let caller = Caller::current(dial).ok_or(Counter::DeniedNoPod)?;
     let served = dial.is_tcp()
         && (service.is_some() && destination.port == HTTP
             || target.is_some_and(|target| target.same(destination)));

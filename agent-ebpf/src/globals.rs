@@ -15,3 +15,7 @@ pub(crate) static KUBEPODS_LEVEL: Global<u32> = Global::new(0);
 /// Cgroup id of the kubepods cgroup.
 #[unsafe(no_mangle)]
 pub(crate) static KUBEPODS_ID: Global<u64> = Global::new(0);
+
+/// Cookie of the host's network namespace, 0 where it is not known. No namespace has the cookie 0.
+#[unsafe(no_mangle)]
+pub(crate) static HOST_NETNS: Global<u64> = Global::new(0);

@@ -30,9 +30,9 @@ pub(crate) static TICKETS: HashMap<u64, Origin, { TICKETS_MAX as usize }> = Hash
 #[btf_map]
 pub(crate) static POLICIES: HashMap<u64, PodPolicy, { POLICIES_MAX as usize }> = HashMap::new();
 
-/// What a pod gets that is not in `POLICIES` yet.
+/// What a pod gets that is not in `POLICIES` yet: one for pods' own networks, one for the host's.
 #[btf_map]
-pub(crate) static UNKNOWN_POD: Array<PodPolicy, 1> = Array::new();
+pub(crate) static UNKNOWN_POD: Array<PodPolicy, 2> = Array::new();
 
 /// Two slots, so that a reader never sees half of a change.
 #[btf_map]

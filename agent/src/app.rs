@@ -96,6 +96,9 @@ pub enum Error {
     /// There is no address left to listen on.
     #[error("no address to serve pods on: IPv6 is switched off on this node and --target-v4 is \"none\"")]
     NoTarget,
+    /// The kernel does not tell which network the agent is in.
+    #[error("cannot read the cookie of the host's network namespace: {0}")]
+    NetworkNamespace(#[source] io::Error),
     /// The signals cannot be watched.
     #[error("cannot watch for signals: {0}")]
     Signal(#[source] io::Error),
@@ -195,7 +198,8 @@ pub fn server(
 /// Loads the kernel side. Nothing is attached yet.
 fn load(config: &Config, node: &Node) -> Result<(SharedInterceptor, Arc<dyn OriginLookup>), Error> {
     let mut interceptor = Interceptor::load(&node.settings()?)?;
-    interceptor.set_unknown_pod(policy::unknown_pod(&config.defaults))?;
+    let unknown = policy::unknown_pod(&config.defaults);
+    interceptor.set_unknown_pods(unknown, unknown)?;
     // Before anything is attached: the agent's own calls must never meet its own programs.
     if let Some(own) = node.own_pod {
         interceptor.set_policy(own, PodPolicy::EXEMPT)?;

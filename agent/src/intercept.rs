@@ -5,10 +5,15 @@
 
 use std::{error::Error as StdError, fmt, io, path::PathBuf};
 
-use agent_common::{counter::Counter, policy::PodPolicy, target::Target};
+use agent_common::{
+    counter::Counter,
+    policy::{PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
+    target::Target,
+};
 
 mod links;
 pub mod metrics;
+pub mod netns;
 mod object;
 mod origins;
 
@@ -27,6 +32,8 @@ pub struct Settings {
     pub kubepods_level: u32,
     /// Cgroup id of the kubepods cgroup.
     pub kubepods_id: u64,
+    /// Cookie of the host's network namespace, as [`netns::own_cookie`] gives it; 0 for none.
+    pub host_netns_cookie: u64,
     /// Makes the tickets unguessable.
     pub ticket_key: TicketKey,
 }
@@ -150,9 +157,15 @@ impl Interceptor {
         Ok(())
     }
 
-    /// Gives `policy` to pods that have none of their own yet.
-    pub fn set_unknown_pod(&mut self, policy: PodPolicy) -> Result<(), Error> {
-        self.object.set_unknown_pod(policy)
+    /// What pods get that have no policy of their own yet: those that dial through a socket in a pod's network, and
+    /// those that dial through one in the host's.
+    pub fn set_unknown_pods(
+        &mut self,
+        in_pod_network: PodPolicy,
+        on_host_network: PodPolicy,
+    ) -> Result<(), Error> {
+        self.object.set_unknown_pod(UNKNOWN_IN_POD_NETWORK, in_pod_network)?;
+        self.object.set_unknown_pod(UNKNOWN_ON_HOST_NETWORK, on_host_network)
     }
 
     /// Gives `policy` to the pod with this cgroup, from its next dial on.
@@ -206,6 +219,7 @@ mod tests {
             agent_cgroup: "/".into(),
             kubepods_level: 1,
             kubepods_id: 1,
+            host_netns_cookie: 1,
             ticket_key: TicketKey([0x1122_3344, 0x5566_7788]),
         }
     }

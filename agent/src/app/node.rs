@@ -13,7 +13,7 @@ use crate::{
         cgroup,
         cgroupfs::{self, Kubepods},
     },
-    intercept::{Settings, TicketKey},
+    intercept::{Settings, TicketKey, netns},
 };
 
 /// The node as the agent finds it.
@@ -47,6 +47,7 @@ impl Node {
             agent_cgroup: self.agent_cgroup.clone(),
             kubepods_level: self.kubepods.level(),
             kubepods_id: read_id(self.kubepods.path())?,
+            host_netns_cookie: netns::own_cookie().map_err(Error::NetworkNamespace)?,
             ticket_key: TicketKey::random()?,
         })
     }

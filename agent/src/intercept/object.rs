@@ -49,6 +49,7 @@ impl Object {
             .override_global(global::TICKET_KEY, &settings.ticket_key.0, true)
             .override_global(global::KUBEPODS_LEVEL, &settings.kubepods_level, true)
             .override_global(global::KUBEPODS_ID, &settings.kubepods_id, true)
+            .override_global(global::HOST_NETNS, &settings.host_netns_cookie, true)
             .load(OBJECT)
             .map_err(|source| Error::Load { source: source.into() })?;
         for name in program::ALL {
@@ -86,9 +87,9 @@ impl Object {
         self.target_index.set(0, slot, 0).map_err(writing(map::TARGET_INDEX))
     }
 
-    /// What a pod gets that has no policy.
-    pub(super) fn set_unknown_pod(&mut self, policy: PodPolicy) -> Result<(), Error> {
-        self.unknown_pod.set(0, policy, 0).map_err(writing(map::UNKNOWN_POD))
+    /// What a pod gets that has no policy, by where its socket is.
+    pub(super) fn set_unknown_pod(&mut self, slot: u32, policy: PodPolicy) -> Result<(), Error> {
+        self.unknown_pod.set(slot, policy, 0).map_err(writing(map::UNKNOWN_POD))
     }
 
     /// What a pod gets.

@@ -2,11 +2,12 @@
 
 use std::{collections::HashSet, fs, net::TcpListener, process};
 
+use agent::intercept::netns;
 use agent_common::{
     counter::Counter,
     net::Endpoint,
     origin::{Origin, STATE_SENT},
-    policy::{IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
+    policy::{IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
     target::Target,
 };
 use rustix::time::{ClockId, clock_gettime};
@@ -14,7 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
     node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside},
-    redial, sockopt, tcp_socket,
+    redial, tcp_socket,
 };
 
 fn boottime_ns() -> u64 {
@@ -46,7 +47,7 @@ fn a_pod_s_dial_arrives_with_its_origin() {
             let expected = Origin {
                 cgroup_id: pod.container.id,
                 pod_cgroup_id: pod.cgroup.id,
-                netns_cookie: sockopt::netns_cookie(&stream),
+                netns_cookie: netns::cookie(&stream).unwrap(),
                 orig_dst: endpoint(address),
                 target: Endpoint::new(target, 80),
                 state: STATE_SENT,
@@ -176,12 +177,32 @@ fn an_unknown_pod_gets_the_policy_of_unknown_pods_and_no_pod_cgroup() {
         real.accept();
 
         let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
-        node.interceptor.set_unknown_pod(policy).unwrap();
+        node.interceptor.set_unknown_pods(policy, PodPolicy::EXEMPT).unwrap();
         let agent = node.agent();
         let _stream = pod.dial(IMDS).unwrap();
         let origin = agent.accept().expect("anonymous");
         assert_eq!((origin.cgroup_id, origin.pod_cgroup_id), (pod.container.id, 0));
         assert_eq!(node.count(Counter::UnknownPod), 2);
+    });
+}
+
+#[test]
+fn an_unknown_pod_on_the_host_s_network_gets_a_policy_of_its_own() {
+    Node::run(|node| {
+        let strict = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
+        let pod = node.unknown_pod("new");
+        let known = node.pod("known", IMDS_DENY, POD_IDENTITY_ON);
+        for (in_pod_network, on_host_network, refused_in_pod, refused_on_host) in
+            [(strict, PodPolicy::EXEMPT, true, false), (PodPolicy::EXEMPT, strict, false, true)]
+        {
+            node.interceptor.set_unknown_pods(in_pod_network, on_host_network).unwrap();
+            let dial = || redial(&tcp_socket(), IMDS);
+            assert_eq!(is_eperm(&pod.run(dial)), refused_in_pod);
+            node.on_host_network(|| {
+                assert_eq!(is_eperm(&pod.run(dial)), refused_on_host);
+                assert!(is_eperm(&known.run(dial)), "a known pod's own policy always counts");
+            });
+        }
     });
 }
 

@@ -15,7 +15,6 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 mod decisions;
 mod identity;
 mod node;
-mod sockopt;
 mod tickets;
 mod wire;
 

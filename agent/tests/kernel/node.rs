@@ -3,7 +3,8 @@
 //! Owns everything it makes and removes it; never touches the host's network or any cgroup above its own.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
@@ -15,7 +16,7 @@ use std::{
 
 use agent::{
     accept::listen,
-    intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey},
+    intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey, netns},
 };
 use agent_common::{
     counter::Counter,
@@ -24,7 +25,7 @@ use agent_common::{
     policy::PodPolicy,
     target::Target,
 };
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use procfs::process::Process;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
@@ -36,6 +37,8 @@ pub(crate) const AGENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd17, 0x5175, 0, 0, 0, 0, 
 pub(crate) const NOBODY: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 9);
 /// How long anything on `lo` may take before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The network namespace that this thread is in.
+const OWN_NETWORK: &str = "/proc/thread-self/ns/net";
 /// `lo` is the first link of every namespace.
 const LO: u32 = 1;
 
@@ -49,6 +52,8 @@ pub(crate) struct Node {
     pub(crate) kubepods: Cgroup,
     agent: Cgroup,
     mount_level: u32,
+    host: File,
+    host_netns_cookie: u64,
     // Fields are dropped in order: the cgroups go last.
     _root: Root,
 }
@@ -86,25 +91,38 @@ impl Node {
         let name = thread::current().name().expect("tests have names").to_owned();
         let thread = thread::Builder::new().name(name.clone()).spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET).expect("kernel tests need root");
+            let host = File::open(OWN_NETWORK).unwrap();
+            let host_netns_cookie = netns::own_cookie().unwrap();
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
             wire();
-            test(&mut Self::new(&name.replace("::", "-")));
+            test(&mut Self::new(&name.replace("::", "-"), host, host_netns_cookie));
         });
         if let Err(panic) = thread.unwrap().join() {
             std::panic::resume_unwind(panic);
         }
     }
 
-    fn new(name: &str) -> Self {
+    fn new(name: &str, host: File, host_netns_cookie: u64) -> Self {
         let mount = cgroup_mount();
         let root = Root(mount.path.join(format!("podgate-{}-{name}", process::id())));
         let kubepods = Cgroup::create(root.0.join("kubepods.slice"));
         let agent = Cgroup::create(kubepods.path.join("kubepods-podagent.slice"));
-        let mut interceptor = Interceptor::load(&settings(&kubepods, &agent, mount.level)).unwrap();
+        let mut interceptor =
+            Interceptor::load(&settings(&kubepods, &agent, mount.level, host_netns_cookie)).unwrap();
         interceptor.set_policy(agent.id, PodPolicy::EXEMPT).unwrap();
         interceptor.set_target(own_pair(1)).unwrap();
         interceptor.attach().unwrap();
         let origins = Arc::new(interceptor.origins().unwrap());
-        Self { interceptor, origins, kubepods, agent, mount_level: mount.level, _root: root }
+        Self {
+            interceptor,
+            origins,
+            kubepods,
+            agent,
+            mount_level: mount.level,
+            host,
+            host_netns_cookie,
+            _root: root,
+        }
     }
 
     /// A Burstable pod, two levels below kubepods, with a policy.
@@ -144,10 +162,19 @@ impl Node {
         self.agent.run(work)
     }
 
+    /// Runs `work` in the host's network namespace, which is not the one that pods are in. Nothing is there.
+    pub(crate) fn on_host_network<T>(&self, work: impl FnOnce() -> T) -> T {
+        let own = File::open(OWN_NETWORK).unwrap();
+        setns(&self.host, CloneFlags::CLONE_NEWNET).unwrap();
+        let result = work();
+        setns(&own, CloneFlags::CLONE_NEWNET).unwrap();
+        result
+    }
+
     /// Drops the programs, as the end of the agent's process does. What takes their place is not attached.
     pub(crate) fn detach(&mut self) {
-        self.interceptor =
-            Interceptor::load(&settings(&self.kubepods, &self.agent, self.mount_level)).unwrap();
+        let settings = settings(&self.kubepods, &self.agent, self.mount_level, self.host_netns_cookie);
+        self.interceptor = Interceptor::load(&settings).unwrap();
     }
 
     /// How often a branch was taken.
@@ -265,12 +292,13 @@ pub(crate) fn soon<T>(mut happens: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-fn settings(kubepods: &Cgroup, agent: &Cgroup, mount_level: u32) -> Settings {
+fn settings(kubepods: &Cgroup, agent: &Cgroup, mount_level: u32, host_netns_cookie: u64) -> Settings {
     Settings {
         kubepods: kubepods.path.clone(),
         agent_cgroup: agent.path.clone(),
         kubepods_level: mount_level + 2,
         kubepods_id: kubepods.id,
+        host_netns_cookie,
         ticket_key: TicketKey::random().unwrap(),
     }
 }
