@@ -19,10 +19,15 @@ pub(crate) fn install(purpose: &str, packages: &[&str]) -> anyhow::Result<()> {
     eprintln!("installing with apt-get, for {purpose}: {}", packages.join(" "));
     let possible = || cmd::ask(apt_get("install").arg("--simulate").args(packages));
     if possible().is_err() {
-        cmd::run("package lists", &mut apt_get("update"))?;
+        update()?;
         possible().with_context(|| format!("apt-get cannot install {}", packages.join(" ")))?;
     }
     cmd::run(&packages.join(" "), apt_get("install").args(packages))
+}
+
+/// Fetches the package lists.
+pub(crate) fn update() -> anyhow::Result<()> {
+    cmd::run("package lists", &mut apt_get("update"))
 }
 
 fn apt_get(command: &str) -> Command {

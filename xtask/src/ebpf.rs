@@ -2,6 +2,7 @@
 //!
 //! Owns how both are built and where; never what they do. The toolchain is found or set up by `toolchain`.
 
+mod budget;
 mod toolchain;
 
 use std::{
@@ -10,17 +11,22 @@ use std::{
     process::Command,
 };
 
-use agent_common::abi::program;
+use agent_common::abi::{global, program};
 use anyhow::{Context as _, anyhow, bail};
 use aya::{EbpfLoader, programs::Program};
 
-use self::toolchain::Toolchain;
-use crate::{cmd, report};
+pub(crate) use self::budget::Counts;
+use self::{budget::Budget, toolchain::Toolchain};
+use crate::{cmd, report, vm};
 
 /// The target of the programs. Little-endian, as every node of EKS.
 const TARGET: &str = "bpfel-unknown-none";
 /// What `agent/build.rs` reads.
-const OBJECT_VARIABLE: &str = "PODGATE_EBPF_OBJECT";
+pub(crate) const OBJECT_VARIABLE: &str = "PODGATE_EBPF_OBJECT";
+/// The programs' budget of instructions, in the workspace.
+pub(crate) const BUDGET: &str = ".ci/ebpf-budget.toml";
+/// Where the kubepods cgroup usually is: one below the root of the hierarchy.
+const KUBEPODS_LEVEL: u32 = 1;
 
 /// The compiled programs.
 #[derive(Debug)]
@@ -29,19 +35,46 @@ pub(crate) struct Object {
     pub(crate) path: PathBuf,
 }
 
-/// Builds the programs and shows what came out.
-pub(crate) fn command() -> anyhow::Result<()> {
+/// Builds the programs and shows what came out. With `bless`, what the kernels' verifiers say becomes the budget.
+pub(crate) fn command(bless: bool) -> anyhow::Result<()> {
     let object = build_object()?;
-    let bytes = fs::read(&object.path).with_context(|| format!("cannot read {}", object.path.display()))?;
-    let is_root = nix::unistd::geteuid().is_root();
-    let mut table = report::table(&["program", "instructions in the object", "instructions verified"]);
-    let verified =
-        if is_root { verified(&bytes)? } else { vec!["only root can ask the kernel".to_owned(); 4] };
-    for ((name, count), verified) in instructions(&bytes)?.into_iter().zip(verified) {
-        table.add_row([name.to_owned(), count.to_string(), verified]);
+    let bytes = read_object(&object.path)?;
+    let mut table = report::table(&["program", "instructions in the object"]);
+    for (name, count) in instructions(&bytes)? {
+        table.add_row([name.to_owned(), count.to_string()]);
     }
     println!("{table}");
     println!("{}: {} KiB with debug information", object.path.display(), bytes.len() / 1024);
+    if bless {
+        return bless_budget(&bytes);
+    }
+    if nix::unistd::geteuid().is_root() {
+        return check_budget(&bytes, &read_budget()?);
+    }
+    println!("What the kernel's verifier makes of it, only root can ask.");
+    Ok(())
+}
+
+/// Compares what the running kernel's verifier goes through with a budget.
+pub(crate) fn check_budget(object: &[u8], budget: &str) -> anyhow::Result<()> {
+    Budget::parse(budget)?.check(&kernel_series()?, &verified(object)?)
+}
+
+/// The same with the workspace's programs and budget.
+pub(crate) fn check_workspace_budget() -> anyhow::Result<()> {
+    check_budget(&read_object(&build_object()?.path)?, &read_budget()?)
+}
+
+/// Makes what the verifiers of this kernel and of the virtual machines' say the budget.
+fn bless_budget(object: &[u8]) -> anyhow::Result<()> {
+    report::require_root("asking the kernel's verifier")?;
+    let mut budget = Budget::parse(&read_budget()?)?;
+    budget.bless(&kernel_series()?, verified(object)?);
+    for kernel in vm::Kernel::ALL {
+        budget.bless(kernel.series(), vm::measure(kernel)?);
+    }
+    fs::write(root().join(BUDGET), budget.to_toml()).with_context(|| format!("cannot write {BUDGET}"))?;
+    println!("{BUDGET} is what the verifiers say now.");
     Ok(())
 }
 
@@ -130,9 +163,13 @@ fn instructions(object: &[u8]) -> anyhow::Result<Vec<(&'static str, usize)>> {
 }
 
 /// How many instructions the kernel's verifier went through for each program. Loads them, attaches nothing.
-fn verified(object: &[u8]) -> anyhow::Result<Vec<String>> {
-    let mut ebpf = EbpfLoader::new().load(object).context("the kernel does not take the object's maps")?;
-    let mut verify = |name| -> anyhow::Result<String> {
+pub(crate) fn verified(object: &[u8]) -> anyhow::Result<Counts> {
+    // The verifier knows the globals' values: they must be like those of a real node.
+    let mut ebpf = EbpfLoader::new()
+        .override_global(global::KUBEPODS_LEVEL, &KUBEPODS_LEVEL, true)
+        .load(object)
+        .context("the kernel does not take the object's maps")?;
+    let mut verify = |name| -> anyhow::Result<_> {
         let program = ebpf.program_mut(name).ok_or_else(|| anyhow!("the object has no program {name}"))?;
         let loaded = match program {
             Program::CgroupSockAddr(program) => program.load().and_then(|()| program.info()),
@@ -140,10 +177,25 @@ fn verified(object: &[u8]) -> anyhow::Result<Vec<String>> {
             _ => bail!("the program {name} is of an unknown type"),
         };
         let info = loaded.with_context(|| format!("the kernel does not take the program {name}"))?;
-        let count = info.verified_instruction_count();
-        Ok(count.map_or_else(|| "this kernel does not say".to_owned(), |count| count.to_string()))
+        // Since Linux 5.16.
+        let count = info.verified_instruction_count().context("the kernel does not count instructions")?;
+        Ok((name.to_owned(), count))
     };
     program::ALL.into_iter().map(&mut verify).collect()
+}
+
+/// The running kernel's major and minor version.
+fn kernel_series() -> anyhow::Result<String> {
+    let version = procfs::sys::kernel::Version::current().context("cannot read the kernel's version")?;
+    Ok(format!("{}.{}", version.major, version.minor))
+}
+
+fn read_object(path: &Path) -> anyhow::Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn read_budget() -> anyhow::Result<String> {
+    fs::read_to_string(root().join(BUDGET)).with_context(|| format!("cannot read {BUDGET}"))
 }
 
 #[cfg(test)]

@@ -9,9 +9,11 @@ mod clients;
 mod cmd;
 mod demo;
 mod ebpf;
+mod initramfs;
 mod lab;
 mod report;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -31,7 +33,11 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Build the kernel programs, setting up their toolchain if it is missing.
-    BuildEbpf,
+    BuildEbpf {
+        /// Make what the verifier goes through the budget: of this kernel and those of the virtual machines.
+        #[arg(long)]
+        bless: bool,
+    },
     /// Check formatting, lints, documentation, dependencies and the import rules.
     Check,
     /// Show real clients getting their own role on a simulated node.
@@ -45,6 +51,9 @@ enum Command {
         /// Run this tier only.
         #[arg(long, value_enum)]
         tier: Option<test::Tier>,
+        /// Run the kernel tests in a virtual machine with this kernel only.
+        #[arg(long, value_enum, value_name = "KERNEL", conflicts_with = "tier")]
+        vm: Option<vm::Kernel>,
     },
     /// Start, enter and stop simulated nodes.
     #[command(subcommand)]
@@ -68,6 +77,9 @@ enum Command {
     /// Send requests and report how long each took.
     #[command(hide = true)]
     BenchLoad(bench::LoadArguments),
+    /// Be the first process of a virtual machine.
+    #[command(hide = true)]
+    VmInit(vm::GuestArguments),
 }
 
 fn main() -> ExitCode {
@@ -82,10 +94,10 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::BuildEbpf => ebpf::command()?,
+        Command::BuildEbpf { bless } => ebpf::command(bless)?,
         Command::Check => check::run()?,
         Command::Demo { json } => return demo::run(json),
-        Command::Test { tier } => return test::run(tier),
+        Command::Test { tier, vm } => return test::run(tier.or(vm.map(test::Tier::from))),
         Command::Lab(command) => lab::run(command)?,
         Command::Bench(bench::Command::Warm) => bench::warm()?,
         Command::LabEnter { entry, command } => {
@@ -94,6 +106,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::LabServe(arguments) => lab::serve(&arguments)?,
         Command::BenchServer(arguments) => bench::serve(&arguments)?,
         Command::BenchLoad(arguments) => bench::load(&arguments)?,
+        Command::VmInit(arguments) => match vm::run_guest(&arguments)? {},
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns the looks. Colours follow `NO_COLOR` and whether the output is a terminal.
 
-use std::{fmt::Display, io::IsTerminal as _};
+use std::fmt::Display;
 
 use anyhow::bail;
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
@@ -12,7 +12,8 @@ use owo_colors::{OwoColorize as _, Stream};
 pub(crate) fn table(columns: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header(columns);
-    if std::io::stdout().is_terminal() {
+    // A console on a serial line is a terminal without a width.
+    if table.width().is_some_and(|width| width > 0) {
         table.set_content_arrangement(ContentArrangement::Dynamic);
     }
     table

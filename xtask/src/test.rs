@@ -13,7 +13,7 @@ use lab::state::{self, State};
 use tokio::process::Command;
 
 use self::step::{Outcome, Step};
-use crate::{clients, ebpf, report};
+use crate::{clients, ebpf, report, vm};
 
 /// Seconds by step, in the workspace.
 const BUDGETS: &str = ".ci/budgets.toml";
@@ -30,6 +30,12 @@ pub(crate) enum Tier {
     Pipeline,
     /// The programs in the running kernel; needs root.
     Kernel,
+    /// The kernel tests in a virtual machine with Linux 6.1; needs Debian's packages.
+    #[value(name = "vm-6.1")]
+    Vm61,
+    /// The kernel tests in a virtual machine with Linux 6.12; needs Debian's packages.
+    #[value(name = "vm-6.12")]
+    Vm612,
     /// The release binary on a simulated node; needs root.
     Lab,
 }
@@ -40,6 +46,11 @@ type Budgets = BTreeMap<String, u64>;
 // === impl Tier ===
 
 impl Tier {
+    /// The kernel of the tier's virtual machine, if it has one.
+    fn vm(self) -> Option<vm::Kernel> {
+        vm::Kernel::ALL.into_iter().find(|&kernel| Self::from(kernel) == self)
+    }
+
     fn needs_root(self) -> bool {
         matches!(self, Self::Kernel | Self::Lab)
     }
@@ -60,6 +71,8 @@ impl Tier {
                 vec![selection]
             }
             Self::Kernel => vec![arguments("-p agent --features kernel-tests --test kernel")],
+            // Not by cargo on this machine.
+            Self::Vm61 | Self::Vm612 => Vec::new(),
             Self::Lab => vec![arguments("-p xtask --test lab")],
         })
     }
@@ -69,7 +82,18 @@ impl Tier {
             Self::Unit => "unit",
             Self::Pipeline => "pipeline",
             Self::Kernel => "kernel",
+            Self::Vm61 => "vm-6.1",
+            Self::Vm612 => "vm-6.12",
             Self::Lab => "lab",
+        }
+    }
+}
+
+impl From<vm::Kernel> for Tier {
+    fn from(kernel: vm::Kernel) -> Self {
+        match kernel {
+            vm::Kernel::V6_1 => Self::Vm61,
+            vm::Kernel::V6_12 => Self::Vm612,
         }
     }
 }
@@ -84,7 +108,10 @@ pub(crate) fn run(only: Option<Tier>) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut outcomes = Vec::new();
     for tier in tiers {
-        run_tier(tier, &budgets, &runtime, &mut outcomes)?;
+        match tier.vm() {
+            Some(kernel) => run_vm(tier, kernel, &budgets, &runtime, &mut outcomes)?,
+            None => run_tier(tier, &budgets, &runtime, &mut outcomes)?,
+        }
     }
     Ok(verdict(&outcomes))
 }
@@ -108,6 +135,10 @@ fn run_tier(
     } else {
         Vec::new()
     };
+    if tier == Tier::Kernel {
+        let step = Step::new(format!("{}: instructions", tier.name()), budget(budgets, "build-agent")?);
+        outcomes.push(step.measure(ebpf::check_workspace_budget));
+    }
     let compile = Step::new(format!("{}: compile", tier.name()), budget(budgets, "compile")?);
     let selection = tier.selection()?;
     // Examples in the documentation are compiled as they run.
@@ -127,6 +158,27 @@ fn run_tier(
     }
     if tier == Tier::Lab {
         remove_dead_labs()?;
+    }
+    Ok(())
+}
+
+/// Gets the machine ready, then lets it run the tests: two steps, so that each has a time of its own.
+fn run_vm(
+    tier: Tier,
+    kernel: vm::Kernel,
+    budgets: &Budgets,
+    runtime: &tokio::runtime::Runtime,
+    outcomes: &mut Vec<Outcome>,
+) -> anyhow::Result<()> {
+    let mut machine = None;
+    let prepare = Step::new(format!("{}: prepare", tier.name()), budget(budgets, "prepare-vm")?);
+    outcomes.push(prepare.measure(|| {
+        machine = Some(vm::prepare_tests(kernel)?);
+        Ok(())
+    }));
+    if let Some(machine) = machine {
+        let tests = Step::new(tier.name().to_owned(), budget(budgets, "vm")?).with_last_word(vm::SUCCESS);
+        outcomes.push(runtime.block_on(tests.run(vec![machine.into()]))?);
     }
     Ok(())
 }

@@ -24,6 +24,7 @@ use crate::report;
 pub(super) struct Step {
     name: String,
     budget: Duration,
+    last_word: Option<&'static str>,
 }
 
 /// What came of a step.
@@ -36,6 +37,8 @@ pub(super) struct Outcome {
     pub(super) failed: u64,
     ignored: u64,
     has_tests: bool,
+    /// A line that must still come.
+    missing: Option<&'static str>,
     /// Why the step failed, where that is no failing test.
     error: Option<String>,
 }
@@ -45,16 +48,26 @@ pub(super) struct Outcome {
 impl Step {
     pub(super) fn new(name: String, budget: Duration) -> Self {
         println!("\n{}", report::heading(&name));
-        Self { name, budget }
+        Self { name, budget, last_word: None }
+    }
+
+    /// The step fails unless its output has this line: for commands that cannot tell by their exit status.
+    pub(super) fn with_last_word(self, line: &'static str) -> Self {
+        Self { last_word: Some(line), ..self }
     }
 
     /// Times something that is no test.
     pub(super) fn measure(self, work: impl FnOnce() -> anyhow::Result<()>) -> Outcome {
         let began = Instant::now();
-        let error = work().err().map(|error| format!("{error:#}"));
+        let result = work();
         let mut outcome = self.outcome();
         outcome.took = began.elapsed();
-        outcome.error = error;
+        if let Err(error) = result {
+            let error = format!("{error:#}");
+            println!("{error}");
+            // The table has room for one line.
+            outcome.error = error.lines().next().map(str::to_owned);
+        }
         outcome
     }
 
@@ -65,14 +78,14 @@ impl Step {
         let deadline = tokio::time::Instant::now() + self.budget;
         let mut outcome = self.outcome();
         for mut command in commands {
-            // A group of its own: cargo's children are killed with it.
+            // A group of its own: the command's children are killed with it.
             let mut child = command
                 .process_group(0)
                 .stdin(Stdio::null())
                 .stdout(Stdio::piped())
                 .spawn()
-                .context("cannot run cargo")?;
-            let group = child.id().context("BUG: cargo was waited for already")?;
+                .with_context(|| format!("cannot run {}", command.as_std().get_program().display()))?;
+            let group = child.id().context("BUG: the command was waited for already")?;
             tokio::select! {
                 followed = timeout_at(deadline, outcome.follow(&mut child)) => {
                     if let Ok(followed) = followed {
@@ -101,6 +114,7 @@ impl Step {
             failed: 0,
             ignored: 0,
             has_tests: false,
+            missing: self.last_word,
             error: None,
         }
     }
@@ -115,17 +129,20 @@ impl Outcome {
         let mut lines = BufReader::new(stdout).lines();
         while let Some(line) = lines.next_line().await? {
             println!("{line}");
-            self.count(&line);
+            self.note(&line);
         }
         let status = child.wait().await?;
         if !status.success() && self.failed == 0 {
-            self.error = Some(format!("cargo: {status}"));
+            self.error = Some(status.to_string());
         }
         Ok(())
     }
 
-    /// Adds a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
-    fn count(&mut self, line: &str) {
+    /// Takes notice of the last word, and adds a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+    fn note(&mut self, line: &str) {
+        if self.missing == Some(line) {
+            self.missing = None;
+        }
         let Some(result) = line.strip_prefix("test result: ") else { return };
         self.has_tests = true;
         for part in result.split(['.', ';']) {
@@ -150,6 +167,8 @@ impl Outcome {
             Some(error.clone())
         } else if self.failed > 0 {
             Some("failed".to_owned())
+        } else if let Some(line) = self.missing {
+            Some(format!("ended without saying `{line}`"))
         } else if self.ignored > 0 {
             Some(format!("{} ignored: nothing may be skipped", self.ignored))
         } else if self.has_tests && self.passed == 0 {
@@ -168,7 +187,8 @@ impl Outcome {
 }
 
 fn kill_group(group: u32) -> anyhow::Result<()> {
-    killpg(Pid::from_raw(group.cast_signed()), Signal::SIGKILL).context("cannot kill cargo and its children")
+    killpg(Pid::from_raw(group.cast_signed()), Signal::SIGKILL)
+        .context("cannot kill a command and its children")
 }
 
 #[cfg(test)]
@@ -176,9 +196,10 @@ mod tests {
     use super::*;
 
     fn outcome(lines: &[&str]) -> Outcome {
-        let mut outcome = Step { name: "unit".to_owned(), budget: Duration::from_secs(1) }.outcome();
+        let mut outcome =
+            Step { name: "unit".to_owned(), budget: Duration::from_secs(1), last_word: None }.outcome();
         for line in lines {
-            outcome.count(line);
+            outcome.note(line);
         }
         outcome
     }
@@ -199,6 +220,17 @@ mod tests {
         let outcome =
             outcome(&["test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out"]);
         assert_eq!(outcome.problem().as_deref(), Some("1 ignored: nothing may be skipped"));
+    }
+
+    #[test]
+    fn a_step_without_its_last_word_is_a_failure() {
+        let step =
+            Step { name: "vm".to_owned(), budget: Duration::from_secs(1), last_word: Some("vm: success") };
+        let mut outcome = step.outcome();
+        outcome.note("test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured");
+        assert_eq!(outcome.problem().as_deref(), Some("ended without saying `vm: success`"));
+        outcome.note("vm: success");
+        assert_eq!(outcome.problem(), None);
     }
 
     #[test]

@@ -1,0 +1,205 @@
+//! The kernel tests on other kernels: Debian's cloud kernels in QEMU, without an installed system.
+//!
+//! Owns the virtual machine: its kernel, its initramfs, its command line. What happens inside is `guest`'s; who runs
+//! it, watches it and counts the tests is the caller.
+
+mod guest;
+mod image;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, bail};
+use clap::ValueEnum;
+
+pub(crate) use self::guest::{GuestArguments, SUCCESS, run as run_guest};
+use crate::{
+    apt, cmd,
+    ebpf::{self, Counts},
+    initramfs::Initramfs,
+};
+
+/// The program that emulates the machine, and its package.
+const QEMU: &str = "qemu-system-x86_64";
+const QEMU_PACKAGE: &str = "qemu-system-x86";
+/// Debian's cloud kernels and the emulated machine are for this architecture.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// There is no C library in the machine.
+const RUSTFLAGS: &str = "-C target-feature=+crt-static";
+/// This program's hidden command that is the machine's first process.
+const INIT_COMMAND: &str = "vm-init";
+
+/// How long a machine may take that runs no tests, in seconds.
+const MEASURE_SECONDS: &str = "60";
+
+/// A kernel to test on: Amazon Linux 2023 has both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kernel {
+    /// The oldest that podgate supports.
+    #[value(name = "6.1")]
+    V6_1,
+    /// The next with long-term support that Amazon Linux has.
+    #[value(name = "6.12")]
+    V6_12,
+}
+
+/// The programs of the machine, linked statically.
+struct Binaries {
+    init: PathBuf,
+    tests: PathBuf,
+}
+
+// === impl Kernel ===
+
+impl Kernel {
+    /// Every kernel.
+    pub(crate) const ALL: [Self; 2] = [Self::V6_1, Self::V6_12];
+
+    /// Its series, as people call it.
+    pub(crate) fn series(self) -> &'static str {
+        match self {
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+        }
+    }
+
+    /// Debian's package that always depends on the newest image.
+    fn package(self) -> &'static str {
+        match self {
+            Self::V6_1 => "linux-image-cloud-amd64",
+            Self::V6_12 => "linux-image-6.12-cloud-amd64",
+        }
+    }
+}
+
+/// Gets everything that the machine needs; the command that boots it, runs the kernel tests and powers it off. Its
+/// console is the command's standard output, and has the line [`SUCCESS`] if all is well.
+pub(crate) fn prepare_tests(kernel: Kernel) -> anyhow::Result<Command> {
+    prepare(kernel, "")
+}
+
+/// Asks the kernel's verifier how many instructions it goes through for each program.
+pub(crate) fn measure(kernel: Kernel) -> anyhow::Result<Counts> {
+    let qemu = prepare(kernel, guest::MEASURE)?;
+    eprintln!("  kernel {} …", kernel.series());
+    let mut limited = Command::new("timeout");
+    let console = cmd::ask(limited.arg(MEASURE_SECONDS).arg(qemu.get_program()).args(qemu.get_args()))?;
+    if !console.lines().any(|line| line.trim_end() == SUCCESS) {
+        bail!("the virtual machine with kernel {} did not measure anything:\n{console}", kernel.series());
+    }
+    Ok(guest::measured(&console))
+}
+
+fn prepare(kernel: Kernel, arguments: &str) -> anyhow::Result<Command> {
+    if env::consts::ARCH != "x86_64" {
+        bail!(
+            "the virtual machine's kernels and tests are for x86-64, and this machine is {}",
+            env::consts::ARCH
+        );
+    }
+    let directory = ebpf::target_directory().join("vm");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    if !cmd::is_in_path(QEMU) {
+        if !apt::is_usable() {
+            let missing = format!("{QEMU} is not installed: it is in Debian's package {QEMU_PACKAGE}");
+            return Err(cmd::Missing(missing).into());
+        }
+        apt::install("the virtual machine", &[QEMU_PACKAGE])?;
+    }
+    let image = image::get(kernel.package(), &directory)?;
+    let object = ebpf::build_object()?.path;
+    let binaries = build_binaries(&object)?;
+    let initramfs = directory.join(format!("{}.cpio", kernel.series()));
+    fs::write(&initramfs, pack(&binaries, &object)?)
+        .with_context(|| format!("cannot write {}", initramfs.display()))?;
+    Ok(boot(&image, &initramfs, arguments))
+}
+
+/// Builds the kernel tests and this program for a machine without libraries. In a directory of their own: with
+/// other flags, everything else would be built anew each time.
+fn build_binaries(object: &Path) -> anyhow::Result<Binaries> {
+    let directory = ebpf::target_directory().join("vm-build");
+    let build = || {
+        let mut build = ebpf::cargo();
+        build
+            .args(["build", "--target", TARGET, "--target-dir"])
+            .arg(&directory)
+            .args(["--package", "agent", "--features", "agent/kernel-tests", "--test", "kernel"])
+            .args(["--package", "xtask", "--bin", "xtask"])
+            .env("RUSTFLAGS", RUSTFLAGS)
+            // The machine holds its files in memory.
+            .env("CARGO_PROFILE_DEV_DEBUG", "false")
+            .env(ebpf::OBJECT_VARIABLE, object);
+        build
+    };
+    cmd::run("static kernel tests", &mut build())?;
+    // Nothing is left to do but to say where everything is.
+    let messages = cmd::ask(build().args(["--quiet", "--message-format", "json"]))?;
+    Ok(Binaries { init: executable(&messages, "xtask")?, tests: executable(&messages, "kernel")? })
+}
+
+/// The program of the target `name` in cargo's messages.
+fn executable(messages: &str, name: &str) -> anyhow::Result<PathBuf> {
+    let mut executables = messages.lines().filter_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        let executable = message["executable"].as_str()?;
+        (message["target"]["name"] == name).then(|| executable.into())
+    });
+    executables.next_back().with_context(|| format!("BUG: cargo has built no {name}"))
+}
+
+fn pack(binaries: &Binaries, object: &Path) -> anyhow::Result<Vec<u8>> {
+    let mut initramfs = Initramfs::default();
+    for name in guest::DIRECTORIES {
+        initramfs.directory(name)?;
+    }
+    let budget = ebpf::root().join(ebpf::BUDGET);
+    for (name, path) in [
+        (guest::INIT, &*binaries.init),
+        (guest::TESTS, &*binaries.tests),
+        (guest::OBJECT, object),
+        (guest::BUDGET, &*budget),
+    ] {
+        let content = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        initramfs.file(name, &content)?;
+    }
+    initramfs.finish()
+}
+
+/// A kernel that gets stuck or finds itself broken panics; a panic is a reboot, and a reboot ends QEMU. What the kernel
+/// does not know, it gives to the first process: `NAME=VALUE` as environment, and what comes after `--` as arguments.
+fn boot(image: &Path, initramfs: &Path, arguments: &str) -> Command {
+    let mut qemu = Command::new(QEMU);
+    let append = format!(
+        "console=ttyS0 quiet oops=panic softlockup_panic=1 hung_task_panic=1 panic=-1 rdinit=/{} \
+         NO_COLOR=1 -- {INIT_COMMAND} {arguments}",
+        guest::INIT
+    );
+    qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"])
+        // Emulated: hardware virtualisation within virtual machines is not to be relied on.
+        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"])
+        .arg("-kernel")
+        .arg(image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args(["-append", &append]);
+    qemu
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_program_of_that_name_is_taken() {
+        let messages = r#"{"reason":"compiler-artifact","target":{"name":"kernel"},"executable":null}
+{"reason":"compiler-artifact","target":{"name":"xtask"},"executable":"/target/xtask"}
+{"reason":"compiler-artifact","target":{"name":"kernel"},"executable":"/target/kernel-0123"}
+{"reason":"build-finished","success":true}"#;
+        assert_eq!(executable(messages, "kernel").unwrap(), Path::new("/target/kernel-0123"));
+        assert!(executable(messages, "podgate").is_err());
+    }
+}
