@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener as StdListener},
+    net::{IpAddr, SocketAddr, TcpListener as StdListener},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::Arc,
     time::Duration,
@@ -30,6 +30,8 @@ pub struct Accepted {
     pub stream: TcpStream,
     /// What the kernel vouches for; none for an anonymous caller.
     pub origin: Option<Origin>,
+    /// The address that it came from.
+    pub peer: IpAddr,
 }
 
 /// Makes a listener whose accepted sockets can carry an origin.
@@ -73,8 +75,8 @@ pub async fn accept(
             () = drain.begun() => break,
         };
         match accepted {
-            Ok((stream, _)) => {
-                if let Some(accepted) = identify(stream, &*origins) {
+            Ok((stream, peer)) => {
+                if let Some(accepted) = identify(stream, peer.ip(), &*origins) {
                     serve(accepted);
                 }
             }
@@ -86,9 +88,9 @@ pub async fn accept(
         }
     }
     let listener = listener.into_std()?;
-    while let Ok((stream, _)) = listener.accept() {
+    while let Ok((stream, peer)) = listener.accept() {
         stream.set_nonblocking(true)?;
-        if let Some(accepted) = identify(TcpStream::from_std(stream)?, &*origins) {
+        if let Some(accepted) = identify(TcpStream::from_std(stream)?, peer.ip(), &*origins) {
             serve(accepted);
         }
     }
@@ -97,11 +99,11 @@ pub async fn accept(
 
 /// `None`, and the connection is closed, when the kernel cannot be asked: nobody is taken for anonymous because
 /// of a failure.
-fn identify(stream: TcpStream, origins: &dyn OriginLookup) -> Option<Accepted> {
+fn identify(stream: TcpStream, peer: IpAddr, origins: &dyn OriginLookup) -> Option<Accepted> {
     // Small answers to small requests.
     let _ = stream.set_nodelay(true);
     match origins.origin(stream.as_fd()) {
-        Ok(origin) => Some(Accepted { stream, origin }),
+        Ok(origin) => Some(Accepted { stream, origin, peer }),
         Err(error) => {
             error!(%error, "cannot ask the kernel who dialled; the connection is closed");
             None

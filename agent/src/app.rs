@@ -42,13 +42,10 @@ use crate::{
     dialect::imds_token::ImdsTokens,
     drain::drain,
     enforce::Enforcer,
-    identity::{
-        CallerResolver, Pods,
-        cgroupfs::{self, CgroupPaths},
-        tree,
-    },
+    identity::{CallerResolver, Pods, cgroupfs, network::Networks, tree},
     intercept::{self, Interceptor, OriginLookup},
     link::{self, Addresses, Link},
+    policies::Policies,
     policy,
     serve::{Server, metrics::RequestMetrics},
     whois::Whois,
@@ -56,8 +53,8 @@ use crate::{
 
 /// The maps are made anew with each agent, so each is the first to use them.
 const GENERATION: u64 = 1;
-/// News of pods that wait to be applied.
-const POD_EVENTS: usize = 1024;
+/// News of pods and namespaces that wait to be applied.
+const CLUSTER_EVENTS: usize = 1024;
 
 /// Why the agent cannot run, or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -117,6 +114,8 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let node = Node::find(&config.cgroup_root)?;
     let (interceptor, origins) = load(&config, &node)?;
     let pods = Arc::<Pods>::default();
+    let networks = Arc::new(Networks::new(node.host_netns_cookie));
+    let policies = Policies { defaults: config.defaults, namespaces: Arc::default() };
 
     let mut registry = Registry::default();
     let request_metrics = RequestMetrics::register(&mut registry);
@@ -125,32 +124,38 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let whois = Whois {
         kubepods: Arc::clone(&node.kubepods),
         pods: Arc::clone(&pods),
-        defaults: config.defaults,
+        policies: policies.clone(),
         own: node.own_pod,
     };
     serve_operators(&config, &probes, whois, &mut tasks).await?;
 
-    let kube = kube_identity::client(config.kube_identity, &config.node_name).await?;
+    let kube = kube_identity::clients(config.kube_identity, &config.node_name).await?;
     let aws = aws::config().await;
     aws::check(&aws).await;
-    let cgroups = Arc::clone(&node.kubepods);
-    let server = Arc::new(server(&config, cgroups, &pods, kube.clone(), &aws, request_metrics)?);
+    let resolver = CallerResolver::new(Arc::clone(&node.kubepods), Arc::clone(&pods), Arc::clone(&networks));
+    let tokens = Tokens::new(&config.kubelet_root, kube.node.clone());
+    let server = Arc::new(server(&config, policies.clone(), resolver, tokens, &aws, request_metrics)?);
 
-    let (pod_events, received) = mpsc::channel(POD_EVENTS);
+    let (cluster_events, received) = mpsc::channel(CLUSTER_EVENTS);
     let (synced, mut is_synced) = watch::channel(false);
     let (first, cgroups) = tree::follow(node.kubepods.path())
         .map_err(|source| Error::CgroupRead { path: node.kubepods.path().to_owned(), source })?;
+    let namespaces = Arc::clone(&policies.namespaces);
     let enforcer = Enforcer {
-        defaults: config.defaults,
+        policies,
         map: Arc::clone(&interceptor),
         own: node.own_pod,
         pods: Arc::clone(&pods),
+        networks,
         engine: Arc::clone(&server.engine),
     };
     tasks.spawn("the policies' upkeep", enforcer.run(first, cgroups, received, synced));
-    let node_name = config.node_name.clone();
+    let (node_name, events) = (config.node_name.clone(), cluster_events.clone());
     tasks.spawn("the watch of pods", async move {
-        pods.follow(Api::all(kube), &node_name, pod_events).await;
+        pods.follow(Api::all(kube.node), &node_name, events).await;
+    });
+    tasks.spawn("the watch of namespaces", async move {
+        namespaces.follow(Api::all(kube.own), cluster_events).await;
     });
     // Existing pods have their policies before the first of their dials is decided. Without the API server
     // nothing is intercepted yet, and the agent is not ready.
@@ -175,21 +180,19 @@ pub async fn run(config: Config) -> Result<(), Error> {
 /// Builds the stages behind an accepted connection.
 pub fn server(
     config: &Config,
-    cgroups: impl CgroupPaths,
-    pods: &Arc<Pods>,
-    kube: kube::Client,
+    policies: Policies,
+    resolver: CallerResolver,
+    tokens: Tokens,
     aws: &SdkConfig,
     metrics: RequestMetrics,
 ) -> Result<Server<NodeSource>, Error> {
     let mut imds_key = [0; 32];
     getrandom::fill(&mut imds_key).map_err(Error::Randomness)?;
+    let eks_auth = EksAuth::new(aws, &config.cluster_name, &config.node_name);
     Ok(Server {
-        defaults: config.defaults,
-        resolver: CallerResolver::new(cgroups, Arc::clone(pods)),
-        engine: Arc::new(Engine::new(NodeSource {
-            tokens: Tokens::new(&config.kubelet_root, kube),
-            eks_auth: EksAuth::new(aws, &config.cluster_name, &config.node_name),
-        })),
+        policies,
+        resolver,
+        engine: Arc::new(Engine::new(NodeSource { tokens, eks_auth })),
         imds_tokens: ImdsTokens::new(&imds_key),
         metrics,
     })
@@ -198,8 +201,9 @@ pub fn server(
 /// Loads the kernel side. Nothing is attached yet.
 fn load(config: &Config, node: &Node) -> Result<(SharedInterceptor, Arc<dyn OriginLookup>), Error> {
     let mut interceptor = Interceptor::load(&node.settings()?)?;
-    let unknown = policy::unknown_pod(&config.defaults);
-    interceptor.set_unknown_pods(unknown, unknown)?;
+    // Until pods and namespaces are known; nothing is attached before.
+    let unknown = policy::unknown_pod(config.defaults.imds.max(config.defaults.imds_floor));
+    interceptor.set_unknown_pods(unknown, PodPolicy::EXEMPT)?;
     // Before anything is attached: the agent's own calls must never meet its own programs.
     if let Some(own) = node.own_pod {
         interceptor.set_policy(own, PodPolicy::EXEMPT)?;

@@ -38,6 +38,9 @@ pub struct Flags {
     /// What a pod's dials to the instance metadata service get: off, audit, intercept or deny.
     #[arg(long, env = "PODGATE_IMDS", default_value = "audit")]
     pub imds: String,
+    /// No annotation loosens the mode below this one: off, audit, intercept or deny.
+    #[arg(long, env = "PODGATE_IMDS_FLOOR", default_value = "off")]
+    pub imds_floor: String,
     /// Whether pods may use IMDSv1, which any server that fetches URLs can be tricked into: allow or deny.
     #[arg(long, env = "PODGATE_IMDS_V1", default_value = "deny")]
     pub imds_v1: String,
@@ -154,6 +157,7 @@ impl Config {
         let kubelet_root = problems.check("kubelet-root", &flags.kubelet_root, absolute);
         let bpffs = problems.check("bpffs", &flags.bpffs, absolute);
         let imds = problems.check("imds", &flags.imds, imds_mode);
+        let imds_floor = problems.check("imds-floor", &flags.imds_floor, imds_mode);
         let imds_v1 = problems.check("imds-v1", &flags.imds_v1, allow_or_deny);
         let target_v4 = problems.check("target-v4", &flags.target_v4, target_v4);
         let target_v6 = problems.check("target-v6", &flags.target_v6, target_v6);
@@ -174,7 +178,7 @@ impl Config {
                 cgroup_root: cgroup_root?,
                 kubelet_root: kubelet_root?,
                 bpffs: bpffs?,
-                defaults: Defaults { imds: imds?, imds_v1: imds_v1? },
+                defaults: Defaults { imds: imds?, imds_floor: imds_floor?, imds_v1: imds_v1? },
                 target_v4: target_v4?,
                 target_v6: target_v6?,
                 link: link?,
@@ -361,7 +365,10 @@ mod tests {
     #[test]
     fn the_defaults_are_valid() {
         let config = parse(&[]).unwrap();
-        assert_eq!(config.defaults, Defaults { imds: ImdsMode::Audit, imds_v1: false });
+        assert_eq!(
+            config.defaults,
+            Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false }
+        );
         assert_eq!(config.target_v4.unwrap().to_string(), "169.254.170.23:80");
         assert_eq!(config.kube_identity, KubeIdentity::AssociatedNode);
     }
@@ -371,6 +378,7 @@ mod tests {
         let problems = parse(&[
             "--cgroup-root=kubepods",
             "--imds=maybe",
+            "--imds-floor=low",
             "--imds-v1=yes",
             "--target-v4=10.0.0.1:80",
             "--target-v6=[fe80::1]:80",
@@ -388,6 +396,7 @@ mod tests {
             [
                 "cgroup-root",
                 "imds",
+                "imds-floor",
                 "imds-v1",
                 "target-v4",
                 "target-v6",

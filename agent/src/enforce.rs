@@ -1,7 +1,7 @@
 //! Keeps the kernel's policies equal to what `policy` decides for the pods of this node, and forgets pods that
 //! are gone.
 //!
-//! Owns the join of the two things known of a pod, its object and its cgroup; never decides.
+//! Owns the join of what is known of a pod, its object, its namespace and its cgroup; never decides.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -11,17 +11,19 @@ use std::{
 use agent_common::policy::PodPolicy;
 use futures::{Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     credentials::cache::{CredentialSource, Engine},
     identity::{
         Pod, PodUid, Pods,
-        pods::PodEvent,
+        network::Networks,
         tree::{PodCgroup, TreeEvent},
+        watch::ClusterEvent,
     },
     intercept::{self, Interceptor},
-    policy::{Defaults, Policy},
+    policies::Policies,
+    policy::{self, Place, Policy},
 };
 
 /// Where policies go. A trait because only root has the kernel's map.
@@ -30,35 +32,50 @@ pub trait PolicyMap: Send + 'static {
     fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), intercept::Error>;
     /// Takes it away.
     fn remove(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
-}
-
-/// Applies what happens to pods and their cgroups.
-#[derive(Debug)]
-pub struct Enforcer<M, S> {
-    /// What pods get unless something more particular says otherwise.
-    pub defaults: Defaults,
-    /// The kernel's map.
-    pub map: M,
-    /// The cgroup of podgate's own pod, which stays exempt.
-    pub own: Option<u64>,
-    /// The pods of this node.
-    pub pods: Arc<Pods>,
-    /// Their credentials.
-    pub engine: Arc<S>,
-}
-
-/// What is known of the pods' cgroups.
-#[derive(Default)]
-struct State {
-    cgroups: HashMap<PodUid, u64>,
-    /// Pods that the API server has no more, but whose cgroup may still be there.
-    deleted: HashSet<PodUid>,
+    /// Gives a policy to pods that have none of their own yet: one to those in a network of their own, one to those on
+    /// the host's.
+    fn set_unknown(
+        &self,
+        in_pod_network: PodPolicy,
+        on_host_network: PodPolicy,
+    ) -> Result<(), intercept::Error>;
 }
 
 /// Drops a pod's credentials.
 pub trait Forget: Send + Sync + 'static {
     /// The pod is gone.
     fn forget(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
+}
+
+/// Applies what happens to pods, namespaces and cgroups.
+#[derive(Debug)]
+pub struct Enforcer<M, S> {
+    /// What pods get.
+    pub policies: Policies,
+    /// The kernel's map.
+    pub map: M,
+    /// The cgroup of podgate's own pod, which stays exempt.
+    pub own: Option<u64>,
+    /// The pods of this node.
+    pub pods: Arc<Pods>,
+    /// Their networks.
+    pub networks: Arc<Networks>,
+    /// Their credentials.
+    pub engine: Arc<S>,
+}
+
+/// What is known of the pods.
+#[derive(Default)]
+struct State {
+    cgroups: HashMap<PodUid, u64>,
+    /// The policies in the kernel's map.
+    in_force: HashMap<PodUid, Policy>,
+    /// Pods that the API server has no more, but whose cgroup may still be there.
+    deleted: HashSet<PodUid>,
+    /// What pods get that are not in the map, in a network of their own and on the host's.
+    unknown: Option<(PodPolicy, PodPolicy)>,
+    pods_synced: bool,
+    namespaces_synced: bool,
 }
 
 // === impl Interceptor, Engine ===
@@ -70,6 +87,14 @@ impl PolicyMap for Arc<Mutex<Interceptor>> {
 
     fn remove(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
         self.lock().unwrap_or_else(PoisonError::into_inner).remove_policy(pod_cgroup_id)
+    }
+
+    fn set_unknown(
+        &self,
+        in_pod_network: PodPolicy,
+        on_host_network: PodPolicy,
+    ) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_unknown_pods(in_pod_network, on_host_network)
     }
 }
 
@@ -88,7 +113,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
         self,
         first: Vec<TreeEvent>,
         mut tree: impl Stream<Item = TreeEvent> + Unpin,
-        mut events: mpsc::Receiver<PodEvent>,
+        mut events: mpsc::Receiver<ClusterEvent>,
         synced: watch::Sender<bool>,
     ) {
         let mut state = State::default();
@@ -98,14 +123,12 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
         loop {
             tokio::select! {
                 Some(event) = tree.next() => self.on_tree(&mut state, event).await,
-                Some(event) = events.recv() => match event {
-                    PodEvent::Changed(pod) => self.on_changed(&mut state, &pod),
-                    PodEvent::Deleted(uid) => self.on_deleted(&mut state, uid).await,
-                    PodEvent::Synced => {
-                        synced.send_replace(true);
-                    }
-                },
+                Some(event) = events.recv() => self.on_cluster(&mut state, event).await,
                 else => return,
+            }
+            self.apply_unknown(&mut state);
+            if state.pods_synced && state.namespaces_synced {
+                synced.send_replace(true);
             }
         }
     }
@@ -114,8 +137,9 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
         match event {
             TreeEvent::Appeared(PodCgroup { uid, id }) => {
                 state.cgroups.insert(uid, id);
+                state.in_force.remove(&uid);
                 if let Some(pod) = self.pods.get(uid) {
-                    self.apply(&pod, id);
+                    self.apply(state, &pod);
                 }
             }
             TreeEvent::Gone(PodCgroup { uid, id }) => {
@@ -127,6 +151,8 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 // Made anew, as when the kubelet starts over: then another cgroup is the pod's.
                 if state.cgroups.get(&uid) == Some(&id) {
                     state.cgroups.remove(&uid);
+                    state.in_force.remove(&uid);
+                    self.networks.forget(uid);
                     self.engine.forget(uid).await;
                     if state.deleted.remove(&uid) {
                         self.pods.forget(uid);
@@ -136,10 +162,24 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
         }
     }
 
-    fn on_changed(&self, state: &mut State, pod: &Pod) {
-        state.deleted.remove(&pod.uid);
-        if let Some(id) = state.cgroups.get(&pod.uid) {
-            self.apply(pod, *id);
+    async fn on_cluster(&self, state: &mut State, event: ClusterEvent) {
+        match event {
+            ClusterEvent::PodChanged(pod) => {
+                state.deleted.remove(&pod.uid);
+                report(&pod.annotations, Place::Pod, &pod.full_name());
+                self.apply(state, &pod);
+            }
+            ClusterEvent::PodDeleted(uid) => self.on_deleted(state, uid).await,
+            ClusterEvent::PodsSynced => state.pods_synced = true,
+            ClusterEvent::NamespaceChanged(name) => {
+                if let Some(annotations) = self.policies.namespaces.get(&name) {
+                    report(&annotations, Place::Namespace, &name);
+                }
+                for pod in self.pods.of_namespace(&name) {
+                    self.apply(state, &pod);
+                }
+            }
+            ClusterEvent::NamespacesSynced => state.namespaces_synced = true,
         }
     }
 
@@ -154,15 +194,18 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
         }
     }
 
-    fn apply(&self, pod: &Pod, id: u64) {
-        if Some(id) == self.own {
+    /// Puts a pod's policy into force, once its cgroup and its namespace are known.
+    fn apply(&self, state: &mut State, pod: &Pod) {
+        let Some(&id) = state.cgroups.get(&pod.uid) else { return };
+        let Some(policy) = self.policies.of(pod).filter(|_| Some(id) != self.own) else { return };
+        if state.in_force.get(&pod.uid) == Some(&policy) {
             return;
         }
-        let policy = Policy::decide(&self.defaults, pod);
         match self.map.set(id, policy.kernel()) {
             Ok(()) => {
+                state.in_force.insert(pod.uid, policy);
                 info!(pod.uid = %pod.uid, pod.name = pod.full_name(), imds = ?policy.imds, reason = ?policy.reason,
-                    "a pod's policy is in force");
+                    pod_identity = policy.pod_identity, "a pod's policy is in force");
             }
             Err(error) => {
                 error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(),
@@ -170,112 +213,29 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
             }
         }
     }
+
+    /// What pods get that have no policy yet: as strict as anybody on this node may be.
+    fn apply_unknown(&self, state: &mut State) {
+        let here = state.in_force.values().map(|policy| policy.imds).max();
+        let strictest = self.policies.strictest();
+        let unknown = policy::unknown_pod(here.map_or(strictest, |here| here.max(strictest)));
+        let on_host_network = if self.policies.ask_for_host_network() { unknown } else { PodPolicy::EXEMPT };
+        if state.unknown == Some((unknown, on_host_network)) {
+            return;
+        }
+        match self.map.set_unknown(unknown, on_host_network) {
+            Ok(()) => state.unknown = Some((unknown, on_host_network)),
+            Err(error) => error!(%error, "cannot tell the kernel what pods get that it does not know"),
+        }
+    }
+}
+
+/// Says which annotations cannot be read.
+fn report(annotations: &policy::Annotations, place: Place, whose: &str) {
+    for unreadable in policy::unreadable(annotations, place) {
+        warn!(of = whose, "{unreadable}; the strictest that fits applies");
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use agent_common::policy::{IMDS_INTERCEPT, IMDS_OFF};
-
-    use super::*;
-    use crate::{policy::ImdsMode, testing::pod};
-
-    #[derive(Clone, Default)]
-    struct FakeMap(Arc<Mutex<HashMap<u64, PodPolicy>>>);
-
-    #[derive(Default)]
-    struct FakeEngine(Mutex<Vec<PodUid>>);
-
-    impl PolicyMap for FakeMap {
-        fn set(&self, id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
-            self.0.lock().unwrap().insert(id, policy);
-            Ok(())
-        }
-
-        fn remove(&self, id: u64) -> Result<(), intercept::Error> {
-            self.0.lock().unwrap().remove(&id);
-            Ok(())
-        }
-    }
-
-    impl Forget for FakeEngine {
-        async fn forget(&self, uid: PodUid) {
-            self.0.lock().unwrap().push(uid);
-        }
-    }
-
-    fn enforcer() -> (FakeMap, Enforcer<FakeMap, FakeEngine>, State) {
-        let map = FakeMap::default();
-        let enforcer = Enforcer {
-            defaults: Defaults { imds: ImdsMode::Intercept, imds_v1: false },
-            map: map.clone(),
-            own: Some(1),
-            pods: Arc::default(),
-            engine: Arc::default(),
-        };
-        (map, enforcer, State::default())
-    }
-
-    fn imds(map: &FakeMap, id: u64) -> Option<u32> {
-        map.0.lock().unwrap().get(&id).map(|policy| policy.imds)
-    }
-
-    #[tokio::test]
-    async fn a_policy_is_in_force_once_object_and_cgroup_are_there_in_either_order() {
-        let (map, enforcer, mut state) = enforcer();
-        let (first, second) = (Arc::new(pod("app", "web")), Arc::new(pod("app", "web")));
-        enforcer.pods.insert(&first);
-        enforcer.on_changed(&mut state, &first);
-        assert_eq!(imds(&map, 10), None);
-        enforcer.on_tree(&mut state, TreeEvent::Appeared(PodCgroup { uid: first.uid, id: 10 })).await;
-        assert_eq!(imds(&map, 10), Some(IMDS_INTERCEPT));
-
-        enforcer.on_tree(&mut state, TreeEvent::Appeared(PodCgroup { uid: second.uid, id: 20 })).await;
-        assert_eq!(imds(&map, 20), None);
-        enforcer.on_changed(&mut state, &second);
-        assert_eq!(imds(&map, 20), Some(IMDS_INTERCEPT));
-    }
-
-    #[tokio::test]
-    async fn a_change_of_the_pod_changes_its_policy() {
-        let (map, enforcer, mut state) = enforcer();
-        let before = pod("app", "web");
-        enforcer.on_tree(&mut state, TreeEvent::Appeared(PodCgroup { uid: before.uid, id: 10 })).await;
-        enforcer.on_changed(&mut state, &before);
-        let after = Pod { host_network: true, ..before };
-        enforcer.on_changed(&mut state, &after);
-        assert_eq!(imds(&map, 10), Some(IMDS_OFF));
-    }
-
-    #[tokio::test]
-    async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
-        let (map, enforcer, mut state) = enforcer();
-        let pod = Arc::new(pod("app", "web"));
-        enforcer.pods.insert(&pod);
-        enforcer.on_tree(&mut state, TreeEvent::Appeared(PodCgroup { uid: pod.uid, id: 10 })).await;
-        enforcer.on_deleted(&mut state, pod.uid).await;
-        assert!(enforcer.pods.get(pod.uid).is_some() && imds(&map, 10).is_some());
-        assert!(enforcer.engine.0.lock().unwrap().is_empty());
-        enforcer.on_tree(&mut state, TreeEvent::Gone(PodCgroup { uid: pod.uid, id: 10 })).await;
-        assert!(enforcer.pods.get(pod.uid).is_none() && imds(&map, 10).is_none());
-        assert_eq!(*enforcer.engine.0.lock().unwrap(), [pod.uid]);
-    }
-
-    #[tokio::test]
-    async fn a_pod_without_a_cgroup_is_forgotten_at_once() {
-        let (_, enforcer, mut state) = enforcer();
-        let pod = Arc::new(pod("app", "web"));
-        enforcer.pods.insert(&pod);
-        enforcer.on_deleted(&mut state, pod.uid).await;
-        assert!(enforcer.pods.get(pod.uid).is_none());
-    }
-
-    #[tokio::test]
-    async fn podgate_s_own_pod_keeps_its_exemption() {
-        let (map, enforcer, mut state) = enforcer();
-        map.set(1, PodPolicy::EXEMPT).unwrap();
-        let own = Arc::new(pod("kube-system", "podgate"));
-        enforcer.on_tree(&mut state, TreeEvent::Appeared(PodCgroup { uid: own.uid, id: 1 })).await;
-        enforcer.on_changed(&mut state, &own);
-        assert_eq!(imds(&map, 1), Some(IMDS_OFF));
-    }
-}
+mod tests;

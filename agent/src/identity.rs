@@ -2,24 +2,47 @@
 //!
 //! Owns that chain and its refusals; never falls back to a weaker identity, never sees a credential.
 
-use std::{io, sync::Arc, time::Instant};
+use std::{io, net::IpAddr, path::PathBuf, sync::Arc, time::Instant};
 
 use agent_common::origin::Origin;
 
 pub mod cgroup;
 pub mod cgroupfs;
+pub mod namespaces;
+pub mod network;
 pub mod pods;
 pub mod tree;
+pub mod watch;
 
 pub use cgroup::PodUid;
+pub use namespaces::Namespaces;
 pub use pods::{Pod, Pods, ServiceAccountRef};
 
-use self::{cgroup::Owner, cgroupfs::CgroupPaths};
+use self::{
+    cgroup::Owner,
+    cgroupfs::CgroupPaths,
+    network::{Networks, PodProcesses, Verdict},
+};
+
+/// What of the node's kernel identity depends on.
+pub trait NodeFacts: CgroupPaths + PodProcesses {}
+
+impl<T: CgroupPaths + PodProcesses> NodeFacts for T {}
 
 /// Resolves callers.
 pub struct CallerResolver {
-    cgroups: Box<dyn CgroupPaths>,
+    node: Arc<dyn NodeFacts>,
     pods: Arc<Pods>,
+    networks: Arc<Networks>,
+}
+
+/// The pod whose cgroup dialled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dialler {
+    /// The pod.
+    pub uid: PodUid,
+    /// Its own cgroup, relative to kubepods.
+    pub cgroup: PathBuf,
 }
 
 /// Why a caller has no identity.
@@ -57,20 +80,26 @@ pub enum Error {
         /// The pod.
         uid: PodUid,
     },
+    /// The dial came through a network that is not the pod's.
+    #[error("pod {pod} dialled from a network that is not its own, as a mesh's proxy does")]
+    ForeignNetwork {
+        /// The pod, as `namespace/name`.
+        pod: String,
+    },
 }
 
 // === impl CallerResolver ===
 
 impl CallerResolver {
-    /// Resolves by the paths of `cgroups` and the pods in `pods`.
-    pub fn new(cgroups: impl CgroupPaths, pods: Arc<Pods>) -> Self {
-        Self { cgroups: Box::new(cgroups), pods }
+    /// Resolves by what `node` tells and the pods in `pods`. `networks` is what is known of pods' networks.
+    pub fn new(node: impl NodeFacts, pods: Arc<Pods>, networks: Arc<Networks>) -> Self {
+        Self { node: Arc::new(node), pods, networks }
     }
 
-    /// The pod's UID, from the cgroup that dialled; needs nothing but the kernel.
-    pub fn uid(&self, origin: &Origin) -> Result<PodUid, Error> {
+    /// The pod whose cgroup dialled; needs nothing but the kernel.
+    pub fn dialler(&self, origin: &Origin) -> Result<Dialler, Error> {
         let cgroup_id = origin.cgroup_id;
-        let path = self.cgroups.below_kubepods(cgroup_id).map_err(|source| {
+        let path = self.node.below_kubepods(cgroup_id).map_err(|source| {
             if source.raw_os_error() == Some(rustix::io::Errno::STALE.raw_os_error()) {
                 Error::CgroupGone { cgroup_id }
             } else {
@@ -79,7 +108,7 @@ impl CallerResolver {
         })?;
         let found = path.as_deref().and_then(cgroup::parse).ok_or(Error::NotAPod { cgroup_id })?;
         match found.owner {
-            Owner::Pod(uid) => Ok(uid),
+            Owner::Pod(uid) => Ok(Dialler { uid, cgroup: found.pod }),
             Owner::StaticPod(config_hash) => Err(Error::StaticPod { config_hash }),
         }
     }
@@ -92,6 +121,27 @@ impl CallerResolver {
     /// The pod, if the watch has shown it.
     pub fn known(&self, uid: PodUid) -> Option<Arc<Pod>> {
         self.pods.get(uid)
+    }
+
+    /// Makes sure that the dial came from the pod's own network, and so from the pod itself.
+    pub async fn own_network(
+        &self,
+        pod: &Arc<Pod>,
+        dialler: &Dialler,
+        origin: &Origin,
+        peer: IpAddr,
+    ) -> Result<(), Error> {
+        let cookie = origin.netns_cookie;
+        let verdict = match self.networks.judge(pod, cookie, peer) {
+            Verdict::Unproven => {
+                let (node, cgroup) = (Arc::clone(&self.node), dialler.cgroup.clone());
+                let asked = tokio::task::spawn_blocking(move || node.network(&cgroup)).await;
+                // Whatever fails here proves nothing.
+                self.networks.prove(pod, cookie, asked.ok().and_then(Result::ok).flatten())
+            }
+            verdict => verdict,
+        };
+        if verdict == Verdict::Own { Ok(()) } else { Err(Error::ForeignNetwork { pod: pod.full_name() }) }
     }
 }
 

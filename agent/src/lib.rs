@@ -26,6 +26,8 @@ pub mod error;
 pub mod identity;
 pub mod intercept;
 pub mod link;
+pub mod netns;
+pub mod policies;
 pub mod policy;
 pub mod preflight;
 pub mod secret;

@@ -1,25 +1,44 @@
-//! What a pod may do, decided from the operator's defaults and the pod itself.
+//! What a pod may do, decided from the operator's defaults, its namespace and the pod itself.
 //!
 //! Owns the rules and the reason given for each outcome; never touches a map, a watch or a request.
 
-use std::str::FromStr;
+use std::{collections::BTreeMap, fmt, str::FromStr};
 
-use agent_common::policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_ON, PodPolicy};
+use agent_common::policy::{
+    IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy,
+};
 use serde::Serialize;
 
 use crate::identity::Pod;
 
-/// Pod annotation that allows IMDSv1 to the pod's own role: `allow`.
+mod annotation;
+
+use self::annotation::{Allowance, Read, Switch, read};
+
+/// Namespace and pod annotation: the mode of dials to IMDS. A namespace's goes anywhere above the floor; a pod's
+/// only tightens, since a tenant must not give itself the node's role.
+pub const ANNOTATION_IMDS: &str = "podgate.dev/imds";
+/// Namespace annotation, `true` or `false`: whether pods may loosen their mode too, down to the floor.
+pub const ANNOTATION_IMDS_POD_OVERRIDE: &str = "podgate.dev/imds-pod-override";
+/// Namespace and pod annotation, `on` or `off`: whether podgate answers at 169.254.170.23. Where a namespace says
+/// `on`, a pod cannot say `off`.
+pub const ANNOTATION_POD_IDENTITY: &str = "podgate.dev/pod-identity";
+/// Namespace and pod annotation, `allow` or `deny`: IMDSv1, for the pod's own role.
 pub const ANNOTATION_IMDS_V1: &str = "podgate.dev/imds-v1";
-/// Pod annotation that serves the container endpoints from the cgroup alone although the pod has a token:
-/// `allow`.
+/// Namespace and pod annotation, `allow` or `deny`: the container endpoints from the cgroup alone although the
+/// pod has a token.
 pub const ANNOTATION_TOKENLESS: &str = "podgate.dev/tokenless";
+
+/// Annotations by their whole name.
+pub type Annotations = BTreeMap<String, String>;
 
 /// What pods get unless something more particular says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Defaults {
     /// What a pod's dials to the instance metadata service get.
     pub imds: ImdsMode,
+    /// No annotation goes below it, but for pods on the host's network.
+    pub imds_floor: ImdsMode,
     /// Whether IMDSv1 is answered.
     pub imds_v1: bool,
 }
@@ -43,12 +62,14 @@ pub enum ImdsMode {
 pub struct Policy {
     /// What its dials to the instance metadata service get.
     pub imds: ImdsMode,
+    /// Why.
+    pub reason: Reason,
+    /// Whether podgate answers at 169.254.170.23 and 169.254.170.2.
+    pub pod_identity: bool,
     /// Whether it may use IMDSv1.
     pub imds_v1: bool,
     /// Whether the container endpoints serve it from its cgroup alone.
     pub tokenless: bool,
-    /// Why `imds` is what it is.
-    pub reason: Reason,
 }
 
 /// Why a pod's mode is what it is.
@@ -57,8 +78,39 @@ pub struct Policy {
 pub enum Reason {
     /// The operator's `--imds`.
     Default,
-    /// Pods on the host's network are outside the default: the CNI lives there.
+    /// The operator's `--imds-floor`.
+    Floor,
+    /// Pods on the host's network are outside default and floor: the CNI lives there.
     HostNetwork,
+    /// The pod has an identity of its own; on any error of Pod Identity some SDKs would go on to IMDS and end up
+    /// with the node's role.
+    Injected,
+    /// The namespace's annotation.
+    Namespace,
+    /// The pod's annotation.
+    Pod,
+    /// An annotation that cannot be read: whoever wrote it meant something.
+    Unreadable,
+}
+
+/// An annotation whose value is none of those that it may have. The strictest that fits applies instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unreadable<'a> {
+    /// The annotation.
+    pub annotation: &'static str,
+    /// Its value.
+    pub value: &'a str,
+    /// Whether it is the namespace's or the pod's.
+    pub place: Place,
+}
+
+/// Where an annotation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On the namespace.
+    Namespace,
+    /// On the pod.
+    Pod,
 }
 
 // === impl ImdsMode ===
@@ -72,6 +124,11 @@ impl ImdsMode {
             Self::Intercept => IMDS_INTERCEPT,
             Self::Deny => IMDS_DENY,
         }
+    }
+
+    /// Whether the node's role is out of reach.
+    pub fn is_strict(self) -> bool {
+        self >= Self::Intercept
     }
 }
 
@@ -92,97 +149,121 @@ impl FromStr for ImdsMode {
 // === impl Policy ===
 
 impl Policy {
-    /// Decides for a known pod.
-    pub fn decide(defaults: &Defaults, pod: &Pod) -> Self {
-        let allows = |annotation| pod.annotations.get(annotation).is_some_and(|value| value == "allow");
-        let (imds, reason) = if pod.host_network {
-            (ImdsMode::Off, Reason::HostNetwork)
-        } else {
-            (defaults.imds, Reason::Default)
+    /// Decides for a known pod in a namespace with these annotations.
+    pub fn decide(defaults: &Defaults, namespace: &Annotations, pod: &Pod) -> Self {
+        let (imds, reason) = imds(*defaults, namespace, pod);
+        let pod_identity = pod_identity(namespace, pod);
+        // The pod's word before its namespace's: these two expose nothing but its own role.
+        let allowance = |annotation, default| {
+            [&pod.annotations, namespace]
+                .into_iter()
+                .find_map(|place| match read::<Allowance>(place, annotation) {
+                    Read::Absent => None,
+                    Read::Value(value) => Some(value == Allowance::Allow),
+                    Read::Unreadable(_) => Some(false),
+                })
+                .unwrap_or(default)
         };
         Self {
             imds,
-            imds_v1: defaults.imds_v1 || allows(ANNOTATION_IMDS_V1),
-            // A pod with a token must send it: a request that forgot it is more likely forged than old.
-            tokenless: allows(ANNOTATION_TOKENLESS) || (!pod.token_volume && imds == ImdsMode::Intercept),
             reason,
+            pod_identity,
+            imds_v1: allowance(ANNOTATION_IMDS_V1, defaults.imds_v1),
+            // A pod with a token must send it: a request that forgot it is more likely forged than old.
+            tokenless: allowance(ANNOTATION_TOKENLESS, !pod.token_volume && imds == ImdsMode::Intercept),
         }
     }
 
     /// The policy as the kernel's programs read it.
     pub const fn kernel(&self) -> PodPolicy {
-        PodPolicy { imds: self.imds.code(), pod_identity: POD_IDENTITY_ON }
+        let pod_identity = if self.pod_identity { POD_IDENTITY_ON } else { POD_IDENTITY_OFF };
+        PodPolicy { imds: self.imds.code(), pod_identity }
     }
 }
 
-/// What the kernel does with a pod whose policy it does not have yet. As long as anybody is to be intercepted
-/// it is intercepted too: SDKs keep for hours what one untouched dial got them.
-pub const fn unknown_pod(defaults: &Defaults) -> PodPolicy {
-    let imds = match defaults.imds {
-        ImdsMode::Off | ImdsMode::Audit => defaults.imds,
-        ImdsMode::Intercept | ImdsMode::Deny => ImdsMode::Intercept,
+/// The mode: the default, then the namespace, then the pod.
+fn imds(defaults: Defaults, namespace: &Annotations, pod: &Pod) -> (ImdsMode, Reason) {
+    let (base, floor) = if pod.host_network {
+        ((ImdsMode::Off, Reason::HostNetwork), ImdsMode::Off)
+    } else if pod.injected && !defaults.imds.is_strict() {
+        ((ImdsMode::Intercept, Reason::Injected), defaults.imds_floor)
+    } else {
+        ((defaults.imds, Reason::Default), defaults.imds_floor)
     };
+    let raised = |(mode, reason)| if mode < floor { (floor, Reason::Floor) } else { (mode, reason) };
+    let guarded = |inherited: (ImdsMode, Reason)| {
+        if inherited.0.is_strict() { inherited } else { (ImdsMode::Intercept, Reason::Unreadable) }
+    };
+    let of_namespace = raised(match read(namespace, ANNOTATION_IMDS) {
+        Read::Absent => base,
+        Read::Value(mode) => (mode, Reason::Namespace),
+        Read::Unreadable(_) => guarded(base),
+    });
+    let may_loosen = matches!(read(namespace, ANNOTATION_IMDS_POD_OVERRIDE), Read::Value(true));
+    match read(&pod.annotations, ANNOTATION_IMDS) {
+        Read::Value(mode) if may_loosen || mode > of_namespace.0 => raised((mode, Reason::Pod)),
+        Read::Absent | Read::Value(_) => of_namespace,
+        Read::Unreadable(_) => guarded(of_namespace),
+    }
+}
+
+/// `on` is the stricter: the kernel vouches for callers then.
+fn pod_identity(namespace: &Annotations, pod: &Pod) -> bool {
+    let says = |place| match read::<Switch>(place, ANNOTATION_POD_IDENTITY) {
+        Read::Absent => None,
+        Read::Value(switch) => Some(switch == Switch::On),
+        Read::Unreadable(_) => Some(true),
+    };
+    match (says(namespace), says(&pod.annotations)) {
+        (Some(true), _) | (_, Some(true)) | (None, None) => true,
+        (Some(false), _) | (None, Some(false)) => false,
+    }
+}
+
+/// Every annotation of a namespace or a pod that cannot be read.
+pub fn unreadable(annotations: &Annotations, place: Place) -> Vec<Unreadable<'_>> {
+    let bad = |annotation, value| Unreadable { annotation, value, place };
+    let mut found = Vec::new();
+    if let Read::Unreadable(value) = read::<ImdsMode>(annotations, ANNOTATION_IMDS) {
+        found.push(bad(ANNOTATION_IMDS, value));
+    }
+    if let Read::Unreadable(value) = read::<Switch>(annotations, ANNOTATION_POD_IDENTITY) {
+        found.push(bad(ANNOTATION_POD_IDENTITY, value));
+    }
+    for annotation in [ANNOTATION_IMDS_V1, ANNOTATION_TOKENLESS] {
+        if let Read::Unreadable(value) = read::<Allowance>(annotations, annotation) {
+            found.push(bad(annotation, value));
+        }
+    }
+    if let (Place::Namespace, Read::Unreadable(value)) =
+        (place, read::<bool>(annotations, ANNOTATION_IMDS_POD_OVERRIDE))
+    {
+        found.push(bad(ANNOTATION_IMDS_POD_OVERRIDE, value));
+    }
+    found
+}
+
+/// What the kernel does with a pod whose policy it does not have yet, on a node where `strictest` is the strictest
+/// mode of anybody. As long as anybody is to be intercepted it is intercepted too: SDKs keep for hours what one
+/// untouched dial got them.
+pub fn unknown_pod(strictest: ImdsMode) -> PodPolicy {
+    let imds = if strictest.is_strict() { ImdsMode::Intercept } else { strictest };
     PodPolicy { imds: imds.code(), pod_identity: POD_IDENTITY_ON }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::pod;
+// === impl Unreadable ===
 
-    fn defaults(imds: ImdsMode) -> Defaults {
-        Defaults { imds, imds_v1: false }
-    }
-
-    #[test]
-    fn a_pod_gets_the_default_unless_it_is_on_the_host_s_network() {
-        for imds in [ImdsMode::Off, ImdsMode::Audit, ImdsMode::Intercept, ImdsMode::Deny] {
-            let policy = Policy::decide(&defaults(imds), &pod("app", "web"));
-            assert_eq!((policy.imds, policy.reason), (imds, Reason::Default));
-            let host = Pod { host_network: true, ..pod("app", "web") };
-            let policy = Policy::decide(&defaults(imds), &host);
-            assert_eq!((policy.imds, policy.reason), (ImdsMode::Off, Reason::HostNetwork));
-        }
-    }
-
-    #[test]
-    fn imds_v1_is_for_those_who_ask_for_it() {
-        let defaults = defaults(ImdsMode::Intercept);
-        for (value, allowed) in [("allow", true), ("deny", false), ("yes", false), ("", false)] {
-            let mut pod = pod("app", "web");
-            pod.annotations.insert(ANNOTATION_IMDS_V1.into(), value.into());
-            assert_eq!(Policy::decide(&defaults, &pod).imds_v1, allowed, "{value:?}");
-        }
-        assert!(!Policy::decide(&defaults, &pod("app", "web")).imds_v1);
-        assert!(Policy::decide(&Defaults { imds_v1: true, ..defaults }, &pod("app", "web")).imds_v1);
-    }
-
-    #[test]
-    fn a_pod_that_has_a_token_must_send_it() {
-        let cases = [
-            // mode, has the volume, annotation, served from its cgroup alone
-            (ImdsMode::Intercept, false, None, true),
-            (ImdsMode::Intercept, true, None, false),
-            (ImdsMode::Intercept, true, Some("allow"), true),
-            (ImdsMode::Audit, false, None, false),
-            (ImdsMode::Audit, false, Some("allow"), true),
-            (ImdsMode::Deny, false, None, false),
-        ];
-        for (imds, token_volume, annotation, tokenless) in cases {
-            let mut pod = Pod { token_volume, ..pod("app", "web") };
-            if let Some(value) = annotation {
-                pod.annotations.insert(ANNOTATION_TOKENLESS.into(), value.into());
-            }
-            let policy = Policy::decide(&defaults(imds), &pod);
-            assert_eq!(policy.tokenless, tokenless, "{imds:?} {token_volume} {annotation:?}");
-        }
-    }
-
-    #[test]
-    fn an_unknown_pod_is_intercepted_as_soon_as_anybody_is() {
-        assert_eq!(unknown_pod(&defaults(ImdsMode::Off)).imds, IMDS_OFF);
-        assert_eq!(unknown_pod(&defaults(ImdsMode::Audit)).imds, IMDS_AUDIT);
-        assert_eq!(unknown_pod(&defaults(ImdsMode::Intercept)).imds, IMDS_INTERCEPT);
-        assert_eq!(unknown_pod(&defaults(ImdsMode::Deny)).imds, IMDS_INTERCEPT);
+impl fmt::Display for Unreadable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = match self.place {
+            Place::Namespace => "namespace",
+            Place::Pod => "pod",
+        };
+        // A tenant's text: short, and without control characters.
+        let value: String = self.value.chars().take(40).collect();
+        write!(f, "the {place}'s annotation {} has the unknown value {value:?}", self.annotation)
     }
 }
+
+#[cfg(test)]
+mod tests;

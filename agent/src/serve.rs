@@ -5,6 +5,7 @@
 
 use std::{
     convert::Infallible,
+    net::IpAddr,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
@@ -35,8 +36,9 @@ use crate::{
         pod_identity::{self, SentToken},
     },
     drain::DrainWatch,
-    identity::{CallerResolver, Pod, PodUid},
-    policy::{Defaults, ImdsMode, Policy},
+    identity::{CallerResolver, Dialler, Pod, PodUid},
+    policies::Policies,
+    policy::{ImdsMode, Policy},
 };
 
 /// Every request is answered by then: SDKs give up at one second.
@@ -49,8 +51,8 @@ const HEAD_MAX: usize = 32 * 1024;
 /// Serves callers.
 #[derive(Debug)]
 pub struct Server<S> {
-    /// What pods get unless something more particular says otherwise.
-    pub defaults: Defaults,
+    /// What pods may do.
+    pub policies: Policies,
     /// Who a caller is.
     pub resolver: CallerResolver,
     /// What it gets.
@@ -64,7 +66,10 @@ pub struct Server<S> {
 /// A connection and what is known of it: the kernel's word does not change during its life.
 struct Connection {
     origin: Option<Origin>,
-    uid: OnceLock<PodUid>,
+    peer: IpAddr,
+    dialler: OnceLock<Dialler>,
+    /// Set once the dial is known to be from the pod's own network.
+    own_network: OnceLock<()>,
 }
 
 // === impl Server ===
@@ -72,8 +77,8 @@ struct Connection {
 impl<S: CredentialSource> Server<S> {
     /// Serves one connection to its end. When `drain` begins, the request in flight is the last.
     pub async fn connection(self: Arc<Self>, accepted: Accepted, mut drain: DrainWatch) {
-        let Accepted { stream, origin } = accepted;
-        let connection = Connection { origin, uid: OnceLock::new() };
+        let Accepted { stream, origin, peer } = accepted;
+        let connection = Connection { origin, peer, dialler: OnceLock::new(), own_network: OnceLock::new() };
         let service =
             service_fn(|request| async { Ok::<_, Infallible>(self.request(&connection, request).await) });
         let served = http1::Builder::new()
@@ -109,13 +114,14 @@ impl<S: CredentialSource> Server<S> {
             }
         };
         self.metrics.count(dialect, response.status());
-        let pod = connection.uid.get().and_then(|uid| self.resolver.known(*uid));
+        let uid = connection.uid();
+        let pod = uid.and_then(|uid| self.resolver.known(uid));
         info!(
             target: "access",
             dialect = dialect.label(),
             status = response.status().as_u16(),
             outcome = &*outcome,
-            pod.uid = connection.uid.get().map(tracing::field::display),
+            pod.uid = uid.map(tracing::field::display),
             pod.name = pod.as_deref().map(Pod::full_name),
             sa = pod.as_deref().map(|pod| tracing::field::display(&pod.service_account)),
             process = connection.origin.as_ref().map(process),
@@ -157,28 +163,30 @@ impl<S: CredentialSource> Server<S> {
         sent: Option<SentToken>,
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Refusal> {
-        let Some(origin) = &connection.origin else {
-            let SentToken { token, claims } = sent.ok_or_else(|| pod_identity::no_token(""))?;
-            let answer = self.engine.for_token(token, claims, deadline).await;
-            return answer.map_err(|error| refusal::credentials(&error, None));
+        let vouched = match &connection.origin {
+            None => None,
+            Some(origin) => self.vouched(connection, origin, sent.as_ref(), deadline).await?,
         };
-        let uid = self.uid(connection, origin)?;
-        let (proof, pod) = match sent {
-            Some(sent) if sent.claims.pod == Some(uid) => (Proof::Own(sent.token), self.resolver.known(uid)),
-            Some(_) => return Err(refusal::somebody_else_s_token()),
-            None => {
-                let pod = self.pod(uid, deadline).await?;
-                if !Policy::decide(&self.defaults, &pod).tokenless {
+        let (proof, pod) = match (vouched, sent) {
+            (None, None) => return Err(pod_identity::no_token("")),
+            (None, Some(SentToken { token, claims })) => {
+                let answer = self.engine.for_token(token, claims, deadline).await;
+                return answer.map_err(|error| refusal::credentials(&error, None));
+            }
+            (Some(pod), Some(sent)) if sent.claims.pod == Some(pod.uid) => (Proof::Own(sent.token), pod),
+            (Some(_), Some(_)) => return Err(refusal::somebody_else_s_token()),
+            (Some(pod), None) => {
+                if !self.policy(&pod, deadline).await?.tokenless {
                     return Err(pod_identity::no_token(refusal::TOKENLESS_HINT));
                 }
                 if is_forwarded(&head.headers) {
                     return Err(forwarded());
                 }
-                (Proof::OnBehalf(Arc::clone(&pod)), Some(pod))
+                (Proof::OnBehalf(Arc::clone(&pod)), pod)
             }
         };
-        let answer = self.engine.for_pod(uid, proof, deadline).await;
-        answer.map_err(|error| refusal::credentials(&error, pod.as_deref()))
+        let answer = self.engine.for_pod(pod.uid, proof, deadline).await;
+        answer.map_err(|error| refusal::credentials(&error, Some(&pod)))
     }
 
     async fn imds(
@@ -190,7 +198,7 @@ impl<S: CredentialSource> Server<S> {
     ) -> Result<Response, Refusal> {
         let origin = connection.origin.as_ref().ok_or_else(refusal::anonymous)?;
         let ask = imds::ask(head)?;
-        let uid = self.uid(connection, origin)?;
+        let uid = self.dialler(connection, origin)?.uid;
         let (session, path) = match ask {
             // Never waits for anything: every SDK that knows IMDSv2 begins here.
             imds::Ask::Token { ttl_secs } => {
@@ -203,21 +211,9 @@ impl<S: CredentialSource> Server<S> {
         {
             return Err(imds::bad_session());
         }
-        let pod = self.pod(uid, deadline).await?;
-        let policy = Policy::decide(&self.defaults, &pod);
-        match policy.imds {
-            ImdsMode::Intercept => {}
-            ImdsMode::Deny => return Err(refusal::denied()),
-            ImdsMode::Off | ImdsMode::Audit => return Err(refusal::not_intercepted()),
-        }
-        if session.is_none() {
-            if !policy.imds_v1 {
-                return Err(imds::v1_is_off());
-            }
-            if is_forwarded(&head.headers) {
-                return Err(forwarded());
-            }
-        }
+        let vouched = self.vouched(connection, origin, None, deadline).await?;
+        let pod = vouched.ok_or_else(refusal::anonymous)?;
+        allow_read(self.policy(&pod, deadline).await?, head, session.is_some())?;
         let asked = match path {
             ReadPath::Roles => None,
             ReadPath::Role(role) => Some(role),
@@ -231,27 +227,81 @@ impl<S: CredentialSource> Server<S> {
         }
     }
 
-    fn uid(&self, connection: &Connection, origin: &Origin) -> Result<PodUid, Refusal> {
-        if let Some(uid) = connection.uid.get() {
-            return Ok(*uid);
-        }
-        let uid = self.resolver.uid(origin).map_err(|error| refusal::identity(&error))?;
-        Ok(*connection.uid.get_or_init(|| uid))
+    async fn policy(&self, pod: &Pod, deadline: Instant) -> Result<Policy, Refusal> {
+        self.policies.wait(pod, deadline).await.ok_or_else(|| refusal::namespace_unknown(pod))
     }
 
-    async fn pod(&self, uid: PodUid, deadline: Instant) -> Result<Arc<Pod>, Refusal> {
-        self.resolver.pod(uid, deadline).await.map_err(|error| refusal::identity(&error))
+    /// The pod that dialled, if the dial came from its own network. One through another's is not the pod's own: with a
+    /// token it is anonymous, without one it is refused.
+    async fn vouched(
+        &self,
+        connection: &Connection,
+        origin: &Origin,
+        sent: Option<&SentToken>,
+        deadline: Instant,
+    ) -> Result<Option<Arc<Pod>>, Refusal> {
+        let dialler = self.dialler(connection, origin)?;
+        let pod = match sent {
+            // The token names the very pod whose cgroup dialled: EKS Auth knows it, even if the watch does not yet.
+            Some(sent) if sent.claims.pod == Some(dialler.uid) => self.resolver.known(dialler.uid),
+            _ => Some(
+                self.resolver.pod(dialler.uid, deadline).await.map_err(|error| refusal::identity(&error))?,
+            ),
+        };
+        let Some(pod) = pod else { return Ok(None) };
+        if connection.own_network.get().is_some() {
+            return Ok(Some(pod));
+        }
+        match self.resolver.own_network(&pod, dialler, origin, connection.peer).await {
+            Ok(()) => {
+                let _ = connection.own_network.set(());
+                Ok(Some(pod))
+            }
+            Err(error) if sent.is_none() => Err(refusal::foreign_network(&error)),
+            Err(error) => {
+                debug!(%error, "the kernel's word does not count, the token must");
+                Ok(None)
+            }
+        }
+    }
+
+    fn dialler<'a>(&self, connection: &'a Connection, origin: &Origin) -> Result<&'a Dialler, Refusal> {
+        if let Some(dialler) = connection.dialler.get() {
+            return Ok(dialler);
+        }
+        let dialler = self.resolver.dialler(origin).map_err(|error| refusal::identity(&error))?;
+        Ok(connection.dialler.get_or_init(|| dialler))
     }
 }
 
 // === impl Connection ===
 
 impl Connection {
+    fn uid(&self) -> Option<PodUid> {
+        self.dialler.get().map(|dialler| dialler.uid)
+    }
+
     /// The service that the caller dialled. Without an origin nobody knows: where it arrived is the target of
     /// every dial.
     fn dialled(&self) -> Option<Service> {
         self.origin.as_ref().and_then(|origin| origin.orig_dst.service())
     }
+}
+
+/// Whether the pod may read from IMDS here and now. The kernel has asked this when it dialled; it may have changed.
+fn allow_read(policy: Policy, head: &Parts, has_session: bool) -> Result<(), Refusal> {
+    match policy.imds {
+        ImdsMode::Intercept => {}
+        ImdsMode::Deny => return Err(refusal::denied()),
+        ImdsMode::Off | ImdsMode::Audit => return Err(refusal::not_intercepted()),
+    }
+    if has_session {
+        return Ok(());
+    }
+    if !policy.imds_v1 {
+        return Err(imds::v1_is_off());
+    }
+    if is_forwarded(&head.headers) { Err(forwarded()) } else { Ok(()) }
 }
 
 /// The dialling process, as `name/pid`.
@@ -266,7 +316,7 @@ fn log_refusal(connection: &Connection, dialect: Dialect, refusal: &Refusal) {
     if refusal.status.is_server_error() || refusal.status == StatusCode::FORBIDDEN {
         warn!(
             dialect = dialect.label(),
-            pod.uid = connection.uid.get().map(tracing::field::display),
+            pod.uid = connection.uid().map(tracing::field::display),
             reason = refusal.message,
             "a caller was refused"
         );

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     io,
     os::fd::BorrowedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     credentials::{Credentials, Role, jwt::Claims},
-    identity::{Pod, PodUid, ServiceAccountRef, cgroupfs::CgroupPaths},
+    identity::{Pod, PodUid, ServiceAccountRef, cgroupfs::CgroupPaths, network::PodProcesses},
     intercept::{self, OriginLookup},
 };
 
@@ -26,6 +26,8 @@ pub fn pod(namespace: &str, name: &str) -> Pod {
         service_account: ServiceAccountRef { namespace: namespace.to_owned(), name: name.to_owned() },
         host_network: false,
         token_volume: false,
+        injected: false,
+        ips: vec![],
         annotations: BTreeMap::new(),
     }
 }
@@ -44,9 +46,12 @@ pub fn claims(pod: PodUid) -> Claims {
     Claims { pod: Some(pod) }
 }
 
-/// Stands in for cgroup2: the test says which id has which path.
+/// Stands in for cgroup2: the test says which id has which path, and which pod which network.
 #[derive(Debug, Default)]
-pub struct FakeCgroups(Mutex<HashMap<u64, PathBuf>>);
+pub struct FakeCgroups {
+    paths: Mutex<HashMap<u64, PathBuf>>,
+    networks: Mutex<HashMap<PathBuf, u64>>,
+}
 
 /// Stands in for the kernel: every connection accepted has this origin.
 #[derive(Debug, Default)]
@@ -57,13 +62,24 @@ pub struct FakeOrigins(Mutex<Option<Origin>>);
 impl FakeCgroups {
     /// From now on the cgroup has this path, relative to kubepods.
     pub fn set(&self, cgroup_id: u64, path: impl Into<PathBuf>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(cgroup_id, path.into());
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner).insert(cgroup_id, path.into());
+    }
+
+    /// From now on the processes of the pod at this path are in this network.
+    pub fn set_network(&self, pod: impl Into<PathBuf>, cookie: u64) {
+        self.networks.lock().unwrap_or_else(PoisonError::into_inner).insert(pod.into(), cookie);
+    }
+}
+
+impl PodProcesses for std::sync::Arc<FakeCgroups> {
+    fn network(&self, pod: &Path) -> io::Result<Option<u64>> {
+        Ok(self.networks.lock().unwrap_or_else(PoisonError::into_inner).get(pod).copied())
     }
 }
 
 impl CgroupPaths for std::sync::Arc<FakeCgroups> {
     fn below_kubepods(&self, cgroup_id: u64) -> io::Result<Option<PathBuf>> {
-        Ok(self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&cgroup_id).cloned())
+        Ok(self.paths.lock().unwrap_or_else(PoisonError::into_inner).get(&cgroup_id).cloned())
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
         cgroup::{self, Owner},
         cgroupfs::{self, Kubepods},
     },
-    policy::{Defaults, Policy},
+    policies::Policies,
 };
 
 /// Answers for processes of this node.
@@ -23,8 +23,8 @@ pub struct Whois {
     pub kubepods: Arc<Kubepods>,
     /// The pods of this node.
     pub pods: Arc<Pods>,
-    /// What pods get unless something more particular says otherwise.
-    pub defaults: Defaults,
+    /// What pods may do.
+    pub policies: Policies,
     /// The cgroup of podgate's own pod.
     pub own: Option<u64>,
 }
@@ -86,9 +86,12 @@ impl Whois {
                 match self.pods.get(uid) {
                     None => "the API server has not shown this pod yet: its requests wait".to_owned(),
                     Some(pod) => {
-                        let policy = Policy::decide(&self.defaults, &pod);
                         answer.pod = Some(pod.full_name());
                         answer.service_account = Some(pod.service_account.to_string());
+                        let Some(policy) = self.policies.of(&pod) else {
+                            let because = "the API server has not shown its namespace yet".to_owned();
+                            return Ok(Answer { because, ..answer });
+                        };
                         answer.imds = Some(label(&policy.imds));
                         format!(
                             "its cgroup is the pod's, and the pod runs under it; mode: {}",

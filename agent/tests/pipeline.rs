@@ -198,6 +198,16 @@ async fn a_stolen_token_is_worthless_to_a_pod() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stolen_token_is_worthless_to_a_pod_that_the_watch_has_not_shown() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let victim = injected(&node);
+    node.dial_as(&node.cgroup_of("thief", "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11"), POD_IDENTITY);
+    let answer = node.get("/v1/credentials", &[("Authorization", &victim.token(&node))]).await;
+    assert_eq!(answer.status, 503, "{answer:?}");
+    assert_eq!(node.eks_auth.calls(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_has_a_token_must_send_it() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
@@ -209,6 +219,51 @@ async fn a_pod_that_has_a_token_must_send_it() {
     pod.kubelet_writes(&node, &pod.token(&node));
     node.dial_as(&pod, IMDS);
     assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mesh_s_proxy_that_dials_for_others_gets_neither_role_and_keeps_the_token_path() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let application = injected(&node);
+    node.eks_auth.associate("app", "proxy", "proxy-role");
+    let proxy = node.pod("proxy-0", "proxy", |_| {});
+    // The proxy's own dials, from its own network, are its own.
+    node.dial_as(&proxy, POD_IDENTITY);
+    assert_eq!(node.role_of(&node.get("/v1/credentials", &[]).await), "proxy-role for proxy-0");
+
+    for address in [POD_IDENTITY, ECS, IMDS] {
+        node.dial_through_another_network(&proxy, address);
+        let refused = match address {
+            IMDS => imds_v2(&node, ROLES).await,
+            _ => node.get("/v1/credentials", &[("Host", address)]).await,
+        };
+        assert_eq!(refused.status, 403, "{refused:?}");
+        assert!(refused.body.contains("exclude 169.254.169.254/32"), "{refused:?}");
+    }
+    node.dial_through_another_network(&proxy, POD_IDENTITY);
+    let token = application.token(&node);
+    let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
+    assert_eq!(node.role_of(&answer), "web-role for web-0", "as with the stock agent");
+    // A token that names the proxy gets nothing that is kept for the proxy.
+    let (signed, _) = proxy.token(&node).rsplit_once('.').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    let forged = format!("{signed}.Zm9yZ2Vk");
+    assert_eq!(node.get("/v1/credentials", &[("Authorization", &forged)]).await.status, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn annotations_of_pod_and_namespace_decide_at_once() {
+    let node = Node::start(ImdsMode::Audit).await;
+    let pod = web(&node);
+    node.dial_as(&pod, IMDS);
+    assert_eq!(imds_v2(&node, ROLES).await.status, 503, "audit: not ours");
+    node.cluster.annotate_namespace("app", "podgate.dev/imds", Some("intercept"));
+    node.until(|| async { imds_v2(&node, ROLES).await.status == 200 }).await;
+    node.cluster.annotate_pod("app", "web-0", "podgate.dev/imds", Some("deny"));
+    node.until(|| async { imds_v2(&node, ROLES).await.status == 403 }).await;
+    node.cluster.annotate_pod("app", "web-0", "podgate.dev/imds", Some("off"));
+    node.until(|| async { imds_v2(&node, ROLES).await.status == 200 }).await;
+    node.cluster.annotate_namespace("app", "podgate.dev/imds-v1", Some("allow"));
+    node.until(|| async { node.get(ROLES, &[]).await.status == 200 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

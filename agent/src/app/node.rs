@@ -22,6 +22,8 @@ pub(super) struct Node {
     pub(super) kubepods: Arc<Kubepods>,
     /// The cgroup of podgate's own pod, unless it does not run as one.
     pub(super) own_pod: Option<u64>,
+    /// The network namespace that the agent is in, which is the host's.
+    pub(super) host_netns_cookie: u64,
     agent_cgroup: PathBuf,
 }
 
@@ -37,7 +39,8 @@ impl Node {
         if own_pod.is_none() {
             info!(cgroup = %agent_cgroup.display(), "podgate is not in a pod's cgroup");
         }
-        Ok(Self { kubepods: Arc::new(kubepods), own_pod, agent_cgroup })
+        let host_netns_cookie = netns::own_cookie().map_err(Error::NetworkNamespace)?;
+        Ok(Self { kubepods: Arc::new(kubepods), own_pod, host_netns_cookie, agent_cgroup })
     }
 
     /// What the programs need to know of it.
@@ -47,7 +50,7 @@ impl Node {
             agent_cgroup: self.agent_cgroup.clone(),
             kubepods_level: self.kubepods.level(),
             kubepods_id: read_id(self.kubepods.path())?,
-            host_netns_cookie: netns::own_cookie().map_err(Error::NetworkNamespace)?,
+            host_netns_cookie: self.host_netns_cookie,
             ticket_key: TicketKey::random()?,
         })
     }

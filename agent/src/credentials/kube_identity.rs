@@ -22,18 +22,38 @@ pub enum Error {
     Client(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// A client that acts as `identity` says.
+/// The agent's clients.
+#[derive(Clone)]
+pub struct Clients {
+    /// For the node's pods and their tokens: acts as `--kube-identity` says.
+    pub node: Client,
+    /// For what is the agent's own: namespaces.
+    pub own: Client,
+}
+
+/// Clients for the API server.
 ///
 /// As its associated node (KEP-5284, on by default from Kubernetes 1.36) the agent needs no right of its own on
 /// pods and tokens, and the Node authorizer limits it to the pods of its node.
-pub async fn client(identity: KubeIdentity, node_name: &str) -> Result<Client, Error> {
+pub async fn clients(identity: KubeIdentity, node_name: &str) -> Result<Clients, Error> {
     let mut config = Config::infer().await.map_err(|error| Error::Infer(error.into()))?;
     // The client would try again for minutes; the watch backs off by itself, and a pod waits for a token.
     config.default_retry = false;
     // Longer than the server ends a watch by itself: only a server that hangs is given up.
     config.read_timeout = Some(READ_TIMEOUT);
+    let own = client(config.clone())?;
     if identity == KubeIdentity::AssociatedNode {
         config.auth_info.impersonate = Some(format!("system:node:{node_name}"));
     }
+    Ok(Clients { node: client(config)?, own })
+}
+
+fn client(config: Config) -> Result<Client, Error> {
     Client::try_from(config).map_err(|error| Error::Client(error.into()))
+}
+
+impl std::fmt::Debug for Clients {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Clients").finish_non_exhaustive()
+    }
 }

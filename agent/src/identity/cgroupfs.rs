@@ -14,6 +14,8 @@ use std::{
 
 use procfs::process::{MountInfo, Process};
 
+use super::network::{self, PodProcesses};
+
 /// Finds the path of a cgroup. A trait because only a real cgroup2 has ids, and root alone may ask for them.
 pub trait CgroupPaths: Send + Sync + 'static {
     /// The path of the cgroup with this id, relative to the kubepods cgroup; `None` when it is elsewhere.
@@ -110,6 +112,12 @@ impl CgroupPaths for std::sync::Arc<Kubepods> {
     }
 }
 
+impl PodProcesses for std::sync::Arc<Kubepods> {
+    fn network(&self, pod: &Path) -> io::Result<Option<u64>> {
+        network::of_pod(&self.path.join(pod))
+    }
+}
+
 /// The cgroup id of a directory: its inode number (64-bit kernfs ids, since Linux 5.5).
 pub fn cgroup_id(path: &Path) -> io::Result<u64> {
     std::fs::metadata(path).map(|metadata| metadata.ino())
@@ -134,7 +142,7 @@ pub fn cgroup_of(pid: Option<i32>) -> Result<PathBuf, Error> {
 }
 
 /// A path of the hierarchy, all of which begin with a slash, on its mount.
-fn join(mount: &Path, path: &Path) -> PathBuf {
+pub fn join(mount: &Path, path: &Path) -> PathBuf {
     mount.join(path.strip_prefix("/").unwrap_or(path))
 }
 

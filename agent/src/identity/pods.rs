@@ -5,10 +5,12 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
+    net::IpAddr,
     sync::{Arc, PoisonError, RwLock},
     time::Instant,
 };
 
+use agent_common::net::{POD_IDENTITY_V4, POD_IDENTITY_V6};
 use futures::{StreamExt as _, pin_mut};
 use k8s_openapi::api::core::v1 as core;
 use kube::{
@@ -19,10 +21,13 @@ use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use super::cgroup::PodUid;
+use super::{
+    cgroup::PodUid,
+    watch::{ANNOTATION_PREFIX, ClusterEvent},
+};
 
-/// Annotations that podgate reads begin with this.
-const ANNOTATION_PREFIX: &str = "podgate.dev/";
+/// Where the EKS webhook points SDKs at.
+const CREDENTIALS_URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 /// Name of the volume that the EKS webhook adds.
 pub const TOKEN_VOLUME: &str = "eks-pod-identity-token";
 
@@ -48,19 +53,12 @@ pub struct Pod {
     pub host_network: bool,
     /// Whether the EKS webhook gave it a token.
     pub token_volume: bool,
+    /// Whether the EKS webhook pointed one of its containers at EKS Pod Identity.
+    pub injected: bool,
+    /// Its addresses, once it has them.
+    pub ips: Vec<IpAddr>,
     /// Its annotations that concern podgate.
     pub annotations: BTreeMap<String, String>,
-}
-
-/// What happened to a pod.
-#[derive(Clone, Debug)]
-pub enum PodEvent {
-    /// It is new, or something that podgate remembers of it changed.
-    Changed(Arc<Pod>),
-    /// The API server has it no more. Its containers may still be terminating.
-    Deleted(PodUid),
-    /// Every pod of the node has been told of once. Comes again after the watch was away.
-    Synced,
 }
 
 /// The pods of this node by UID.
@@ -87,6 +85,7 @@ impl Pod {
         let metadata = &pod.metadata;
         let spec = pod.spec.as_ref()?;
         let annotations = metadata.annotations.iter().flatten();
+        let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref()).into_iter().flatten();
         Some(Self {
             uid: PodUid::parse(metadata.uid.as_deref()?)?,
             name: metadata.name.clone()?,
@@ -96,6 +95,8 @@ impl Pod {
             },
             host_network: spec.host_network.unwrap_or(false),
             token_volume: spec.volumes.iter().flatten().any(|volume| volume.name == TOKEN_VOLUME),
+            injected: containers(spec).any(is_injected),
+            ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
             annotations: annotations
                 .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
                 .map(|(key, value)| (key.clone(), value.clone()))
@@ -143,6 +144,13 @@ impl Pods {
         tokio::time::timeout_at(deadline.into(), seen).await.ok()
     }
 
+    /// The pods of a namespace.
+    pub fn of_namespace(&self, namespace: &str) -> Vec<Arc<Pod>> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let own = table.values().filter(|pod| pod.service_account.namespace == namespace);
+        own.map(Arc::clone).collect()
+    }
+
     /// Remembers a pod. Whether anything about it is new.
     pub(crate) fn insert(&self, pod: &Arc<Pod>) -> bool {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
@@ -161,7 +169,7 @@ impl Pods {
     }
 
     /// Follows the pods of one node for ever, telling `events` what happens to them.
-    pub async fn follow(&self, api: Api<core::Pod>, node: &str, events: mpsc::Sender<PodEvent>) {
+    pub async fn follow(&self, api: Api<core::Pod>, node: &str, events: mpsc::Sender<ClusterEvent>) {
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
         let stream = watcher(api, config).default_backoff();
         pin_mut!(stream);
@@ -176,7 +184,7 @@ impl Pods {
                 }
                 Ok(watcher::Event::Delete(pod)) => {
                     let uid = pod.metadata.uid.as_deref().and_then(PodUid::parse);
-                    uid.filter(|uid| present.remove(uid)).map(PodEvent::Deleted).into_iter().collect()
+                    uid.filter(|uid| present.remove(uid)).map(ClusterEvent::PodDeleted).into_iter().collect()
                 }
                 Ok(watcher::Event::Init) => {
                     listed.clear();
@@ -187,8 +195,8 @@ impl Pods {
                     vec![]
                 }
                 Ok(watcher::Event::InitDone) => {
-                    let gone = present.difference(&listed).copied().map(PodEvent::Deleted);
-                    let news = gone.chain([PodEvent::Synced]).collect();
+                    let gone = present.difference(&listed).copied().map(ClusterEvent::PodDeleted);
+                    let news = gone.chain([ClusterEvent::PodsSynced]).collect();
                     present = std::mem::take(&mut listed);
                     info!(pods = present.len(), "the pods of this node are known");
                     news
@@ -205,15 +213,27 @@ impl Pods {
         }
     }
 
-    async fn apply(&self, pod: &core::Pod, events: &mpsc::Sender<PodEvent>) -> Option<PodUid> {
+    async fn apply(&self, pod: &core::Pod, events: &mpsc::Sender<ClusterEvent>) -> Option<PodUid> {
         let pod = Arc::new(Pod::from_api(pod)?);
         let uid = pod.uid;
         if self.insert(&pod) {
             // A closed channel: the agent is stopping.
-            let _ = events.send(PodEvent::Changed(pod)).await;
+            let _ = events.send(ClusterEvent::PodChanged(pod)).await;
         }
         Some(uid)
     }
+}
+
+fn containers(spec: &core::PodSpec) -> impl Iterator<Item = &core::Container> {
+    spec.init_containers.iter().flatten().chain(&spec.containers)
+}
+
+/// `http://169.254.170.23/v1/credentials`, or the same over IPv6.
+fn is_injected(container: &core::Container) -> bool {
+    let uri = container.env.iter().flatten().find(|variable| variable.name == CREDENTIALS_URI);
+    let uri = uri.and_then(|variable| variable.value.as_deref()).unwrap_or_default();
+    let host = uri.strip_prefix("http://").and_then(|rest| rest.split('/').next()).unwrap_or_default();
+    host == POD_IDENTITY_V4.to_string() || host == format!("[{POD_IDENTITY_V6}]")
 }
 
 #[cfg(test)]
@@ -231,6 +251,7 @@ mod tests {
                 "annotations": {"podgate.dev/imds-v1": "allow", "other": "x"},
             },
             "spec": spec,
+            "status": {"podIPs": [{"ip": "10.0.0.7"}, {"ip": "nonsense"}]},
         }))
         .unwrap()
     }
@@ -246,8 +267,23 @@ mod tests {
         let pod = Pod::from_api(&api_pod(&spec)).unwrap();
         assert_eq!(pod.service_account.to_string(), "app/web");
         assert_eq!(pod.full_name(), "app/web-0");
-        assert!(pod.host_network && pod.token_volume);
+        assert!(pod.host_network && pod.token_volume && !pod.injected);
+        assert_eq!(pod.ips, ["10.0.0.7".parse::<IpAddr>().unwrap()]);
         assert_eq!(pod.annotations.keys().collect::<Vec<_>>(), ["podgate.dev/imds-v1"]);
+    }
+
+    #[test]
+    fn a_pod_that_one_container_of_is_pointed_at_pod_identity_is_injected() {
+        for (uri, injected) in [
+            ("http://169.254.170.23/v1/credentials", true),
+            ("http://[fd00:ec2::23]/v1/credentials", true),
+            ("http://127.0.0.1/v1/credentials", false),
+            ("http://169.254.170.23.evil/v1/credentials", false),
+        ] {
+            let env = json!([{"name": "X"}, {"name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": uri}]);
+            let spec = json!({"containers": [{"name": "a"}, {"name": "b", "env": env}]});
+            assert_eq!(Pod::from_api(&api_pod(&spec)).unwrap().injected, injected, "{uri}");
+        }
     }
 
     #[test]

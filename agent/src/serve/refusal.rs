@@ -1,5 +1,6 @@
 //! What each failure means to the caller: one function for a kind of cause.
 
+use agent_common::net::{ECS_V4, IMDS_V4, IMDS_V6, POD_IDENTITY_V4, POD_IDENTITY_V6};
 use hyper::StatusCode;
 
 use crate::{
@@ -20,6 +21,7 @@ pub(super) fn identity(error: &IdentityError) -> Refusal {
         | IdentityError::StaticPod { .. } => (StatusCode::FORBIDDEN, "AccessDenied"),
         IdentityError::CgroupPath { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
         IdentityError::PodUnknown { .. } => (StatusCode::SERVICE_UNAVAILABLE, "PodUnknown"),
+        IdentityError::ForeignNetwork { .. } => (StatusCode::FORBIDDEN, "ForeignNetwork"),
     };
     Refusal::new(status, code, error.to_string())
 }
@@ -62,6 +64,23 @@ pub(super) fn anonymous() -> Refusal {
         "podgate does not know which pod this connection is from: it answers connections that pods of this node \
          dial themselves",
     )
+}
+
+/// Somebody dialled through a network that is not its own.
+pub(super) fn foreign_network(error: &IdentityError) -> Refusal {
+    let refusal = identity(error);
+    let message = format!(
+        "{}: podgate serves neither; exclude {IMDS_V4}/32, {IMDS_V6}/128, {POD_IDENTITY_V4}/32, {POD_IDENTITY_V6}/128 \
+         and {ECS_V4}/32 from the mesh, or send the pod's token",
+        refusal.message
+    );
+    Refusal { message, ..refusal }
+}
+
+/// The namespace may say anything.
+pub(super) fn namespace_unknown(pod: &Pod) -> Refusal {
+    let message = format!("namespace {} is not known yet; try again", pod.service_account.namespace);
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "NamespaceUnknown", message)
 }
 
 /// The pod's policy is `deny`.

@@ -13,10 +13,11 @@ use std::{
 use agent::{
     accept, app,
     config::{Config, KubeIdentity, LogFormat},
-    credentials::cache::NodeSource,
+    credentials::{cache::NodeSource, token::Tokens},
     drain::{Drain, drain},
-    identity::{PodUid, Pods},
+    identity::{CallerResolver, PodUid, Pods, network::Networks},
     intercept::OriginLookup,
+    policies::Policies,
     policy::{Defaults, ImdsMode},
     serve::{Server, metrics::RequestMetrics},
     testing::{FakeCgroups, FakeOrigins},
@@ -42,6 +43,9 @@ use tokio::sync::mpsc;
 
 pub(crate) const CLUSTER: &str = "lab";
 const NODE: &str = "n1";
+const HOST_NETWORK: u64 = 1;
+/// Of every pod: what a test dials from another network is said so.
+const POD_NETWORK: u64 = 10;
 
 /// The agent behind a listener on loopback, and everything it talks to.
 pub(crate) struct Node {
@@ -74,7 +78,7 @@ impl Node {
         cluster.add_pod(&spec("kube-system", "podgate-0", "podgate"));
         let faults = Faults::default();
         let kube_api = KubeApi::serve(listener(), cluster.clone(), faults.clone()).unwrap();
-        kube_api.allow_impersonation("kube-system", "podgate");
+        kube_api.apply_rbac(include_str!("../../../deploy/podgate.yaml")).unwrap();
         let node = NodeCredentials {
             access_key_id: "ASIANODE".into(),
             secret_access_key: "node-secret".into(),
@@ -92,12 +96,19 @@ impl Node {
         let kubelet = tempfile::tempdir().unwrap();
         let config = config(imds, kubelet.path().to_owned());
         let aws = aws(&eks_auth.url(), &node);
-        let kube = client(&kube_api).await;
+        let kube = clients(&kube_api).await;
         let (pods, cgroups) = (Arc::<Pods>::default(), Arc::<FakeCgroups>::default());
+        let networks = Arc::new(Networks::new(HOST_NETWORK));
+        let resolver = CallerResolver::new(Arc::clone(&cgroups), Arc::clone(&pods), networks);
+        let policies = Policies { defaults: config.defaults, namespaces: Arc::default() };
+        let namespaces = Arc::clone(&policies.namespaces);
+        let tokens = Tokens::new(kubelet.path(), kube.0.clone());
         let metrics = RequestMetrics::default();
-        let server = app::server(&config, Arc::clone(&cgroups), &pods, kube.clone(), &aws, metrics).unwrap();
+        let server = app::server(&config, policies, resolver, tokens, &aws, metrics).unwrap();
         let (events, mut received) = mpsc::channel(64);
-        tokio::spawn(async move { pods.follow(Api::all(kube), NODE, events).await });
+        let of_namespaces = events.clone();
+        tokio::spawn(async move { pods.follow(Api::all(kube.0), NODE, events).await });
+        tokio::spawn(async move { namespaces.follow(Api::all(kube.1), of_namespaces).await });
         tokio::spawn(async move { while received.recv().await.is_some() {} });
         let origins = Arc::<FakeOrigins>::default();
         let (address, drain) = serve(Arc::new(server), Arc::clone(&origins));
@@ -127,6 +138,7 @@ impl Node {
     pub(crate) fn cgroup_of(&self, name: &str, uid: &str) -> TestPod {
         let cgroup_id = u64::from_be_bytes(uid.replace('-', "").as_bytes()[..8].try_into().unwrap());
         self.cgroups.set(cgroup_id, format!("burstable/pod{uid}/container"));
+        self.cgroups.set_network(format!("burstable/pod{uid}"), POD_NETWORK);
         TestPod { name: name.into(), uid: uid.into(), cgroup_id }
     }
 
@@ -139,6 +151,12 @@ impl Node {
     /// From now on connections are this pod's, which dialled `address`.
     pub(crate) fn dial_as(&self, pod: &TestPod, address: &str) {
         self.origins.set(Some(origin(pod.cgroup_id, address)));
+    }
+
+    /// From now on connections are dialled from this pod's cgroup, through a socket in another pod's network.
+    pub(crate) fn dial_through_another_network(&self, pod: &TestPod, address: &str) {
+        let origin = origin(pod.cgroup_id, address);
+        self.origins.set(Some(Origin { netns_cookie: POD_NETWORK + 1, ..origin }));
     }
 
     /// From now on nobody vouches for connections.
@@ -179,6 +197,15 @@ impl Node {
 
     pub(crate) async fn get(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
         self.request("GET", path, headers).await
+    }
+
+    /// Waits until something holds, which it must within a second.
+    pub(crate) async fn until<F: Future<Output = bool>>(&self, holds: impl Fn() -> F) {
+        let begun = std::time::Instant::now();
+        while !holds().await {
+            assert!(begun.elapsed() < Duration::from_secs(1), "it does not hold after a second");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Whose role the credentials in an answer are, by EKS Auth's own record.
@@ -264,7 +291,7 @@ fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
         cgroup_root: "/".into(),
         kubelet_root,
         bpffs: "/sys/fs/bpf".into(),
-        defaults: Defaults { imds, imds_v1: false },
+        defaults: Defaults { imds, imds_floor: ImdsMode::Off, imds_v1: false },
         target_v4: None,
         target_v6: None,
         link: "podgate0".into(),
@@ -291,13 +318,15 @@ fn aws(url: &str, node: &NodeCredentials) -> SdkConfig {
         .build()
 }
 
-async fn client(kube_api: &KubeApi) -> Client {
+/// As the node, and as the agent itself.
+async fn clients(kube_api: &KubeApi) -> (Client, Client) {
     let user = KubeUser::Pod { namespace: "kube-system".into(), name: "podgate-0".into() };
     let kubeconfig = Kubeconfig::from_yaml(&kube_api.kubeconfig(&user)).unwrap();
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
     let mut config = config.unwrap();
+    let own = Client::try_from(config.clone()).unwrap();
     config.auth_info.impersonate = Some(format!("system:node:{NODE}"));
-    Client::try_from(config).unwrap()
+    (Client::try_from(config).unwrap(), own)
 }
 
 fn origin(cgroup_id: u64, address: &str) -> Origin {
@@ -305,7 +334,7 @@ fn origin(cgroup_id: u64, address: &str) -> Origin {
     Origin {
         cgroup_id,
         pod_cgroup_id: 0,
-        netns_cookie: 1,
+        netns_cookie: POD_NETWORK,
         ticket: 1,
         dialled_at_ns: 1,
         orig_dst: Endpoint::new(ip, 80),

@@ -1,0 +1,191 @@
+use agent_common::policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF};
+
+use super::*;
+use crate::{
+    identity::Namespaces,
+    policy::{ANNOTATION_IMDS, Defaults, ImdsMode},
+    testing::pod,
+};
+
+#[derive(Clone, Default)]
+struct FakeMap(Arc<Mutex<Kernel>>);
+
+#[derive(Default)]
+struct Kernel {
+    policies: HashMap<u64, PodPolicy>,
+    unknown: Option<(PodPolicy, PodPolicy)>,
+}
+
+#[derive(Default)]
+struct FakeEngine(Mutex<Vec<PodUid>>);
+
+impl PolicyMap for FakeMap {
+    fn set(&self, id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().policies.insert(id, policy);
+        Ok(())
+    }
+
+    fn remove(&self, id: u64) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().policies.remove(&id);
+        Ok(())
+    }
+
+    fn set_unknown(&self, in_pod: PodPolicy, on_host: PodPolicy) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().unknown = Some((in_pod, on_host));
+        Ok(())
+    }
+}
+
+impl Forget for FakeEngine {
+    async fn forget(&self, uid: PodUid) {
+        self.0.lock().unwrap().push(uid);
+    }
+}
+
+/// A node whose pods are left to the node's role by default.
+struct Node {
+    map: FakeMap,
+    enforcer: Enforcer<FakeMap, FakeEngine>,
+    state: State,
+}
+
+impl Node {
+    fn new() -> Self {
+        let map = FakeMap::default();
+        let namespaces = Arc::<Namespaces>::default();
+        namespaces.insert("app", policy::Annotations::new());
+        let defaults = Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false };
+        let enforcer = Enforcer {
+            policies: Policies { defaults, namespaces },
+            map: map.clone(),
+            own: Some(1),
+            pods: Arc::default(),
+            networks: Arc::new(Networks::new(0)),
+            engine: Arc::default(),
+        };
+        Self { map, enforcer, state: State::default() }
+    }
+
+    async fn cluster(&mut self, event: ClusterEvent) {
+        self.enforcer.on_cluster(&mut self.state, event).await;
+        self.enforcer.apply_unknown(&mut self.state);
+    }
+
+    async fn pod(&mut self, pod: &Arc<Pod>) {
+        self.enforcer.pods.insert(pod);
+        self.cluster(ClusterEvent::PodChanged(Arc::clone(pod))).await;
+    }
+
+    async fn namespace(&mut self, name: &str, imds: &str) {
+        let annotations = [(ANNOTATION_IMDS.to_owned(), imds.to_owned())].into();
+        self.enforcer.policies.namespaces.insert(name, annotations);
+        self.cluster(ClusterEvent::NamespaceChanged(name.to_owned())).await;
+    }
+
+    async fn appears(&mut self, uid: PodUid, id: u64) {
+        self.enforcer.on_tree(&mut self.state, TreeEvent::Appeared(PodCgroup { uid, id })).await;
+    }
+
+    async fn goes(&mut self, uid: PodUid, id: u64) {
+        self.enforcer.on_tree(&mut self.state, TreeEvent::Gone(PodCgroup { uid, id })).await;
+    }
+
+    fn imds(&self, id: u64) -> Option<u32> {
+        self.map.0.lock().unwrap().policies.get(&id).map(|policy| policy.imds)
+    }
+
+    fn unknown(&self) -> (u32, u32) {
+        let (in_pod, on_host) = self.map.0.lock().unwrap().unknown.unwrap();
+        (in_pod.imds, on_host.imds)
+    }
+}
+
+#[tokio::test]
+async fn a_policy_is_in_force_once_object_and_cgroup_are_there_in_either_order() {
+    let mut node = Node::new();
+    let (first, second) = (Arc::new(pod("app", "web")), Arc::new(pod("app", "web")));
+    node.pod(&first).await;
+    assert_eq!(node.imds(10), None);
+    node.appears(first.uid, 10).await;
+    assert_eq!(node.imds(10), Some(IMDS_AUDIT));
+
+    node.appears(second.uid, 20).await;
+    assert_eq!(node.imds(20), None);
+    node.pod(&second).await;
+    assert_eq!(node.imds(20), Some(IMDS_AUDIT));
+}
+
+#[tokio::test]
+async fn a_change_of_the_pod_or_its_namespace_changes_its_policy() {
+    let mut node = Node::new();
+    let before = pod("app", "web");
+    node.appears(before.uid, 10).await;
+    node.pod(&Arc::new(before.clone())).await;
+    node.namespace("app", "intercept").await;
+    assert_eq!(node.imds(10), Some(IMDS_INTERCEPT));
+    let annotations = [(ANNOTATION_IMDS.to_owned(), "deny".to_owned())].into();
+    node.pod(&Arc::new(Pod { annotations, ..before })).await;
+    assert_eq!(node.imds(10), Some(IMDS_DENY));
+}
+
+#[tokio::test]
+async fn a_pod_of_a_namespace_that_is_not_known_yet_stays_unknown() {
+    let mut node = Node::new();
+    let pod = Arc::new(pod("new", "web"));
+    node.appears(pod.uid, 10).await;
+    node.pod(&pod).await;
+    assert_eq!(node.imds(10), None);
+    node.namespace("new", "deny").await;
+    assert_eq!(node.imds(10), Some(IMDS_DENY));
+}
+
+#[tokio::test]
+async fn unknown_pods_are_intercepted_while_anybody_may_be() {
+    let mut node = Node::new();
+    node.cluster(ClusterEvent::NamespacesSynced).await;
+    assert_eq!(node.unknown(), (IMDS_AUDIT, IMDS_OFF));
+    // A pod with an identity of its own, on this node.
+    let injected = Arc::new(Pod { injected: true, ..pod("app", "web") });
+    node.appears(injected.uid, 10).await;
+    node.pod(&injected).await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_OFF));
+    node.goes(injected.uid, 10).await;
+    node.cluster(ClusterEvent::PodDeleted(injected.uid)).await;
+    assert_eq!(node.unknown(), (IMDS_AUDIT, IMDS_OFF));
+    // A namespace asks, for its pods on the host's network too.
+    node.namespace("strict", "deny").await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_INTERCEPT));
+}
+
+#[tokio::test]
+async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
+    let mut node = Node::new();
+    let pod = Arc::new(pod("app", "web"));
+    node.pod(&pod).await;
+    node.appears(pod.uid, 10).await;
+    node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
+    assert!(node.enforcer.pods.get(pod.uid).is_some() && node.imds(10).is_some());
+    assert!(node.enforcer.engine.0.lock().unwrap().is_empty());
+    node.goes(pod.uid, 10).await;
+    assert!(node.enforcer.pods.get(pod.uid).is_none() && node.imds(10).is_none());
+    assert_eq!(*node.enforcer.engine.0.lock().unwrap(), [pod.uid]);
+}
+
+#[tokio::test]
+async fn a_pod_without_a_cgroup_is_forgotten_at_once() {
+    let mut node = Node::new();
+    let pod = Arc::new(pod("app", "web"));
+    node.pod(&pod).await;
+    node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
+    assert!(node.enforcer.pods.get(pod.uid).is_none());
+}
+
+#[tokio::test]
+async fn podgate_s_own_pod_keeps_its_exemption() {
+    let mut node = Node::new();
+    node.map.set(1, PodPolicy::EXEMPT).unwrap();
+    let own = Arc::new(pod("app", "podgate"));
+    node.appears(own.uid, 1).await;
+    node.pod(&own).await;
+    assert_eq!(node.imds(1), Some(IMDS_OFF));
+}

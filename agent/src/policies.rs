@@ -1,0 +1,95 @@
+//! The policy of a pod as of now: the rules of `policy` applied to what is known of its namespace.
+//!
+//! Owns that join; never decides by itself, never watches anything.
+
+use std::{sync::Arc, time::Instant};
+
+use crate::{
+    identity::{Namespaces, Pod},
+    policy::{ANNOTATION_IMDS, Annotations, Defaults, ImdsMode, Policy},
+};
+
+/// Tells the policy of each pod.
+#[derive(Clone, Debug)]
+pub struct Policies {
+    /// What pods get unless something more particular says otherwise.
+    pub defaults: Defaults,
+    /// The annotations of namespaces.
+    pub namespaces: Arc<Namespaces>,
+}
+
+// === impl Policies ===
+
+impl Policies {
+    /// The pod's policy; `None` as long as its namespace is not known, which may say anything.
+    pub fn of(&self, pod: &Pod) -> Option<Policy> {
+        let namespace = self.namespaces.get(&pod.service_account.namespace)?;
+        Some(Policy::decide(&self.defaults, &namespace, pod))
+    }
+
+    /// The pod's policy, waiting for its namespace until `deadline`.
+    pub async fn wait(&self, pod: &Pod, deadline: Instant) -> Option<Policy> {
+        if let Some(policy) = self.of(pod) {
+            return Some(policy);
+        }
+        self.namespaces.wait(&pod.service_account.namespace, deadline).await;
+        self.of(pod)
+    }
+
+    /// The strictest mode that some pod of the cluster has by default, floor or its namespace.
+    pub fn strictest(&self) -> ImdsMode {
+        let of_namespaces = self.namespaces.all().into_iter().filter_map(|namespace| imds(&namespace)).max();
+        let of_operator = self.defaults.imds.max(self.defaults.imds_floor);
+        of_namespaces.map_or(of_operator, |mode| mode.max(of_operator))
+    }
+
+    /// Whether some namespace asks for its pods on the host's network too.
+    pub fn ask_for_host_network(&self) -> bool {
+        self.namespaces.all().iter().any(|namespace| imds(namespace).is_some_and(ImdsMode::is_strict))
+    }
+}
+
+/// The mode that a namespace names; what cannot be read is at least `intercept`, as in [`Policy::decide`].
+fn imds(namespace: &Annotations) -> Option<ImdsMode> {
+    namespace.get(ANNOTATION_IMDS).map(|mode| mode.parse().unwrap_or(ImdsMode::Intercept))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::pod;
+
+    fn policies(imds: ImdsMode, namespaces: &[(&str, Option<&str>)]) -> Policies {
+        let known = Namespaces::default();
+        for (name, mode) in namespaces {
+            let annotation = mode.map(|mode| (ANNOTATION_IMDS.to_owned(), mode.to_owned()));
+            known.insert(name, annotation.into_iter().collect());
+        }
+        let defaults = Defaults { imds, imds_floor: ImdsMode::Off, imds_v1: false };
+        Policies { defaults, namespaces: Arc::new(known) }
+    }
+
+    #[test]
+    fn a_pod_has_no_policy_before_its_namespace_is_known() {
+        let policies = policies(ImdsMode::Audit, &[("app", Some("deny"))]);
+        assert_eq!(policies.of(&pod("app", "web")).map(|policy| policy.imds), Some(ImdsMode::Deny));
+        assert_eq!(policies.of(&pod("new", "web")), None);
+    }
+
+    #[test]
+    fn the_strictest_of_operator_and_namespaces_counts_for_unknown_pods() {
+        assert_eq!(policies(ImdsMode::Audit, &[("a", None)]).strictest(), ImdsMode::Audit);
+        assert_eq!(
+            policies(ImdsMode::Audit, &[("a", None), ("b", Some("deny"))]).strictest(),
+            ImdsMode::Deny
+        );
+        assert_eq!(policies(ImdsMode::Off, &[("a", Some("Deny"))]).strictest(), ImdsMode::Intercept);
+        assert_eq!(policies(ImdsMode::Deny, &[("a", Some("off"))]).strictest(), ImdsMode::Deny);
+    }
+
+    #[test]
+    fn a_namespace_that_intercepts_asks_for_its_pods_on_the_host_s_network() {
+        assert!(!policies(ImdsMode::Deny, &[("a", None), ("b", Some("audit"))]).ask_for_host_network());
+        assert!(policies(ImdsMode::Off, &[("a", Some("intercept"))]).ask_for_host_network());
+    }
+}
