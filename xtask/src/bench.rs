@@ -1,9 +1,11 @@
-//! `cargo xtask bench`: what the agent costs beside a server that does nothing.
+//! `cargo xtask bench`: what the agent costs beside a server that does nothing, and what its programs cost others.
 //!
-//! Owns the comparison: both servers are asked from the same pod, over the same veth, in turns.
+//! Owns the first comparison: both servers are asked from the same pod, over the same veth, in turns.
 
+mod kernel;
 mod load;
 mod server;
+mod traffic;
 
 use std::{path::Path, process::Stdio};
 
@@ -19,6 +21,7 @@ use self::{load::LoadResult, server::BARE_PORT};
 pub(crate) use self::{
     load::{LoadArguments, load},
     server::{ServerArguments, serve},
+    traffic::{TrafficArguments, traffic},
 };
 use crate::{cmd, ebpf, report};
 
@@ -33,6 +36,8 @@ const MILLISECONDS_PER_TICK: f64 = 10.0;
 pub(crate) enum Command {
     /// Warm requests through the redirect, beside a bare hyper server.
     Warm,
+    /// What the kernel programs cost a connection, and what others notice of them.
+    Kernel,
 }
 
 /// How requests and connections go together.
@@ -100,15 +105,21 @@ impl Measured {
     }
 }
 
-/// Runs the comparison and prints it.
-pub(crate) fn warm() -> anyhow::Result<()> {
+/// Measures.
+pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     report::require_root("the benchmark")?;
     let agent = ebpf::build_release_agent()?;
     let helper = build_release_helper()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
+        let measure = async {
+            match command {
+                Command::Warm => compare(&agent, &helper).await,
+                Command::Kernel => kernel::measure(&agent, &helper).await,
+            }
+        };
         tokio::select! {
-            measured = compare(&agent, &helper) => measured,
+            measured = measure => measured,
             _ = tokio::signal::ctrl_c() => bail!("interrupted; the simulated node is gone"),
         }
     })
@@ -169,19 +180,20 @@ async fn warm_up(lab: &Lab, pod: &Pod) -> anyhow::Result<String> {
     Ok(body)
 }
 
-/// Starts the bare server and waits until it says that it listens.
 async fn start_bare(lab: &Lab, helper: &Path, address: &str, body_bytes: usize) -> anyhow::Result<Child> {
     let helper = helper.display().to_string();
     let size = body_bytes.to_string();
-    let mut child = lab
-        .on_node(&[helper.as_str(), "bench-server", "--address", address, "--body-bytes", &size])?
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
+    let server = [helper.as_str(), "bench-server", "--address", address, "--body-bytes", &size];
+    start_server(lab.on_node(&server)?).await
+}
+
+/// Starts a server and waits until it says that it listens.
+async fn start_server(mut server: tokio::process::Command) -> anyhow::Result<Child> {
+    let mut child = server.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let stdout = child.stdout.take().context("BUG: the server's output is not a pipe")?;
     let line = BufReader::new(stdout).lines().next_line().await?;
     if line.as_deref() != Some(server::READY) {
-        bail!("the bare server did not start");
+        bail!("a server of the benchmark did not start");
     }
     Ok(child)
 }

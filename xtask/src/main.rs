@@ -77,6 +77,9 @@ enum Command {
     /// Send requests and report how long each took.
     #[command(hide = true)]
     BenchLoad(bench::LoadArguments),
+    /// Be one end of plain TCP connections.
+    #[command(hide = true)]
+    BenchTraffic(bench::TrafficArguments),
     /// Be the first process of a virtual machine.
     #[command(hide = true)]
     VmInit(vm::GuestArguments),
@@ -99,13 +102,14 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Demo { json } => return demo::run(json),
         Command::Test { tier, vm } => return test::run(tier.or(vm.map(test::Tier::from))),
         Command::Lab(command) => lab::run(command)?,
-        Command::Bench(bench::Command::Warm) => bench::warm()?,
+        Command::Bench(command) => bench::run(&command)?,
         Command::LabEnter { entry, command } => {
             match ::lab::enter::enter(&serde_json::from_str(&entry)?, &command)? {}
         }
         Command::LabServe(arguments) => lab::serve(&arguments)?,
         Command::BenchServer(arguments) => bench::serve(&arguments)?,
         Command::BenchLoad(arguments) => bench::load(&arguments)?,
+        Command::BenchTraffic(arguments) => bench::traffic(&arguments)?,
         Command::VmInit(arguments) => match vm::run_guest(&arguments)? {},
     }
     Ok(ExitCode::SUCCESS)
