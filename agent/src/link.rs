@@ -1,7 +1,7 @@
-//! podgate's own network link and the target's addresses on it.
+//! podgate's own network link, the target's addresses on it, and the rules by which every pod reaches them.
 //!
-//! Owns that link and nothing else of the node's network; adds no route to the main table: the local table is
-//! enough, and the stock agent refuses to start where it finds such a route.
+//! Owns these and nothing else of the node's network; adds no route to the main table: the local table is enough,
+//! and the stock agent refuses to start where it finds such a route.
 
 use std::{
     io,
@@ -18,15 +18,20 @@ use rtnetlink::{
 };
 use tracing::{debug, info, warn};
 
+mod rules;
+
+use self::rules::Rules;
+
 /// Marks a link as podgate's (`ip link` shows it as `alias`).
 const ALIAS: &str = "podgate: addresses that pods' dials to credential endpoints are sent to";
 
-/// The link, as long as it is to exist.
+/// The link and what belongs to it, as long as they are to exist.
 #[derive(Debug)]
 pub struct Link {
     handle: Handle,
     name: String,
     index: u32,
+    rules: Option<Rules>,
 }
 
 /// The addresses that the link has.
@@ -56,6 +61,15 @@ pub enum Error {
         /// The kernel's word.
         source: io::Error,
     },
+    /// The kernel refused to show or change the rules of its routing.
+    #[error(
+        "cannot make the `ip rule`s by which pods with security groups of their own reach podgate: {source}; the \
+         agent needs CAP_NET_ADMIN on the host's network"
+    )]
+    Rules {
+        /// The kernel's word.
+        source: io::Error,
+    },
     /// A link of that name is there, and another's.
     #[error("the network link {link} exists and is not podgate's: choose another name with --link")]
     Taken {
@@ -67,8 +81,9 @@ pub enum Error {
 // === impl Link ===
 
 impl Link {
-    /// Makes the link and gives it the addresses. One that an agent before this has left is made anew; a link that is
-    /// not podgate's is not touched. An IPv6 address that the node cannot have is left out with a warning.
+    /// Makes the link, gives it the addresses, and sees to it that pods reach them. One that an agent before this
+    /// has left is made anew; a link that is not podgate's is not touched. An IPv6 address that the node cannot
+    /// have is left out with a warning.
     pub async fn up(name: &str, wanted: Addresses) -> Result<(Self, Addresses), Error> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
         tokio::spawn(connection);
@@ -76,12 +91,11 @@ impl Link {
             if !is_own(&existing) {
                 return Err(Error::Taken { link: name.to_owned() });
             }
-            Self { handle: handle.clone(), name: name.to_owned(), index: existing.header.index }
-                .down()
-                .await?;
+            remove(&handle, name, existing.header.index).await?;
         }
-        let link = Self { index: create(&handle, name).await?, handle, name: name.to_owned() };
-        match link.address(wanted).await {
+        let index = create(&handle, name).await?;
+        let mut link = Self { handle, name: name.to_owned(), index, rules: None };
+        match link.furnish(wanted).await {
             Ok(addresses) => Ok((link, addresses)),
             Err(error) => {
                 if let Err(error) = link.down().await {
@@ -92,10 +106,21 @@ impl Link {
         }
     }
 
-    /// Removes the link, and its addresses with it.
+    /// Removes the rules, the link, and its addresses with it.
     pub async fn down(self) -> Result<(), Error> {
-        let removed = self.handle.link().del(self.index).execute().await;
-        removed.map_err(|error| refused("remove the link", &self.name, &error))
+        let rules = match self.rules {
+            Some(rules) => rules.down(&self.handle).await,
+            None => Ok(()),
+        };
+        remove(&self.handle, &self.name, self.index).await.and(rules)
+    }
+
+    async fn furnish(&mut self, wanted: Addresses) -> Result<Addresses, Error> {
+        let addresses = self.address(wanted).await?;
+        let v4 = addresses.v4.map(IpAddr::V4);
+        let v6 = addresses.v6.map(IpAddr::V6);
+        self.rules = Some(Rules::up(&self.handle, v4.into_iter().chain(v6).collect()).await?);
+        Ok(addresses)
     }
 
     async fn address(&self, wanted: Addresses) -> Result<Addresses, Error> {
@@ -136,6 +161,10 @@ impl Link {
 async fn find(handle: &Handle, name: &str) -> Option<LinkMessage> {
     let mut links = handle.link().get().match_name(name.to_owned()).execute();
     links.try_next().await.ok().flatten()
+}
+
+async fn remove(handle: &Handle, name: &str, index: u32) -> Result<(), Error> {
+    handle.link().del(index).execute().await.map_err(|error| refused("remove the link", name, &error))
 }
 
 fn is_own(link: &LinkMessage) -> bool {
