@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
-use lab::{AgentSpec, EnvKind, Lab, LabSpec, PodSpec, enter, state, state::State};
+use lab::{AgentSpec, EnvKind, Lab, LabSpec, PodSpec, enter, netns::Routing, state, state::State};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::{Pid, setsid},
@@ -21,7 +21,7 @@ use nix::{
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{ebpf, report};
+use crate::{apt, cmd, ebpf, report};
 
 /// How long a lab may take to go down.
 const DOWN_TIMEOUT: Duration = Duration::from_mins(1);
@@ -76,6 +76,9 @@ pub(crate) struct UpArguments {
     /// What pods' calls to the metadata service get.
     #[arg(long, value_enum, default_value_t)]
     imds: ImdsMode,
+    /// How the node routes its pods.
+    #[arg(long, value_enum, default_value_t)]
+    routing: RoutingMode,
 }
 
 /// What the background process is told.
@@ -108,6 +111,21 @@ enum ImdsMode {
     Deny,
 }
 
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum RoutingMode {
+    /// As the Amazon VPC CNI does.
+    #[default]
+    VpcCni,
+    /// As the VPC CNI's strict mode of security groups for pods does.
+    StrictSecurityGroups,
+    /// Pods have IPv6 only.
+    Ipv6Only,
+    /// A network policy lets pods send to 169.254.170.23 port 80 and nowhere else.
+    DefaultDenyEgress,
+    /// The node's INPUT chain drops all but 169.254.170.23 port 80.
+    DroppingInput,
+}
+
 // === impl Environment ===
 
 impl From<Environment> for EnvKind {
@@ -134,6 +152,37 @@ impl ImdsMode {
     }
 }
 
+// === impl RoutingMode ===
+
+impl RoutingMode {
+    /// As the process in the background takes it.
+    fn as_flag(self) -> &'static str {
+        match self {
+            Self::VpcCni => "vpc-cni",
+            Self::StrictSecurityGroups => "strict-security-groups",
+            Self::Ipv6Only => "ipv6-only",
+            Self::DefaultDenyEgress => "default-deny-egress",
+            Self::DroppingInput => "dropping-input",
+        }
+    }
+
+    fn needs_nftables(self) -> bool {
+        matches!(self, Self::DefaultDenyEgress | Self::DroppingInput)
+    }
+}
+
+impl From<RoutingMode> for Routing {
+    fn from(routing: RoutingMode) -> Self {
+        match routing {
+            RoutingMode::VpcCni => Self::VpcCni,
+            RoutingMode::StrictSecurityGroups => Self::StrictSecurityGroups,
+            RoutingMode::Ipv6Only => Self::Ipv6Only,
+            RoutingMode::DefaultDenyEgress => Self::DefaultDenyEgress,
+            RoutingMode::DroppingInput => Self::DroppingInput,
+        }
+    }
+}
+
 /// Runs one of the commands.
 pub(crate) fn run(command: Command) -> anyhow::Result<()> {
     match command {
@@ -153,9 +202,12 @@ fn up(arguments: &UpArguments) -> anyhow::Result<()> {
     report::require_root("a lab")?;
     let taken = State::list()?.into_iter().any(|lab| lab.name == arguments.name && lab.is_alive());
     ensure!(!taken, "the lab {0} is up already: `cargo xtask lab down --name {0}`", arguments.name);
+    if arguments.routing.needs_nftables() && !cmd::is_in_path("nft") && apt::is_usable() {
+        apt::install("the lab's packet filter", &["nftables"])?;
+    }
     let mut server = process::Command::new(enter::OWN_EXECUTABLE);
     server.args(["lab-serve", "--name", &arguments.name, "--imds", arguments.imds.as_flag()]);
-    server.args(["--pods", &arguments.pods.to_string()]);
+    server.args(["--pods", &arguments.pods.to_string(), "--routing", arguments.routing.as_flag()]);
     if !arguments.no_agent {
         server.arg("--agent").arg(ebpf::build_release_agent()?);
     }
@@ -197,7 +249,11 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let spec = LabSpec { served: true, ..LabSpec::new(&arguments.up.name, enter::OWN_EXECUTABLE) };
+        let spec = LabSpec {
+            served: true,
+            routing: arguments.up.routing.into(),
+            ..LabSpec::new(&arguments.up.name, enter::OWN_EXECUTABLE)
+        };
         let lab = Lab::up(spec)?;
         for number in 1..=arguments.up.pods {
             let name = format!("app-{number}");
@@ -299,7 +355,8 @@ fn print_pods(lab: &State) {
             if pod.host_network {
                 "host network".to_owned()
             } else {
-                format!("{}, {}", pod.addresses.v4, pod.addresses.v6)
+                let addresses: Vec<_> = pod.addresses.list().iter().map(ToString::to_string).collect();
+                addresses.join(", ")
             },
             if pod.token_volume.is_some() { "yes" } else { "no" }.to_owned(),
         ]);

@@ -26,6 +26,7 @@ use crate::{
     faults::Faults,
     imds::{Imds, ImdsConfig},
     kube_api::{KubeApi, KubeUser},
+    netns::Routing,
     node::Node,
     pod::{EnvKind, Pod, PodSpec, base_environment, container_id},
     state::{self, Claim},
@@ -64,6 +65,8 @@ pub struct LabSpec {
     pub helper: PathBuf,
     /// How the kubelet names cgroups.
     pub driver: CgroupDriver,
+    /// How the node routes its pods.
+    pub routing: Routing,
     /// Whether this process does nothing else, so that `lab down` may end it.
     pub served: bool,
 }
@@ -95,7 +98,13 @@ pub struct Lab {
 impl LabSpec {
     /// A lab as the kubelet of EKS lays it out.
     pub fn new(name: &str, helper: impl Into<PathBuf>) -> Self {
-        Self { name: name.to_owned(), helper: helper.into(), driver: CgroupDriver::default(), served: false }
+        Self {
+            name: name.to_owned(),
+            helper: helper.into(),
+            driver: CgroupDriver::default(),
+            routing: Routing::default(),
+            served: false,
+        }
     }
 }
 
@@ -106,7 +115,7 @@ impl Lab {
     /// the servers.
     pub fn up(spec: LabSpec) -> anyhow::Result<Self> {
         let (claim, mut state) = Claim::take(&spec.name, spec.served)?;
-        let node = Node::up(&spec.name, &state::directory(&spec.name), spec.driver)?;
+        let node = Node::up(&spec.name, &state::directory(&spec.name), spec.driver, spec.routing)?;
         state.node = Some(node.place.clone());
 
         let faults = Faults::default();

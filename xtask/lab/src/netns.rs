@@ -3,6 +3,7 @@
 //! Owns a handle that keeps a namespace alive and lets a short-lived thread work inside it. The namespace of the
 //! caller never changes.
 
+mod routing;
 mod wiring;
 
 use std::{
@@ -18,8 +19,11 @@ use anyhow::{Context as _, anyhow};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
 
-pub use self::wiring::{PodAddresses, node_addresses};
 pub(crate) use self::wiring::{wire_node, wire_pod};
+pub use self::{
+    routing::Routing,
+    wiring::{NodeAddresses, PodAddresses, node_addresses},
+};
 
 /// A network namespace; it lives as long as this handle, or a process or a socket in it.
 #[derive(Debug)]

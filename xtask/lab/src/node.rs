@@ -18,7 +18,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use crate::{
     cgroup::{self, CgroupDriver, NodeCgroups},
     enter::{Entry, RunDirectory},
-    netns::{NetNs, wire_node},
+    netns::{NetNs, Routing, wire_node},
     pod::base_environment,
     process::Process,
 };
@@ -41,6 +41,8 @@ pub struct Node {
     pub place: NodePlace,
     /// Its network namespace.
     pub netns: NetNs,
+    /// How it routes its pods.
+    pub routing: Routing,
     keeper: Child,
 }
 
@@ -90,10 +92,15 @@ impl NodePlace {
 
 impl Node {
     /// Builds the node of the lab called `name` in its directory.
-    pub(crate) fn up(name: &str, directory: &Path, driver: CgroupDriver) -> anyhow::Result<Self> {
+    pub(crate) fn up(
+        name: &str,
+        directory: &Path,
+        driver: CgroupDriver,
+        routing: Routing,
+    ) -> anyhow::Result<Self> {
         let cgroups = NodeCgroups::create(name, driver)?;
         let netns = NetNs::create()?;
-        wire_node(&netns)?;
+        wire_node(&netns, routing)?;
         let keeper = keep(&netns, &cgroups.system())?;
         let place = NodePlace { directory: directory.to_owned(), cgroups, keeper: Process::of(keeper.id())? };
         fs::create_dir(place.kubelet())?;
@@ -102,7 +109,7 @@ impl Node {
         fs::create_dir(&bpffs)?;
         mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
             .context("cannot mount a bpffs: the kernel needs CONFIG_BPF_SYSCALL, and this root")?;
-        Ok(Self { place, netns, keeper })
+        Ok(Self { place, netns, routing, keeper })
     }
 
     /// Fetches `http://ADDRESS/PATH` from the node, outside any pod.

@@ -17,7 +17,7 @@ use rtnetlink::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::NetNs;
+use super::{NetNs, Routing};
 
 /// Where the simulated instance metadata service listens.
 const IMDS: [IpAddr; 2] = [
@@ -30,10 +30,21 @@ const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// `lo` is always the first link of a namespace.
 const LO: u32 = 1;
+/// `RT_TABLE_MAIN` of `include/uapi/linux/rtnetlink.h`.
+pub(super) const MAIN: u32 = 254;
 
-/// A pod's addresses, one of each family.
+/// A pod's addresses, one of each family that it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodAddresses {
+    /// In the lab's own 10.10.0.0/16.
+    pub v4: Option<Ipv4Addr>,
+    /// A unique local address.
+    pub v6: Ipv6Addr,
+}
+
+/// The node's own addresses, one of each family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeAddresses {
     /// In the lab's own 10.10.0.0/16.
     pub v4: Ipv4Addr,
     /// A unique local address.
@@ -44,30 +55,40 @@ pub struct PodAddresses {
 
 impl PodAddresses {
     /// The addresses of the node's `index`th pod, counted from 1.
-    pub(crate) fn of_pod(index: u16) -> Self {
+    pub(crate) fn of_pod(index: u16, routing: Routing) -> Self {
         let [high, low] = index.to_be_bytes();
-        Self {
-            v4: Ipv4Addr::new(10, 10, 128 | high, low),
-            v6: Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 1, index),
-        }
+        let v4 = Ipv4Addr::new(10, 10, 128 | high, low);
+        Self::new(v4, Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 1, index), routing)
     }
 
-    /// Both, as `status.podIPs` lists them.
+    /// The addresses of a pod on the host's network.
+    pub(crate) fn of_host_network(routing: Routing) -> Self {
+        let NodeAddresses { v4, v6 } = node_addresses();
+        Self::new(v4, v6, routing)
+    }
+
+    fn new(v4: Ipv4Addr, v6: Ipv6Addr, routing: Routing) -> Self {
+        Self { v4: (routing != Routing::Ipv6Only).then_some(v4), v6 }
+    }
+
+    /// All of them, as `status.podIPs` lists them.
     pub fn list(&self) -> Vec<IpAddr> {
-        vec![self.v4.into(), self.v6.into()]
+        self.v4.map(IpAddr::V4).into_iter().chain([self.v6.into()]).collect()
     }
 }
 
-/// The node's own addresses, and those of its host-network pods.
-pub fn node_addresses() -> PodAddresses {
-    PodAddresses { v4: Ipv4Addr::new(10, 10, 0, 10), v6: Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 0x10) }
+/// The node's own addresses.
+pub fn node_addresses() -> NodeAddresses {
+    NodeAddresses { v4: Ipv4Addr::new(10, 10, 0, 10), v6: Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 0x10) }
 }
 
-/// Brings up the node's `lo` with the node's addresses and those of the simulated metadata service.
-pub(crate) fn wire_node(node: &NetNs) -> anyhow::Result<()> {
+/// Brings up the node's `lo` with the node's addresses and those of the simulated metadata service, and what the
+/// routing of its pods wants.
+pub(crate) fn wire_node(node: &NetNs, routing: Routing) -> anyhow::Result<()> {
     node.netlink(async |handle| {
         link_up(&handle, LO).await?;
-        for address in IMDS.into_iter().chain(node_addresses().list()) {
+        let NodeAddresses { v4, v6 } = node_addresses();
+        for address in IMDS.into_iter().chain([v4.into(), v6.into()]) {
             add_address(&handle, LO, address).await?;
         }
         Ok(())
@@ -79,13 +100,15 @@ pub(crate) fn wire_node(node: &NetNs) -> anyhow::Result<()> {
                 .with_context(|| format!("cannot set {switch}"))?;
         }
         Ok(())
-    })
+    })?;
+    routing.prepare(node)
 }
 
-/// Connects a pod's new namespace to the node's by a veth pair: `eth0` in the pod, `eniINDEX` on the node.
-pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16) -> anyhow::Result<()> {
-    let addresses = PodAddresses::of_pod(index);
-    let node_link = format!("eni{index:08x}");
+/// Connects a pod's new namespace to the node's by a veth pair: `eth0` in the pod, `eniINDEX` or the like on the
+/// node.
+pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) -> anyhow::Result<()> {
+    let addresses = PodAddresses::of_pod(index, routing).list();
+    let node_link = format!("{}{index:08x}", routing.link_prefix());
     let [high, low] = index.to_be_bytes();
     let node_mac = [0x02, 0, 0, high, low, 1];
     let pod_mac = [0x02, 0, 0, high, low, 2];
@@ -104,27 +127,27 @@ pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16) -> anyhow::Result<
     node.netlink(async |handle| {
         let link = link_index(&handle, &node_link).await?;
         link_up(&handle, link).await?;
-        for address in addresses.list() {
+        for &address in &addresses {
             add_neighbour(&handle, link, address, pod_mac).await?;
-            add_host_route(&handle, link, address).await?;
         }
-        Ok(())
+        routing.route_pod(&handle, (link, &node_link), index, &addresses).await
     })?;
     pod.netlink(async |handle| {
         let eth0 = link_index(&handle, "eth0").await?;
-        for address in addresses.list() {
+        for &address in &addresses {
             add_address(&handle, eth0, address).await?;
         }
         link_up(&handle, eth0).await?;
-        for gateway in [IpAddr::V4(GATEWAY_V4), IpAddr::V6(GATEWAY_V6)] {
+        for address in &addresses {
+            let gateway = if address.is_ipv4() { GATEWAY_V4.into() } else { GATEWAY_V6.into() };
             add_neighbour(&handle, eth0, gateway, node_mac).await?;
-            add_default_route(&handle, eth0, gateway).await?;
+            add_default_route(&handle, eth0, gateway, MAIN).await?;
         }
         Ok(())
     })
 }
 
-async fn link_index(handle: &Handle, name: &str) -> anyhow::Result<u32> {
+pub(super) async fn link_index(handle: &Handle, name: &str) -> anyhow::Result<u32> {
     let link = handle
         .link()
         .get()
@@ -149,7 +172,12 @@ async fn add_address(handle: &Handle, link: u32, address: IpAddr) -> anyhow::Res
     request.execute().await.with_context(|| format!("cannot add {address}"))
 }
 
-async fn add_neighbour(handle: &Handle, link: u32, address: IpAddr, mac: [u8; 6]) -> anyhow::Result<()> {
+pub(super) async fn add_neighbour(
+    handle: &Handle,
+    link: u32,
+    address: IpAddr,
+    mac: [u8; 6],
+) -> anyhow::Result<()> {
     handle
         .neighbours()
         .add(link, address)
@@ -160,8 +188,14 @@ async fn add_neighbour(handle: &Handle, link: u32, address: IpAddr, mac: [u8; 6]
 }
 
 /// Routes one address straight onto the link.
-async fn add_host_route(handle: &Handle, link: u32, address: IpAddr) -> anyhow::Result<()> {
+pub(super) async fn add_host_route(
+    handle: &Handle,
+    link: u32,
+    address: IpAddr,
+    table: u32,
+) -> anyhow::Result<()> {
     let route = RouteMessageBuilder::<IpAddr>::new()
+        .table_id(table)
         .output_interface(link)
         .destination_prefix(address, host_prefix(address))?
         .scope(RouteScope::Link)
@@ -169,11 +203,17 @@ async fn add_host_route(handle: &Handle, link: u32, address: IpAddr) -> anyhow::
     handle.route().add(route).execute().await.with_context(|| format!("cannot add the route to {address}"))
 }
 
-/// Routes everything else by `gateway`, which is in no subnet of the link's: hence `onlink`.
-async fn add_default_route(handle: &Handle, link: u32, gateway: IpAddr) -> anyhow::Result<()> {
+/// Routes everything else, as far as `table` goes, by `gateway`, which is in no subnet of the link's: hence `onlink`.
+pub(super) async fn add_default_route(
+    handle: &Handle,
+    link: u32,
+    gateway: IpAddr,
+    table: u32,
+) -> anyhow::Result<()> {
     let everything: IpAddr =
         if gateway.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let route = RouteMessageBuilder::<IpAddr>::new()
+        .table_id(table)
         .output_interface(link)
         .destination_prefix(everything, 0)?
         .gateway(gateway)?
