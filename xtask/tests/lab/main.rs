@@ -8,4 +8,5 @@ mod identity;
 mod isolation;
 mod node;
 mod roles;
+mod routing;
 mod startup;

@@ -1,0 +1,201 @@
+//! Every way in which a node may route its pods, and the pods' way to podgate in each.
+
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+
+use futures::TryStreamExt as _;
+use lab::{Lab, LabSpec, Pod, netns::Routing};
+use rtnetlink::{
+    Handle, IpVersion,
+    packet_route::{
+        route::RouteProtocol,
+        rule::{RuleAttribute, RuleMessage},
+    },
+};
+use tokio::time::{Instant, sleep};
+
+use crate::node::{self, HELPER, IMDS, Node, POD_IDENTITY};
+
+const IMDS_V6: &str = "http://[fd00:ec2::254]";
+const POD_IDENTITY_V6: &str = "http://[fd00:ec2::23]/v1/credentials";
+/// A port of the node's own at which nobody listens: a dial is refused at once, unless it is lost on the way.
+const DIAL_THE_NODE: &str = "import socket, errno
+for address in ['10.10.0.10', 'fd10::10']:
+    try: socket.create_connection((address, 9), 0.3)
+    except TimeoutError: print('lost')
+    except OSError as error: print(errno.errorcode[error.errno])";
+/// The number of podgate's rules.
+const PROTOCOL: RuleAttribute = RuleAttribute::Protocol(RouteProtocol::Other(80));
+/// In which podgate follows the node's rules.
+const SOON: Duration = Duration::from_secs(1);
+/// Endpoints of the metadata service and of Pod Identity, IPv4 and IPv6.
+const BOTH: [(&str, &str); 2] = [(IMDS, POD_IDENTITY), (IMDS_V6, POD_IDENTITY_V6)];
+
+/// What a rule of podgate's matches: from whom, and to where.
+type Rule = (Option<IpAddr>, Option<IpAddr>);
+
+/// A node that routes its pods like that, with an agent that intercepts.
+async fn routed(routing: Routing) -> anyhow::Result<Node> {
+    let lab = Lab::up(LabSpec { routing, ..LabSpec::new(&node::lab_name(), HELPER) })?;
+    let agent = lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    Ok(Node { lab, agent })
+}
+
+/// By the metadata service and by Pod Identity, the pod must get its own role.
+async fn assert_served(node: &Node, pod: &Pod, endpoints: &[(&str, &str)]) -> anyhow::Result<()> {
+    for (imds, pod_identity) in endpoints {
+        node.assert_own_role(pod, &node.imds_v2(pod, imds, &[]).await?);
+        node.assert_own_role(pod, &node.curl(pod, &[pod_identity]).await?);
+    }
+    Ok(())
+}
+
+/// podgate's rules on the node, each as who may send and where to.
+fn own_rules(lab: &Lab) -> anyhow::Result<BTreeSet<Rule>> {
+    let rules = rules(lab, async |_, rules| Ok(rules))?;
+    let own = rules.iter().filter(|rule| rule.attributes.contains(&PROTOCOL));
+    let own: Vec<Rule> = own
+        .map(|rule| {
+            let mut meaning = (None, None);
+            for attribute in &rule.attributes {
+                match attribute {
+                    RuleAttribute::Source(address) => meaning.0 = Some(*address),
+                    RuleAttribute::Destination(address) => meaning.1 = Some(*address),
+                    _ => {}
+                }
+            }
+            meaning
+        })
+        .collect();
+    let set: BTreeSet<_> = own.iter().copied().collect();
+    assert_eq!(set.len(), own.len(), "each rule once: {own:?}");
+    Ok(set)
+}
+
+/// Removes those of the node's rules that have `attribute`.
+fn remove_rules(lab: &Lab, attribute: &RuleAttribute) -> anyhow::Result<()> {
+    rules(lab, async |handle, rules| {
+        for rule in rules.into_iter().filter(|rule| rule.attributes.contains(attribute)) {
+            handle.rule().del(rule).execute().await?;
+        }
+        Ok(())
+    })
+}
+
+/// Does something with the rules of the node's namespace, in it.
+fn rules<T: Send>(
+    lab: &Lab,
+    work: impl AsyncFnOnce(Handle, Vec<RuleMessage>) -> anyhow::Result<T> + Send,
+) -> anyhow::Result<T> {
+    lab.node.netns.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection()?;
+            tokio::spawn(connection);
+            let mut rules = Vec::new();
+            for version in [IpVersion::V4, IpVersion::V6] {
+                rules.extend(handle.rule().get(version).execute().try_collect::<Vec<_>>().await?);
+            }
+            work(handle, rules).await
+        })
+    })
+}
+
+/// Waits until podgate's rules are these.
+async fn assert_soon(lab: &Lab, expected: &BTreeSet<Rule>) -> anyhow::Result<()> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let found = own_rules(lab)?;
+        if found == *expected {
+            return Ok(());
+        }
+        assert!(Instant::now() < deadline, "{found:?} instead of {expected:?}");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// The rules that the targets and these pods need.
+fn rules_for(pods: &[&Pod]) -> anyhow::Result<BTreeSet<Rule>> {
+    let targets: [IpAddr; 2] = ["169.254.170.23".parse()?, "fd00:ec2::23".parse()?];
+    let mut rules: BTreeSet<_> = targets.iter().map(|target| (None, Some(*target))).collect();
+    for address in pods.iter().flat_map(|pod| pod.addresses.list()) {
+        let target = targets.into_iter().find(|target| target.is_ipv4() == address.is_ipv4());
+        rules.insert((target, Some(address)));
+    }
+    Ok(rules)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn routed_as_by_the_vpc_cni_a_pod_gets_its_own_role_and_the_node_no_rule() -> anyhow::Result<()> {
+    let node = routed(Routing::VpcCni).await?;
+    let pod = node.pod("plain")?;
+    assert_eq!(node.python(&pod, DIAL_THE_NODE).await?, "ECONNREFUSED\nECONNREFUSED");
+    assert_served(&node, &pod, &BOTH).await?;
+    assert_eq!(own_rules(&node.lab)?, BTreeSet::new());
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_with_strict_security_groups_gets_its_own_role() -> anyhow::Result<()> {
+    let node = routed(Routing::StrictSecurityGroups).await?;
+    let before = node.pod("first")?;
+    assert_served(&node, &before, &BOTH).await?;
+    let after = node.pod("second")?;
+    // The security groups are in force: the node itself is not to be reached past the VPC.
+    assert_eq!(node.python(&after, DIAL_THE_NODE).await?, "lost\nlost");
+    assert_served(&node, &after, &BOTH).await?;
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_the_agent() -> anyhow::Result<()> {
+    let Node { lab, agent } = routed(Routing::StrictSecurityGroups).await?;
+    let pods = [lab.add_pod(&node::spec("stays"))?, lab.add_pod(&node::spec("goes"))?];
+    assert_soon(&lab, &rules_for(&[&pods[0], &pods[1]])?).await?;
+
+    // As the CNI does when a pod ends. The agent's pod is the node's first, and this one the third.
+    remove_rules(&lab, &RuleAttribute::Table(103))?;
+    assert_soon(&lab, &rules_for(&[&pods[0]])?).await?;
+
+    // Somebody cleans up too much.
+    remove_rules(&lab, &PROTOCOL)?;
+    assert_soon(&lab, &rules_for(&[&pods[0]])?).await?;
+
+    agent.kill().await?;
+    assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "a killed agent leaves its rules");
+    let agent = lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "its successor adopts them");
+    assert!(agent.stop().await?.success());
+    assert_eq!(own_rules(&lab)?, BTreeSet::new());
+    lab.down()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_with_ipv6_alone_gets_its_own_role() -> anyhow::Result<()> {
+    let node = routed(Routing::Ipv6Only).await?;
+    let pod = node.pod("modern")?;
+    assert_served(&node, &pod, &[(IMDS_V6, POD_IDENTITY_V6)]).await?;
+    // Without a way to any IPv4 address a dial fails at once, and SDKs try the next source.
+    let dial = "import socket, errno\ntry: socket.create_connection(('169.254.169.254', 80), 5)\n\
+                except OSError as error: print(errno.errorcode[error.errno])";
+    assert_eq!(node.python(&pod, dial).await?, "ENETUNREACH");
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_allows_what_the_stock_agent_needs_is_enough() -> anyhow::Result<()> {
+    let node = routed(Routing::DefaultDenyEgress).await?;
+    let pod = node.pod("confined")?;
+    assert_eq!(node.python(&pod, DIAL_THE_NODE).await?, "lost\nlost");
+    assert_served(&node, &pod, &BOTH).await?;
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_drops_what_comes_in_needs_no_more_than_the_stock_agent_s_exception() -> anyhow::Result<()>
+{
+    let node = routed(Routing::DroppingInput).await?;
+    let pod = node.pod("guest")?;
+    assert_eq!(node.python(&pod, DIAL_THE_NODE).await?, "lost\nlost");
+    assert_served(&node, &pod, &BOTH).await?;
+    node.down().await
+}
