@@ -2,7 +2,13 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
-use crate::{net::Endpoint, origin::Origin, policy::PodPolicy, target::Target};
+use crate::{
+    event::Event,
+    net::Endpoint,
+    origin::{Dialled, Origin},
+    policy::PodPolicy,
+    target::Target,
+};
 
 /// Counts up whenever a record or the meaning of a map changes; part of the pins' path.
 pub const ABI_VERSION: u32 = 1;
@@ -17,10 +23,18 @@ pub const TICKET_OPTION_EXID: [u8; 2] = *b"pg";
 /// Length of the whole option: kind, length, `ExID` and the ticket.
 pub const TICKET_OPTION_LEN: u8 = 12;
 
-/// Most tickets alive at a time: 250 pods with 64 dials each in flight, rounded up.
-pub const TICKETS_MAX: u32 = 16_384;
-/// Most pods with a policy: EKS allows at most 737 on a node; cgroups outlive their pod for some seconds.
+/// Most pods on a node: what EKS allows on the largest instances.
+pub const PODS_MAX: u32 = 737;
+/// Most tickets that a pod may have alive. A ticket lives for one round trip on the node, so an honest pod has one for
+/// each process that starts at this very moment; one that does not complete its handshakes keeps each for two minutes.
+pub const TICKETS_PER_POD: u32 = 64;
+/// Most tickets alive at a time: every pod at its limit at once, 47,168. With 112 bytes of value, 8 of key and 48 of the
+/// kernel's own, some 8 MiB, all allocated at load.
+pub const TICKETS_MAX: u32 = PODS_MAX * TICKETS_PER_POD;
+/// Most pods with a policy, and most with a count of tickets: cgroups outlive their pod for some seconds.
 pub const POLICIES_MAX: u32 = 4_096;
+/// Bytes of the ring buffer, a power of two: some 2,900 events of 80 bytes and 8 of header.
+pub const EVENTS_BYTES: u32 = 256 * 1024;
 
 /// Names of the programs, as in the object's symbols.
 pub mod program {
@@ -32,18 +46,24 @@ pub mod program {
     pub const ACTIVE: &str = "active";
     /// `sock_ops` on the agent's cgroup: redeems the ticket.
     pub const PASSIVE: &str = "passive";
+    /// `cgroup/getpeername4` on kubepods.
+    pub const GETPEERNAME4: &str = "getpeername4";
+    /// `cgroup/getpeername6` on kubepods.
+    pub const GETPEERNAME6: &str = "getpeername6";
     /// Every program, in the order in which they are attached.
-    pub const ALL: [&str; 4] = [PASSIVE, ACTIVE, CONNECT4, CONNECT6];
+    pub const ALL: [&str; 6] = [PASSIVE, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6];
 }
 
 /// Names of the maps; the kernel keeps 15 characters.
 pub mod map {
-    /// Socket storage of the dialling socket: [`crate::origin::Origin`].
+    /// Socket storage of the dialling socket: [`crate::origin::Dialled`].
     pub const ORIGINS: &str = "ORIGINS";
     /// Socket storage of the accepted socket: [`crate::origin::Origin`].
     pub const ACCEPTED: &str = "ACCEPTED";
-    /// Ticket to [`crate::origin::Origin`], from the SYN to the accept.
+    /// Ticket to [`crate::origin::Dialled`], from the SYN to the accept.
     pub const TICKETS: &str = "TICKETS";
+    /// Pod cgroup id to `u64`: how many entries of `TICKETS` are the pod's.
+    pub const POD_TICKETS: &str = "POD_TICKETS";
     /// Pod cgroup id to [`crate::policy::PodPolicy`].
     pub const POLICIES: &str = "POLICIES";
     /// Two [`crate::policy::PodPolicy`]: what a pod gets that has none yet, by [`crate::policy::UNKNOWN_IN_POD_NETWORK`]
@@ -55,6 +75,8 @@ pub mod map {
     pub const TARGET_INDEX: &str = "TARGET_INDEX";
     /// Per-CPU `u64`s, indexed by [`crate::counter::Counter`].
     pub const COUNTERS: &str = "COUNTERS";
+    /// Ring buffer of [`crate::event::Event`].
+    pub const EVENTS: &str = "EVENTS";
 }
 
 /// Names of the globals that are set at load and hold for the life of the programs.
@@ -79,6 +101,13 @@ const _: () = {
     assert!(offset_of!(Origin, target) == 60);
     assert!(offset_of!(Origin, state) == 80);
     assert!(offset_of!(Origin, comm) == 88);
+
+    assert!(size_of::<Dialled>() == 112 && offset_of!(Dialled, counts_for) == 104);
+
+    assert!(size_of::<Event>() == 80 && align_of::<Event>() == 8);
+    assert!(offset_of!(Event, address) == 32);
+    assert!(offset_of!(Event, kind) == 52);
+    assert!(offset_of!(Event, comm) == 64);
 
     assert!(size_of::<PodPolicy>() == 8 && align_of::<PodPolicy>() == 4);
 

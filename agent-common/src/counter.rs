@@ -13,6 +13,11 @@ macro_rules! counters {
             /// Every counter, in the order of the map.
             pub const ALL: &'static [Self] = &[$(Self::$name),+];
 
+            /// The counter in a slot of the map.
+            pub fn from_slot(slot: u32) -> Option<Self> {
+                Self::ALL.get(usize::try_from(slot).ok()?).copied()
+            }
+
             /// The counter's name as a metric label.
             pub const fn label(self) -> &'static str {
                 match self {
@@ -36,13 +41,15 @@ counters! {
     DeniedPort = "denied_port",
     /// Dials by a task that is in no pod through a pod's socket.
     DeniedNoPod = "denied_no_pod",
+    /// Dials of a pod that has as many tickets alive as it may have, or whose tickets cannot be counted.
+    DeniedLimit = "denied_limit",
     /// Dials for which there was no target, no socket or no storage.
     DeniedInternal = "denied_internal",
     /// Dials of a pod whose policy was not in the map yet.
     UnknownPod = "unknown_pod",
     /// Tickets stored as the handshake began.
     TicketSent = "ticket_sent",
-    /// Tickets that found `TICKETS` full: the caller arrives anonymous.
+    /// Tickets that found `TICKETS` full, or their pod at its limit: the caller arrives anonymous.
     TicketsFull = "tickets_full",
     /// Segments without room for the option.
     OptionNoRoom = "option_no_room",
@@ -56,6 +63,8 @@ counters! {
     BadTicket = "bad_ticket",
     /// Connections accepted with a valid ticket but without room for the origin: the caller is anonymous.
     AcceptedNoRoom = "accepted_no_room",
+    /// Events that found the ring buffer full.
+    EventsDropped = "events_dropped",
 }
 
 /// How many counters there are: the size of the map.
@@ -70,6 +79,8 @@ mod tests {
     fn a_counter_s_slot_is_its_place_in_the_list() {
         for (place, counter) in Counter::ALL.iter().enumerate() {
             assert_eq!(*counter as usize, place);
+            assert_eq!(Counter::from_slot(*counter as u32), Some(*counter));
         }
+        assert_eq!(Counter::from_slot(COUNT), None);
     }
 }

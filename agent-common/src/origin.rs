@@ -36,6 +36,22 @@ pub struct Origin {
     pub comm: [u8; 16],
 }
 
+/// An origin on its way from the dial to the accept.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dialled {
+    /// What the accepted socket will have.
+    pub origin: Origin,
+    /// The cgroup that its ticket counts for in `POD_TICKETS`: the pod's own, or as near as can be told while nothing
+    /// is known of the pod.
+    pub counts_for: u64,
+}
+
+// SAFETY: `repr(C)`, no padding (asserted in `abi`), every bit pattern is valid.
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "aya reads the record from a map as bytes")]
+unsafe impl aya::Pod for Dialled {}
+
 // SAFETY: `repr(C)`, no padding (asserted in `abi`), every bit pattern is valid.
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya reads the record from a map as bytes")]

@@ -9,6 +9,7 @@ use aya_ebpf::bindings::BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB;
 use crate::{
     counters::count,
     ctx::Handshake,
+    events, limit,
     maps::{ACCEPTED, TICKETS},
     storage,
 };
@@ -29,15 +30,21 @@ pub(crate) fn passive(handshake: &Handshake) {
         return count(Counter::NoTicket);
     };
     // SAFETY: the slot may be reused while it is copied, but then the removal below fails and the copy is dropped.
-    let Some(origin) = (unsafe { TICKETS.get(ticket).copied() }) else {
-        return count(Counter::BadTicket);
-    };
+    let Some(dialled) = (unsafe { TICKETS.get(ticket).copied() }) else { return refuse(handshake) };
     if TICKETS.remove(ticket).is_err() {
         // Somebody else has redeemed it in between.
-        return count(Counter::BadTicket);
+        return refuse(handshake);
     }
-    count(match storage::create(&ACCEPTED, socket, &origin) {
+    limit::give_back(dialled.counts_for);
+    count(match storage::create(&ACCEPTED, socket, &dialled.origin) {
         Some(_) => Counter::Redeemed,
         None => Counter::AcceptedNoRoom,
     });
+}
+
+/// Leaves the connection anonymous: its ticket is forged, or was redeemed or dropped before.
+#[inline(always)]
+fn refuse(handshake: &Handshake) {
+    count(Counter::BadTicket);
+    events::of_peer(Counter::BadTicket, handshake.remote());
 }

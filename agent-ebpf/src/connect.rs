@@ -19,7 +19,9 @@ use aya_ebpf::helpers::{
 use crate::{
     counters::count,
     ctx::Dial,
+    events,
     globals::{HOST_NETNS, KUBEPODS_ID, KUBEPODS_LEVEL},
+    limit,
     maps::{ORIGINS, POLICIES, TARGET_INDEX, TARGETS, UNKNOWN_POD},
     storage, ticket,
 };
@@ -40,9 +42,15 @@ pub(crate) enum Verdict {
 
 /// Who dials.
 struct Caller {
+    /// 0 while nothing is known of the pod.
     pod_cgroup_id: u64,
+    /// The cgroup that its tickets count for.
+    counts_for: u64,
     policy: PodPolicy,
 }
+
+/// The dial gets `EPERM`; the reason is counted and told.
+struct Refused;
 
 /// What the policy says about a dial to one of our addresses.
 enum Mode {
@@ -85,58 +93,49 @@ impl Caller {
         // SAFETY: a policy is copied at once; entries are replaced whole.
         let known = unsafe {
             if let Some(policy) = POLICIES.get(inner) {
-                Some(Self { pod_cgroup_id: inner, policy: *policy })
+                Some((inner, *policy))
             } else {
-                POLICIES.get(outer).map(|policy| Self { pod_cgroup_id: outer, policy: *policy })
+                POLICIES.get(outer).map(|policy| (outer, *policy))
             }
         };
-        if known.is_some() {
-            return known;
+        if let Some((pod, policy)) = known {
+            return Some(Self { pod_cgroup_id: pod, counts_for: pod, policy });
         }
-        count(Counter::UnknownPod);
         let on_host_network = dial.netns_cookie() == HOST_NETNS.load();
         let slot = if on_host_network { UNKNOWN_ON_HOST_NETWORK } else { UNKNOWN_IN_POD_NETWORK };
-        Some(Self { pod_cgroup_id: 0, policy: UNKNOWN_POD.get(slot).copied().unwrap_or(STRICTEST) })
+        Some(Self {
+            pod_cgroup_id: 0,
+            // Not the outer one where there is a choice: it may be a QoS class, and one pod would use up the tickets of
+            // all. At worst each container of a Guaranteed pod counts for itself.
+            counts_for: if inner == 0 { outer } else { inner },
+            policy: UNKNOWN_POD.get(slot).copied().unwrap_or(STRICTEST),
+        })
     }
 }
 
 /// `cgroup/connect4`.
 #[inline(always)]
 pub(crate) fn connect4(dial: &Dial) -> Verdict {
-    let destination = dial.destination4();
-    match decide(dial, &destination) {
-        Ok(None) => Verdict::Allow,
-        Ok(Some(target)) => {
-            dial.redirect4(target);
-            Verdict::Allow
-        }
-        Err(reason) => refuse(reason),
+    let Ok(redirect) = decide(dial, &dial.address4()) else { return Verdict::Deny };
+    if let Some(target) = redirect {
+        dial.set_address4(target);
     }
+    Verdict::Allow
 }
 
 /// `cgroup/connect6`, of v4-mapped dials too.
 #[inline(always)]
 pub(crate) fn connect6(dial: &Dial) -> Verdict {
-    let destination = dial.destination6();
-    match decide(dial, &destination) {
-        Ok(None) => Verdict::Allow,
-        Ok(Some(target)) => {
-            dial.redirect6(target);
-            Verdict::Allow
-        }
-        Err(reason) => refuse(reason),
+    let Ok(redirect) = decide(dial, &dial.address6()) else { return Verdict::Deny };
+    if let Some(target) = redirect {
+        dial.set_address6(target);
     }
+    Verdict::Allow
 }
 
+/// Where to send the dial, `None` to leave its address as it is.
 #[inline(always)]
-fn refuse(reason: Counter) -> Verdict {
-    count(reason);
-    Verdict::Deny
-}
-
-/// Where to send the dial, `None` to leave its address as it is, or why it is refused.
-#[inline(always)]
-fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoint>, Counter> {
+fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoint>, Refused> {
     let service = destination.service();
     let target = target(destination.is_ip4());
     let at_target = target.is_some_and(|target| target.same_address(destination));
@@ -144,27 +143,42 @@ fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoin
         return Ok(None);
     }
 
-    let caller = Caller::current(dial).ok_or(Counter::DeniedNoPod)?;
+    let Some(caller) = Caller::current(dial) else {
+        report(Counter::DeniedNoPod, dial, 0, destination);
+        return Err(Refused);
+    };
+    let pod = caller.pod_cgroup_id;
+    if pod == 0 {
+        report(Counter::UnknownPod, dial, pod, destination);
+    }
     let served = dial.is_tcp()
         && (service.is_some() && destination.port == HTTP
             || target.is_some_and(|target| target.same(destination)));
-    match mode(&caller.policy, service, at_target) {
+    let outcome = match mode(&caller.policy, service, at_target) {
         Mode::Off => {
+            forget(dial);
             count(Counter::Untouched);
             Ok(None)
         }
         Mode::Audit => {
-            count(Counter::Audited);
+            forget(dial);
+            report(Counter::Audited, dial, pod, destination);
             Ok(None)
         }
         _ if !served => Err(Counter::DeniedPort),
         Mode::Deny => Err(Counter::Denied),
-        Mode::Serve => {
-            let target = target.ok_or(Counter::DeniedInternal)?;
-            remember(dial, &caller, destination, target)?;
-            Ok((!target.same(destination)).then_some(target))
-        }
-    }
+        Mode::Serve => send_to_agent(dial, &caller, destination, target),
+    };
+    outcome.map_err(|reason| {
+        report(reason, dial, pod, destination);
+        Refused
+    })
+}
+
+#[inline(always)]
+fn report(what: Counter, dial: &Dial, pod_cgroup_id: u64, destination: &Endpoint) {
+    count(what);
+    events::of_dial(what, dial, pod_cgroup_id, destination);
 }
 
 /// The agent's endpoint of the family in force.
@@ -191,19 +205,30 @@ fn mode(policy: &PodPolicy, service: Option<Service>, at_target: bool) -> Mode {
     if policy.pod_identity != POD_IDENTITY_OFF || at_target && imds_is_ours { Mode::Serve } else { Mode::Off }
 }
 
-/// Puts the dial's origin on its socket.
+/// Puts the dial's origin on its socket; where to send it then, `None` where it goes anyway.
 #[inline(always)]
-fn remember(dial: &Dial, caller: &Caller, destination: &Endpoint, target: &Endpoint) -> Result<(), Counter> {
+fn send_to_agent(
+    dial: &Dial,
+    caller: &Caller,
+    destination: &Endpoint,
+    target: Option<&'static Endpoint>,
+) -> Result<Option<&'static Endpoint>, Counter> {
+    let target = target.ok_or(Counter::DeniedInternal)?;
     let socket = dial.socket().ok_or(Counter::DeniedInternal)?;
-    let origin = storage::get_or_create(&ORIGINS, socket).ok_or(Counter::DeniedInternal)?;
-    if origin.state == STATE_MINTED && origin.target.same(destination) {
+    let dialled = storage::get_or_create(&ORIGINS, socket).ok_or(Counter::DeniedInternal)?;
+    let redirect = (!target.same(destination)).then_some(target);
+    if dialled.origin.state == STATE_MINTED && dialled.origin.target.same(destination) {
         // Two of these programs run while one replaces the other: the first has been here and redirected the dial.
-        return Ok(());
+        return Ok(redirect);
     }
-    ticket::revoke(origin);
+    ticket::revoke(dialled);
+    if !limit::has_room(caller.counts_for) {
+        return Err(Counter::DeniedLimit);
+    }
     // SAFETY: these helpers have no precondition.
     let (cgroup_id, dialled_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
-    *origin = Origin {
+    dialled.counts_for = caller.counts_for;
+    dialled.origin = Origin {
         cgroup_id,
         pod_cgroup_id: caller.pod_cgroup_id,
         netns_cookie: dial.netns_cookie(),
@@ -216,7 +241,15 @@ fn remember(dial: &Dial, caller: &Caller, destination: &Endpoint, target: &Endpo
         comm: bpf_get_current_comm().unwrap_or_default(),
     };
     count(Counter::Redirected);
-    Ok(())
+    Ok(redirect)
+}
+
+/// The socket is dialled to where it is left alone: a former dial must not show in `getpeername`.
+#[inline(always)]
+fn forget(dial: &Dial) {
+    if let Some(former) = dial.socket().and_then(|socket| storage::get(&ORIGINS, socket)) {
+        ticket::revoke(former);
+    }
 }
 
 /// The cgroup id of the running task's ancestor at `level`, 0 where it has none.

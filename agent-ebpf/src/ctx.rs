@@ -36,7 +36,7 @@ pub(crate) const STATE: u32 = BPF_SOCK_OPS_STATE_CB_FLAG;
 #[derive(Clone, Copy)]
 pub(crate) struct Socket(NonNull<bpf_sock>);
 
-/// A `connect` call: the context of `cgroup/connect4` and `cgroup/connect6`.
+/// A call with an address: the context of `cgroup/connect4`, `cgroup/getpeername4` and their IPv6 siblings.
 pub(crate) struct Dial(*mut bpf_sock_addr);
 
 /// An event in a connection's life: the context of `sock_ops`.
@@ -72,16 +72,16 @@ impl Dial {
         Self(sock_addr)
     }
 
-    /// Where `connect4` dials.
+    /// Where `connect4` dials, or what `getpeername4` is about to say.
     #[inline(always)]
-    pub(crate) fn destination4(&self) -> Endpoint {
+    pub(crate) fn address4(&self) -> Endpoint {
         // SAFETY: see above.
         unsafe { Endpoint::from_ip4_be((*self.0).user_ip4, self.port()) }
     }
 
-    /// Where `connect6` dials.
+    /// Where `connect6` dials, or what `getpeername6` is about to say.
     #[inline(always)]
-    pub(crate) fn destination6(&self) -> Endpoint {
+    pub(crate) fn address6(&self) -> Endpoint {
         // SAFETY: see above. Word by word: a copy of the whole array offsets the context pointer, which the verifier
         // refuses.
         let words = unsafe {
@@ -97,26 +97,26 @@ impl Dial {
         unsafe { (*self.0).protocol == IPPROTO_TCP }
     }
 
-    /// Lets `connect4` dial `target` instead.
+    /// Puts another address in its place.
     #[inline(always)]
-    pub(crate) fn redirect4(&self, target: &Endpoint) {
+    pub(crate) fn set_address4(&self, address: &Endpoint) {
         // SAFETY: see above.
         unsafe {
-            (*self.0).user_ip4 = target.addr[3];
-            (*self.0).user_port = u32::from(target.port.to_be());
+            (*self.0).user_ip4 = address.addr[3];
+            (*self.0).user_port = u32::from(address.port.to_be());
         }
     }
 
-    /// Lets `connect6` dial `target` instead; a v4-mapped dial stays one.
+    /// Puts another address in its place; a v4-mapped one as such.
     #[inline(always)]
-    pub(crate) fn redirect6(&self, target: &Endpoint) {
+    pub(crate) fn set_address6(&self, address: &Endpoint) {
         // SAFETY: see above.
         unsafe {
-            (*self.0).user_ip6[0] = target.addr[0];
-            (*self.0).user_ip6[1] = target.addr[1];
-            (*self.0).user_ip6[2] = target.addr[2];
-            (*self.0).user_ip6[3] = target.addr[3];
-            (*self.0).user_port = u32::from(target.port.to_be());
+            (*self.0).user_ip6[0] = address.addr[0];
+            (*self.0).user_ip6[1] = address.addr[1];
+            (*self.0).user_ip6[2] = address.addr[2];
+            (*self.0).user_ip6[3] = address.addr[3];
+            (*self.0).user_port = u32::from(address.port.to_be());
         }
     }
 

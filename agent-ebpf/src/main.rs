@@ -1,10 +1,11 @@
 //! podgate's kernel side: what runs when a pod dials, and when the agent accepts.
 //!
 //! Owns the entry points and their return values; never decides anything itself. `connect` decides whether a dial is
-//! redirected and remembers its origin, `ticket` sends the ticket with the handshake, `attest` redeems it on the
-//! agent's side. Whatever fails inside a program leaves other destinations alone and refuses podgate's own.
+//! redirected and remembers its origin, `limit` counts each pod's tickets, `ticket` sends the ticket with the handshake,
+//! `attest` redeems it on the agent's side, `peername` shows the pod what it dialled, `events` tells the agent. Whatever fails inside a program leaves other destinations alone and refuses podgate's own.
 #![no_std]
 #![no_main]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![expect(unsafe_code, reason = "symbols for the loader, and the kernel's context is raw pointers")]
 #![expect(clippy::inline_always, reason = "structs do not fit BPF's registers, so calls must vanish")]
 
@@ -19,13 +20,19 @@ mod attest;
 mod connect;
 mod counters;
 mod ctx;
+mod events;
 mod globals;
+mod limit;
 mod maps;
+mod peername;
 mod storage;
 mod ticket;
 
 /// What every `sock_ops` program answers; the kernel ignores it for the callbacks used here.
 const SOCK_OPS_OK: u32 = 1;
+
+/// The only answer that the verifier allows `getpeername` programs.
+const PEERNAME_OK: i32 = 1;
 
 /// `cgroup/connect4` on kubepods.
 #[cgroup_sock_addr(connect4)]
@@ -37,6 +44,20 @@ fn connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 fn connect6(ctx: SockAddrContext) -> i32 {
     connect::connect6(&Dial::new(ctx)).code()
+}
+
+/// `cgroup/getpeername4` on kubepods.
+#[cgroup_sock_addr(getpeername4)]
+fn getpeername4(ctx: SockAddrContext) -> i32 {
+    peername::getpeername4(&Dial::new(ctx));
+    PEERNAME_OK
+}
+
+/// `cgroup/getpeername6` on kubepods.
+#[cgroup_sock_addr(getpeername6)]
+fn getpeername6(ctx: SockAddrContext) -> i32 {
+    peername::getpeername6(&Dial::new(ctx));
+    PEERNAME_OK
 }
 
 /// `sock_ops` on kubepods: sends the ticket.

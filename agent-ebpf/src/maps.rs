@@ -3,20 +3,21 @@
 //! Owns the maps' types and names (`agent_common::abi::map`); never looks anything up.
 
 use agent_common::{
-    abi::{POLICIES_MAX, TICKETS_MAX},
+    abi::{EVENTS_BYTES, POLICIES_MAX, TICKETS_MAX},
     counter,
-    origin::Origin,
+    event::Event,
+    origin::{Dialled, Origin},
     policy::PodPolicy,
     target::Target,
 };
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, PerCpuArray, SkStorage},
+    btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 
 /// The origin of a dialling socket; lives and dies with it.
 #[btf_map]
-pub(crate) static ORIGINS: SkStorage<Origin> = SkStorage::new();
+pub(crate) static ORIGINS: SkStorage<Dialled> = SkStorage::new();
 
 /// The origin of an accepted socket. Apart from `ORIGINS`, because the agent's accepted sockets are no dials.
 #[btf_map]
@@ -24,7 +25,11 @@ pub(crate) static ACCEPTED: SkStorage<Origin> = SkStorage::new();
 
 /// Ticket to origin, from the SYN until the accept. A plain hash: it never evicts somebody else's ticket.
 #[btf_map]
-pub(crate) static TICKETS: HashMap<u64, Origin, { TICKETS_MAX as usize }> = HashMap::new();
+pub(crate) static TICKETS: HashMap<u64, Dialled, { TICKETS_MAX as usize }> = HashMap::new();
+
+/// Pod cgroup id to how many entries of `TICKETS` are the pod's. Made here when a pod first dials, forgotten by the agent.
+#[btf_map]
+pub(crate) static POD_TICKETS: HashMap<u64, u64, { POLICIES_MAX as usize }> = HashMap::new();
 
 /// Pod cgroup id to policy, written by the agent.
 #[btf_map]
@@ -45,3 +50,7 @@ pub(crate) static TARGET_INDEX: Array<u32, 1> = Array::new();
 /// One slot per `agent_common::counter::Counter`.
 #[btf_map]
 pub(crate) static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();
+
+/// What the agent is told as it happens. A full one loses what is new, and counts it.
+#[btf_map]
+pub(crate) static EVENTS: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();

@@ -4,31 +4,26 @@
 
 use core::ptr;
 
-use agent_common::origin::Origin;
 use aya_ebpf::{bindings::BPF_SK_STORAGE_GET_F_CREATE, btf_maps::SkStorage, helpers::bpf_sk_storage_get};
 
 use crate::ctx::Socket;
 
-/// The socket's origin, if it has one.
+/// What the map has of the socket, if anything.
 #[inline(always)]
-pub(crate) fn get(map: &'static SkStorage<Origin>, socket: Socket) -> Option<&'static mut Origin> {
+pub(crate) fn get<T>(map: &'static SkStorage<T>, socket: Socket) -> Option<&'static mut T> {
     raw(map, socket, ptr::null(), 0)
 }
 
-/// The socket's origin, all zero if it had none; `None` when the kernel cannot allocate it.
+/// The same, all zero if it had nothing; `None` when the kernel cannot allocate it.
 #[inline(always)]
-pub(crate) fn get_or_create(map: &'static SkStorage<Origin>, socket: Socket) -> Option<&'static mut Origin> {
+pub(crate) fn get_or_create<T>(map: &'static SkStorage<T>, socket: Socket) -> Option<&'static mut T> {
     raw(map, socket, ptr::null(), BPF_SK_STORAGE_GET_F_CREATE)
 }
 
-/// Puts `origin` on a socket that has none; `None` when the kernel cannot allocate it.
+/// Puts `initial` on a socket that has nothing; `None` when the kernel cannot allocate it.
 #[inline(always)]
-pub(crate) fn create(
-    map: &'static SkStorage<Origin>,
-    socket: Socket,
-    origin: &Origin,
-) -> Option<&'static mut Origin> {
-    raw(map, socket, origin, BPF_SK_STORAGE_GET_F_CREATE)
+pub(crate) fn create<T>(map: &'static SkStorage<T>, socket: Socket, initial: &T) -> Option<&'static mut T> {
+    raw(map, socket, initial, BPF_SK_STORAGE_GET_F_CREATE)
 }
 
 #[inline(always)]
@@ -36,12 +31,12 @@ pub(crate) fn create(
     clippy::mut_from_ref,
     reason = "the map is but a name: what the helper returns belongs to the socket"
 )]
-fn raw(
-    map: &'static SkStorage<Origin>,
+fn raw<T>(
+    map: &'static SkStorage<T>,
     socket: Socket,
-    initial: *const Origin,
+    initial: *const T,
     flags: u32,
-) -> Option<&'static mut Origin> {
+) -> Option<&'static mut T> {
     // SAFETY: the map and the socket are what the helper asks for, which the verifier proves. What it returns lives
     // at least as long as the program runs, and only programs that hold the socket's lock write to it.
     unsafe {
@@ -51,7 +46,7 @@ fn raw(
             initial.cast_mut().cast(),
             u64::from(flags),
         )
-        .cast::<Origin>()
+        .cast::<T>()
         .as_mut()
     }
 }

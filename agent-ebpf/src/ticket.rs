@@ -5,7 +5,7 @@
 
 use agent_common::{
     counter::Counter,
-    origin::{Origin, STATE_MINTED, STATE_SENT, STATE_SPENT},
+    origin::{Dialled, Origin, STATE_MINTED, STATE_SENT, STATE_SPENT},
     siphash::siphash24,
 };
 use aya_ebpf::bindings::{
@@ -16,7 +16,9 @@ use aya_ebpf::bindings::{
 use crate::{
     counters::count,
     ctx::{Handshake, STATE, WRITE_HDR_OPT},
+    events,
     globals::TICKET_KEY,
+    limit,
     maps::{ORIGINS, TICKETS},
     storage,
 };
@@ -27,12 +29,14 @@ pub(crate) fn mint(socket_cookie: u64, dialled_at_ns: u64) -> u64 {
     siphash24(TICKET_KEY.load(), [socket_cookie, dialled_at_ns])
 }
 
-/// Makes the ticket of a former dial worthless, if it was not redeemed.
+/// The socket's dial is over: its ticket is worth nothing any more, if it was not redeemed.
 #[inline(always)]
-pub(crate) fn revoke(origin: &Origin) {
+pub(crate) fn revoke(Dialled { origin, counts_for }: &mut Dialled) {
     if origin.state == STATE_SENT && TICKETS.remove(origin.ticket).is_ok() {
+        limit::give_back(*counts_for);
         count(Counter::TicketDropped);
     }
+    origin.state = STATE_SPENT;
 }
 
 /// `sock_ops` on kubepods.
@@ -46,15 +50,14 @@ pub(crate) fn active(handshake: &Handshake) {
     {
         return;
     }
-    let Some(origin) = handshake.socket().and_then(|socket| storage::get(&ORIGINS, socket)) else { return };
+    let Some(dialled) = handshake.socket().and_then(|socket| storage::get(&ORIGINS, socket)) else { return };
     match event {
-        BPF_SOCK_OPS_TCP_CONNECT_CB => begin(handshake, origin),
-        BPF_SOCK_OPS_HDR_OPT_LEN_CB => reserve(handshake, origin),
-        BPF_SOCK_OPS_WRITE_HDR_OPT_CB if origin.state == STATE_SENT => handshake.store_option(origin.ticket),
-        BPF_SOCK_OPS_STATE_CB if handshake.new_state() == BPF_TCP_CLOSE => {
-            revoke(origin);
-            origin.state = STATE_SPENT;
+        BPF_SOCK_OPS_TCP_CONNECT_CB => begin(handshake, dialled),
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB => reserve(handshake, &dialled.origin),
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB if dialled.origin.state == STATE_SENT => {
+            handshake.store_option(dialled.origin.ticket);
         }
+        BPF_SOCK_OPS_STATE_CB if handshake.new_state() == BPF_TCP_CLOSE => revoke(dialled),
         _ => {}
     }
 }
@@ -63,18 +66,32 @@ pub(crate) fn active(handshake: &Handshake) {
 ///
 /// Here and not in `connect`, because a `connect` that fails for want of a route is never heard of again.
 #[inline(always)]
-fn begin(handshake: &Handshake, origin: &mut Origin) {
+fn begin(handshake: &Handshake, dialled: &mut Dialled) {
     // The socket may have been dialled elsewhere since, or a second program may have been here before.
-    if origin.state != STATE_MINTED || !origin.target.same(&handshake.remote()) {
+    if dialled.origin.state != STATE_MINTED || !dialled.origin.target.same(&handshake.remote()) {
         return;
     }
-    origin.state = STATE_SENT;
-    if TICKETS.insert(origin.ticket, *origin, u64::from(BPF_NOEXIST)).is_err() {
-        origin.state = STATE_SPENT;
-        return count(Counter::TicketsFull);
+    dialled.origin.state = STATE_SENT;
+    if !store(dialled) {
+        dialled.origin.state = STATE_SPENT;
+        count(Counter::TicketsFull);
+        return events::of_origin(Counter::TicketsFull, &dialled.origin);
     }
     handshake.ask_for(WRITE_HDR_OPT | STATE);
     count(Counter::TicketSent);
+}
+
+/// Makes the ticket one that can be redeemed, and counts it first, so that no count is ever less than it should be.
+#[inline(always)]
+fn store(dialled: &Dialled) -> bool {
+    if !limit::take(dialled.counts_for) {
+        return false;
+    }
+    let stored = TICKETS.insert(dialled.origin.ticket, *dialled, u64::from(BPF_NOEXIST)).is_ok();
+    if !stored {
+        limit::give_back(dialled.counts_for);
+    }
+    stored
 }
 
 /// A segment is being laid out: asks for room, until the peer has answered.

@@ -11,13 +11,17 @@ use agent_common::{
     target::Target,
 };
 
+mod events;
 mod links;
 pub mod metrics;
 pub mod netns;
 mod object;
 mod origins;
 
-pub use self::origins::{OriginLookup, SocketOrigins};
+pub use self::{
+    events::Events,
+    origins::{OriginLookup, SocketOrigins},
+};
 use self::{links::Cgroups, object::Object};
 use crate::error::chain;
 
@@ -109,6 +113,9 @@ pub enum Error {
         /// What aya says.
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// Only one can read the events.
+    #[error("BUG: somebody else reads the events of the eBPF programs already")]
+    EventsTaken,
     /// A map cannot be read or written.
     #[error("{action} the eBPF map {map}: {}", chain(source.as_ref()))]
     Map {
@@ -187,6 +194,21 @@ impl Interceptor {
     /// The origins of accepted sockets. Works on its own, also after the programs are gone.
     pub fn origins(&mut self) -> Result<SocketOrigins, Error> {
         self.object.accepted().map(SocketOrigins::new)
+    }
+
+    /// The events, for one reader. Needs a tokio runtime. What happened before waits there.
+    pub fn events(&mut self) -> Result<Events, Error> {
+        Events::new(self.object.events().ok_or(Error::EventsTaken)?)
+    }
+
+    /// How many tickets can be redeemed: dials under way. Walks them all.
+    pub fn live_tickets(&self) -> Result<u64, Error> {
+        self.object.live_tickets()
+    }
+
+    /// How many of them count for this pod; at most [`agent_common::abi::TICKETS_PER_POD`].
+    pub fn live_tickets_of(&self, pod_cgroup_id: u64) -> Result<u64, Error> {
+        self.object.live_tickets_of(pod_cgroup_id)
     }
 
     /// Every counter, summed over the processors.

@@ -7,13 +7,13 @@ use std::{io, os::fd::AsFd as _};
 use agent_common::{
     abi::{global, map, program},
     counter::Counter,
-    origin::Origin,
+    origin::{Dialled, Origin},
     policy::PodPolicy,
     target::Target,
 };
 use aya::{
-    Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage},
+    Ebpf, EbpfLoader, Pod,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage},
     programs::{CgroupSockAddr, Program, ProgramError, SockOps},
     sys::SyscallError,
 };
@@ -30,11 +30,14 @@ const LOG_TAIL_LINES: usize = 20;
 pub(super) struct Object {
     programs: Ebpf,
     accepted: MapData,
+    tickets: HashMap<MapData, u64, Dialled>,
+    pod_tickets: HashMap<MapData, u64, u64>,
     policies: HashMap<MapData, u64, PodPolicy>,
     unknown_pod: Array<MapData, PodPolicy>,
     targets: Array<MapData, Target>,
     target_index: Array<MapData, u32>,
     counters: PerCpuArray<MapData, u64>,
+    events: Option<RingBuf<MapData>>,
 }
 
 // === impl Object ===
@@ -60,11 +63,14 @@ impl Object {
         };
         Ok(Self {
             accepted,
+            tickets: take(&mut ebpf, map::TICKETS)?,
+            pod_tickets: take(&mut ebpf, map::POD_TICKETS)?,
             policies: take(&mut ebpf, map::POLICIES)?,
             unknown_pod: take(&mut ebpf, map::UNKNOWN_POD)?,
             targets: take(&mut ebpf, map::TARGETS)?,
             target_index: take(&mut ebpf, map::TARGET_INDEX)?,
             counters: take(&mut ebpf, map::COUNTERS)?,
+            events: Some(take(&mut ebpf, map::EVENTS)?),
             programs: ebpf,
         })
     }
@@ -99,14 +105,42 @@ impl Object {
 
     /// Forgets a pod, if it is there.
     pub(super) fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
-        match self.policies.remove(&pod_cgroup_id) {
-            Err(MapError::SyscallError(SyscallError { io_error, .. }))
-                if io_error.kind() == io::ErrorKind::NotFound =>
-            {
-                Ok(())
-            }
-            result => result.map_err(writing(map::POLICIES)),
+        remove(&mut self.policies, pod_cgroup_id).map_err(writing(map::POLICIES))?;
+        self.forget_idle_counts()
+    }
+
+    /// How many tickets can be redeemed, of all pods.
+    pub(super) fn live_tickets(&self) -> Result<u64, Error> {
+        let count = self.tickets.keys().try_fold(0, |count, key| key.map(|_| count + 1));
+        count.map_err(reading(map::TICKETS))
+    }
+
+    /// How many of them count for this pod.
+    pub(super) fn live_tickets_of(&self, pod_cgroup_id: u64) -> Result<u64, Error> {
+        match self.pod_tickets.get(&pod_cgroup_id, 0) {
+            Err(MapError::KeyNotFound) => Ok(0),
+            result => result.map_err(reading(map::POD_TICKETS)),
         }
+    }
+
+    /// Forgets the counts of those that are no known pods and have no ticket: pods that are gone, and what was counted
+    /// while nothing was known of its pod.
+    ///
+    /// A count that goes while its pod dials leaves that one ticket uncounted, no more.
+    fn forget_idle_counts(&mut self) -> Result<(), Error> {
+        let counts =
+            self.pod_tickets.iter().collect::<Result<Vec<_>, _>>().map_err(reading(map::POD_TICKETS))?;
+        for (cgroup_id, count) in counts {
+            if count == 0 && matches!(self.policies.get(&cgroup_id, 0), Err(MapError::KeyNotFound)) {
+                remove(&mut self.pod_tickets, cgroup_id).map_err(writing(map::POD_TICKETS))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The ring buffer; `None` when it was given away before.
+    pub(super) fn events(&mut self) -> Option<RingBuf<MapData>> {
+        self.events.take()
     }
 
     /// A counter, summed over the processors.
@@ -149,6 +183,18 @@ where
     M: TryFrom<Map, Error = MapError>,
 {
     ebpf.take_map(name).and_then(|map| map.try_into().ok()).ok_or(Error::Mismatch { what: name })
+}
+
+/// Removes an entry, if it is there.
+fn remove<V: Pod>(map: &mut HashMap<MapData, u64, V>, key: u64) -> Result<(), MapError> {
+    match map.remove(&key) {
+        Err(MapError::SyscallError(SyscallError { io_error, .. }))
+            if io_error.kind() == io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 fn reading(map: &'static str) -> impl FnOnce(MapError) -> Error {

@@ -1,6 +1,11 @@
 //! Who dialled: the origin on the accepted socket.
 
-use std::{collections::HashSet, fs, net::TcpListener, process};
+use std::{
+    collections::HashSet,
+    fs,
+    net::{SocketAddr, TcpListener},
+    process,
+};
 
 use agent::intercept::netns;
 use agent_common::{
@@ -10,11 +15,14 @@ use agent_common::{
     policy::{IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
     target::Target,
 };
-use rustix::time::{ClockId, clock_gettime};
+use rustix::{
+    net::{connect_unspec, getpeername},
+    time::{ClockId, clock_gettime},
+};
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
-    node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside},
+    node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside, soon},
     redial, tcp_socket,
 };
 
@@ -68,14 +76,48 @@ fn a_pod_s_dial_arrives_with_its_origin() {
 }
 
 #[test]
-fn a_v4_mapped_dial_stays_v4_mapped() {
+fn a_pod_sees_the_address_that_it_dialled() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
-        let stream = pod.dial(IMDS_MAPPED).unwrap();
+        let own = [format!("{AGENT_V4}:80"), format!("[{AGENT_V6}]:80")];
+        let services = [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY, POD_IDENTITY_V6, POD_IDENTITY_MAPPED, ECS];
+        for address in services.into_iter().chain(own.iter().map(String::as_str)) {
+            let stream = pod.dial(address).unwrap();
+            agent.accept().expect("anonymous");
+            assert_eq!(stream.peer_addr().unwrap(), address.parse().unwrap());
+        }
+        // The control: without the programs the same socket shows where it has really gone.
+        let stream = pod.dial(IMDS).unwrap();
         agent.accept().expect("anonymous");
-        let expected = format!("[::ffff:{AGENT_V4}]:80").parse().unwrap();
-        assert_eq!(stream.peer_addr().unwrap(), expected);
+        node.detach();
+        assert_eq!(stream.peer_addr().unwrap(), (AGENT_V4, 80).into());
+    });
+}
+
+#[test]
+fn a_reused_socket_never_shows_an_address_that_it_dialled_before() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        let elsewhere = RealService::listen("127.0.0.1:8080");
+        let socket = pod.run(tcp_socket);
+        let peer = || SocketAddr::try_from(getpeername(&socket).unwrap().unwrap()).unwrap();
+        let own = format!("{AGENT_V4}:80");
+        // Last as a pod that is left alone: it dials the agent's address on its own account.
+        for (address, imds) in [
+            (IMDS, IMDS_INTERCEPT),
+            ("127.0.0.1:8080", IMDS_INTERCEPT),
+            (POD_IDENTITY, IMDS_INTERCEPT),
+            (&own, IMDS_OFF),
+        ] {
+            let pod_identity = if imds == IMDS_OFF { POD_IDENTITY_OFF } else { POD_IDENTITY_ON };
+            node.interceptor.set_policy(pod.cgroup.id, PodPolicy { imds, pod_identity }).unwrap();
+            pod.run(|| redial(&socket, address)).unwrap();
+            assert_eq!(peer(), address.parse().unwrap());
+            soon(|| agent.try_accept().map(drop).or_else(|| elsewhere.try_accept()));
+            connect_unspec(&socket).unwrap();
+        }
     });
 }
 
@@ -85,10 +127,15 @@ fn the_pod_is_found_at_every_depth() {
         let burstable = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let guaranteed = node.guaranteed_pod("b", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let nested = |cgroup: &Cgroup| Cgroup::create(cgroup.path.join("nested/twice"));
+        let runtime = |cgroup: &Cgroup| {
+            let inner = "kubepods.slice/kubepods-podinner.slice/cri-containerd-4567.scope";
+            Cgroup::create(cgroup.path.join(inner))
+        };
         let cases = [
             ("the pod's own cgroup", &burstable, burstable.cgroup.clone()),
             ("a container", &burstable, burstable.container.clone()),
             ("a container's own cgroups", &burstable, nested(&burstable.container)),
+            ("a container runtime inside of a container", &burstable, runtime(&burstable.container)),
             ("a Guaranteed pod's own cgroup", &guaranteed, guaranteed.cgroup.clone()),
             ("a Guaranteed pod's container", &guaranteed, guaranteed.container.clone()),
             ("a Guaranteed pod's container's own cgroups", &guaranteed, nested(&guaranteed.container)),

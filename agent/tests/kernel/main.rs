@@ -13,8 +13,11 @@ use agent_common::net::Endpoint;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 
 mod decisions;
+mod events;
 mod identity;
+mod limits;
 mod node;
+mod options;
 mod tickets;
 mod wire;
 

@@ -109,11 +109,8 @@ impl Node {
         let agent = Cgroup::create(kubepods.path.join("kubepods-podagent.slice"));
         let mut interceptor =
             Interceptor::load(&settings(&kubepods, &agent, mount.level, host_netns_cookie)).unwrap();
-        interceptor.set_policy(agent.id, PodPolicy::EXEMPT).unwrap();
-        interceptor.set_target(own_pair(1)).unwrap();
-        interceptor.attach().unwrap();
         let origins = Arc::new(interceptor.origins().unwrap());
-        Self {
+        let mut node = Self {
             interceptor,
             origins,
             kubepods,
@@ -122,7 +119,9 @@ impl Node {
             host,
             host_netns_cookie,
             _root: root,
-        }
+        };
+        node.attach();
+        node
     }
 
     /// A Burstable pod, two levels below kubepods, with a policy.
@@ -171,6 +170,19 @@ impl Node {
         result
     }
 
+    /// Attaches the programs, as the agent does when it starts.
+    pub(crate) fn attach(&mut self) {
+        self.interceptor.set_policy(self.agent.id, PodPolicy::EXEMPT).unwrap();
+        self.interceptor.set_target(own_pair(1)).unwrap();
+        self.interceptor.attach().unwrap();
+        self.origins = Arc::new(self.interceptor.origins().unwrap());
+    }
+
+    /// The origin of a connection that the agent has accepted.
+    pub(crate) fn origin(&self, accepted: &TcpStream) -> Option<Origin> {
+        self.origins.origin(accepted.as_fd()).unwrap()
+    }
+
     /// Drops the programs, as the end of the agent's process does. What takes their place is not attached.
     pub(crate) fn detach(&mut self) {
         let settings = settings(&self.kubepods, &self.agent, self.mount_level, self.host_netns_cookie);
@@ -183,12 +195,15 @@ impl Node {
         counters.iter().find(|(name, _)| *name == counter).unwrap().1
     }
 
-    /// Tickets that could still be redeemed.
+    /// Tickets that could still be redeemed: as many as were counted, neither more nor less.
     pub(crate) fn live_tickets(&self) -> u64 {
-        self.count(Counter::TicketSent)
+        let live = self.interceptor.live_tickets().unwrap();
+        let counted = self.count(Counter::TicketSent)
             - self.count(Counter::TicketDropped)
             - self.count(Counter::Redeemed)
-            - self.count(Counter::AcceptedNoRoom)
+            - self.count(Counter::AcceptedNoRoom);
+        assert_eq!(live, counted, "the map and the counters differ");
+        live
     }
 }
 

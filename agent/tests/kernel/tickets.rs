@@ -18,9 +18,10 @@ use rustix::net::connect_unspec;
 
 use crate::{
     IMDS, IMDS_MAPPED, IMDS_V6, endpoint,
-    node::{AGENT_V4, NOBODY, Node, add_address, own_pair},
+    node::{AGENT_V4, NOBODY, Node, add_address, own_pair, soon},
+    options::{attach_filter, detach_filter},
     redial, tcp_socket,
-    wire::{self, Wire},
+    wire::{self, ACK, SYN, Wire},
 };
 
 #[test]
@@ -39,6 +40,99 @@ fn with_syn_cookies_the_ticket_comes_with_the_ack() {
         }
         assert_eq!(node.live_tickets(), 0);
     });
+}
+
+#[test]
+fn with_syn_cookies_the_ticket_survives_the_loss_of_every_segment_but_the_syn() {
+    Node::run(|node| {
+        fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2").unwrap();
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let listener = node.as_agent(|| listen((AGENT_V4, 80).into())).unwrap();
+        // What is lost: the handshake's ACK, and with it the first data.
+        for data_is_lost in [false, true] {
+            let mut filter = if data_is_lost { only_syns() } else { no_bare_acks() };
+            attach_filter(&listener, &mut filter);
+            let mut stream = pod.dial(IMDS).unwrap();
+            if data_is_lost {
+                stream.write_all(b"?").unwrap();
+            }
+            thread::sleep(Duration::from_millis(50));
+            // The control: with SYN cookies there is no connection before a segment comes through.
+            assert!(listener.accept().is_err(), "nothing was lost");
+            detach_filter(&listener);
+            if !data_is_lost {
+                stream.write_all(b"?").unwrap();
+            }
+            let (accepted, _) = soon(|| listener.accept().ok());
+            let origin = node.origin(&accepted).expect("anonymous");
+            assert_eq!(origin.pod_cgroup_id, pod.cgroup.id, "data_is_lost: {data_is_lost}");
+            assert_eq!(node.live_tickets(), 0);
+        }
+        assert_eq!(node.count(Counter::NoTicket), 0);
+    });
+}
+
+/// A filter that loses segments with no flag but ACK.
+fn no_bare_acks() -> [libc::sock_filter; 4] {
+    only_if(libc::BPF_JEQ, u32::from(ACK), false)
+}
+
+/// A filter that loses segments without SYN.
+fn only_syns() -> [libc::sock_filter; 4] {
+    only_if(libc::BPF_JSET, u32::from(SYN), true)
+}
+
+/// A filter that keeps the segments whose flags pass the test, or do not.
+fn only_if(test: u32, flags: u32, keep: bool) -> [libc::sock_filter; 4] {
+    let op = |code: u32, k, jt, jf| libc::sock_filter { code: code.try_into().unwrap(), jt, jf, k };
+    let (jt, jf) = if keep { (0, 1) } else { (1, 0) };
+    [
+        // The flags are the header's byte 13.
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 13, 0, 0),
+        op(libc::BPF_JMP | test | libc::BPF_K, flags, jt, jf),
+        op(libc::BPF_RET | libc::BPF_K, u32::MAX, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+    ]
+}
+
+#[test]
+fn half_open_handshakes_do_not_keep_an_honest_pod_out() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        for (cookies, first_port, unanswered) in [("1", 10_000, 200), ("2", 20_000, 400)] {
+            fs::write("/proc/sys/net/ipv4/tcp_syncookies", cookies).unwrap();
+            // A ticket in each, as from a pod that knows of them.
+            for port in first_port..first_port + 200 {
+                wire::begin_handshake(port, port.into());
+            }
+            assert!(agent.try_accept().is_none(), "half a handshake is no connection");
+            // The control: the agent's side has answered, and holds what it did not answer with a cookie.
+            assert!(half_open() + cookies_sent() >= unanswered, "{} and {}", half_open(), cookies_sent());
+            for address in [IMDS, IMDS_V6, IMDS_MAPPED] {
+                let _stream = pod.dial(address).unwrap();
+                let origin = agent.accept().expect("anonymous");
+                assert_eq!(origin.pod_cgroup_id, pod.cgroup.id);
+            }
+        }
+        assert_eq!((node.count(Counter::Redeemed), node.count(Counter::BadTicket)), (6, 0));
+        assert_eq!(node.live_tickets(), 0);
+    });
+}
+
+/// Handshakes that wait for their last segment, in this namespace.
+fn half_open() -> usize {
+    let connections = fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
+    connections.lines().filter(|line| line.split_whitespace().nth(3) == Some("03")).count()
+}
+
+/// SYN cookies that were sent in this namespace.
+fn cookies_sent() -> usize {
+    let statistics = fs::read_to_string("/proc/thread-self/net/netstat").unwrap();
+    let mut tcp = statistics.lines().filter(|line| line.starts_with("TcpExt:")).map(str::split_whitespace);
+    let (names, values) = (tcp.next().unwrap(), tcp.next().unwrap());
+    let sent = names.zip(values).find(|(name, _)| *name == "SyncookiesSent").unwrap().1;
+    sent.parse().unwrap()
 }
 
 #[test]
@@ -83,6 +177,8 @@ fn a_dial_that_fails_leaves_no_ticket() {
             pod.run(dial).expect_err(case);
             assert_eq!(node.count(Counter::TicketSent), sent, "{case}");
             assert_eq!(node.count(Counter::TicketDropped), sent, "{case}");
+            assert_eq!(node.live_tickets(), 0, "{case}");
+            assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), 0, "{case}");
         }
         assert_eq!(node.count(Counter::Redirected), 3);
     });

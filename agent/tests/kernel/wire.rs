@@ -16,8 +16,10 @@ use rustix::net::{
 
 use crate::node::{AGENT_V4, NOBODY};
 
-const SYN: u8 = 0x02;
-const ACK: u8 = 0x10;
+/// The flag of the first segment of either side.
+pub(crate) const SYN: u8 = 0x02;
+/// The flag of every segment but the first.
+pub(crate) const ACK: u8 = 0x10;
 const IP_HEADER_LEN: usize = 20;
 const TCP_HEADER_LEN: usize = 20;
 /// The initial sequence number of the forged side.
@@ -69,15 +71,21 @@ impl Wire {
 
 /// Shakes hands with the agent at [`AGENT_V4`], port 80, in the name of [`NOBODY`], with `ticket` in the SYN.
 pub(crate) fn shake_hands(port: u16, ticket: u64) {
+    let wire = Wire::watch();
+    let raw = begin_handshake(port, ticket);
+    let theirs = wire.answer_to(port);
+    send(&raw, &segment(port, SEQUENCE + 1, theirs + 1, ACK, &[]));
+}
+
+/// Sends the first segment of such a handshake.
+pub(crate) fn begin_handshake(port: u16, ticket: u64) -> OwnedFd {
     let raw =
         socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap();
-    let wire = Wire::watch();
     let mut option = vec![TICKET_OPTION_KIND, TICKET_OPTION_LEN];
     option.extend(TICKET_OPTION_EXID);
     option.extend(ticket.to_be_bytes());
     send(&raw, &segment(port, SEQUENCE, 0, SYN, &option));
-    let theirs = wire.answer_to(port);
-    send(&raw, &segment(port, SEQUENCE + 1, theirs + 1, ACK, &[]));
+    raw
 }
 
 fn send(raw: &OwnedFd, packet: &[u8]) {

@@ -1,0 +1,143 @@
+//! How many dials a pod may have under way, and that none of them stays behind.
+
+use std::{fs, io, os::fd::OwnedFd};
+
+use agent_common::{
+    abi::TICKETS_PER_POD,
+    counter::Counter,
+    policy::{IMDS_INTERCEPT, POD_IDENTITY_ON, PodPolicy},
+    target::Target,
+};
+use rustix::net::{SendFlags, connect_unspec, send};
+
+use crate::{
+    IMDS, endpoint, is_eperm,
+    node::{Cgroup, NOBODY, Node, own_pair},
+    options::set_fastopen_connect,
+    redial, tcp_socket,
+};
+
+/// The limit in the maps' type.
+const LIMIT: u64 = TICKETS_PER_POD as u64;
+
+/// From now on dials to the agent get no answer.
+fn silence(node: &mut Node) {
+    node.interceptor.set_target(Target { v4: endpoint(&format!("{NOBODY}:80")), ..own_pair(2) }).unwrap();
+}
+
+/// A handshake that goes on for as long as the socket is kept.
+fn begin(cgroup: &Cgroup) -> io::Result<OwnedFd> {
+    let socket = cgroup.run(tcp_socket);
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    match cgroup.run(|| redial(&socket, IMDS)) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
+        other => other.map(|()| socket),
+    }
+}
+
+#[test]
+fn a_pod_at_its_limit_is_refused_and_no_other() {
+    Node::run(|node| {
+        silence(node);
+        let [greedy, other] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
+        let mut held: Vec<_> = (0..LIMIT).map(|_| begin(&greedy.container).unwrap()).collect();
+        assert_eq!(node.interceptor.live_tickets_of(greedy.cgroup.id).unwrap(), LIMIT);
+        for cgroup in [&greedy.container, &greedy.cgroup] {
+            assert!(is_eperm(&begin(cgroup)), "one more than the limit");
+        }
+        assert_eq!(node.count(Counter::DeniedLimit), 2);
+        let _other = begin(&other.container).expect("the limit is each pod's own");
+
+        // One that ends makes room for one.
+        held.pop();
+        held.push(begin(&greedy.container).unwrap());
+        assert!(is_eperm(&begin(&greedy.container)));
+
+        // One that dials again gives its own back first.
+        connect_unspec(&held[0]).unwrap();
+        let again = greedy.run(|| redial(&held[0], IMDS)).unwrap_err();
+        assert_eq!(again.raw_os_error(), Some(libc::EINPROGRESS));
+
+        drop(held);
+        assert_eq!(node.interceptor.live_tickets_of(greedy.cgroup.id).unwrap(), 0);
+        assert_eq!(node.live_tickets(), 1);
+    });
+}
+
+#[test]
+fn unknown_pods_are_limited_each_for_itself() {
+    Node::run(|node| {
+        silence(node);
+        let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
+        node.interceptor.set_unknown_pods(policy, policy).unwrap();
+        let [greedy, other] = ["a", "b"].map(|name| node.unknown_pod(name));
+        let held: Vec<_> = (0..LIMIT).map(|_| begin(&greedy.container).unwrap()).collect();
+        assert!(is_eperm(&begin(&greedy.container)));
+        let _other = begin(&other.container).expect("the limit is each pod's own");
+
+        // What was counted before counts when the pod is known.
+        node.interceptor.set_policy(greedy.cgroup.id, policy).unwrap();
+        assert!(is_eperm(&begin(&greedy.container)));
+        drop(held);
+        begin(&greedy.container).unwrap();
+    });
+}
+
+#[test]
+fn dials_that_wait_for_their_first_data_are_limited_when_they_begin() {
+    // Such a dial has no ticket yet, so that any number of them passes `connect`.
+    Node::run(|node| {
+        silence(node);
+        // 1: as a client; 4: without a cookie, so that `connect` sends nothing.
+        fs::write("/proc/sys/net/ipv4/tcp_fastopen", "5").unwrap();
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let excess = 6;
+        let sockets: Vec<_> = (0..LIMIT + excess)
+            .map(|_| {
+                let socket = pod.run(tcp_socket);
+                rustix::io::ioctl_fionbio(&socket, true).unwrap();
+                set_fastopen_connect(&socket);
+                pod.run(|| redial(&socket, IMDS)).expect("it is put off");
+                socket
+            })
+            .collect();
+        assert_eq!(node.live_tickets(), 0);
+        for socket in &sockets {
+            // With or without an error: the data is sent with the SYN.
+            let _ = send(socket, b"?", SendFlags::empty());
+        }
+        assert_eq!(node.live_tickets(), LIMIT);
+        assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), LIMIT);
+        assert_eq!(node.count(Counter::TicketsFull), excess);
+        drop(sockets);
+        assert_eq!(node.live_tickets(), 0);
+    });
+}
+
+#[test]
+fn a_served_pod_never_comes_near_its_limit() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        let mut kept = Vec::new();
+        for _ in 0..LIMIT + 10 {
+            kept.push(pod.dial(IMDS).unwrap());
+            agent.accept().expect("anonymous");
+        }
+        assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), 0);
+    });
+}
+
+#[test]
+fn a_pod_that_is_forgotten_with_dials_under_way_leaves_no_count() {
+    Node::run(|node| {
+        silence(node);
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let held = begin(&pod.container).unwrap();
+        node.interceptor.remove_policy(pod.cgroup.id).unwrap();
+        assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), 1);
+        drop(held);
+        assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), 0);
+        assert_eq!(node.live_tickets(), 0);
+    });
+}
