@@ -19,6 +19,7 @@ mod limits;
 mod node;
 mod options;
 mod tickets;
+mod ways;
 mod wire;
 
 const IMDS: &str = "169.254.169.254:80";

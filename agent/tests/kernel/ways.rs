@@ -1,0 +1,219 @@
+//! Every way to dial: each arrives with the pod's origin.
+
+use std::{
+    fs,
+    io::{self, IoSlice, IoSliceMut, Read as _},
+    mem::MaybeUninit,
+    net::{SocketAddr, TcpStream},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::Path,
+};
+
+use agent::accept::listen;
+use agent_common::{
+    counter::Counter,
+    policy::{IMDS_INTERCEPT, POD_IDENTITY_ON, PodPolicy},
+};
+use io_uring::{IoUring, opcode, squeue, types};
+use rustix::{
+    io::ioctl_fionbio,
+    net::{
+        AddressFamily, Protocol, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, SocketAddrAny, SocketFlags, SocketType, addr::SocketAddrArg as _,
+        recvmsg, sendmsg, sendto, socket_with, socketpair,
+    },
+};
+
+use crate::{
+    ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, endpoint,
+    node::{AGENT_V4, Agent, Node, Pod, RealService, soon},
+    options::set_fastopen_connect,
+    redial, tcp_socket,
+};
+
+/// `IPPROTO_MPTCP`.
+const MPTCP: Protocol = Protocol::from_raw(std::num::NonZeroU32::new(262).unwrap());
+/// `MSG_FASTOPEN`.
+const FASTOPEN: SendFlags = SendFlags::from_bits_retain(0x2000_0000);
+
+fn socket_for(address: &str, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
+    let family = if address.starts_with('[') { AddressFamily::INET6 } else { AddressFamily::INET };
+    Ok(socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, protocol)?)
+}
+
+/// Accepts the dial of `pod` to `address`, and nothing besides.
+fn arrives(node: &Node, agent: &Agent, pod: &Pod, address: &str, way: &str) {
+    let origin = agent.accept().unwrap_or_else(|| panic!("{way}, {address}: anonymous"));
+    assert_eq!(origin.pod_cgroup_id, pod.cgroup.id, "{way}, {address}");
+    assert_eq!(origin.orig_dst, endpoint(address), "{way}, {address}");
+    assert!(agent.try_accept().is_none(), "{way}, {address}: it came twice");
+    assert_eq!(node.live_tickets(), 0, "{way}, {address}");
+}
+
+#[test]
+fn a_non_blocking_dial_that_is_repeated_counts_once() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        for address in [IMDS, IMDS_V6, IMDS_MAPPED] {
+            let before = node.count(Counter::Redirected);
+            let socket = pod.run(|| socket_for(address, None)).unwrap();
+            ioctl_fionbio(&socket, true).unwrap();
+            let first = pod.run(|| redial(&socket, address)).expect_err("the handshake takes a moment");
+            assert_eq!(first.raw_os_error(), Some(libc::EINPROGRESS));
+            let last = soon(|| {
+                let again = pod.run(|| redial(&socket, address));
+                again.err().filter(|error| error.raw_os_error() != Some(libc::EALREADY))
+            });
+            assert_eq!(last.raw_os_error(), Some(libc::EISCONN), "{address}");
+            arrives(node, &agent, &pod, address, "non-blocking");
+            assert_eq!(node.count(Counter::Redirected), before + 1);
+        }
+    });
+}
+
+#[test]
+fn fast_open_dials_arrive_with_their_origin_and_their_data() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let listener = node.as_agent(|| listen((AGENT_V4, 80).into())).unwrap();
+        listener.set_nonblocking(false).unwrap();
+        // 1: asks for a cookie; 5: sends data with the SYN without one.
+        for sysctl in ["1", "5"] {
+            fs::write("/proc/sys/net/ipv4/tcp_fastopen", sysctl).unwrap();
+            for put_off in [true, false] {
+                let case = format!("tcp_fastopen={sysctl}, TCP_FASTOPEN_CONNECT={put_off}");
+                let socket = pod.run(tcp_socket);
+                if put_off {
+                    set_fastopen_connect(&socket);
+                    pod.run(|| redial(&socket, IMDS)).unwrap();
+                    rustix::io::write(&socket, b"hello").unwrap();
+                } else {
+                    let address: SocketAddr = IMDS.parse().unwrap();
+                    pod.run(|| sendto(&socket, b"hello", FASTOPEN, &address)).unwrap();
+                }
+                let (mut accepted, _) = listener.accept().unwrap();
+                let origin = node.origin(&accepted).unwrap_or_else(|| panic!("{case}: anonymous"));
+                assert_eq!(
+                    (origin.pod_cgroup_id, origin.orig_dst),
+                    (pod.cgroup.id, endpoint(IMDS)),
+                    "{case}"
+                );
+                let mut data = [0; 5];
+                accepted.read_exact(&mut data).unwrap();
+                assert_eq!(&data, b"hello", "{case}");
+                assert_eq!(TcpStream::from(socket).peer_addr().unwrap(), IMDS.parse().unwrap(), "{case}");
+                assert_eq!(node.live_tickets(), 0, "{case}");
+            }
+        }
+    });
+}
+
+#[test]
+fn mptcp_dials_arrive_with_their_origin() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        for address in [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY] {
+            let socket = match pod.run(|| socket_for(address, Some(MPTCP))) {
+                Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {
+                    // Then pods cannot dial this way either.
+                    assert!(!Path::new("/proc/sys/net/mptcp").exists(), "the kernel has MPTCP: {error}");
+                    return;
+                }
+                socket => socket.unwrap(),
+            };
+            pod.run(|| redial(&socket, address)).unwrap();
+            arrives(node, &agent, &pod, address, "MPTCP");
+        }
+    });
+}
+
+#[test]
+fn io_uring_dials_arrive_with_their_origin() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        for (way, flags) in [("inline", squeue::Flags::empty()), ("by a worker", squeue::Flags::ASYNC)] {
+            for address in [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY] {
+                let result = pod.run(|| {
+                    let socket = socket_for(address, None).unwrap();
+                    dial_by_ring(&socket, address, flags)
+                });
+                assert_eq!(result, 0, "{way}, {address}");
+                arrives(node, &agent, &pod, address, way);
+            }
+        }
+    });
+}
+
+/// `IORING_OP_CONNECT`: what `connect` would have returned.
+#[expect(unsafe_code, reason = "the kernel reads the address while the ring works")]
+fn dial_by_ring(socket: &OwnedFd, address: &str, flags: squeue::Flags) -> i32 {
+    let mut ring = IoUring::new(1).expect("io_uring is switched off here: sysctl kernel.io_uring_disabled=0");
+    let address: SocketAddr = address.parse().unwrap();
+    let address: SocketAddrAny = address.as_any();
+    let entry =
+        opcode::Connect::new(types::Fd(socket.as_raw_fd()), address.as_ptr().cast(), address.addr_len());
+    // SAFETY: the socket and the address live until the ring has answered.
+    unsafe { ring.submission().push(&entry.build().flags(flags)) }.unwrap();
+    ring.submit_and_wait(1).unwrap();
+    ring.completion().next().unwrap().result()
+}
+
+#[test]
+fn a_socket_made_before_the_programs_were_there_is_no_way_round_them() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        node.detach();
+        let real = RealService::listen(IMDS);
+        let dialled = pod.run(tcp_socket);
+        pod.run(|| redial(&dialled, IMDS)).unwrap();
+        real.accept();
+        rustix::net::connect_unspec(&dialled).unwrap();
+        let fresh = pod.run(tcp_socket);
+
+        node.attach();
+        let agent = node.agent();
+        node.interceptor
+            .set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON })
+            .unwrap();
+        for (way, socket) in [("fresh", fresh), ("dialled before", dialled)] {
+            pod.run(|| redial(&socket, IMDS)).unwrap();
+            arrives(node, &agent, &pod, IMDS, way);
+        }
+        assert!(real.try_accept().is_none());
+    });
+}
+
+#[test]
+fn a_socket_from_another_pod_dials_as_the_pod_that_has_it_now() {
+    Node::run(|node| {
+        let [sender, receiver] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
+        let agent = node.agent();
+        for address in [IMDS, IMDS_V6, IMDS_MAPPED, ECS] {
+            let (here, there) =
+                socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+            sender.run(|| {
+                let socket = socket_for(address, None).unwrap();
+                let descriptors = [socket.as_fd()];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut message = SendAncillaryBuffer::new(&mut space);
+                assert!(message.push(SendAncillaryMessage::ScmRights(&descriptors)));
+                sendmsg(&here, &[IoSlice::new(b"!")], &mut message, SendFlags::empty()).unwrap();
+            });
+            receiver.run(|| {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut message = RecvAncillaryBuffer::new(&mut space);
+                let mut byte = [0];
+                recvmsg(&there, &mut [IoSliceMut::new(&mut byte)], &mut message, RecvFlags::empty()).unwrap();
+                let socket = message.drain().find_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+                    _ => None,
+                });
+                redial(&socket.unwrap(), address).unwrap();
+            });
+            arrives(node, &agent, &receiver, address, "passed on");
+        }
+    });
+}
