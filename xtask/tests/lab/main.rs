@@ -7,6 +7,7 @@ mod faults;
 mod identity;
 mod isolation;
 mod node;
+mod policy;
 mod roles;
 mod routing;
 mod startup;
