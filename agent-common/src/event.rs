@@ -3,6 +3,8 @@
 use crate::net::Endpoint;
 
 /// Something happened that an operator may want to know of. What is not known is 0.
+///
+/// A dial makes one at most: why it was refused, else that it was audited, else that its pod is unknown.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {

@@ -54,8 +54,8 @@ struct Refused;
 
 /// What the policy says about a dial to one of our addresses.
 enum Mode {
-    Off,
-    Audit,
+    /// Leave it alone, and count it so.
+    Leave(Counter),
     Serve,
     Deny,
 }
@@ -143,42 +143,43 @@ fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoin
         return Ok(None);
     }
 
-    let Some(caller) = Caller::current(dial) else {
-        report(Counter::DeniedNoPod, dial, 0, destination);
-        return Err(Refused);
-    };
-    let pod = caller.pod_cgroup_id;
-    if pod == 0 {
-        report(Counter::UnknownPod, dial, pod, destination);
+    let caller = Caller::current(dial);
+    let pod_cgroup_id = caller.as_ref().map_or(0, |caller| caller.pod_cgroup_id);
+    let mut news = (caller.is_some() && pod_cgroup_id == 0).then_some(Counter::UnknownPod);
+    if let Some(unknown) = news {
+        count(unknown);
     }
-    let served = dial.is_tcp()
-        && (service.is_some() && destination.port == HTTP
-            || target.is_some_and(|target| target.same(destination)));
-    let outcome = match mode(&caller.policy, service, at_target) {
-        Mode::Off => {
-            forget(dial);
-            count(Counter::Untouched);
-            Ok(None)
-        }
-        Mode::Audit => {
-            forget(dial);
-            report(Counter::Audited, dial, pod, destination);
-            Ok(None)
-        }
-        _ if !served => Err(Counter::DeniedPort),
-        Mode::Deny => Err(Counter::Denied),
-        Mode::Serve => send_to_agent(dial, &caller, destination, target),
+    let outcome = match caller {
+        None => Err(Counter::DeniedNoPod),
+        Some(caller) => match mode(&caller.policy, service, at_target) {
+            Mode::Leave(how) => {
+                forget(dial);
+                count(how);
+                if matches!(how, Counter::Audited) {
+                    news = Some(how);
+                }
+                Ok(None)
+            }
+            _ if !(dial.is_tcp() && is_served(destination, service, target)) => Err(Counter::DeniedPort),
+            Mode::Deny => Err(Counter::Denied),
+            Mode::Serve => send_to_agent(dial, &caller, destination, target),
+        },
     };
-    outcome.map_err(|reason| {
-        report(reason, dial, pod, destination);
-        Refused
-    })
+    if let Err(reason) = outcome {
+        count(reason);
+        news = Some(reason);
+    }
+    // One event a dial, and only one place that makes it: the verifier goes through each.
+    if let Some(what) = news {
+        events::of_dial(what, dial, pod_cgroup_id, destination);
+    }
+    outcome.map_err(|_| Refused)
 }
 
+/// Whether the port is one that the agent answers for.
 #[inline(always)]
-fn report(what: Counter, dial: &Dial, pod_cgroup_id: u64, destination: &Endpoint) {
-    count(what);
-    events::of_dial(what, dial, pod_cgroup_id, destination);
+fn is_served(destination: &Endpoint, service: Option<Service>, target: Option<&Endpoint>) -> bool {
+    service.is_some() && destination.port == HTTP || target.is_some_and(|target| target.same(destination))
 }
 
 /// The agent's endpoint of the family in force.
@@ -193,8 +194,8 @@ fn target(is_ip4: bool) -> Option<&'static Endpoint> {
 #[inline(always)]
 fn mode(policy: &PodPolicy, service: Option<Service>, at_target: bool) -> Mode {
     let imds = match policy.imds {
-        IMDS_OFF => Mode::Off,
-        IMDS_AUDIT => Mode::Audit,
+        IMDS_OFF => Mode::Leave(Counter::Untouched),
+        IMDS_AUDIT => Mode::Leave(Counter::Audited),
         IMDS_INTERCEPT => Mode::Serve,
         _ => Mode::Deny,
     };
@@ -202,7 +203,11 @@ fn mode(policy: &PodPolicy, service: Option<Service>, at_target: bool) -> Mode {
         return imds;
     }
     let imds_is_ours = matches!(imds, Mode::Serve | Mode::Deny);
-    if policy.pod_identity != POD_IDENTITY_OFF || at_target && imds_is_ours { Mode::Serve } else { Mode::Off }
+    if policy.pod_identity != POD_IDENTITY_OFF || at_target && imds_is_ours {
+        Mode::Serve
+    } else {
+        Mode::Leave(Counter::Untouched)
+    }
 }
 
 /// Puts the dial's origin on its socket; where to send it then, `None` where it goes anyway.
