@@ -4,15 +4,11 @@
 
 use std::{
     io,
-    net::SocketAddr,
     path::PathBuf,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
-use agent_common::{net::Endpoint, policy::PodPolicy, target::Target};
+use agent_common::policy::PodPolicy;
 use aws_config::SdkConfig;
 use kube::Api;
 use prometheus_client::registry::Registry;
@@ -20,39 +16,36 @@ use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
 };
-use tracing::{info, warn};
 
 mod node;
+mod serving;
 mod signal;
 mod tasks;
 
-use self::{node::Node, signal::Signals, tasks::Tasks};
+use self::{node::Node, serving::Serving, signal::Signals, tasks::Tasks};
 
 use crate::{
-    accept,
     admin::{self, Probes},
     config::Config,
     credentials::{
         aws,
         cache::{Engine, NodeSource},
         eks_auth::EksAuth,
-        kube_identity,
+        kube_identity::{self, Clients},
         token::Tokens,
     },
     dialect::imds_token::ImdsTokens,
-    drain::drain,
     enforce::Enforcer,
     identity::{CallerResolver, Pods, cgroupfs, network::Networks, tree},
     intercept::{self, Interceptor, OriginLookup},
     link::{self, Addresses, Link},
+    observe,
     policies::Policies,
     policy,
     serve::{Server, metrics::RequestMetrics},
     whois::Whois,
 };
 
-/// The maps are made anew with each agent, so each is the first to use them.
-const GENERATION: u64 = 1;
 /// News of pods and namespaces that wait to be applied.
 const CLUSTER_EVENTS: usize = 1024;
 
@@ -107,15 +100,25 @@ pub enum Error {
 /// The kernel side, shared by those who steer it and those who count.
 type SharedInterceptor = Arc<Mutex<Interceptor>>;
 
+/// What is known of the cluster and its pods, by whoever follows it.
+#[derive(Clone)]
+struct Known {
+    pods: Arc<Pods>,
+    networks: Arc<Networks>,
+    policies: Policies,
+}
+
 /// Runs the agent until `SIGTERM` or `SIGINT`.
 pub async fn run(config: Config) -> Result<(), Error> {
     let mut signals = Signals::watch()?;
     let mut tasks = Tasks::default();
     let node = Node::find(&config.cgroup_root)?;
     let (interceptor, origins) = load(&config, &node)?;
-    let pods = Arc::<Pods>::default();
-    let networks = Arc::new(Networks::new(node.host_netns_cookie));
-    let policies = Policies { defaults: config.defaults, namespaces: Arc::default() };
+    let known = Known {
+        pods: Arc::default(),
+        networks: Arc::new(Networks::new(node.host_netns_cookie)),
+        policies: Policies { defaults: config.defaults, namespaces: Arc::default() },
+    };
 
     let mut registry = Registry::default();
     let request_metrics = RequestMetrics::register(&mut registry);
@@ -123,8 +126,8 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
     let whois = Whois {
         kubepods: Arc::clone(&node.kubepods),
-        pods: Arc::clone(&pods),
-        policies: policies.clone(),
+        pods: Arc::clone(&known.pods),
+        policies: known.policies.clone(),
         own: node.own_pod,
     };
     serve_operators(&config, &probes, whois, &mut tasks).await?;
@@ -132,31 +135,22 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let kube = kube_identity::clients(config.kube_identity, &config.node_name).await?;
     let aws = aws::config().await;
     aws::check(&aws).await;
-    let resolver = CallerResolver::new(Arc::clone(&node.kubepods), Arc::clone(&pods), Arc::clone(&networks));
+    let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
+    let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
     let tokens = Tokens::new(&config.kubelet_root, kube.node.clone());
-    let server = Arc::new(server(&config, policies.clone(), resolver, tokens, &aws, request_metrics)?);
+    let server = Arc::new(server(&config, known.policies.clone(), resolver, tokens, &aws, request_metrics)?);
+    let events = lock(&interceptor).events()?;
+    tasks.spawn("the kernel's events", observe::run(events, Arc::clone(&server)));
 
-    let (cluster_events, received) = mpsc::channel(CLUSTER_EVENTS);
-    let (synced, mut is_synced) = watch::channel(false);
-    let (first, cgroups) = tree::follow(node.kubepods.path())
-        .map_err(|source| Error::CgroupRead { path: node.kubepods.path().to_owned(), source })?;
-    let namespaces = Arc::clone(&policies.namespaces);
     let enforcer = Enforcer {
-        policies,
+        policies: known.policies.clone(),
         map: Arc::clone(&interceptor),
         own: node.own_pod,
-        pods: Arc::clone(&pods),
-        networks,
+        pods: Arc::clone(&known.pods),
+        networks: Arc::clone(&known.networks),
         engine: Arc::clone(&server.engine),
     };
-    tasks.spawn("the policies' upkeep", enforcer.run(first, cgroups, received, synced));
-    let (node_name, events) = (config.node_name.clone(), cluster_events.clone());
-    tasks.spawn("the watch of pods", async move {
-        pods.follow(Api::all(kube.node), &node_name, events).await;
-    });
-    tasks.spawn("the watch of namespaces", async move {
-        namespaces.follow(Api::all(kube.own), cluster_events).await;
-    });
+    let mut is_synced = follow(&config, &node, kube, known, enforcer, &mut tasks)?;
     // Existing pods have their policies before the first of their dials is decided. Without the API server
     // nothing is intercepted yet, and the agent is not ready.
     tokio::select! {
@@ -175,6 +169,30 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let removed = link.down().await;
     outcome?;
     Ok(removed?)
+}
+
+/// Follows pods, namespaces and cgroups from now on. The receiver learns when the enforcer has seen all there is.
+fn follow(
+    config: &Config,
+    node: &Node,
+    kube: Clients,
+    known: Known,
+    enforcer: Enforcer<SharedInterceptor, Engine<NodeSource>>,
+    tasks: &mut Tasks,
+) -> Result<watch::Receiver<bool>, Error> {
+    let (events, received) = mpsc::channel(CLUSTER_EVENTS);
+    let (synced, is_synced) = watch::channel(false);
+    let (first, cgroups) = tree::follow(node.kubepods.path())
+        .map_err(|source| Error::CgroupRead { path: node.kubepods.path().to_owned(), source })?;
+    tasks.spawn("the policies' upkeep", enforcer.run(first, cgroups, received, synced));
+    let (node_name, of_pods) = (config.node_name.clone(), events.clone());
+    tasks.spawn("the watch of pods", async move {
+        known.pods.follow(Api::all(kube.node), &node_name, of_pods).await;
+    });
+    tasks.spawn("the watch of namespaces", async move {
+        known.policies.namespaces.follow(Api::all(kube.own), events).await;
+    });
+    Ok(is_synced)
 }
 
 /// Builds the stages behind an accepted connection.
@@ -228,77 +246,8 @@ async fn serve_operators(
     Ok(())
 }
 
-/// The time in which pods are served.
-struct Serving<'a> {
-    config: &'a Config,
-    interceptor: &'a Mutex<Interceptor>,
-    probes: &'a Probes,
-}
-
-// === impl Serving ===
-
-impl Serving<'_> {
-    /// Listens, attaches, and serves until the end.
-    async fn run(
-        &self,
-        addresses: Addresses,
-        server: Arc<Server<NodeSource>>,
-        origins: Arc<dyn OriginLookup>,
-        tasks: &mut Tasks,
-        signals: &mut Signals,
-    ) -> Result<(), Error> {
-        let (drain, watch) = drain();
-        let v4 = self.config.target_v4.filter(|_| addresses.v4.is_some()).map(SocketAddr::V4);
-        let v6 = self.config.target_v6.filter(|_| addresses.v6.is_some()).map(SocketAddr::V6);
-        if v4.is_none() && v6.is_none() {
-            return Err(Error::NoTarget);
-        }
-        for address in [v4, v6].into_iter().flatten() {
-            let listener = accept::listen(address)
-                .map_err(|source| Error::Listen { address: address.to_string(), source })?;
-            let (server, origins, watch) = (Arc::clone(&server), Arc::clone(&origins), watch.clone());
-            let of_connections = watch.clone();
-            tasks.spawn("a listener", async move {
-                let serve = |accepted| {
-                    tokio::spawn(Arc::clone(&server).connection(accepted, of_connections.clone()));
-                };
-                if let Err(error) = accept::accept(listener, origins, watch, serve).await {
-                    warn!(%error, %address, "cannot accept connections");
-                }
-            });
-        }
-        drop(watch);
-        self.interceptor().set_target(target(v4, v6))?;
-        self.interceptor().attach()?;
-        self.probes.ready.store(true, Relaxed);
-        info!("pods are served");
-
-        let end = tokio::select! {
-            () = signals.end() => Ok(()),
-            ended = tasks.ended() => Err(ended),
-        };
-        self.probes.ready.store(false, Relaxed);
-        // New dials are refused at once, and none is sent to an address that is about to go.
-        self.interceptor().set_target(target(None, None))?;
-        info!("stopping: requests in flight are finished");
-        if !drain.run(self.config.drain).await {
-            let seconds = self.config.drain.as_secs();
-            warn!(seconds, "requests were still in flight at the end of the drain time");
-        }
-        end
-    }
-
-    fn interceptor(&self) -> MutexGuard<'_, Interceptor> {
-        self.interceptor.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The target as the programs read it.
-fn target(v4: Option<SocketAddr>, v6: Option<SocketAddr>) -> Target {
-    let endpoint = |address: Option<SocketAddr>| {
-        address.map_or(Endpoint::NONE, |address| Endpoint::new(address.ip(), address.port()))
-    };
-    Target { generation: GENERATION, v4: endpoint(v4), v6: endpoint(v6) }
+fn lock(interceptor: &Mutex<Interceptor>) -> MutexGuard<'_, Interceptor> {
+    interceptor.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn in_use(error: &io::Error) -> &'static str {

@@ -97,8 +97,7 @@ impl CallerResolver {
     }
 
     /// The pod whose cgroup dialled; needs nothing but the kernel.
-    pub fn dialler(&self, origin: &Origin) -> Result<Dialler, Error> {
-        let cgroup_id = origin.cgroup_id;
+    pub fn dialler(&self, cgroup_id: u64) -> Result<Dialler, Error> {
         let path = self.node.below_kubepods(cgroup_id).map_err(|source| {
             if source.raw_os_error() == Some(rustix::io::Errno::STALE.raw_os_error()) {
                 Error::CgroupGone { cgroup_id }

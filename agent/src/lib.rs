@@ -27,6 +27,7 @@ pub mod identity;
 pub mod intercept;
 pub mod link;
 pub mod netns;
+pub mod observe;
 pub mod policies;
 pub mod policy;
 pub mod preflight;

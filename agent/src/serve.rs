@@ -124,7 +124,7 @@ impl<S: CredentialSource> Server<S> {
             pod.uid = uid.map(tracing::field::display),
             pod.name = pod.as_deref().map(Pod::full_name),
             sa = pod.as_deref().map(|pod| tracing::field::display(&pod.service_account)),
-            process = connection.origin.as_ref().map(process),
+            process = connection.origin.as_ref().map(|origin| process(&origin.comm, origin.tgid)),
             ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             "request"
         );
@@ -269,7 +269,7 @@ impl<S: CredentialSource> Server<S> {
         if let Some(dialler) = connection.dialler.get() {
             return Ok(dialler);
         }
-        let dialler = self.resolver.dialler(origin).map_err(|error| refusal::identity(&error))?;
+        let dialler = self.resolver.dialler(origin.cgroup_id).map_err(|error| refusal::identity(&error))?;
         Ok(connection.dialler.get_or_init(|| dialler))
     }
 }
@@ -304,11 +304,11 @@ fn allow_read(policy: Policy, head: &Parts, has_session: bool) -> Result<(), Ref
     if is_forwarded(&head.headers) { Err(forwarded()) } else { Ok(()) }
 }
 
-/// The dialling process, as `name/pid`.
-fn process(origin: &Origin) -> String {
-    let end = origin.comm.iter().position(|byte| *byte == 0).unwrap_or(origin.comm.len());
-    let name = String::from_utf8_lossy(&origin.comm[..end]);
-    format!("{}/{}", name.escape_debug(), origin.tgid)
+/// A process as logs name it, `name/pid`. The pod chooses the name.
+pub(crate) fn process(comm: &[u8; 16], tgid: u32) -> String {
+    let end = comm.iter().position(|byte| *byte == 0).unwrap_or(comm.len());
+    let name = String::from_utf8_lossy(&comm[..end]);
+    format!("{}/{tgid}", name.escape_debug())
 }
 
 /// Refusals that somebody should look at; the rest is in the access log.

@@ -43,7 +43,7 @@ const RULES: [(&str, &[&str]); 8] = [
 const LIFECYCLE: [&str; 2] = ["drain", "telemetry"];
 
 /// Modules that put everything together: only these may name `serve` and `app`.
-const COMPOSITION: [&str; 4] = ["app", "cli", "main", "serve"];
+const COMPOSITION: [&str; 5] = ["app", "cli", "main", "observe", "serve"];
 
 /// Every place below `sources` that breaks a rule, as a line for a person.
 pub(super) fn violations(sources: &Path) -> anyhow::Result<Vec<String>> {

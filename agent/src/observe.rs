@@ -1,0 +1,129 @@
+//! Tells operators what the kernel decided by itself: who still uses the node's role, who was refused and why.
+//!
+//! Owns the log lines and how often they come, since a pod decides how often the kernel reports; never decides
+//! anything about a pod.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use agent_common::{counter::Counter, event::Event};
+use tracing::{error, info, warn};
+
+use crate::{
+    credentials::cache::CredentialSource,
+    identity::{Pod, PodUid},
+    intercept::Events,
+    serve::{self, Server},
+};
+
+/// One line of a kind a pod in this time; the rest is counted in the next.
+const QUIET: Duration = Duration::from_secs(1);
+/// Pods times kinds; beyond that nothing is remembered, and more is logged.
+const REMEMBERED: usize = 8192;
+/// After a failure to read.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Remembers what was said lately.
+#[derive(Debug, Default)]
+struct Lately(HashMap<(u64, u32), Said>);
+
+#[derive(Debug)]
+struct Said {
+    at: Instant,
+    since: u64,
+}
+
+/// Logs the kernel's events for ever.
+pub async fn run<S: CredentialSource>(mut events: Events, server: Arc<Server<S>>) {
+    let mut lately = Lately::default();
+    loop {
+        match events.next().await {
+            Ok((counter, event)) => {
+                if let Some(more) = lately.say(counter, &event, Instant::now()) {
+                    tell(counter, &event, more, &server);
+                }
+            }
+            Err(error) => {
+                error!(%error, "cannot read the kernel's events");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+// === impl Lately ===
+
+impl Lately {
+    /// Whether an event is to be logged, and how many like it were not since the last one.
+    fn say(&mut self, counter: Counter, event: &Event, now: Instant) -> Option<u64> {
+        if self.0.len() > REMEMBERED {
+            self.0.clear();
+        }
+        let whose = if event.pod_cgroup_id == 0 { event.cgroup_id } else { event.pod_cgroup_id };
+        let Some(said) = self.0.get_mut(&(whose, counter as u32)) else {
+            self.0.insert((whose, counter as u32), Said { at: now, since: 0 });
+            return Some(0);
+        };
+        if now.duration_since(said.at) < QUIET {
+            said.since += 1;
+            return None;
+        }
+        said.at = now;
+        Some(std::mem::take(&mut said.since))
+    }
+}
+
+fn tell<S: CredentialSource>(counter: Counter, event: &Event, more: u64, server: &Server<S>) {
+    let uid = server.resolver.dialler(event.cgroup_id).ok().map(|dialler| dialler.uid);
+    let pod = uid.and_then(|uid| server.resolver.known(uid));
+    let uid = uid.map(|uid: PodUid| tracing::field::display(uid));
+    let name = pod.as_deref().map(Pod::full_name);
+    let process = serve::process(&event.comm, event.tgid);
+    let (address, what) = (event.address, counter.label());
+    match counter {
+        Counter::Audited => {
+            info!(target: "audit", process, ?address, more, pod.uid = uid, pod.name = name,
+                "a pod dialled the node's own metadata service");
+        }
+        _ => {
+            warn!(target: "kernel", what, process, ?address, more, pod.uid = uid, pod.name = name,
+                "the kernel refused or doubted a dial");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(pod_cgroup_id: u64, cgroup_id: u64) -> Event {
+        Event {
+            cgroup_id,
+            pod_cgroup_id,
+            netns_cookie: 0,
+            at_ns: 0,
+            address: agent_common::net::Endpoint::NONE,
+            kind: 0,
+            tgid: 0,
+            tid: 0,
+            comm: [0; 16],
+        }
+    }
+
+    #[test]
+    fn a_pod_that_repeats_itself_gets_one_line_a_second_and_no_other_pod_fewer() {
+        let (mut lately, now) = (Lately::default(), Instant::now());
+        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now), Some(0));
+        for _ in 0..5 {
+            assert_eq!(lately.say(Counter::Denied, &event(1, 11), now), None, "another container of it");
+        }
+        assert_eq!(lately.say(Counter::Audited, &event(1, 10), now), Some(0), "another kind");
+        assert_eq!(lately.say(Counter::Denied, &event(2, 20), now), Some(0), "another pod");
+        assert_eq!(lately.say(Counter::Denied, &event(0, 30), now), Some(0), "a pod without a policy yet");
+        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now + QUIET), Some(5));
+        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now + 2 * QUIET), Some(0));
+    }
+}
