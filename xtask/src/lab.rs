@@ -370,9 +370,11 @@ fn print_pods(lab: &State) {
 
 fn print_usage(lab: &State) {
     let name = if lab.name == "dev" { String::new() } else { format!(" --name {}", lab.name) };
+    let has_v4 = lab.pods.iter().any(|pod| pod.addresses.v4.is_some());
+    let host = if has_v4 { "169.254.170.23" } else { "[fd00:ec2::23]" };
     println!(
         "\n\
-         cargo xtask lab exec{name} app-1 -- curl -s http://169.254.170.23/v1/credentials\n\
+         cargo xtask lab exec{name} app-1 -- curl -gs http://{host}/v1/credentials\n\
          cargo xtask lab exec{name} app-1 -- bash\n\
          cargo xtask lab exec{name} --env webhook app-2 -- env\n\
          cargo xtask lab status\n\

@@ -24,7 +24,9 @@ use crate::{
 /// Where the EKS webhook mounts the token volume.
 const TOKEN_MOUNT: &str = "/run/secrets/pods.eks.amazonaws.com/serviceaccount";
 const TOKEN_FILE: &str = "eks-pod-identity-token";
-const FULL_URI: &str = "http://169.254.170.23/v1/credentials";
+/// What the webhook injects in IPv4 and in IPv6 clusters.
+const FULL_URI_V4: &str = "http://169.254.170.23/v1/credentials";
+const FULL_URI_V6: &str = "http://[fd00:ec2::23]/v1/credentials";
 
 /// What a pod should be like.
 #[derive(Clone, Debug)]
@@ -137,7 +139,8 @@ impl Pod {
     pub fn entry(&self, environment: EnvKind) -> Entry {
         let token = self.token_volume.iter().map(|volume| (PathBuf::from(TOKEN_MOUNT), volume.clone()));
         let mut env = base_environment();
-        env.extend(environment.variables());
+        let full_uri = if self.addresses.v4.is_some() { FULL_URI_V4 } else { FULL_URI_V6 };
+        env.extend(environment.variables(full_uri));
         Entry {
             cgroup: self.container.clone(),
             netns: self.sandbox.netns(),
@@ -201,11 +204,11 @@ impl Pod {
 // === impl EnvKind ===
 
 impl EnvKind {
-    fn variables(self) -> BTreeMap<String, String> {
+    fn variables(self, full_uri: &str) -> BTreeMap<String, String> {
         let variables: &[(&str, &str)] = match self {
             Self::None => &[],
             Self::Webhook => &[
-                ("AWS_CONTAINER_CREDENTIALS_FULL_URI", FULL_URI),
+                ("AWS_CONTAINER_CREDENTIALS_FULL_URI", full_uri),
                 (
                     "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
                     "/var/run/secrets/pods.eks.amazonaws.com/serviceaccount/eks-pod-identity-token",

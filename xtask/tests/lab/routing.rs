@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use futures::TryStreamExt as _;
-use lab::{Lab, LabSpec, Pod, netns::Routing};
+use lab::{EnvKind, Lab, LabSpec, Pod, netns::Routing};
 use rtnetlink::{
     Handle, IpVersion,
     packet_route::{
@@ -178,6 +178,13 @@ async fn a_pod_with_ipv6_alone_gets_its_own_role() -> anyhow::Result<()> {
     let dial = "import socket, errno\ntry: socket.create_connection(('169.254.169.254', 80), 5)\n\
                 except OSError as error: print(errno.errorcode[error.errno])";
     assert_eq!(node.python(&pod, dial).await?, "ENETUNREACH");
+
+    let injected = node.lab.add_pod(&node::spec("injected").with_token())?;
+    let ask = r#"curl -gs -w '\n%{http_code}' -H "Authorization: $(cat $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE)" $AWS_CONTAINER_CREDENTIALS_FULL_URI"#;
+    let output = node::text(node.lab.exec(&injected, EnvKind::Webhook, &["sh", "-c", ask])?).await?;
+    let (body, status) = output.rsplit_once('\n').unwrap_or_default();
+    let answer = node::Answer { status: status.parse()?, body: body.to_owned(), milliseconds: 0.0 };
+    node.assert_own_role(&injected, &answer);
     node.down().await
 }
 
