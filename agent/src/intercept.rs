@@ -206,8 +206,9 @@ impl Interceptor {
         self.object.live_tickets()
     }
 
-    /// How many of them count for this pod; at most [`agent_common::abi::TICKETS_PER_POD`].
-    pub fn live_tickets_of(&self, pod_cgroup_id: u64) -> Result<u64, Error> {
+    /// How many of them count for this pod, at most [`agent_common::abi::TICKETS_PER_POD`]; `None` where it has not
+    /// dialled, or was forgotten since.
+    pub fn live_tickets_of(&self, pod_cgroup_id: u64) -> Result<Option<u64>, Error> {
         self.object.live_tickets_of(pod_cgroup_id)
     }
 

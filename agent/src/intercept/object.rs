@@ -116,10 +116,10 @@ impl Object {
     }
 
     /// How many of them count for this pod.
-    pub(super) fn live_tickets_of(&self, pod_cgroup_id: u64) -> Result<u64, Error> {
+    pub(super) fn live_tickets_of(&self, pod_cgroup_id: u64) -> Result<Option<u64>, Error> {
         match self.pod_tickets.get(&pod_cgroup_id, 0) {
-            Err(MapError::KeyNotFound) => Ok(0),
-            result => result.map_err(reading(map::POD_TICKETS)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            result => result.map(Some).map_err(reading(map::POD_TICKETS)),
         }
     }
 

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The events that have happened, and no more than they.
-fn told(events: &mut Events) -> Vec<(Counter, Event)> {
+pub(crate) fn told(events: &mut Events) -> Vec<(Counter, Event)> {
     let mut told = Vec::new();
     runtime().block_on(async {
         while let Ok(event) = timeout(Duration::from_millis(20), events.next()).await {
@@ -39,7 +39,7 @@ fn runtime() -> &'static tokio::runtime::Runtime {
     RUNTIME.with(|runtime| *runtime)
 }
 
-fn reader(node: &mut Node) -> Events {
+pub(crate) fn reader(node: &mut Node) -> Events {
     let _guard = runtime().enter();
     node.interceptor.events().unwrap()
 }

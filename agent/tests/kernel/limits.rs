@@ -1,6 +1,6 @@
 //! How many dials a pod may have under way, and that none of them stays behind.
 
-use std::{fs, io, os::fd::OwnedFd};
+use std::{fs, io, os::fd::OwnedFd, process};
 
 use agent_common::{
     abi::TICKETS_PER_POD,
@@ -11,7 +11,7 @@ use agent_common::{
 use rustix::net::{SendFlags, connect_unspec, send};
 
 use crate::{
-    IMDS, endpoint, is_eperm,
+    IMDS, endpoint, events, is_eperm,
     node::{Cgroup, NOBODY, Node, own_pair},
     options::set_fastopen_connect,
     redial, tcp_socket,
@@ -39,13 +39,16 @@ fn begin(cgroup: &Cgroup) -> io::Result<OwnedFd> {
 fn a_pod_at_its_limit_is_refused_and_no_other() {
     Node::run(|node| {
         silence(node);
+        let mut events = events::reader(node);
         let [greedy, other] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
         let mut held: Vec<_> = (0..LIMIT).map(|_| begin(&greedy.container).unwrap()).collect();
-        assert_eq!(node.interceptor.live_tickets_of(greedy.cgroup.id).unwrap(), LIMIT);
+        assert_eq!(node.count_of(&greedy), Some(LIMIT));
         for cgroup in [&greedy.container, &greedy.cgroup] {
             assert!(is_eperm(&begin(cgroup)), "one more than the limit");
         }
         assert_eq!(node.count(Counter::DeniedLimit), 2);
+        let kinds: Vec<_> = events::told(&mut events).iter().map(|(kind, _)| *kind).collect();
+        assert_eq!(kinds, [Counter::DeniedLimit; 2]);
         let _other = begin(&other.container).expect("the limit is each pod's own");
 
         // One that ends makes room for one.
@@ -59,7 +62,7 @@ fn a_pod_at_its_limit_is_refused_and_no_other() {
         assert_eq!(again.raw_os_error(), Some(libc::EINPROGRESS));
 
         drop(held);
-        assert_eq!(node.interceptor.live_tickets_of(greedy.cgroup.id).unwrap(), 0);
+        assert_eq!(node.count_of(&greedy), Some(0));
         assert_eq!(node.live_tickets(), 1);
     });
 }
@@ -88,6 +91,7 @@ fn dials_that_wait_for_their_first_data_are_limited_when_they_begin() {
     // Such a dial has no ticket yet, so that any number of them passes `connect`.
     Node::run(|node| {
         silence(node);
+        let mut events = events::reader(node);
         // 1: as a client; 4: without a cookie, so that `connect` sends nothing.
         fs::write("/proc/sys/net/ipv4/tcp_fastopen", "5").unwrap();
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
@@ -107,8 +111,14 @@ fn dials_that_wait_for_their_first_data_are_limited_when_they_begin() {
             let _ = send(socket, b"?", SendFlags::empty());
         }
         assert_eq!(node.live_tickets(), LIMIT);
-        assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), LIMIT);
+        assert_eq!(node.count_of(&pod), Some(LIMIT));
         assert_eq!(node.count(Counter::TicketsFull), excess);
+        let told = events::told(&mut events);
+        assert_eq!(u64::try_from(told.len()).unwrap(), excess);
+        for (kind, event) in told {
+            assert_eq!((kind, event.pod_cgroup_id), (Counter::TicketsFull, pod.cgroup.id));
+            assert_eq!((event.address, event.tgid), (endpoint(IMDS), process::id()));
+        }
         drop(sockets);
         assert_eq!(node.live_tickets(), 0);
     });
@@ -124,7 +134,7 @@ fn a_served_pod_never_comes_near_its_limit() {
             kept.push(pod.dial(IMDS).unwrap());
             agent.accept().expect("anonymous");
         }
-        assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), 0);
+        assert_eq!(node.count_of(&pod), Some(0));
     });
 }
 
@@ -135,9 +145,15 @@ fn a_pod_that_is_forgotten_with_dials_under_way_leaves_no_count() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let held = begin(&pod.container).unwrap();
         node.interceptor.remove_policy(pod.cgroup.id).unwrap();
-        assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), 1);
+        assert_eq!(node.count_of(&pod), Some(1));
         drop(held);
-        assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), 0);
+        assert_eq!(node.count_of(&pod), Some(0));
         assert_eq!(node.live_tickets(), 0);
+
+        // It goes with the next one that is forgotten, and only those go that are unknown.
+        let [known, other] = ["b", "c"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
+        drop([&known, &other].map(|pod| begin(&pod.container).unwrap()));
+        node.interceptor.remove_policy(other.cgroup.id).unwrap();
+        assert_eq!([&pod, &known, &other].map(|pod| node.count_of(pod)), [None, Some(0), None]);
     });
 }

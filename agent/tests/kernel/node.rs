@@ -195,6 +195,11 @@ impl Node {
         counters.iter().find(|(name, _)| *name == counter).unwrap().1
     }
 
+    /// How many of a pod's tickets are alive, as the limit has it.
+    pub(crate) fn count_of(&self, pod: &Pod) -> Option<u64> {
+        self.interceptor.live_tickets_of(pod.cgroup.id).unwrap()
+    }
+
     /// Tickets that could still be redeemed: as many as were counted, neither more nor less.
     pub(crate) fn live_tickets(&self) -> u64 {
         let live = self.interceptor.live_tickets().unwrap();

@@ -178,7 +178,7 @@ fn a_dial_that_fails_leaves_no_ticket() {
             assert_eq!(node.count(Counter::TicketSent), sent, "{case}");
             assert_eq!(node.count(Counter::TicketDropped), sent, "{case}");
             assert_eq!(node.live_tickets(), 0, "{case}");
-            assert_eq!(node.interceptor.live_tickets_of(pod.cgroup.id).unwrap(), 0, "{case}");
+            assert_eq!(node.count_of(&pod), Some(0), "{case}");
         }
         assert_eq!(node.count(Counter::Redirected), 3);
     });
@@ -233,6 +233,7 @@ fn an_abandoned_handshake_does_not_leave_its_ticket_in_the_next_one() {
         pod.run(|| redial(&socket, IMDS)).expect_err("the handshake is under way");
         connect_unspec(&socket).unwrap();
         assert_eq!(node.count(Counter::TicketDropped), 1);
+        assert_eq!((node.live_tickets(), node.count_of(&pod)), (0, Some(0)));
 
         rustix::io::ioctl_fionbio(&socket, false).unwrap();
         pod.run(|| redial(&socket, "127.0.0.1:8080")).unwrap();

@@ -134,11 +134,15 @@ fn io_uring_dials_arrive_with_their_origin() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
-        for (way, flags) in [("inline", squeue::Flags::empty()), ("by a worker", squeue::Flags::ASYNC)] {
+        for (way, poller, flags) in [
+            ("inline", false, squeue::Flags::empty()),
+            ("by a worker", false, squeue::Flags::ASYNC),
+            ("by a poller", true, squeue::Flags::empty()),
+        ] {
             for address in [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY] {
                 let result = pod.run(|| {
                     let socket = socket_for(address, None).unwrap();
-                    dial_by_ring(&socket, address, flags)
+                    dial_by_ring(&socket, address, poller, flags)
                 });
                 assert_eq!(result, 0, "{way}, {address}");
                 arrives(node, &agent, &pod, address, way);
@@ -149,8 +153,14 @@ fn io_uring_dials_arrive_with_their_origin() {
 
 /// `IORING_OP_CONNECT`: what `connect` would have returned.
 #[expect(unsafe_code, reason = "the kernel reads the address while the ring works")]
-fn dial_by_ring(socket: &OwnedFd, address: &str, flags: squeue::Flags) -> i32 {
-    let mut ring = IoUring::new(1).expect("io_uring is switched off here: sysctl kernel.io_uring_disabled=0");
+fn dial_by_ring(socket: &OwnedFd, address: &str, poller: bool, flags: squeue::Flags) -> i32 {
+    let mut builder = IoUring::builder();
+    if poller {
+        // A thread of the kernel submits, until it has been idle for so many milliseconds.
+        builder.setup_sqpoll(100);
+    }
+    let ring = builder.build(1);
+    let mut ring: IoUring = ring.expect("io_uring is switched off here: sysctl kernel.io_uring_disabled=0");
     let address: SocketAddr = address.parse().unwrap();
     let address: SocketAddrAny = address.as_any();
     let entry =
