@@ -58,6 +58,7 @@ impl Rules {
     /// the node's rules from then on.
     pub(super) async fn up(handle: &Handle, targets: Vec<IpAddr>) -> Result<Self, Error> {
         reconcile(handle, &targets).await.map_err(|error| refused(&error))?;
+        report_too_early(handle, &targets).await.map_err(|error| refused(&error))?;
         let follower = tokio::spawn(follow(targets.clone()));
         Ok(Self { targets, follower })
     }
@@ -181,15 +182,37 @@ async fn reconcile(handle: &Handle, targets: &[IpAddr]) -> Result<(), NetlinkErr
     Ok(())
 }
 
-/// The tables that packets from certain links are routed by before the local table is asked.
+/// Says what podgate cannot help: a rule that is asked even before its own.
+async fn report_too_early(handle: &Handle, targets: &[IpAddr]) -> Result<(), NetlinkError> {
+    for &target in targets {
+        let rules = rules(handle, target).await?;
+        let too_early: BTreeSet<_> =
+            by_link_before_local(&rules).map(preference_of).filter(|&at| at <= PREFERENCE).collect();
+        if !too_early.is_empty() {
+            warn!(
+                %target, preferences = ?too_early,
+                "pods behind links that `ip rule` routes at these preferences cannot reach podgate, whose own rules \
+                 are at {PREFERENCE}: move them to {} or later, or before them add `ip rule add to {target} lookup \
+                 local` and a way back",
+                PREFERENCE + 1
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The tables by which podgate's rules must come before the local one.
 fn tables_before_local(rules: &[RuleMessage]) -> BTreeSet<u32> {
+    by_link_before_local(rules).filter(|rule| preference_of(rule) > PREFERENCE).map(table_of).collect()
+}
+
+/// The rules by which packets from certain links are routed before the local table is asked.
+fn by_link_before_local(rules: &[RuleMessage]) -> impl Iterator<Item = &RuleMessage> {
     let others = || rules.iter().filter(|rule| !is_own(rule) && rule.header.action == RuleAction::ToTable);
     let local = others().filter(|rule| table_of(rule) == LOCAL).map(preference_of).min();
     others()
-        .filter(|rule| (PREFERENCE + 1..local.unwrap_or(u32::MAX)).contains(&preference_of(rule)))
+        .filter(move |rule| local.is_none_or(|local| preference_of(rule) < local))
         .filter(|rule| rule.attributes.iter().any(|attribute| matches!(attribute, RuleAttribute::Iifname(_))))
-        .map(table_of)
-        .collect()
 }
 
 /// The rules for `target` where pods are routed by `tables`.
@@ -321,6 +344,9 @@ mod tests {
         assert_eq!(tables_before_local(&strict), BTreeSet::from([101, 102]));
         let usual = [rule(0, LOCAL, None), rule(10, 101, Some("vlan4f3a")), rule(32766, 254, None)];
         assert_eq!(tables_before_local(&usual), BTreeSet::new());
+        // Too early for podgate's own rules to help.
+        let early = [rule(PREFERENCE, 101, Some("vlan4f3a")), rule(20, LOCAL, None)];
+        assert_eq!(tables_before_local(&early), BTreeSet::new());
         // A mark, as some CNIs put on what their own proxies send.
         let marked = [rule(10, 2004, None), rule(100, LOCAL, None)];
         assert_eq!(tables_before_local(&marked), BTreeSet::new());

@@ -8,7 +8,7 @@ use rtnetlink::{
     Handle, IpVersion,
     packet_route::{
         route::RouteProtocol,
-        rule::{RuleAttribute, RuleMessage},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
 use tokio::time::{Instant, sleep};
@@ -166,6 +166,24 @@ async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_the_agent
     assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "its successor adopts them");
     assert!(agent.stop().await?.success());
     assert_eq!(own_rules(&lab)?, BTreeSet::new());
+    lab.down()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_that_podgate_cannot_come_before_is_named_with_the_remedy() -> anyhow::Result<()> {
+    let lab = Lab::up(LabSpec {
+        routing: Routing::StrictSecurityGroups,
+        ..LabSpec::new(&node::lab_name(), HELPER)
+    })?;
+    rules(&lab, async |handle, _| {
+        let early = handle.rule().add().v4().input_interface("vlan5").table_id(105).priority(5);
+        Ok(early.action(RuleAction::ToTable).execute().await?)
+    })?;
+    let agent = lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    let log = agent.log_text()?;
+    let said = |line: &str| ["WARN", "{5}", "ip rule add to 169.254.170.23"].iter().all(|w| line.contains(w));
+    assert!(log.lines().any(said), "{log}");
+    assert!(agent.stop().await?.success());
     lab.down()
 }
 
