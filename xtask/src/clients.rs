@@ -19,10 +19,11 @@ const BOTO3_CURRENT: &str = "1.44.5";
 const SCRIPT: &str = "xtask/clients/boto3_credentials.py";
 
 /// What is needed of the system: how to see that it is there, and the Debian package that brings it.
-const TOOLS: [(&[&str], &str); 3] = [
+const TOOLS: [(&[&str], &str); 4] = [
     (&["curl", "--version"], "curl"),
     (&["python3", "--version"], "python3"),
     (&["python3", "-c", "import ensurepip, venv"], "python3-venv"),
+    (&["nft", "--version"], "nftables"),
 ];
 
 /// The clients, ready to run.
