@@ -203,6 +203,17 @@ impl Lab {
         self.command(&pod.entry(environment), command)
     }
 
+    /// A command in a pod's container, but in another pod's network, as a mesh's proxy dials; killed when dropped.
+    pub fn exec_through<A: AsRef<str>>(
+        &self,
+        pod: &Pod,
+        network_of: &Pod,
+        command: &[A],
+    ) -> anyhow::Result<Command> {
+        let entry = Entry { netns: network_of.sandbox.netns(), ..pod.entry(EnvKind::None) };
+        self.command(&entry, command)
+    }
+
     /// A command on the node, outside any pod; killed when dropped.
     pub fn on_node<A: AsRef<str>>(&self, command: &[A]) -> anyhow::Result<Command> {
         self.command(&self.node.place.entry(), command)

@@ -6,6 +6,7 @@ mod connections;
 mod faults;
 mod identity;
 mod isolation;
+mod mesh;
 mod node;
 mod policy;
 mod roles;

@@ -67,6 +67,16 @@ impl Node {
         answer(self.lab.exec(pod, EnvKind::None, &curl(arguments))?).await
     }
 
+    /// curl in a pod, but through another pod's network.
+    pub(crate) async fn curl_through(
+        &self,
+        pod: &Pod,
+        network_of: &Pod,
+        arguments: &[&str],
+    ) -> anyhow::Result<Answer> {
+        answer(self.lab.exec_through(pod, network_of, &curl(arguments))?).await
+    }
+
     /// curl on the node, outside any pod.
     pub(crate) async fn curl_on_node(&self, arguments: &[&str]) -> anyhow::Result<Answer> {
         answer(self.lab.on_node(&curl(arguments))?).await
