@@ -14,7 +14,6 @@ use agent_common::{
 mod events;
 mod links;
 pub mod metrics;
-pub mod netns;
 mod object;
 mod origins;
 
@@ -36,7 +35,7 @@ pub struct Settings {
     pub kubepods_level: u32,
     /// Cgroup id of the kubepods cgroup.
     pub kubepods_id: u64,
-    /// Cookie of the host's network namespace, as [`netns::own_cookie`] gives it; 0 for none.
+    /// Cookie of the host's network namespace, as [`crate::netns::own_cookie`] gives it; 0 for none.
     pub host_netns_cookie: u64,
     /// Makes the tickets unguessable.
     pub ticket_key: TicketKey,

@@ -120,9 +120,9 @@ enum RoutingMode {
     StrictSecurityGroups,
     /// Pods have IPv6 only.
     Ipv6Only,
-    /// A network policy lets pods send to 169.254.170.23 port 80 and nowhere else.
+    /// A network policy lets pods send to podgate's target, port 80, and nowhere else.
     DefaultDenyEgress,
-    /// The node's INPUT chain drops all but 169.254.170.23 port 80.
+    /// The node's INPUT chain drops all but podgate's target, port 80.
     DroppingInput,
 }
 

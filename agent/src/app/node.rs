@@ -13,7 +13,8 @@ use crate::{
         cgroup,
         cgroupfs::{self, Kubepods},
     },
-    intercept::{Settings, TicketKey, netns},
+    intercept::{Settings, TicketKey},
+    netns,
 };
 
 /// The node as the agent finds it.

@@ -7,7 +7,7 @@ use std::{
     process,
 };
 
-use agent::intercept::netns;
+use agent::netns;
 use agent_common::{
     counter::Counter,
     net::Endpoint,

@@ -16,7 +16,8 @@ use std::{
 
 use agent::{
     accept::listen,
-    intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey, netns},
+    intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey},
+    netns,
 };
 use agent_common::{
     counter::Counter,
