@@ -50,8 +50,12 @@ pub mod program {
     pub const GETPEERNAME4: &str = "getpeername4";
     /// `cgroup/getpeername6` on kubepods.
     pub const GETPEERNAME6: &str = "getpeername6";
-    /// Every program, in the order in which they are attached.
-    pub const ALL: [&str; 6] = [PASSIVE, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6];
+    /// `cgroup_skb/egress` on kubepods, while it is needed.
+    pub const EGRESS: &str = "egress";
+    /// The programs that are attached as long as the agent runs, in the order in which they are attached.
+    pub const PERMANENT: [&str; 6] = [PASSIVE, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6];
+    /// Every program.
+    pub const ALL: [&str; 7] = [PASSIVE, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, EGRESS];
 }
 
 /// Names of the maps; the kernel keeps 15 characters.
@@ -73,6 +77,8 @@ pub mod map {
     pub const TARGETS: &str = "TARGETS";
     /// One `u32`: which slot of `TARGETS` is in force.
     pub const TARGET_INDEX: &str = "TARGET_INDEX";
+    /// One `u32`: what the program [`super::program::EGRESS`] is to do, of [`crate::egress`]'s `JOB_*`.
+    pub const EGRESS_JOBS: &str = "EGRESS_JOBS";
     /// Per-CPU `u64`s, indexed by [`crate::counter::Counter`].
     pub const COUNTERS: &str = "COUNTERS";
     /// Ring buffer of [`crate::event::Event`].

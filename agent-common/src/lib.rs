@@ -10,6 +10,7 @@
 
 pub mod abi;
 pub mod counter;
+pub mod egress;
 pub mod event;
 pub mod net;
 pub mod origin;

@@ -10,8 +10,8 @@
 #![expect(clippy::inline_always, reason = "structs do not fit BPF's registers, so calls must vanish")]
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, sock_ops},
-    programs::{SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock_addr, sock_ops},
+    programs::{SkBuffContext, SockAddrContext, SockOpsContext},
 };
 
 use crate::ctx::{Dial, Handshake};
@@ -20,6 +20,7 @@ mod attest;
 mod connect;
 mod counters;
 mod ctx;
+mod egress;
 mod events;
 mod globals;
 mod limit;
@@ -72,6 +73,12 @@ fn active(ctx: SockOpsContext) -> u32 {
 fn passive(ctx: SockOpsContext) -> u32 {
     attest::passive(&Handshake::new(ctx));
     SOCK_OPS_OK
+}
+
+/// `cgroup_skb/egress` on kubepods, while it is needed.
+#[cgroup_skb(egress)]
+fn egress(_ctx: SkBuffContext) -> i32 {
+    egress::egress()
 }
 
 #[cfg(not(test))]

@@ -47,6 +47,10 @@ pub(crate) static TARGETS: Array<Target, 2> = Array::new();
 #[btf_map]
 pub(crate) static TARGET_INDEX: Array<u32, 1> = Array::new();
 
+/// What `egress` is to do; a map and no global, because the agent that starts next may be told otherwise.
+#[btf_map]
+pub(crate) static EGRESS_JOBS: Array<u32, 1> = Array::new();
+
 /// One slot per `agent_common::counter::Counter`.
 #[btf_map]
 pub(crate) static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();

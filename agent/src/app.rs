@@ -218,7 +218,7 @@ pub fn server(
 
 /// Loads the kernel side. Nothing is attached yet.
 fn load(config: &Config, node: &Node) -> Result<(SharedInterceptor, Arc<dyn OriginLookup>), Error> {
-    let mut interceptor = Interceptor::load(&node.settings()?)?;
+    let mut interceptor = Interceptor::load(&node.settings(config)?)?;
     // Until pods and namespaces are known; nothing is attached before.
     let unknown = policy::unknown_pod(config.defaults.imds.max(config.defaults.imds_floor));
     interceptor.set_unknown_pods(unknown, PodPolicy::EXEMPT)?;

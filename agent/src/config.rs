@@ -44,6 +44,13 @@ pub struct Flags {
     /// Whether pods may use IMDSv1, which any server that fetches URLs can be tricked into: allow or deny.
     #[arg(long, env = "PODGATE_IMDS_V1", default_value = "deny")]
     pub imds_v1: String,
+    /// Whether raw and UDP packets to IMDS and to podgate are stopped too, of pods in intercept or deny: auto (while
+    /// there is such a pod) or off.
+    #[arg(long, env = "PODGATE_GUARD", default_value = "auto")]
+    pub guard: String,
+    /// Tell what pods in audit ask the instance metadata service for: credentials, user-data or something else.
+    #[arg(long, env = "PODGATE_AUDIT_PATHS")]
+    pub audit_paths: bool,
     /// IPv4 address and port that dials are sent to, or "none".
     #[arg(long, env = "PODGATE_TARGET_V4", default_value = "169.254.170.23:80")]
     pub target_v4: String,
@@ -92,6 +99,10 @@ pub struct Config {
     pub bpffs: PathBuf,
     /// What pods get unless something more particular says otherwise.
     pub defaults: Defaults,
+    /// Whether what `connect` does not see is guarded.
+    pub guard: bool,
+    /// Whether what pods in `audit` ask for is told.
+    pub audit_paths: bool,
     /// IPv4 side of the target.
     pub target_v4: Option<SocketAddrV4>,
     /// IPv6 side of the target.
@@ -159,6 +170,7 @@ impl Config {
         let imds = problems.check("imds", &flags.imds, imds_mode);
         let imds_floor = problems.check("imds-floor", &flags.imds_floor, imds_mode);
         let imds_v1 = problems.check("imds-v1", &flags.imds_v1, allow_or_deny);
+        let guard = problems.check("guard", &flags.guard, auto_or_off);
         let target_v4 = problems.check("target-v4", &flags.target_v4, target_v4);
         let target_v6 = problems.check("target-v6", &flags.target_v6, target_v6);
         let link = problems.check("link", &flags.link, link_name);
@@ -179,6 +191,8 @@ impl Config {
                 kubelet_root: kubelet_root?,
                 bpffs: bpffs?,
                 defaults: Defaults { imds: imds?, imds_floor: imds_floor?, imds_v1: imds_v1? },
+                guard: guard?,
+                audit_paths: flags.audit_paths,
                 target_v4: target_v4?,
                 target_v6: target_v6?,
                 link: link?,
@@ -265,6 +279,14 @@ fn allow_or_deny(value: &str) -> Result<bool, String> {
         "allow" => Ok(true),
         "deny" => Ok(false),
         _ => Err(format!("is {value:?}: allow or deny")),
+    }
+}
+
+fn auto_or_off(value: &str) -> Result<bool, String> {
+    match value {
+        "auto" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("is {value:?}: auto or off")),
     }
 }
 
@@ -380,6 +402,7 @@ mod tests {
             "--imds=maybe",
             "--imds-floor=low",
             "--imds-v1=yes",
+            "--guard=on",
             "--target-v4=10.0.0.1:80",
             "--target-v6=[fe80::1]:80",
             "--link=a-name-that-is-too-long",
@@ -398,6 +421,7 @@ mod tests {
                 "imds",
                 "imds-floor",
                 "imds-v1",
+                "guard",
                 "target-v4",
                 "target-v6",
                 "link",

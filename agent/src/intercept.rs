@@ -10,6 +10,7 @@ use agent_common::{
     policy::{PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
     target::Target,
 };
+use aya::programs::cgroup_skb::CgroupSkbLinkId;
 
 mod events;
 mod links;
@@ -37,6 +38,10 @@ pub struct Settings {
     pub kubepods_id: u64,
     /// Cookie of the host's network namespace, as [`crate::netns::own_cookie`] gives it; 0 for none.
     pub host_netns_cookie: u64,
+    /// Whether pods in `intercept` and `deny` are kept from IMDS and the target where `connect` does not see it.
+    pub guard: bool,
+    /// Whether what pods in `audit` ask IMDS for is told.
+    pub audit_paths: bool,
     /// Makes the tickets unguessable.
     pub ticket_key: TicketKey,
 }
@@ -48,6 +53,7 @@ pub struct TicketKey([u64; 2]);
 pub struct Interceptor {
     object: Object,
     cgroups: Cgroups,
+    egress: Option<CgroupSkbLinkId>,
     slot: u32,
 }
 
@@ -112,6 +118,16 @@ pub enum Error {
         /// What aya says.
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// A program cannot be detached.
+    #[error("detaching the eBPF program {program} from the cgroup {}: {}", cgroup.display(), chain(source.as_ref()))]
+    Detach {
+        /// Name of the program.
+        program: &'static str,
+        /// The cgroup's directory.
+        cgroup: PathBuf,
+        /// What aya says.
+        source: Box<dyn StdError + Send + Sync>,
+    },
     /// Only one can read the events.
     #[error("BUG: somebody else reads the events of the eBPF programs already")]
     EventsTaken,
@@ -151,7 +167,7 @@ impl Interceptor {
     /// Until they are told otherwise there is no target, no pod is known, and unknown pods are left alone.
     pub fn load(settings: &Settings) -> Result<Self, Error> {
         let cgroups = Cgroups::open(&settings.kubepods, &settings.agent_cgroup)?;
-        Ok(Self { object: Object::load(settings)?, cgroups, slot: 0 })
+        Ok(Self { object: Object::load(settings)?, cgroups, egress: None, slot: 0 })
     }
 
     /// Sends intercepted dials to `target` from now on. Programs see the former target or this one, never a mixture.
@@ -184,10 +200,27 @@ impl Interceptor {
         self.object.remove_policy(pod_cgroup_id)
     }
 
-    /// Attaches the programs to the cgroups: those that redeem tickets before those that send them, and these before
-    /// those that redirect.
+    /// Attaches the programs to the cgroups, but for the one on outgoing packets: those that redeem tickets before those
+    /// that send them, and these before those that redirect.
     pub fn attach(&mut self) -> Result<(), Error> {
         links::attach(&mut self.object, &self.cgroups)
+    }
+
+    /// Attaches the program on outgoing packets, if it is not attached. Having it costs every packet of every pod some
+    /// 100 ns, and it is of use only while some pod is guarded or its requests are to be told.
+    pub fn attach_egress(&mut self) -> Result<(), Error> {
+        if self.egress.is_none() {
+            self.egress = Some(links::attach_egress(&mut self.object, &self.cgroups)?);
+        }
+        Ok(())
+    }
+
+    /// Detaches it, if it is attached.
+    pub fn detach_egress(&mut self) -> Result<(), Error> {
+        match self.egress.take() {
+            Some(link) => links::detach_egress(&mut self.object, &self.cgroups, link),
+            None => Ok(()),
+        }
     }
 
     /// The origins of accepted sockets. Works on its own, also after the programs are gone.
@@ -242,6 +275,8 @@ mod tests {
             kubepods_level: 1,
             kubepods_id: 1,
             host_netns_cookie: 1,
+            guard: true,
+            audit_paths: false,
             ticket_key: TicketKey([0x1122_3344, 0x5566_7788]),
         }
     }

@@ -9,6 +9,7 @@ use tracing::info;
 
 use super::Error;
 use crate::{
+    config::Config,
     identity::{
         cgroup,
         cgroupfs::{self, Kubepods},
@@ -45,13 +46,15 @@ impl Node {
     }
 
     /// What the programs need to know of it.
-    pub(super) fn settings(&self) -> Result<Settings, Error> {
+    pub(super) fn settings(&self, config: &Config) -> Result<Settings, Error> {
         Ok(Settings {
             kubepods: self.kubepods.path().to_owned(),
             agent_cgroup: self.agent_cgroup.clone(),
             kubepods_level: self.kubepods.level(),
             kubepods_id: read_id(self.kubepods.path())?,
             host_netns_cookie: self.host_netns_cookie,
+            guard: config.guard,
+            audit_paths: config.audit_paths,
             ticket_key: TicketKey::random()?,
         })
     }

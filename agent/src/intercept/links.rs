@@ -8,7 +8,10 @@ use std::{
 };
 
 use agent_common::abi::program;
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, SockOps};
+use aya::programs::{
+    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, ProgramError, SockOps,
+    cgroup_skb::CgroupSkbLinkId,
+};
 
 use super::{Error, object::Object};
 
@@ -46,17 +49,36 @@ impl Cgroup {
     }
 }
 
-/// Attaches every program. What is attached when one fails stays until the object is dropped.
+/// Attaches the permanent programs. What is attached when one fails stays until the object is dropped.
 pub(super) fn attach(object: &mut Object, cgroups: &Cgroups) -> Result<(), Error> {
-    for name in program::ALL {
+    for name in program::PERMANENT {
         let cgroup = if name == program::PASSIVE { &cgroups.agent } else { &cgroups.kubepods };
-        attach_one(object, name, cgroup).map_err(|source| Error::Attach {
-            program: name,
-            cgroup: cgroup.path.clone(),
-            source: source.into(),
-        })?;
+        attach_one(object, name, cgroup).map_err(cannot_attach(name, cgroup))?;
     }
     Ok(())
+}
+
+/// Attaches the program on outgoing packets.
+pub(super) fn attach_egress(object: &mut Object, cgroups: &Cgroups) -> Result<CgroupSkbLinkId, Error> {
+    let cgroup = &cgroups.kubepods;
+    let attach =
+        |program: &mut CgroupSkb| program.attach(&cgroup.directory, CgroupSkbAttachType::Egress, MODE);
+    object.program(program::EGRESS).and_then(attach).map_err(cannot_attach(program::EGRESS, cgroup))
+}
+
+/// Detaches it.
+pub(super) fn detach_egress(
+    object: &mut Object,
+    cgroups: &Cgroups,
+    link: CgroupSkbLinkId,
+) -> Result<(), Error> {
+    let detach = |program: &mut CgroupSkb| program.detach(link);
+    let detached = object.program(program::EGRESS).and_then(detach);
+    detached.map_err(|source| Error::Detach {
+        program: program::EGRESS,
+        cgroup: cgroups.kubepods.path.clone(),
+        source: source.into(),
+    })
 }
 
 fn attach_one(object: &mut Object, name: &str, cgroup: &Cgroup) -> Result<(), ProgramError> {
@@ -65,4 +87,8 @@ fn attach_one(object: &mut Object, name: &str, cgroup: &Cgroup) -> Result<(), Pr
     } else {
         object.program::<CgroupSockAddr>(name)?.attach(&cgroup.directory, MODE).map(drop)
     }
+}
+
+fn cannot_attach(program: &'static str, cgroup: &Cgroup) -> impl FnOnce(ProgramError) -> Error {
+    move |source| Error::Attach { program, cgroup: cgroup.path.clone(), source: source.into() }
 }

@@ -7,6 +7,7 @@ use std::{io, os::fd::AsFd as _};
 use agent_common::{
     abi::{global, map, program},
     counter::Counter,
+    egress::{JOB_AUDIT_PATHS, JOB_GUARD},
     origin::{Dialled, Origin},
     policy::PodPolicy,
     target::Target,
@@ -14,7 +15,7 @@ use agent_common::{
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage},
-    programs::{CgroupSockAddr, Program, ProgramError, SockOps},
+    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SockOps},
     sys::SyscallError,
 };
 
@@ -61,6 +62,8 @@ impl Object {
         let Some(Map::SkStorage(accepted)) = ebpf.take_map(map::ACCEPTED) else {
             return Err(Error::Mismatch { what: map::ACCEPTED });
         };
+        let mut egress_jobs: Array<_, u32> = take(&mut ebpf, map::EGRESS_JOBS)?;
+        egress_jobs.set(0, jobs(settings), 0).map_err(writing(map::EGRESS_JOBS))?;
         Ok(Self {
             accepted,
             tickets: take(&mut ebpf, map::TICKETS)?,
@@ -158,12 +161,19 @@ impl Object {
     }
 }
 
+/// What the egress program is to do.
+fn jobs(settings: &Settings) -> u32 {
+    let job = |bit, wanted| if wanted { bit } else { 0 };
+    job(JOB_GUARD, settings.guard) | job(JOB_AUDIT_PATHS, settings.audit_paths)
+}
+
 /// Lets the kernel verify and compile one program.
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
     let program = ebpf.program_mut(name).ok_or(Error::Mismatch { what: name })?;
     let result = match program {
         Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
         Program::SockOps(program) => SockOps::load(program),
+        Program::CgroupSkb(program) => CgroupSkb::load(program),
         _ => return Err(Error::Mismatch { what: name }),
     };
     result.map_err(|error| match error {

@@ -320,6 +320,8 @@ fn settings(kubepods: &Cgroup, agent: &Cgroup, mount_level: u32, host_netns_cook
         kubepods_level: mount_level + 2,
         kubepods_id: kubepods.id,
         host_netns_cookie,
+        guard: true,
+        audit_paths: true,
         ticket_key: TicketKey::random().unwrap(),
     }
 }

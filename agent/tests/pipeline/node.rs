@@ -292,6 +292,8 @@ fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
         kubelet_root,
         bpffs: "/sys/fs/bpf".into(),
         defaults: Defaults { imds, imds_floor: ImdsMode::Off, imds_v1: false },
+        guard: true,
+        audit_paths: false,
         target_v4: None,
         target_v6: None,
         link: "podgate0".into(),
