@@ -1,6 +1,9 @@
 //! The version of the binary interface, every name in it, and proof that its records have no hidden padding.
 
-use core::mem::{align_of, offset_of, size_of};
+use core::{
+    mem::{align_of, offset_of, size_of},
+    time::Duration,
+};
 
 use crate::{
     event::Event,
@@ -13,8 +16,9 @@ use crate::{
 /// Counts up whenever a record or the meaning of a map changes; part of the pins' path.
 pub const ABI_VERSION: u32 = 1;
 
-/// Where pins go below the bpffs mount. A dot in a bpffs name is `EPERM`, hence `v1`.
-pub const PIN_DIRECTORY: &str = "podgate/v1";
+/// Directory of all pins below the bpffs mount. Each ABI has one of its own in it, `v1` for version 1: a dot in a bpffs
+/// name is `EPERM`.
+pub const PIN_DIRECTORY: &str = "podgate";
 
 /// TCP option kind for experiments, RFC 4727.
 pub const TICKET_OPTION_KIND: u8 = 254;
@@ -25,6 +29,12 @@ pub const TICKET_OPTION_LEN: u8 = 12;
 
 /// Most pods on a node: what EKS allows on the largest instances.
 pub const PODS_MAX: u32 = 737;
+/// How long a ticket may be redeemed after its handshake has begun. An unanswered SYN is sent again after 1, 3, 7 and
+/// 15 s, with the ticket that it had; the next would come after 31 s, and clients give up sooner.
+pub const TICKET_LIFE: Duration = Duration::from_secs(30);
+/// A handshake that ends without an answer sooner than this tells of a client in a hurry, and not of a way that is
+/// blocked: on the node an answer takes microseconds.
+pub const UNANSWERED_AFTER: Duration = Duration::from_millis(200);
 /// Most tickets that a pod may have alive. A ticket lives for one round trip on the node, so an honest pod has one for
 /// each process that starts at this very moment; one that does not complete its handshakes keeps each for two minutes.
 pub const TICKETS_PER_POD: u32 = 64;
@@ -33,6 +43,14 @@ pub const TICKETS_PER_POD: u32 = 64;
 pub const TICKETS_MAX: u32 = PODS_MAX * TICKETS_PER_POD;
 /// Most pods with a policy, and most with a count of tickets: cgroups outlive their pod for some seconds.
 pub const POLICIES_MAX: u32 = 4_096;
+/// Most cgroups that are exempt at a time: pods of podgate and of AWS's own agent, those that were killed included.
+pub const EXEMPT_MAX: u32 = 64;
+/// Slot of the IPv4 listener in `LISTENERS`.
+pub const LISTENER_V4: u32 = 0;
+/// Slot of the IPv6 listener in `LISTENERS`.
+pub const LISTENER_V6: u32 = 1;
+/// Slots of `COUNTERS`: room for those to come, which go to the end, so that an agent finds those of the one before it.
+pub const COUNTERS_MAX: u32 = 64;
 /// Bytes of the ring buffer, a power of two: some 2,900 events of 80 bytes and 8 of header.
 pub const EVENTS_BYTES: u32 = 256 * 1024;
 
@@ -50,12 +68,19 @@ pub mod program {
     pub const GETPEERNAME4: &str = "getpeername4";
     /// `cgroup/getpeername6` on kubepods.
     pub const GETPEERNAME6: &str = "getpeername6";
+    /// `cgroup/bind4` on kubepods.
+    pub const BIND4: &str = "bind4";
+    /// `cgroup/bind6` on kubepods.
+    pub const BIND6: &str = "bind6";
     /// `cgroup_skb/egress` on kubepods, while it is needed.
     pub const EGRESS: &str = "egress";
-    /// The programs that are attached as long as the agent runs, in the order in which they are attached.
-    pub const PERMANENT: [&str; 6] = [PASSIVE, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6];
+    /// `sk_reuseport` on the agent's listeners.
+    pub const STEER: &str = "steer";
+    /// The programs on kubepods that stay when the agent is gone, in the order in which they are attached.
+    pub const PERMANENT: [&str; 7] = [BIND4, BIND6, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6];
     /// Every program.
-    pub const ALL: [&str; 7] = [PASSIVE, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, EGRESS];
+    pub const ALL: [&str; 10] =
+        [PASSIVE, BIND4, BIND6, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, EGRESS, STEER];
 }
 
 /// Names of the maps; the kernel keeps 15 characters.
@@ -73,12 +98,22 @@ pub mod map {
     /// Two [`crate::policy::PodPolicy`]: what a pod gets that has none yet, by [`crate::policy::UNKNOWN_IN_POD_NETWORK`]
     /// and [`crate::policy::UNKNOWN_ON_HOST_NETWORK`].
     pub const UNKNOWN_POD: &str = "UNKNOWN_POD";
+    /// Pod cgroup ids that no policy applies to: podgate's own and AWS's own agent. The value says nothing.
+    pub const EXEMPT: &str = "EXEMPT";
+    /// One `u64`: when the agent has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 when it has stopped.
+    pub const HEARTBEAT: &str = "HEARTBEAT";
+    /// The listeners of the generation that the map belongs to, by [`super::LISTENER_V4`] and [`super::LISTENER_V6`].
+    pub const LISTENERS: &str = "LISTENERS";
+    /// One 32-byte key, by which IMDS tokens are valid across restarts. A token grants nothing by itself.
+    pub const IMDS_KEY: &str = "IMDS_KEY";
     /// Two [`crate::target::Target`] slots.
     pub const TARGETS: &str = "TARGETS";
     /// One `u32`: which slot of `TARGETS` is in force.
     pub const TARGET_INDEX: &str = "TARGET_INDEX";
     /// One `u32`: what the program [`super::program::EGRESS`] is to do, of [`crate::egress`]'s `JOB_*`.
     pub const EGRESS_JOBS: &str = "EGRESS_JOBS";
+    /// Socket storage of a socket whose request to IMDS was told: `u32`, nothing in it counts.
+    pub const AUDITED: &str = "AUDITED";
     /// Per-CPU `u64`s, indexed by [`crate::counter::Counter`].
     pub const COUNTERS: &str = "COUNTERS";
     /// Ring buffer of [`crate::event::Event`].
@@ -95,9 +130,13 @@ pub mod global {
     pub const KUBEPODS_ID: &str = "KUBEPODS_ID";
     /// `u64`: cookie of the host's network namespace, 0 where it is not known.
     pub const HOST_NETNS: &str = "HOST_NETNS";
+    /// `u64`: how long a ticket may be redeemed, in nanoseconds.
+    pub const TICKET_LIFE: &str = "TICKET_LIFE";
 }
 
 const _: () = {
+    assert!(crate::counter::COUNT <= COUNTERS_MAX);
+
     assert!(size_of::<Endpoint>() == 20 && align_of::<Endpoint>() == 4);
     assert!(offset_of!(Endpoint, port) == 16 && offset_of!(Endpoint, _pad) == 18);
 
@@ -117,6 +156,7 @@ const _: () = {
 
     assert!(size_of::<PodPolicy>() == 8 && align_of::<PodPolicy>() == 4);
 
-    assert!(size_of::<Target>() == 48 && align_of::<Target>() == 8);
+    assert!(size_of::<Target>() == 56 && align_of::<Target>() == 8);
+    assert!(offset_of!(Target, when_down) == 48);
     assert!(offset_of!(Target, v4) == 8 && offset_of!(Target, v6) == 28);
 };

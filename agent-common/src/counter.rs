@@ -43,6 +43,12 @@ counters! {
     DeniedNoPod = "denied_no_pod",
     /// Dials of a pod that has as many tickets alive as it may have, or whose tickets cannot be counted.
     DeniedLimit = "denied_limit",
+    /// Dials refused because the agent is down.
+    DeniedDown = "denied_down",
+    /// Dials left to AWS's own agent because podgate's is down.
+    PassedDown = "passed_down",
+    /// Attempts of others to listen where the agent does.
+    DeniedBind = "denied_bind",
     /// Dials for which there was no target, no socket or no storage.
     DeniedInternal = "denied_internal",
     /// Dials of a pod whose policy was not in the map yet.
@@ -55,14 +61,26 @@ counters! {
     OptionNoRoom = "option_no_room",
     /// Tickets deleted because their connection ended or was dialled again.
     TicketDropped = "ticket_dropped",
+    /// Handshakes that ended without any answer from the agent's side: something in between drops them.
+    Unanswered = "unanswered",
     /// Connections accepted with a valid ticket.
     Redeemed = "redeemed",
     /// Connections accepted without a ticket.
     NoTicket = "no_ticket",
     /// Connections accepted with a ticket that is not, or no longer, valid.
     BadTicket = "bad_ticket",
+    /// Connections accepted with a ticket whose life was over.
+    TicketExpired = "ticket_expired",
     /// Connections accepted with a valid ticket but without room for the origin: the caller is anonymous.
     AcceptedNoRoom = "accepted_no_room",
+    /// Packets stopped on their way from a guarded pod to IMDS or the agent: no dial of theirs was let through.
+    GuardDropped = "guard_dropped",
+    /// Connections of pods in mode `audit` that asked IMDS for the node's credentials.
+    AuditedCredentials = "audited_credentials",
+    /// Connections of pods in mode `audit` that asked IMDS for user data.
+    AuditedUserData = "audited_user_data",
+    /// Connections of pods in mode `audit` that asked IMDS for something else, tokens apart.
+    AuditedOther = "audited_other",
     /// Events that found the ring buffer full.
     EventsDropped = "events_dropped",
 }

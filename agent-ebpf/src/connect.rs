@@ -1,52 +1,29 @@
 //! What happens to a dial: leave it alone, refuse it, or send it to the agent and remember its origin.
 //!
-//! Owns the decision and the origin; never defines a map, never touches the handshake.
+//! Owns the decision and the origin; never asks who dials (`caller` does), never touches the handshake.
 
 use agent_common::{
     counter::Counter,
     net::{Endpoint, HTTP_PORT, NetPort, Service},
     origin::{Origin, STATE_MINTED},
-    policy::{
-        IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy,
-        UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK,
-    },
+    policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, PodPolicy},
+    target::{Target, WHEN_DOWN_PASS},
 };
 use aya_ebpf::helpers::{
-    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
-    bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns,
+    bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns,
 };
 
-use crate::{
-    counters::count,
-    ctx::Dial,
-    events,
-    globals::{HOST_NETNS, KUBEPODS_ID, KUBEPODS_LEVEL},
-    limit,
-    maps::{ORIGINS, POLICIES, TARGET_INDEX, TARGETS, UNKNOWN_POD},
-    storage, ticket,
-};
+use crate::{caller::Caller, counters::count, ctx::Dial, events, limit, log, maps::ORIGINS, storage, target, ticket};
 
 /// The port of every service.
 const HTTP: NetPort = NetPort::new(HTTP_PORT);
 
-/// The strictest policy, for the case that the map has none.
-const STRICTEST: PodPolicy = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
-
-/// What `connect` is told.
+/// What the call is told.
 pub(crate) enum Verdict {
-    /// Go on, to wherever the context says now.
+    /// Go on, with whatever the context says now.
     Allow,
     /// `EPERM`.
     Deny,
-}
-
-/// Who dials.
-struct Caller {
-    /// 0 while nothing is known of the pod.
-    pod_cgroup_id: u64,
-    /// The cgroup that its tickets count for.
-    counts_for: u64,
-    policy: PodPolicy,
 }
 
 /// The dial gets `EPERM`; the reason is counted and told.
@@ -63,53 +40,13 @@ enum Mode {
 // === impl Verdict ===
 
 impl Verdict {
-    /// The value that a `cgroup/connect` program returns.
+    /// The value that a `cgroup/connect` or `cgroup/bind` program returns.
     #[inline(always)]
     pub(crate) fn code(self) -> i32 {
         match self {
             Self::Allow => 1,
             Self::Deny => 0,
         }
-    }
-}
-
-// === impl Caller ===
-
-impl Caller {
-    /// The pod of the running task; `None` for a task that is in no pod.
-    ///
-    /// The task decides and not the socket, which may have been made elsewhere. Only while nothing is known of the pod
-    /// does its socket's network tell host-network pods from others.
-    #[inline(always)]
-    fn current(dial: &Dial) -> Option<Self> {
-        let level = KUBEPODS_LEVEL.load();
-        // Guaranteed pods are one level below kubepods, others two. A Guaranteed pod's second level is a container
-        // and the others' first is a QoS class: neither is ever a key of the map.
-        let outer = ancestor(level + 1);
-        if ancestor(level) != KUBEPODS_ID.load() || outer == 0 {
-            return None;
-        }
-        let inner = ancestor(level + 2);
-        // SAFETY: a policy is copied at once; entries are replaced whole.
-        let known = unsafe {
-            if let Some(policy) = POLICIES.get(inner) {
-                Some((inner, *policy))
-            } else {
-                POLICIES.get(outer).map(|policy| (outer, *policy))
-            }
-        };
-        if let Some((pod, policy)) = known {
-            return Some(Self { pod_cgroup_id: pod, counts_for: pod, policy });
-        }
-        let on_host_network = dial.netns_cookie() == HOST_NETNS.load();
-        let slot = if on_host_network { UNKNOWN_ON_HOST_NETWORK } else { UNKNOWN_IN_POD_NETWORK };
-        Some(Self {
-            pod_cgroup_id: 0,
-            // Not the outer one where there is a choice: it may be a QoS class, and one pod would use up the tickets of
-            // all. At worst each container of a Guaranteed pod counts for itself.
-            counts_for: if inner == 0 { outer } else { inner },
-            policy: UNKNOWN_POD.get(slot).copied().unwrap_or(STRICTEST),
-        })
     }
 }
 
@@ -137,7 +74,8 @@ pub(crate) fn connect6(dial: &Dial) -> Verdict {
 #[inline(always)]
 fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoint>, Refused> {
     let service = destination.service();
-    let target = target(destination.is_ip4());
+    let in_force = target::in_force();
+    let target = in_force.and_then(|target| target::endpoint(target, destination.is_ip4()));
     let at_target = target.is_some_and(|target| target.same_address(destination));
     if service.is_none() && !at_target {
         return Ok(None);
@@ -149,12 +87,15 @@ fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoin
     if let Some(unknown) = news {
         count(unknown);
     }
+    // What is said of it where nothing else is.
+    let mut what = Counter::Redirected;
     let outcome = match caller {
         None => Err(Counter::DeniedNoPod),
         Some(caller) => match mode(&caller.policy, service, at_target) {
             Mode::Leave(how) => {
                 forget(dial);
                 count(how);
+                what = how;
                 if matches!(how, Counter::Audited) {
                     news = Some(how);
                 }
@@ -162,17 +103,23 @@ fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoin
             }
             _ if !(dial.is_tcp() && is_served(destination, service, target)) => Err(Counter::DeniedPort),
             Mode::Deny => Err(Counter::Denied),
+            Mode::Serve if !target::agent_is_alive() => {
+                what = Counter::PassedDown;
+                when_down(dial, in_force, service, at_target)
+            }
             Mode::Serve => send_to_agent(dial, &caller, destination, target),
         },
     };
     if let Err(reason) = outcome {
         count(reason);
+        what = reason;
         news = Some(reason);
     }
     // One event a dial, and only one place that makes it: the verifier goes through each.
     if let Some(what) = news {
         events::of_dial(what, dial, pod_cgroup_id, destination);
     }
+    log::of_dial(what, destination);
     outcome.map_err(|_| Refused)
 }
 
@@ -182,12 +129,21 @@ fn is_served(destination: &Endpoint, service: Option<Service>, target: Option<&E
     service.is_some() && destination.port == HTTP || target.is_some_and(|target| target.same(destination))
 }
 
-/// The agent's endpoint of the family in force.
+/// What a dial gets while there is no agent to send it to: AWS's own agent where there is one, never the node's role.
 #[inline(always)]
-fn target(is_ip4: bool) -> Option<&'static Endpoint> {
-    let target = TARGETS.get(*TARGET_INDEX.get(0)?)?;
-    let endpoint = if is_ip4 { &target.v4 } else { &target.v6 };
-    (!endpoint.is_none()).then_some(endpoint)
+fn when_down(
+    dial: &Dial,
+    in_force: Option<&Target>,
+    service: Option<Service>,
+    at_target: bool,
+) -> Result<Option<&'static Endpoint>, Counter> {
+    let passes = in_force.is_some_and(|target| target.when_down == WHEN_DOWN_PASS);
+    if passes && !at_target && matches!(service, Some(Service::PodIdentity)) {
+        forget(dial);
+        count(Counter::PassedDown);
+        return Ok(None);
+    }
+    Err(Counter::DeniedDown)
 }
 
 /// What the policy says. The agent's own address is served to every pod that has any business with the agent.
@@ -255,11 +211,4 @@ fn forget(dial: &Dial) {
     if let Some(former) = dial.socket().and_then(|socket| storage::get(&ORIGINS, socket)) {
         ticket::revoke(former);
     }
-}
-
-/// The cgroup id of the running task's ancestor at `level`, 0 where it has none.
-#[inline(always)]
-fn ancestor(level: u32) -> u64 {
-    // SAFETY: the helper has no precondition; it answers 0 for a level below the task.
-    unsafe { bpf_get_current_ancestor_cgroup_id(level.cast_signed()) }
 }

@@ -10,13 +10,15 @@
 #![expect(clippy::inline_always, reason = "structs do not fit BPF's registers, so calls must vanish")]
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, sock_ops},
-    programs::{SkBuffContext, SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock_addr, sk_reuseport, sock_ops},
+    programs::{SkBuffContext, SkReuseportContext, SockAddrContext, SockOpsContext},
 };
 
-use crate::ctx::{Dial, Handshake};
+use crate::ctx::{Dial, Handshake, Packet};
 
 mod attest;
+mod bind;
+mod caller;
 mod connect;
 mod counters;
 mod ctx;
@@ -24,9 +26,12 @@ mod egress;
 mod events;
 mod globals;
 mod limit;
+mod log;
 mod maps;
 mod peername;
+mod steer;
 mod storage;
+mod target;
 mod ticket;
 
 /// What every `sock_ops` program answers; the kernel ignores it for the callbacks used here.
@@ -34,6 +39,28 @@ const SOCK_OPS_OK: u32 = 1;
 
 /// The only answer that the verifier allows `getpeername` programs.
 const PEERNAME_OK: i32 = 1;
+
+/// What a `sk_reuseport` program answers: the connection is welcome, at the listener that was selected or at any.
+const SK_PASS: u32 = 1;
+
+/// `cgroup/bind4` on kubepods.
+#[cgroup_sock_addr(bind4)]
+fn bind4(ctx: SockAddrContext) -> i32 {
+    bind::bind4(&Dial::new(ctx)).code()
+}
+
+/// `cgroup/bind6` on kubepods.
+#[cgroup_sock_addr(bind6)]
+fn bind6(ctx: SockAddrContext) -> i32 {
+    bind::bind6(&Dial::new(ctx)).code()
+}
+
+/// `sk_reuseport` on the agent's listeners.
+#[sk_reuseport]
+fn steer(ctx: SkReuseportContext) -> u32 {
+    steer::steer(&ctx);
+    SK_PASS
+}
 
 /// `cgroup/connect4` on kubepods.
 #[cgroup_sock_addr(connect4)]
@@ -77,8 +104,8 @@ fn passive(ctx: SockOpsContext) -> u32 {
 
 /// `cgroup_skb/egress` on kubepods, while it is needed.
 #[cgroup_skb(egress)]
-fn egress(_ctx: SkBuffContext) -> i32 {
-    egress::egress()
+fn egress(ctx: SkBuffContext) -> i32 {
+    egress::egress(&Packet::new(ctx)).code()
 }
 
 #[cfg(not(test))]

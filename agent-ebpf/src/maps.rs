@@ -3,15 +3,14 @@
 //! Owns the maps' types and names (`agent_common::abi::map`); never looks anything up.
 
 use agent_common::{
-    abi::{EVENTS_BYTES, POLICIES_MAX, TICKETS_MAX},
-    counter,
+    abi::{COUNTERS_MAX, EVENTS_BYTES, EXEMPT_MAX, POLICIES_MAX, TICKETS_MAX},
     event::Event,
     origin::{Dialled, Origin},
     policy::PodPolicy,
     target::Target,
 };
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage},
+    btf_maps::{Array, HashMap, PerCpuArray, ReusePortSockArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 
@@ -39,6 +38,22 @@ pub(crate) static POLICIES: HashMap<u64, PodPolicy, { POLICIES_MAX as usize }> =
 #[btf_map]
 pub(crate) static UNKNOWN_POD: Array<PodPolicy, 2> = Array::new();
 
+/// Cgroups of pods that no policy applies to, written by the agent before it dials or listens.
+#[btf_map]
+pub(crate) static EXEMPT: HashMap<u64, u64, { EXEMPT_MAX as usize }> = HashMap::new();
+
+/// When the agent has last beaten.
+#[btf_map]
+pub(crate) static HEARTBEAT: Array<u64, 1> = Array::new();
+
+/// This generation's listeners, IPv4 and IPv6.
+#[btf_map]
+pub(crate) static LISTENERS: ReusePortSockArray<2> = ReusePortSockArray::new();
+
+/// The key of IMDS tokens. No program reads it: it is a map to outlive the agent.
+#[btf_map]
+pub(crate) static IMDS_KEY: Array<[u8; 32], 1> = Array::new();
+
 /// Two slots, so that a reader never sees half of a change.
 #[btf_map]
 pub(crate) static TARGETS: Array<Target, 2> = Array::new();
@@ -51,9 +66,14 @@ pub(crate) static TARGET_INDEX: Array<u32, 1> = Array::new();
 #[btf_map]
 pub(crate) static EGRESS_JOBS: Array<u32, 1> = Array::new();
 
+/// There where `egress` has told what a socket's connection asks IMDS for: once is enough. Lives and dies with the
+/// socket.
+#[btf_map]
+pub(crate) static AUDITED: SkStorage<u32> = SkStorage::new();
+
 /// One slot per `agent_common::counter::Counter`.
 #[btf_map]
-pub(crate) static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();
+pub(crate) static COUNTERS: PerCpuArray<u64, { COUNTERS_MAX as usize }> = PerCpuArray::new();
 
 /// What the agent is told as it happens. A full one loses what is new, and counts it.
 #[btf_map]

@@ -6,7 +6,8 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpListener as StdListener},
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -20,6 +21,8 @@ use crate::{drain::DrainWatch, intercept::OriginLookup};
 
 /// Connections that wait to be accepted. The kernel caps it at `net.core.somaxconn`, 4096 on Amazon Linux 2023.
 const BACKLOG: i32 = 4096;
+/// How long a handshake that has begun may take to reach the queue: on the node it takes microseconds.
+const HANDSHAKES: Duration = Duration::from_millis(100);
 /// After an error that lasts, as too many open files.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -34,19 +37,22 @@ pub struct Accepted {
     pub peer: IpAddr,
 }
 
-/// Makes a listener whose accepted sockets can carry an origin.
+/// Makes sure that nobody listens at an address.
+///
+/// # Errors
+/// When somebody does, or the address cannot be bound at all.
+pub fn check_free(address: SocketAddr) -> io::Result<()> {
+    let socket = socket(address)?;
+    Ok(rustix::net::bind(&socket, &address)?)
+}
+
+/// Makes a listener whose accepted sockets can carry an origin, beside those that other agents may have there.
 ///
 /// # Errors
 /// When the address cannot be bound, or the kernel refuses an option that identity depends on.
 pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    // Plain TCP: an MPTCP listener has no saved SYN.
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    if address.is_ipv6() {
-        sockopt::set_ipv6_v6only(&socket, true)?;
-    }
+    let socket = socket(address)?;
+    sockopt::set_socket_reuseport(&socket, true)?;
     rustix::net::bind(&socket, &address)?;
     // The ticket is looked for in the SYN; without it every caller would be anonymous.
     set_tcp_option(socket.as_fd(), libc::TCP_SAVE_SYN, 1)?;
@@ -57,8 +63,20 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     Ok(StdListener::from(socket))
 }
 
-/// Accepts until `drain` begins, and hands each connection to `serve`: at the end those too that wait in the queue,
-/// which closing the listener would reset.
+fn socket(address: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    // Plain TCP: an MPTCP listener has no saved SYN.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    Ok(socket)
+}
+
+/// Accepts until `drain` begins, and hands each connection to `serve`: at the end those too whose handshake is under way
+/// or that wait in the queue, which closing the listener would reset.
 ///
 /// # Errors
 /// When the listener cannot be watched.
@@ -69,10 +87,14 @@ pub async fn accept(
     serve: impl Fn(Accepted),
 ) -> io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
+    let mut ended = pin!(async {
+        drain.begun().await;
+        tokio::time::sleep(HANDSHAKES).await;
+    });
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = drain.begun() => break,
+            () = &mut ended => break,
         };
         match accepted {
             Ok((stream, peer)) => {

@@ -1,10 +1,13 @@
 //! Probes and metrics over TCP, and commands over a private Unix socket.
 //!
-//! Owns what operators and the kubelet ask; never serves a pod, never returns a secret.
+//! Owns what operators and the kubelet ask; never serves a pod, never returns a secret. The TCP port belongs to the agent
+//! in charge of the node, so that metrics come from one; each agent has a Unix socket of its own, where the kubelet's
+//! probes (`podgate probe`) get this very agent's answer.
 
 use std::{
     convert::Infallible,
     io,
+    net::SocketAddr,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::Path,
     sync::{
@@ -25,7 +28,10 @@ use prometheus_client::registry::Registry;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
+    sync::watch,
+    time::{Instant, sleep, timeout_at},
 };
+use tracing::warn;
 
 use crate::whois::Whois;
 
@@ -33,6 +39,8 @@ use crate::whois::Whois;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// After an error that lasts, as too many open files.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How long the agent before this may keep the port after it was succeeded.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 type Answer = Response<Full<Bytes>>;
 
@@ -45,28 +53,54 @@ pub struct Probes {
     pub registry: Registry,
 }
 
-/// Answers probes for ever.
-pub async fn serve_probes(listener: TcpListener, probes: Arc<Probes>) {
+/// Answers probes at `address` whenever this agent is in charge.
+pub async fn serve_probes(address: SocketAddr, probes: Arc<Probes>, mut in_charge: watch::Receiver<bool>) {
+    while in_charge.wait_for(|in_charge| *in_charge).await.is_ok() {
+        tokio::select! {
+            () = serve_port(address, &probes) => {}
+            _ = in_charge.wait_for(|in_charge| !in_charge) => {}
+        }
+    }
+}
+
+async fn serve_port(address: SocketAddr, probes: &Arc<Probes>) {
+    let listener = bind(address).await;
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let probes = Arc::clone(&probes);
+                let probes = Arc::clone(probes);
                 serve(stream, move |request| probes.answer(request));
             }
-            Err(_) => tokio::time::sleep(PAUSE).await,
+            Err(_) => sleep(PAUSE).await,
+        }
+    }
+}
+
+/// Waits until the agent before this has left the port, and complains when it takes too long: pods are served without
+/// metrics as well.
+async fn bind(address: SocketAddr) -> TcpListener {
+    let mut complain_at = Instant::now() + PATIENCE;
+    loop {
+        let error = match TcpListener::bind(address).await {
+            Ok(listener) => return listener,
+            Err(error) => error,
+        };
+        if timeout_at(complain_at, sleep(PAUSE)).await.is_err() {
+            warn!(%address, %error, "cannot listen for probes and metrics: trying again");
+            complain_at += 10 * PATIENCE;
         }
     }
 }
 
 /// Answers commands for ever.
-pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>) {
+pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>, probes: Arc<Probes>) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let whois = Arc::clone(&whois);
-                serve(stream, move |request| command(&whois, request));
+                let (whois, probes) = (Arc::clone(&whois), Arc::clone(&probes));
+                serve(stream, move |request| command(&whois, &probes, request));
             }
-            Err(_) => tokio::time::sleep(PAUSE).await,
+            Err(_) => sleep(PAUSE).await,
         }
     }
 }
@@ -112,10 +146,10 @@ impl Probes {
     }
 }
 
-fn command(whois: &Whois, request: &Request<Incoming>) -> Answer {
+fn command(whois: &Whois, probes: &Probes, request: &Request<Incoming>) -> Answer {
     let pid = request.uri().path().strip_prefix("/whois/").and_then(|pid| pid.parse().ok());
     let (&Method::GET, Some(pid)) = (request.method(), pid) else {
-        return text(StatusCode::NOT_FOUND, "GET /whois/PID is here");
+        return probes.answer(request);
     };
     match whois.of_process(pid) {
         Ok(answer) => match serde_json::to_string(&answer) {

@@ -8,14 +8,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
-use agent_common::policy::PodPolicy;
 use aws_config::SdkConfig;
 use kube::Api;
 use prometheus_client::registry::Registry;
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, watch},
-};
+use tokio::sync::{mpsc, watch};
 
 mod node;
 mod serving;
@@ -36,12 +32,16 @@ use crate::{
     },
     dialect::imds_token::ImdsTokens,
     enforce::Enforcer,
-    identity::{CallerResolver, Pods, cgroupfs, network::Networks, tree},
+    identity::{
+        CallerResolver, Pods,
+        cgroupfs::{self, CgroupPaths as _},
+        network::Networks,
+        tree,
+    },
     intercept::{self, Interceptor, OriginLookup},
     link::{self, Addresses, Link},
     observe,
     policies::Policies,
-    policy,
     serve::{Server, metrics::RequestMetrics},
     whois::Whois,
 };
@@ -80,9 +80,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// No randomness for a key.
-    #[error("the kernel gives no random numbers: {0}")]
-    Randomness(#[source] getrandom::Error),
+    /// A descriptor cannot be copied.
+    #[error("cannot copy a listener's descriptor: {0}; is the limit of open files reached?")]
+    Descriptor(#[source] io::Error),
     /// There is no address left to listen on.
     #[error("no address to serve pods on: IPv6 is switched off on this node and --target-v4 is \"none\"")]
     NoTarget,
@@ -124,13 +124,15 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let request_metrics = RequestMetrics::register(&mut registry);
     intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
+    let (in_charge, is_in_charge) = watch::channel(false);
+    tasks.spawn("the probes' server", admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge));
     let whois = Whois {
         kubepods: Arc::clone(&node.kubepods),
         pods: Arc::clone(&known.pods),
         policies: known.policies.clone(),
         own: node.own_pod,
     };
-    serve_operators(&config, &probes, whois, &mut tasks).await?;
+    serve_commands(&config, &probes, whois, &mut tasks)?;
 
     let kube = kube_identity::clients(config.kube_identity, &config.node_name).await?;
     let aws = aws::config().await;
@@ -138,7 +140,9 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
     let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
     let tokens = Tokens::new(&config.kubelet_root, kube.node.clone());
-    let server = Arc::new(server(&config, known.policies.clone(), resolver, tokens, &aws, request_metrics)?);
+    let imds_tokens = ImdsTokens::new(&lock(&interceptor).imds_key()?);
+    let policies = known.policies.clone();
+    let server = Arc::new(server(&config, policies, resolver, tokens, &aws, imds_tokens, request_metrics));
     let events = lock(&interceptor).events()?;
     tasks.spawn("the kernel's events", observe::run(events, Arc::clone(&server)));
 
@@ -151,8 +155,8 @@ pub async fn run(config: Config) -> Result<(), Error> {
         engine: Arc::clone(&server.engine),
     };
     let mut is_synced = follow(&config, &node, kube, known, enforcer, &mut tasks)?;
-    // Existing pods have their policies before the first of their dials is decided. Without the API server
-    // nothing is intercepted yet, and the agent is not ready.
+    // Existing pods have their policies before the first of their dials is decided. Without the API server this agent
+    // does not take charge, and is not ready; the one before it goes on as it can.
     tokio::select! {
         Ok(_) = is_synced.wait_for(|synced| *synced) => {}
         ended = tasks.ended() => return Err(ended),
@@ -163,12 +167,10 @@ pub async fn run(config: Config) -> Result<(), Error> {
         v4: config.target_v4.map(|target| *target.ip()),
         v6: config.target_v6.map(|target| *target.ip()),
     };
-    let (link, addresses) = Link::up(&config.link, wanted).await?;
-    let serving = Serving { config: &config, interceptor: &interceptor, probes: &probes };
-    let outcome = serving.run(addresses, server, origins, &mut tasks, &mut signals).await;
-    let removed = link.down().await;
-    outcome?;
-    Ok(removed?)
+    // It stays when the agent goes, as its programs do: dials that are sent there are refused at once, and not lost.
+    let (_link, addresses) = Link::up(&config.link, wanted).await?;
+    let serving = Serving { config: &config, interceptor: &interceptor, probes: &probes, in_charge };
+    serving.run(addresses, server, origins, &mut tasks, &mut signals).await
 }
 
 /// Follows pods, namespaces and cgroups from now on. The receiver learns when the enforcer has seen all there is.
@@ -202,47 +204,41 @@ pub fn server(
     resolver: CallerResolver,
     tokens: Tokens,
     aws: &SdkConfig,
+    imds_tokens: ImdsTokens,
     metrics: RequestMetrics,
-) -> Result<Server<NodeSource>, Error> {
-    let mut imds_key = [0; 32];
-    getrandom::fill(&mut imds_key).map_err(Error::Randomness)?;
+) -> Server<NodeSource> {
     let eks_auth = EksAuth::new(aws, &config.cluster_name, &config.node_name);
-    Ok(Server {
-        policies,
-        resolver,
-        engine: Arc::new(Engine::new(NodeSource { tokens, eks_auth })),
-        imds_tokens: ImdsTokens::new(&imds_key),
-        metrics,
-    })
+    let engine = Arc::new(Engine::new(NodeSource { tokens, eks_auth }));
+    Server { policies, resolver, engine, imds_tokens, metrics }
 }
 
-/// Loads the kernel side. Nothing is attached yet.
+/// Loads the kernel side. Nothing changes for pods yet.
 fn load(config: &Config, node: &Node) -> Result<(SharedInterceptor, Arc<dyn OriginLookup>), Error> {
     let mut interceptor = Interceptor::load(&node.settings(config)?)?;
-    // Until pods and namespaces are known; nothing is attached before.
-    let unknown = policy::unknown_pod(config.defaults.imds.max(config.defaults.imds_floor));
-    interceptor.set_unknown_pods(unknown, PodPolicy::EXEMPT)?;
+    for former in interceptor.exempted()? {
+        if node.kubepods.below_kubepods(former).is_err() {
+            interceptor.unexempt(former)?;
+        }
+    }
     // Before anything is attached: the agent's own calls must never meet its own programs.
     if let Some(own) = node.own_pod {
-        interceptor.set_policy(own, PodPolicy::EXEMPT)?;
+        interceptor.exempt(own)?;
     }
     let origins = Arc::new(interceptor.origins()?);
     Ok((Arc::new(Mutex::new(interceptor)), origins))
 }
 
-/// Answers probes and commands from now on.
-async fn serve_operators(
+/// Answers commands from now on.
+fn serve_commands(
     config: &Config,
     probes: &Arc<Probes>,
     whois: Whois,
     tasks: &mut Tasks,
 ) -> Result<(), Error> {
-    let refused = |address: String| move |source| Error::Listen { address, source };
-    let listener = TcpListener::bind(config.admin).await.map_err(refused(config.admin.to_string()))?;
-    tasks.spawn("the probes' server", admin::serve_probes(listener, Arc::clone(probes)));
-    let listener =
-        admin::bind_commands(&config.socket).map_err(refused(config.socket.display().to_string()))?;
-    tasks.spawn("the commands' server", admin::serve_commands(listener, Arc::new(whois)));
+    let refused = |source| Error::Listen { address: config.socket.display().to_string(), source };
+    let listener = admin::bind_commands(&config.socket).map_err(refused)?;
+    let (whois, probes) = (Arc::new(whois), Arc::clone(probes));
+    tasks.spawn("the commands' server", admin::serve_commands(listener, whois, probes));
     Ok(())
 }
 

@@ -4,6 +4,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+pub mod maps;
+mod ask;
+pub mod detach;
+mod probe;
 pub mod run;
 pub mod whois;
 
@@ -21,8 +25,14 @@ pub struct Cli {
 enum Command {
     /// Run the agent of this node.
     Run(Box<Flags>),
+    /// Remove everything that podgate has made on this node: programs, maps, addresses, rules and the link.
+    Detach(detach::Args),
+    /// Ask this container's agent whether it lives or serves, as the kubelet does. 0 for yes.
+    Probe(probe::Args),
     /// Tell which identity a process would get, and why.
     Whois(whois::Args),
+    /// Print what the programs' pinned maps have in them.
+    Maps(maps::Args),
     /// Print the version.
     Version,
 }
@@ -34,7 +44,10 @@ impl Cli {
     pub fn run(self) -> ExitCode {
         match self.command {
             Command::Run(flags) => run::run(&flags),
+            Command::Detach(args) => detach::run(&args),
+            Command::Probe(args) => probe::run(&args),
             Command::Whois(args) => whois::run(&args),
+            Command::Maps(args) => maps::run(&args),
             Command::Version => {
                 let abi = agent_common::abi::ABI_VERSION;
                 println!("podgate {} (kernel interface v{abi})", env!("CARGO_PKG_VERSION"));
@@ -42,4 +55,9 @@ impl Cli {
             }
         }
     }
+}
+
+fn fail(error: &str) -> ExitCode {
+    eprintln!("podgate: {error}");
+    ExitCode::FAILURE
 }

@@ -33,7 +33,7 @@ pub struct Flags {
     #[arg(long, env = "PODGATE_KUBELET_ROOT", default_value = "/var/lib/kubelet")]
     pub kubelet_root: String,
     /// Where bpffs is mounted.
-    #[arg(long, env = "PODGATE_BPFFS", default_value = "/sys/fs/bpf")]
+    #[arg(long, env = "PODGATE_BPFFS", default_value = DEFAULT_BPFFS)]
     pub bpffs: String,
     /// What a pod's dials to the instance metadata service get: off, audit, intercept or deny.
     #[arg(long, env = "PODGATE_IMDS", default_value = "audit")]
@@ -58,7 +58,7 @@ pub struct Flags {
     #[arg(long, env = "PODGATE_TARGET_V6", default_value = "[fd00:ec2::23]:80")]
     pub target_v6: String,
     /// Name of the network link that carries these addresses.
-    #[arg(long, env = "PODGATE_LINK", default_value = "podgate0")]
+    #[arg(long, env = "PODGATE_LINK", default_value = DEFAULT_LINK)]
     pub link: String,
     /// Who the agent is at the API server: associated-node (impersonate the own node, Kubernetes 1.36 and
     /// later) or own (whoever the kubeconfig or the service account says).
@@ -80,6 +80,12 @@ pub struct Flags {
     #[arg(long, env = "PODGATE_LOG_FILTER", default_value = "info")]
     pub log_filter: String,
 }
+
+/// Where bpffs is mounted unless told otherwise.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+
+/// Name of podgate's network link unless told otherwise.
+pub const DEFAULT_LINK: &str = "podgate0";
 
 /// Where `podgate run` listens for the other commands unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/podgate/podgate.sock";

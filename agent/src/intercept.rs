@@ -1,33 +1,43 @@
 //! The kernel side as the agent sees it: load the programs, tell them what to do, attach them, read what they know.
 //!
-//! Owns the programs, their maps and their links; never knows a pod, a cgroup path's meaning or a request. The
-//! programs work as long as the [`Interceptor`] lives: dropping it detaches them.
+//! Owns the programs, their maps and their links; never knows a pod, a cgroup path's meaning or a request.
+//!
+//! Programs and maps are pinned and outlive the agent: when it dies, dials to it are refused and none reaches what it
+//! was to keep them from. The agent that comes next takes over what it finds, from a living one too: the target's
+//! generation says whose word counts.
 
-use std::{error::Error as StdError, fmt, io, path::PathBuf};
+use std::{
+    collections::HashMap, error::Error as StdError, fmt, io, net::TcpListener,
+    path::{Path, PathBuf}, time::Duration,
+};
 
 use agent_common::{
+    abi::{LISTENER_V4, LISTENER_V6, program},
     counter::Counter,
-    policy::{PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
+    policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
     target::Target,
 };
-use aya::programs::cgroup_skb::CgroupSkbLinkId;
+use rustix::time::{ClockId, clock_gettime};
 
 mod events;
 mod links;
 pub mod metrics;
 mod object;
 mod origins;
+mod pins;
 
 pub use self::{
     events::Events,
     origins::{OriginLookup, SocketOrigins},
 };
-use self::{links::Cgroups, object::Object};
-use crate::error::chain;
+use self::{links::Cgroups, object::Object, pins::Pins};
+use crate::{bpf::CgroupLink, error::chain};
 
 /// What the programs need to know for as long as they live.
 #[derive(Debug)]
 pub struct Settings {
+    /// Where bpffs is mounted.
+    pub bpffs: PathBuf,
     /// Directory of the kubepods cgroup on the cgroup2 mount.
     pub kubepods: PathBuf,
     /// Directory of the agent's own cgroup, where its listeners are made.
@@ -42,6 +52,8 @@ pub struct Settings {
     pub guard: bool,
     /// Whether what pods in `audit` ask IMDS for is told.
     pub audit_paths: bool,
+    /// How long a ticket may be redeemed: [`agent_common::abi::TICKET_LIFE`], or less in tests.
+    pub ticket_life: Duration,
     /// Makes the tickets unguessable.
     pub ticket_key: TicketKey,
 }
@@ -53,8 +65,35 @@ pub struct TicketKey([u64; 2]);
 pub struct Interceptor {
     object: Object,
     cgroups: Cgroups,
-    egress: Option<CgroupSkbLinkId>,
-    slot: u32,
+    pins: Pins,
+    /// Which generation this agent was when it last took over; 0 before that.
+    generation: u64,
+    wanted: Wanted,
+    guard: bool,
+    audit_paths: bool,
+    /// Whether the program on outgoing packets is attached, as far as this agent has seen to it.
+    egress: bool,
+    _passive: CgroupLink,
+}
+
+/// What is to be in the maps as soon as this agent is in charge, and as long as it is.
+#[derive(Debug, Default)]
+struct Wanted {
+    policies: HashMap<u64, PodPolicy>,
+    unknown_in_pod_network: Option<PodPolicy>,
+    unknown_on_host_network: Option<PodPolicy>,
+}
+
+/// Whose word counts on this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// This agent's.
+    InCharge,
+    /// That of another, which took over and has not beaten for so long.
+    Succeeded {
+        /// Since its last beat; for ever, if it has stopped.
+        silent: Duration,
+    },
 }
 
 /// Why the kernel side does not work.
@@ -67,8 +106,8 @@ pub enum Error {
          with PODGATE_EBPF_OBJECT naming the object"
     )]
     NoObject,
-    /// No randomness for the key.
-    #[error("getting randomness for the ticket key: {0}")]
+    /// No randomness for a key.
+    #[error("getting randomness for a key: {0}")]
     Randomness(#[source] getrandom::Error),
     /// The kernel or aya does not take the object.
     #[error("loading the eBPF object: {}; the agent must run privileged on Linux 6.1 or later", chain(source.as_ref()))]
@@ -105,29 +144,61 @@ pub enum Error {
     },
     /// A program cannot be attached.
     #[error(
-        "attaching the eBPF program {program} to the cgroup {}: {}; it must be on a cgroup2 mount, and no other \
+        "attaching the eBPF program {program} to the cgroup {}: {source}; it must be on a cgroup2 mount, and no other \
          program may be attached there or above exclusively (`bpftool cgroup tree` shows them)",
-        cgroup.display(),
-        chain(source.as_ref())
+        cgroup.display()
     )]
     Attach {
         /// Name of the program.
         program: &'static str,
         /// The cgroup's directory.
         cgroup: PathBuf,
-        /// What aya says.
-        source: Box<dyn StdError + Send + Sync>,
+        /// The kernel's error.
+        source: io::Error,
     },
     /// A program cannot be detached.
-    #[error("detaching the eBPF program {program} from the cgroup {}: {}", cgroup.display(), chain(source.as_ref()))]
+    #[error("detaching the eBPF program {program} from the cgroup {}: {source}", cgroup.display())]
     Detach {
         /// Name of the program.
         program: &'static str,
         /// The cgroup's directory.
         cgroup: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// A pin cannot be made, read or removed.
+    #[error("the pin {}: {source}; bpffs must be mounted there, and the agent be root on it", path.display())]
+    Pin {
+        /// The file or directory.
+        path: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// Another agent does not finish what it does with the pins.
+    #[error("another podgate has been changing {} for too long: `fuser {}` tells which", path.display(), path.display())]
+    Locked {
+        /// The directory of all pins.
+        path: PathBuf,
+    },
+    /// A pinned map is not what this agent would make.
+    #[error(
+        "BUG: {} was made by a podgate of the same ABI version with other records: remove everything with \
+         `podgate detach`, and start again",
+        path.display()
+    )]
+    Shape {
+        /// The pin.
+        path: PathBuf,
+    },
+    /// The program that steers new connections cannot be attached.
+    #[error("steering new connections to this agent's listeners: {}", chain(source.as_ref()))]
+    Steer {
         /// What aya says.
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// The clock cannot be read.
+    #[error("BUG: CLOCK_MONOTONIC is out of range")]
+    Clock,
     /// Only one can read the events.
     #[error("BUG: somebody else reads the events of the eBPF programs already")]
     EventsTaken,
@@ -159,24 +230,122 @@ impl fmt::Debug for TicketKey {
     }
 }
 
+// === impl Wanted ===
+
+impl Wanted {
+    /// Every policy that some dial may be decided by.
+    fn all(&self) -> impl Iterator<Item = &PodPolicy> {
+        let unknown = self.unknown_in_pod_network.iter().chain(&self.unknown_on_host_network);
+        self.policies.values().chain(unknown)
+    }
+}
+
 // === impl Interceptor ===
 
 impl Interceptor {
-    /// Loads the programs into the kernel. They do nothing before [`attach`](Self::attach).
-    ///
-    /// Until they are told otherwise there is no target, no pod is known, and unknown pods are left alone.
+    /// Loads the programs into the kernel, with the maps that an agent before this has left, and attaches the one that
+    /// redeems tickets to the agent's own cgroup. Nothing changes for pods before [`take_over`](Self::take_over).
     pub fn load(settings: &Settings) -> Result<Self, Error> {
         let cgroups = Cgroups::open(&settings.kubepods, &settings.agent_cgroup)?;
-        Ok(Self { object: Object::load(settings)?, cgroups, egress: None, slot: 0 })
+        let pins = Pins::open(&settings.bpffs)?;
+        let _alone = pins.lock()?;
+        let object = Object::load(settings, &pins.maps())?;
+        let passive = cgroups.attach_passive(&object)?;
+        Ok(Self {
+            object,
+            cgroups,
+            pins,
+            generation: 0,
+            wanted: Wanted::default(),
+            guard: settings.guard,
+            audit_paths: settings.audit_paths,
+            egress: false,
+            _passive: passive,
+        })
     }
 
-    /// Sends intercepted dials to `target` from now on. Programs see the former target or this one, never a mixture.
-    pub fn set_target(&mut self, target: Target) -> Result<(), Error> {
-        let other = 1 - self.slot;
-        self.object.set_target(other, target)?;
-        self.object.set_target_index(other)?;
-        self.slot = other;
+    /// Applies no policy to a pod from now on, whoever is in charge: its dials are left alone, and it may listen where
+    /// the agent does.
+    pub fn exempt(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
+        self.object.exempt(pod_cgroup_id)
+    }
+
+    /// Applies policies to it again.
+    pub fn unexempt(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
+        self.object.unexempt(pod_cgroup_id)
+    }
+
+    /// The pods that no policy applies to, those of former agents included.
+    pub fn exempted(&self) -> Result<Vec<u64>, Error> {
+        self.object.exempted()
+    }
+
+    /// Keeps pods from listening at the target's addresses from now on. Whether they were kept from it before; if not,
+    /// somebody may listen there already, and the caller must make sure that nobody does.
+    pub fn guard_addresses(&mut self, target: Target) -> Result<bool, Error> {
+        let _alone = self.pins.lock()?;
+        let former = self.object.target()?;
+        if self.pins.guard_addresses() {
+            return Ok(former.v4.same(&target.v4) && former.v6.same(&target.v6));
+        }
+        self.object.set_target(Target { generation: former.generation, ..target })?;
+        for name in [program::BIND4, program::BIND6] {
+            self.cgroups.attach(&self.object, &self.pins, name)?;
+        }
+        Ok(false)
+    }
+
+    /// Takes charge of this node, from nobody or from another agent: its programs are replaced by this agent's, its
+    /// policies by those that were set here, and dials are sent to `target`.
+    ///
+    /// Repeated when charge was lost and is wanted back. The target's generation is chosen here.
+    pub fn take_over(&mut self, target: Target) -> Result<(), Error> {
+        let _alone = self.pins.lock()?;
+        self.generation = self.object.target()?.generation + 1;
+        self.object.set_target(Target { generation: self.generation, ..target })?;
+        self.object.set_heartbeat(now()?)?;
+        self.reconcile()?;
+        for name in program::PERMANENT {
+            self.cgroups.attach(&self.object, &self.pins, name)?;
+        }
+        self.set_egress(self.needs_egress())?;
+        self.pins.remove_others()
+    }
+
+    /// Makes new connections to this agent's listeners come to them, and not to those of another that listens there.
+    pub fn steer(&mut self, v4: Option<&TcpListener>, v6: Option<&TcpListener>) -> Result<(), Error> {
+        for (slot, listener) in [(LISTENER_V4, v4), (LISTENER_V6, v6)] {
+            let Some(listener) = listener else { continue };
+            self.object.steer(slot, listener)?;
+            let steering = self.object.steering()?;
+            steering.attach(listener).map_err(|source| Error::Steer { source: source.into() })?;
+        }
         Ok(())
+    }
+
+    /// Says that this agent is alive, if it is in charge: otherwise whoever is has to. Due several times in
+    /// [`HEARTBEAT_LIMIT_NS`](agent_common::target::HEARTBEAT_LIMIT_NS).
+    pub fn beat(&mut self) -> Result<Standing, Error> {
+        let now = now()?;
+        if self.is_in_charge()? {
+            self.object.set_heartbeat(now)?;
+            return Ok(Standing::InCharge);
+        }
+        Ok(Standing::Succeeded { silent: Duration::from_nanos(now.saturating_sub(self.object.heartbeat()?)) })
+    }
+
+    /// Says that this agent serves no more: dials are refused at once, until another takes over. Nothing happens when
+    /// another has.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        if self.is_in_charge()? { self.object.set_heartbeat(0) } else { Ok(()) }
+    }
+
+    /// Sends intercepted dials to `target` from now on, if this agent is in charge.
+    pub fn set_target(&mut self, target: Target) -> Result<(), Error> {
+        if !self.is_in_charge()? {
+            return Ok(());
+        }
+        self.object.set_target(Target { generation: self.generation, ..target })
     }
 
     /// What pods get that have no policy of their own yet: those that dial through a socket in a pod's network, and
@@ -186,41 +355,99 @@ impl Interceptor {
         in_pod_network: PodPolicy,
         on_host_network: PodPolicy,
     ) -> Result<(), Error> {
-        self.object.set_unknown_pod(UNKNOWN_IN_POD_NETWORK, in_pod_network)?;
-        self.object.set_unknown_pod(UNKNOWN_ON_HOST_NETWORK, on_host_network)
+        self.wanted.unknown_in_pod_network = Some(in_pod_network);
+        self.wanted.unknown_on_host_network = Some(on_host_network);
+        if !self.is_in_charge()? {
+            return Ok(());
+        }
+        self.apply_unknown_pods()?;
+        self.attach_egress_where_needed()
     }
 
     /// Gives `policy` to the pod with this cgroup, from its next dial on.
     pub fn set_policy(&mut self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), Error> {
-        self.object.set_policy(pod_cgroup_id, policy)
+        self.wanted.policies.insert(pod_cgroup_id, policy);
+        if !self.is_in_charge()? {
+            return Ok(());
+        }
+        self.object.set_policy(pod_cgroup_id, policy)?;
+        self.attach_egress_where_needed()
     }
 
-    /// Forgets the pod with this cgroup. One that is not known is fine.
+    /// Forgets the pod with this cgroup, which is gone. One that is not known is fine.
     pub fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
-        self.object.remove_policy(pod_cgroup_id)
+        self.wanted.policies.remove(&pod_cgroup_id);
+        self.object.remove_policy(pod_cgroup_id)?;
+        self.object.unexempt(pod_cgroup_id)?;
+        if self.is_in_charge()? { self.attach_egress_where_needed() } else { Ok(()) }
     }
 
-    /// Attaches the programs to the cgroups, but for the one on outgoing packets: those that redeem tickets before those
-    /// that send them, and these before those that redirect.
-    pub fn attach(&mut self) -> Result<(), Error> {
-        links::attach(&mut self.object, &self.cgroups)
+    /// The key of IMDS tokens, the same for every agent on this node since it was started.
+    pub fn imds_key(&mut self) -> Result<[u8; 32], Error> {
+        let _alone = self.pins.lock()?;
+        let mut key = self.object.imds_key()?;
+        if key == [0; 32] {
+            getrandom::fill(&mut key).map_err(Error::Randomness)?;
+            self.object.set_imds_key(key)?;
+        }
+        Ok(key)
     }
 
-    /// Attaches the program on outgoing packets, if it is not attached. Having it costs every packet of every pod some
-    /// 100 ns, and it is of use only while some pod is guarded or its requests are to be told.
-    pub fn attach_egress(&mut self) -> Result<(), Error> {
-        if self.egress.is_none() {
-            self.egress = Some(links::attach_egress(&mut self.object, &self.cgroups)?);
+    /// Another may take over at any time: the kernel knows best.
+    fn is_in_charge(&self) -> Result<bool, Error> {
+        Ok(self.generation != 0 && self.object.target()?.generation == self.generation)
+    }
+
+    /// Makes the maps what this agent wants in them.
+    fn reconcile(&mut self) -> Result<(), Error> {
+        self.apply_unknown_pods()?;
+        for (&pod, &policy) in &self.wanted.policies {
+            self.object.set_policy(pod, policy)?;
+        }
+        for pod in self.object.policies()? {
+            if !self.wanted.policies.contains_key(&pod) {
+                self.object.remove_policy(pod)?;
+            }
         }
         Ok(())
     }
 
-    /// Detaches it, if it is attached.
-    pub fn detach_egress(&mut self) -> Result<(), Error> {
-        match self.egress.take() {
-            Some(link) => links::detach_egress(&mut self.object, &self.cgroups, link),
-            None => Ok(()),
+    fn apply_unknown_pods(&mut self) -> Result<(), Error> {
+        let wanted = [
+            (UNKNOWN_IN_POD_NETWORK, self.wanted.unknown_in_pod_network),
+            (UNKNOWN_ON_HOST_NETWORK, self.wanted.unknown_on_host_network),
+        ];
+        for (slot, policy) in wanted {
+            if let Some(policy) = policy {
+                self.object.set_unknown_pod(slot, policy)?;
+            }
         }
+        Ok(())
+    }
+
+    fn attach_egress_where_needed(&mut self) -> Result<(), Error> {
+        let is_needed = self.needs_egress();
+        if is_needed == self.egress { Ok(()) } else { self.set_egress(is_needed) }
+    }
+
+    /// Having a program on outgoing packets costs every packet of every pod some 100 ns, so it is there only while some
+    /// pod is guarded or its requests are to be told.
+    fn needs_egress(&self) -> bool {
+        self.wanted.all().any(|policy| match policy.imds {
+            IMDS_OFF => false,
+            IMDS_AUDIT => self.audit_paths,
+            _ => self.guard,
+        })
+    }
+
+    fn set_egress(&mut self, is_needed: bool) -> Result<(), Error> {
+        if is_needed {
+            self.cgroups.attach(&self.object, &self.pins, program::EGRESS)?;
+        } else {
+            self.cgroups.detach(&self.pins, program::EGRESS)?;
+        }
+        self.egress = is_needed;
+        Ok(())
     }
 
     /// The origins of accepted sockets. Works on its own, also after the programs are gone.
@@ -255,9 +482,26 @@ impl fmt::Debug for Interceptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Interceptor")
             .field("cgroups", &self.cgroups)
-            .field("slot", &self.slot)
+            .field("generation", &self.generation)
             .finish_non_exhaustive()
     }
+}
+
+/// Everything that is pinned, by agents of any ABI, each directory after what is in it. In this order it may be removed:
+/// links come first, and with them the programs are detached.
+pub fn pinned(bpffs: &Path) -> Result<Vec<PathBuf>, Error> {
+    pins::all(bpffs).map_err(|source| Error::Pin { path: bpffs.to_owned(), source })
+}
+
+/// Removes one of those; what is gone already is fine.
+pub fn unpin(path: &Path) -> Result<(), Error> {
+    pins::remove(path).map_err(|source| Error::Pin { path: path.to_owned(), source })
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds.
+fn now() -> Result<u64, Error> {
+    let now = Duration::try_from(clock_gettime(ClockId::Monotonic)).map_err(|_| Error::Clock)?;
+    u64::try_from(now.as_nanos()).map_err(|_| Error::Clock)
 }
 
 fn verifier(log_tail: &str) -> String {
@@ -266,10 +510,13 @@ fn verifier(log_tail: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use agent_common::abi::TICKET_LIFE;
+
     use super::*;
 
     fn settings(kubepods: &str) -> Settings {
         Settings {
+            bpffs: "/nowhere".into(),
             kubepods: kubepods.into(),
             agent_cgroup: "/".into(),
             kubepods_level: 1,
@@ -277,6 +524,7 @@ mod tests {
             host_netns_cookie: 1,
             guard: true,
             audit_paths: false,
+            ticket_life: TICKET_LIFE,
             ticket_key: TicketKey([0x1122_3344, 0x5566_7788]),
         }
     }

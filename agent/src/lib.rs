@@ -16,6 +16,7 @@
 pub mod accept;
 pub mod admin;
 pub mod app;
+mod bpf;
 pub mod cli;
 pub mod config;
 pub mod credentials;
@@ -26,6 +27,7 @@ pub mod error;
 pub mod identity;
 pub mod intercept;
 pub mod link;
+pub mod maps;
 pub mod netns;
 pub mod observe;
 pub mod policies;

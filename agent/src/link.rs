@@ -25,13 +25,13 @@ use self::rules::Rules;
 /// Marks a link as podgate's (`ip link` shows it as `alias`).
 const ALIAS: &str = "podgate: addresses that pods' dials to credential endpoints are sent to";
 
-/// The link and what belongs to it, as long as they are to exist.
+/// The link and what belongs to it. The rules are kept right as long as this lives.
 #[derive(Debug)]
 pub struct Link {
     handle: Handle,
     name: String,
     index: u32,
-    rules: Option<Rules>,
+    _rules: Option<Rules>,
 }
 
 /// The addresses that the link has.
@@ -81,46 +81,24 @@ pub enum Error {
 // === impl Link ===
 
 impl Link {
-    /// Makes the link, gives it the addresses, and sees to it that pods reach them. One that an agent before this
-    /// has left is made anew; a link that is not podgate's is not touched. An IPv6 address that the node cannot
-    /// have is left out with a warning.
+    /// Makes the link, gives it the addresses, and sees to it that pods reach them. One that an agent before this has
+    /// made is taken as it is: that agent may still serve there. A link that is not podgate's is not touched. An IPv6
+    /// address that the node cannot have is left out with a warning.
+    ///
+    /// The link stays when this is dropped; [`remove`] removes it.
     pub async fn up(name: &str, wanted: Addresses) -> Result<(Self, Addresses), Error> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
-        tokio::spawn(connection);
-        if let Some(existing) = find(&handle, name).await {
-            if !is_own(&existing) {
-                return Err(Error::Taken { link: name.to_owned() });
-            }
-            remove(&handle, name, existing.header.index).await?;
-        }
-        let index = create(&handle, name).await?;
-        let mut link = Self { handle, name: name.to_owned(), index, rules: None };
-        match link.furnish(wanted).await {
-            Ok(addresses) => Ok((link, addresses)),
-            Err(error) => {
-                if let Err(error) = link.down().await {
-                    warn!(%error, "cannot remove the link again");
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// Removes the rules, the link, and its addresses with it.
-    pub async fn down(self) -> Result<(), Error> {
-        let rules = match self.rules {
-            Some(rules) => rules.down(&self.handle).await,
-            None => Ok(()),
+        let handle = connect()?;
+        let index = match find(&handle, name).await {
+            Some(existing) if is_own(&existing) => existing.header.index,
+            Some(_) => return Err(Error::Taken { link: name.to_owned() }),
+            None => create(&handle, name).await?,
         };
-        remove(&self.handle, &self.name, self.index).await.and(rules)
-    }
-
-    async fn furnish(&mut self, wanted: Addresses) -> Result<Addresses, Error> {
-        let addresses = self.address(wanted).await?;
+        let mut link = Self { handle, name: name.to_owned(), index, _rules: None };
+        let addresses = link.address(wanted).await?;
         let v4 = addresses.v4.map(IpAddr::V4);
         let v6 = addresses.v6.map(IpAddr::V6);
-        self.rules = Some(Rules::up(&self.handle, v4.into_iter().chain(v6).collect()).await?);
-        Ok(addresses)
+        link._rules = Some(Rules::up(&link.handle, v4.into_iter().chain(v6).collect()).await?);
+        Ok((link, addresses))
     }
 
     async fn address(&self, wanted: Addresses) -> Result<Addresses, Error> {
@@ -163,8 +141,26 @@ async fn find(handle: &Handle, name: &str) -> Option<LinkMessage> {
     links.try_next().await.ok().flatten()
 }
 
-async fn remove(handle: &Handle, name: &str, index: u32) -> Result<(), Error> {
-    handle.link().del(index).execute().await.map_err(|error| refused("remove the link", name, &error))
+/// What podgate has of the node's network: the name of its link, if there is one, and its rules, for people.
+pub async fn find_all(name: &str) -> Result<(Option<String>, Vec<String>), Error> {
+    let handle = connect()?;
+    let link = find(&handle, name).await.filter(is_own).map(|_| name.to_owned());
+    Ok((link, rules::all(&handle).await?.iter().map(ToString::to_string).collect()))
+}
+
+/// Removes podgate's rules, and its link with the addresses on it. What is not there, or not podgate's, is left alone.
+pub async fn remove(name: &str) -> Result<(), Error> {
+    let handle = connect()?;
+    rules::remove_all(&handle).await?;
+    let Some(link) = find(&handle, name).await.filter(is_own) else { return Ok(()) };
+    let removed = handle.link().del(link.header.index).execute().await;
+    removed.map_err(|error| refused("remove the link", name, &error))
+}
+
+fn connect() -> Result<Handle, Error> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
+    tokio::spawn(connection);
+    Ok(handle)
 }
 
 fn is_own(link: &LinkMessage) -> bool {

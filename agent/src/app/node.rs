@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use agent_common::abi::TICKET_LIFE;
 use tracing::info;
 
 use super::Error;
@@ -48,6 +49,7 @@ impl Node {
     /// What the programs need to know of it.
     pub(super) fn settings(&self, config: &Config) -> Result<Settings, Error> {
         Ok(Settings {
+            bpffs: config.bpffs.clone(),
             kubepods: self.kubepods.path().to_owned(),
             agent_cgroup: self.agent_cgroup.clone(),
             kubepods_level: self.kubepods.level(),
@@ -55,6 +57,7 @@ impl Node {
             host_netns_cookie: self.host_netns_cookie,
             guard: config.guard,
             audit_paths: config.audit_paths,
+            ticket_life: TICKET_LIFE,
             ticket_key: TicketKey::random()?,
         })
     }

@@ -1,17 +1,9 @@
 //! `podgate whois`: asks the running agent.
 
-use std::{
-    io::{self, Read as _, Write as _},
-    os::unix::net::UnixStream,
-    path::PathBuf,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{path::PathBuf, process::ExitCode};
 
+use super::{ask::ask, fail};
 use crate::{config::DEFAULT_SOCKET, whois::Answer};
-
-/// The agent answers at once or not at all.
-const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What to ask.
 #[derive(Debug, clap::Args)]
@@ -29,7 +21,7 @@ pub struct Args {
 
 /// Asks and prints.
 pub fn run(args: &Args) -> ExitCode {
-    match ask(args) {
+    match ask(&args.socket, &format!("/whois/{}", args.pid)) {
         Ok(body) if args.json => println!("{body}"),
         Ok(body) => match serde_json::from_str(&body) {
             Ok(answer) => print!("{}", for_people(&answer)),
@@ -38,29 +30,6 @@ pub fn run(args: &Args) -> ExitCode {
         Err(error) => return fail(&error),
     }
     ExitCode::SUCCESS
-}
-
-fn ask(args: &Args) -> Result<String, String> {
-    let socket = args.socket.display();
-    let (status, body) = get(args).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            format!("no agent answers at {socket}: is `podgate run` running in this container?")
-        }
-        _ => format!("cannot ask the agent at {socket}: {error}"),
-    })?;
-    if status == 200 { Ok(body) } else { Err(body) }
-}
-
-/// One question on a connection of its own.
-fn get(args: &Args) -> io::Result<(u16, String)> {
-    let mut stream = UnixStream::connect(&args.socket)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET /whois/{} HTTP/1.1\r\nHost: podgate\r\nConnection: close\r\n\r\n", args.pid)?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::UnexpectedEof)?;
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    Ok((status.ok_or(io::ErrorKind::InvalidData)?, body.to_owned()))
 }
 
 fn for_people(answer: &Answer) -> String {
@@ -77,11 +46,6 @@ fn for_people(answer: &Answer) -> String {
     ];
     let lines = rows.map(|(name, value)| format!("{name:<16} {value}\n"));
     lines.concat()
-}
-
-fn fail(error: &str) -> ExitCode {
-    eprintln!("podgate: {error}");
-    ExitCode::FAILURE
 }
 
 #[cfg(test)]

@@ -1,22 +1,19 @@
-//! Attaching the programs to the cgroups.
+//! Attaching the programs to the cgroups, and putting new ones in the place of an earlier agent's.
 //!
-//! Owns the order and the cgroups' file descriptors; never touches a map.
+//! Owns the cgroups' file descriptors and the pinned links; never touches a map.
 
 use std::{
-    fs::File,
+    fs::{self, File},
+    io,
+    os::{fd::BorrowedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
 use agent_common::abi::program;
-use aya::programs::{
-    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, ProgramError, SockOps,
-    cgroup_skb::CgroupSkbLinkId,
-};
+use aya_obj::generated::bpf_attach_type;
 
-use super::{Error, object::Object};
-
-/// Links allow this mode only on 6.1. It is not exclusive: links of other programs may be there.
-const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+use super::{Error, object::Object, pins::Pins};
+use crate::bpf::CgroupLink;
 
 /// The cgroups that programs are attached to, held open.
 #[derive(Debug)]
@@ -29,6 +26,7 @@ pub(super) struct Cgroups {
 struct Cgroup {
     path: PathBuf,
     directory: File,
+    id: u64,
 }
 
 // === impl Cgroups ===
@@ -38,57 +36,79 @@ impl Cgroups {
     pub(super) fn open(kubepods: &Path, agent: &Path) -> Result<Self, Error> {
         Ok(Self { kubepods: Cgroup::open(kubepods)?, agent: Cgroup::open(agent)? })
     }
+
+    /// Attaches the program that redeems tickets to the agent's own cgroup, as long as the link lives.
+    pub(super) fn attach_passive(&self, object: &Object) -> Result<CgroupLink, Error> {
+        let name = program::PASSIVE;
+        let program = object.program(name)?;
+        CgroupLink::create(program, &self.agent.directory, attach_type(name))
+            .map_err(cannot_attach(name, &self.agent))
+    }
+
+    /// Attaches a program to kubepods for good, or puts it in the place of the one that an agent before has left: at
+    /// once, there is no moment in which neither runs.
+    pub(super) fn attach(&self, object: &Object, pins: &Pins, name: &'static str) -> Result<(), Error> {
+        let program = object.program(name)?;
+        self.put(program, &pins.links(), name).map_err(cannot_attach(name, &self.kubepods))
+    }
+
+    /// Detaches a program from kubepods, if it is attached.
+    pub(super) fn detach(&self, pins: &Pins, name: &'static str) -> Result<(), Error> {
+        match fs::remove_file(pins.links().join(name)) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(Error::Detach { program: name, cgroup: self.kubepods.path.clone(), source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn put(&self, program: BorrowedFd<'_>, links: &Path, name: &str) -> io::Result<()> {
+        let path = links.join(name);
+        match CgroupLink::open(&path) {
+            Ok(link) if link.cgroup_id()? == self.kubepods.id => return link.replace(program),
+            // Of a kubepods that is gone and was made anew.
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let link = CgroupLink::create(program, &self.kubepods.directory, attach_type(name))?;
+        // By way of another name, because a pin cannot take the place of one.
+        let next = links.join(format!("{name}-next"));
+        match fs::remove_file(&next) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        link.pin(&next)?;
+        fs::rename(next, path)
+    }
 }
 
 // === impl Cgroup ===
 
 impl Cgroup {
     fn open(path: &Path) -> Result<Self, Error> {
-        let directory = File::open(path).map_err(|source| Error::Cgroup { path: path.to_owned(), source })?;
-        Ok(Self { path: path.to_owned(), directory })
+        let open = || {
+            let directory = File::open(path)?;
+            let id = directory.metadata()?.ino();
+            Ok(Self { path: path.to_owned(), directory, id })
+        };
+        open().map_err(|source| Error::Cgroup { path: path.to_owned(), source })
     }
 }
 
-/// Attaches the permanent programs. What is attached when one fails stays until the object is dropped.
-pub(super) fn attach(object: &mut Object, cgroups: &Cgroups) -> Result<(), Error> {
-    for name in program::PERMANENT {
-        let cgroup = if name == program::PASSIVE { &cgroups.agent } else { &cgroups.kubepods };
-        attach_one(object, name, cgroup).map_err(cannot_attach(name, cgroup))?;
-    }
-    Ok(())
-}
-
-/// Attaches the program on outgoing packets.
-pub(super) fn attach_egress(object: &mut Object, cgroups: &Cgroups) -> Result<CgroupSkbLinkId, Error> {
-    let cgroup = &cgroups.kubepods;
-    let attach =
-        |program: &mut CgroupSkb| program.attach(&cgroup.directory, CgroupSkbAttachType::Egress, MODE);
-    object.program(program::EGRESS).and_then(attach).map_err(cannot_attach(program::EGRESS, cgroup))
-}
-
-/// Detaches it.
-pub(super) fn detach_egress(
-    object: &mut Object,
-    cgroups: &Cgroups,
-    link: CgroupSkbLinkId,
-) -> Result<(), Error> {
-    let detach = |program: &mut CgroupSkb| program.detach(link);
-    let detached = object.program(program::EGRESS).and_then(detach);
-    detached.map_err(|source| Error::Detach {
-        program: program::EGRESS,
-        cgroup: cgroups.kubepods.path.clone(),
-        source: source.into(),
-    })
-}
-
-fn attach_one(object: &mut Object, name: &str, cgroup: &Cgroup) -> Result<(), ProgramError> {
-    if let Ok(program) = object.program::<SockOps>(name) {
-        program.attach(&cgroup.directory, MODE).map(drop)
-    } else {
-        object.program::<CgroupSockAddr>(name)?.attach(&cgroup.directory, MODE).map(drop)
+fn attach_type(program: &str) -> bpf_attach_type {
+    match program {
+        program::BIND4 => bpf_attach_type::BPF_CGROUP_INET4_BIND,
+        program::BIND6 => bpf_attach_type::BPF_CGROUP_INET6_BIND,
+        program::CONNECT4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+        program::CONNECT6 => bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+        program::GETPEERNAME4 => bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+        program::GETPEERNAME6 => bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+        program::EGRESS => bpf_attach_type::BPF_CGROUP_INET_EGRESS,
+        _ => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
     }
 }
 
-fn cannot_attach(program: &'static str, cgroup: &Cgroup) -> impl FnOnce(ProgramError) -> Error {
-    move |source| Error::Attach { program, cgroup: cgroup.path.clone(), source: source.into() }
+fn cannot_attach(program: &'static str, cgroup: &Cgroup) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Attach { program, cgroup: cgroup.path.clone(), source }
 }

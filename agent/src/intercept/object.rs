@@ -2,10 +2,14 @@
 //!
 //! Owns every use of a map and of a name in the object; never attaches anything.
 
-use std::{io, os::fd::AsFd as _};
+use std::{
+    fs,
+    os::fd::{AsFd as _, AsRawFd, BorrowedFd},
+    path::Path,
+};
 
 use agent_common::{
-    abi::{global, map, program},
+    abi::{self, EXEMPT_MAX, POLICIES_MAX, TICKETS_MAX, global, map, program},
     counter::Counter,
     egress::{JOB_AUDIT_PATHS, JOB_GUARD},
     origin::{Dialled, Origin},
@@ -14,8 +18,10 @@ use agent_common::{
 };
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage},
-    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SockOps},
+    maps::{
+        Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, ReusePortSockArray, RingBuf, SkStorage,
+    },
+    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SkReuseport, SockOps},
     sys::SyscallError,
 };
 
@@ -24,10 +30,31 @@ use super::{Error, Settings};
 /// The object, or nothing where the build had none.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podgate.o"));
 
+/// An entry is made, and none is changed: `include/uapi/linux/bpf.h`.
+const BPF_NOEXIST: u64 = 1;
+
 /// How much of a verifier's log an error repeats; the reason is at its end.
 const LOG_TAIL_LINES: usize = 20;
 
-/// The object in the kernel. Its programs go, and their links with them, when it is dropped.
+/// The maps that outlive the agent, with the sizes of a key and a value, and how many there are.
+const PINNED: [(&str, usize, usize, u32); 11] = [
+    (map::ORIGINS, size_of::<u32>(), size_of::<Dialled>(), 0),
+    (map::TICKETS, size_of::<u64>(), size_of::<Dialled>(), TICKETS_MAX),
+    (map::POD_TICKETS, size_of::<u64>(), size_of::<u64>(), POLICIES_MAX),
+    (map::POLICIES, size_of::<u64>(), size_of::<PodPolicy>(), POLICIES_MAX),
+    (map::UNKNOWN_POD, size_of::<u32>(), size_of::<PodPolicy>(), 2),
+    (map::EXEMPT, size_of::<u64>(), size_of::<u64>(), EXEMPT_MAX),
+    (map::TARGETS, size_of::<u32>(), size_of::<Target>(), 2),
+    (map::TARGET_INDEX, size_of::<u32>(), size_of::<u32>(), 1),
+    (map::HEARTBEAT, size_of::<u32>(), size_of::<u64>(), 1),
+    (map::COUNTERS, size_of::<u32>(), size_of::<u64>(), abi::COUNTERS_MAX),
+    (map::IMDS_KEY, size_of::<u32>(), size_of::<ImdsKey>(), 1),
+];
+
+/// The key by which IMDS tokens are made.
+pub(super) type ImdsKey = [u8; 32];
+
+/// The object in the kernel. The programs that are attached stay when it is dropped.
 pub(super) struct Object {
     programs: Ebpf,
     accepted: MapData,
@@ -35,6 +62,10 @@ pub(super) struct Object {
     pod_tickets: HashMap<MapData, u64, u64>,
     policies: HashMap<MapData, u64, PodPolicy>,
     unknown_pod: Array<MapData, PodPolicy>,
+    exempt: HashMap<MapData, u64, u64>,
+    heartbeat: Array<MapData, u64>,
+    listeners: ReusePortSockArray<MapData>,
+    imds_key: Array<MapData, ImdsKey>,
     targets: Array<MapData, Target>,
     target_index: Array<MapData, u32>,
     counters: PerCpuArray<MapData, u64>,
@@ -44,16 +75,24 @@ pub(super) struct Object {
 // === impl Object ===
 
 impl Object {
-    /// Creates the maps and loads the programs.
-    pub(super) fn load(settings: &Settings) -> Result<Self, Error> {
+    /// Loads the programs, with the maps that are pinned in `maps`; those that are not there yet are made.
+    pub(super) fn load(settings: &Settings, maps: &Path) -> Result<Self, Error> {
         if OBJECT.is_empty() {
             return Err(Error::NoObject);
         }
-        let mut ebpf = EbpfLoader::new()
+        let ticket_life = u64::try_from(settings.ticket_life.as_nanos()).unwrap_or(u64::MAX);
+        let mut loader = EbpfLoader::new();
+        for (name, key, value, entries) in PINNED {
+            let path = maps.join(name);
+            check_shape(&path, name, (key, value, entries))?;
+            loader.map_pin_path(name, path);
+        }
+        let mut ebpf = loader
             .override_global(global::TICKET_KEY, &settings.ticket_key.0, true)
             .override_global(global::KUBEPODS_LEVEL, &settings.kubepods_level, true)
             .override_global(global::KUBEPODS_ID, &settings.kubepods_id, true)
             .override_global(global::HOST_NETNS, &settings.host_netns_cookie, true)
+            .override_global(global::TICKET_LIFE, &ticket_life, true)
             .load(OBJECT)
             .map_err(|source| Error::Load { source: source.into() })?;
         for name in program::ALL {
@@ -70,6 +109,10 @@ impl Object {
             pod_tickets: take(&mut ebpf, map::POD_TICKETS)?,
             policies: take(&mut ebpf, map::POLICIES)?,
             unknown_pod: take(&mut ebpf, map::UNKNOWN_POD)?,
+            exempt: take(&mut ebpf, map::EXEMPT)?,
+            heartbeat: take(&mut ebpf, map::HEARTBEAT)?,
+            listeners: take(&mut ebpf, map::LISTENERS)?,
+            imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
             target_index: take(&mut ebpf, map::TARGET_INDEX)?,
             counters: take(&mut ebpf, map::COUNTERS)?,
@@ -79,21 +122,76 @@ impl Object {
     }
 
     /// A loaded program.
-    pub(super) fn program<'a, P>(&'a mut self, name: &str) -> Result<&'a mut P, ProgramError>
-    where
-        &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
-    {
-        self.programs.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
+    pub(super) fn program(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
+        let fd = self.programs.program(name).and_then(|program| program.fd().ok());
+        Ok(fd.ok_or(Error::Mismatch { what: name })?.as_fd())
     }
 
-    /// Fills one of the two slots.
-    pub(super) fn set_target(&mut self, slot: u32, target: Target) -> Result<(), Error> {
-        self.targets.set(slot, target, 0).map_err(writing(map::TARGETS))
+    /// The target in force; of a node on which no agent has run before, one without addresses.
+    pub(super) fn target(&self) -> Result<Target, Error> {
+        self.targets.get(&self.target_index()?, 0).map_err(reading(map::TARGETS))
     }
 
-    /// Makes a slot the one in force.
-    pub(super) fn set_target_index(&mut self, slot: u32) -> Result<(), Error> {
+    /// Puts a target into force. Programs see the former one or this one, never a mixture.
+    pub(super) fn set_target(&mut self, target: Target) -> Result<(), Error> {
+        let slot = 1 - self.target_index()?.min(1);
+        self.targets.set(slot, target, 0).map_err(writing(map::TARGETS))?;
         self.target_index.set(0, slot, 0).map_err(writing(map::TARGET_INDEX))
+    }
+
+    fn target_index(&self) -> Result<u32, Error> {
+        self.target_index.get(&0, 0).map_err(reading(map::TARGET_INDEX))
+    }
+
+    /// When an agent has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 for stopped.
+    pub(super) fn heartbeat(&self) -> Result<u64, Error> {
+        self.heartbeat.get(&0, 0).map_err(reading(map::HEARTBEAT))
+    }
+
+    /// Beats.
+    pub(super) fn set_heartbeat(&mut self, at_ns: u64) -> Result<(), Error> {
+        self.heartbeat.set(0, at_ns, 0).map_err(writing(map::HEARTBEAT))
+    }
+
+    /// Makes a listener the one that new connections are steered to, and this object's program the one that steers.
+    pub(super) fn steer(&mut self, slot: u32, listener: &impl AsRawFd) -> Result<(), Error> {
+        self.listeners.set(slot, listener, 0).map_err(writing(map::LISTENERS))
+    }
+
+    /// The program that steers.
+    pub(super) fn steering(&self) -> Result<&SkReuseport, Error> {
+        let program = self.programs.program(program::STEER).and_then(|program| program.try_into().ok());
+        program.ok_or(Error::Mismatch { what: program::STEER })
+    }
+
+    /// The key of IMDS tokens; all zero where none was made yet.
+    pub(super) fn imds_key(&self) -> Result<ImdsKey, Error> {
+        self.imds_key.get(&0, 0).map_err(reading(map::IMDS_KEY))
+    }
+
+    /// Keeps a key for the agents to come.
+    pub(super) fn set_imds_key(&mut self, key: ImdsKey) -> Result<(), Error> {
+        self.imds_key.set(0, key, 0).map_err(writing(map::IMDS_KEY))
+    }
+
+    /// Applies no policy to a pod.
+    pub(super) fn exempt(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
+        self.exempt.insert(pod_cgroup_id, 0, 0).map_err(writing(map::EXEMPT))
+    }
+
+    /// Applies policies to it again.
+    pub(super) fn unexempt(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
+        remove(&mut self.exempt, pod_cgroup_id).map_err(writing(map::EXEMPT))
+    }
+
+    /// The pods that no policy applies to.
+    pub(super) fn exempted(&self) -> Result<Vec<u64>, Error> {
+        self.exempt.keys().collect::<Result<_, _>>().map_err(reading(map::EXEMPT))
+    }
+
+    /// The pods that have a policy.
+    pub(super) fn policies(&self) -> Result<Vec<u64>, Error> {
+        self.policies.keys().collect::<Result<_, _>>().map_err(reading(map::POLICIES))
     }
 
     /// What a pod gets that has no policy, by where its socket is.
@@ -103,7 +201,37 @@ impl Object {
 
     /// What a pod gets.
     pub(super) fn set_policy(&mut self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), Error> {
-        self.policies.insert(pod_cgroup_id, policy, 0).map_err(writing(map::POLICIES))
+        self.policies.insert(pod_cgroup_id, policy, 0).map_err(writing(map::POLICIES))?;
+        self.make_room_for(pod_cgroup_id)
+    }
+
+    /// Gives a known pod its count of tickets before it dials, so that it never depends on the room that unknown ones
+    /// leave.
+    fn make_room_for(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
+        if self.make_count(pod_cgroup_id)? {
+            return Ok(());
+        }
+        self.forget_idle_counts()?;
+        if self.make_count(pod_cgroup_id)? {
+            return Ok(());
+        }
+        // So many unknown ones have dials under way. One loses its count, or a few that dial faster than this is said.
+        for (unknown, _) in self.counts_of_unknown()? {
+            remove(&mut self.pod_tickets, unknown).map_err(writing(map::POD_TICKETS))?;
+            if self.make_count(pod_cgroup_id)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// False when there is no room. A count that is there stays.
+    fn make_count(&mut self, cgroup_id: u64) -> Result<bool, Error> {
+        match self.pod_tickets.insert(cgroup_id, 0, BPF_NOEXIST) {
+            Err(error) if errno(&error) == Some(libc::E2BIG) => Ok(false),
+            Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(true),
+            result => result.map(|()| true).map_err(writing(map::POD_TICKETS)),
+        }
     }
 
     /// Forgets a pod, if it is there.
@@ -131,14 +259,20 @@ impl Object {
     ///
     /// A count that goes while its pod dials leaves that one ticket uncounted, no more.
     fn forget_idle_counts(&mut self) -> Result<(), Error> {
-        let counts =
-            self.pod_tickets.iter().collect::<Result<Vec<_>, _>>().map_err(reading(map::POD_TICKETS))?;
-        for (cgroup_id, count) in counts {
-            if count == 0 && matches!(self.policies.get(&cgroup_id, 0), Err(MapError::KeyNotFound)) {
+        for (cgroup_id, count) in self.counts_of_unknown()? {
+            if count == 0 {
                 remove(&mut self.pod_tickets, cgroup_id).map_err(writing(map::POD_TICKETS))?;
             }
         }
         Ok(())
+    }
+
+    /// The counts of those that are no known pods, by cgroup.
+    fn counts_of_unknown(&self) -> Result<Vec<(u64, u64)>, Error> {
+        let counts = self.pod_tickets.iter().collect::<Result<Vec<_>, _>>();
+        let mut counts = counts.map_err(reading(map::POD_TICKETS))?;
+        counts.retain(|(cgroup, _)| matches!(self.policies.get(cgroup, 0), Err(MapError::KeyNotFound)));
+        Ok(counts)
     }
 
     /// The ring buffer; `None` when it was given away before.
@@ -174,6 +308,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
         Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
         Program::SockOps(program) => SockOps::load(program),
         Program::CgroupSkb(program) => CgroupSkb::load(program),
+        Program::SkReuseport(program) => SkReuseport::load(program),
         _ => return Err(Error::Mismatch { what: name }),
     };
     result.map_err(|error| match error {
@@ -187,6 +322,21 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
     })
 }
 
+/// Checks a map that is pinned already: the kernel would take it for whatever the object says.
+fn check_shape(
+    path: &Path,
+    name: &'static str,
+    (key, value, entries): (usize, usize, u32),
+) -> Result<(), Error> {
+    if !fs::exists(path).map_err(|source| Error::Pin { path: path.to_owned(), source })? {
+        return Ok(());
+    }
+    let is_so = |is: u32, wanted: usize| usize::try_from(is) == Ok(wanted);
+    let info = MapInfo::from_pin(path).map_err(reading(name))?;
+    let fits = is_so(info.key_size(), key) && is_so(info.value_size(), value) && info.max_entries() == entries;
+    if fits { Ok(()) } else { Err(Error::Shape { path: path.to_owned() }) }
+}
+
 /// Takes a map out of the object, as the type that the agent expects.
 fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, Error>
 where
@@ -198,12 +348,16 @@ where
 /// Removes an entry, if it is there.
 fn remove<V: Pod>(map: &mut HashMap<MapData, u64, V>, key: u64) -> Result<(), MapError> {
     match map.remove(&key) {
-        Err(MapError::SyscallError(SyscallError { io_error, .. }))
-            if io_error.kind() == io::ErrorKind::NotFound =>
-        {
-            Ok(())
-        }
+        Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),
         result => result,
+    }
+}
+
+/// What the kernel says, where it was the kernel.
+fn errno(error: &MapError) -> Option<i32> {
+    match error {
+        MapError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
+        _ => None,
     }
 }
 

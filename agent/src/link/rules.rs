@@ -8,6 +8,7 @@
 
 use std::{
     collections::BTreeSet,
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
@@ -39,13 +40,12 @@ const RESYNC: Duration = Duration::from_secs(30);
 /// Keeps the rules right until it is ended.
 #[derive(Debug)]
 pub(super) struct Rules {
-    targets: Vec<IpAddr>,
-    follower: JoinHandle<()>,
+    _follower: AbortOnDrop,
 }
 
 /// What a rule of podgate's says: from `source`, or from anybody, to `destination` by `table`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Rule {
+pub(super) struct Rule {
     source: Option<IpAddr>,
     destination: IpAddr,
     table: u32,
@@ -59,22 +59,25 @@ impl Rules {
     pub(super) async fn up(handle: &Handle, targets: Vec<IpAddr>) -> Result<Self, Error> {
         reconcile(handle, &targets).await.map_err(|error| refused(&error))?;
         report_too_early(handle, &targets).await.map_err(|error| refused(&error))?;
-        let follower = tokio::spawn(follow(targets.clone()));
-        Ok(Self { targets, follower })
+        Ok(Self { _follower: AbortOnDrop(tokio::spawn(follow(targets))) })
     }
+}
 
-    /// Removes podgate's rules.
-    pub(super) async fn down(self, handle: &Handle) -> Result<(), Error> {
-        self.follower.abort();
-        // Ended, one way or the other: it adds nothing any more.
-        let _ = self.follower.await;
-        for target in self.targets {
-            for rule in own(&rules(handle, target).await.map_err(|error| refused(&error))?) {
-                rule.remove(handle).await.map_err(|error| refused(&error))?;
-            }
-        }
-        Ok(())
+/// Every rule of podgate's on the node.
+pub(super) async fn all(handle: &Handle) -> Result<BTreeSet<Rule>, Error> {
+    let mut all = BTreeSet::new();
+    for family in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)] {
+        all.extend(own(&rules(handle, family).await.map_err(|error| refused(&error))?));
     }
+    Ok(all)
+}
+
+/// Removes them.
+pub(super) async fn remove_all(handle: &Handle) -> Result<(), Error> {
+    for rule in all(handle).await? {
+        rule.remove(handle).await.map_err(|error| refused(&error))?;
+    }
+    Ok(())
 }
 
 // === impl Rule ===
@@ -125,6 +128,17 @@ impl Rule {
     }
 }
 
+impl fmt::Display for Rule {
+    /// As `ip rule` shows it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.source {
+            Some(source) => write!(f, "from {source} ")?,
+            None => write!(f, "from all ")?,
+        }
+        write!(f, "to {} lookup {} proto {PROTOCOL}", self.destination, self.table)
+    }
+}
+
 /// Keeps the rules right, for ever.
 async fn follow(targets: Vec<IpAddr>) {
     loop {
@@ -150,6 +164,7 @@ async fn follow_until_lost(targets: &[IpAddr]) -> Result<(), Error> {
 }
 
 /// Ends a task with its owner.
+#[derive(Debug)]
 struct AbortOnDrop(JoinHandle<()>);
 
 impl Drop for AbortOnDrop {

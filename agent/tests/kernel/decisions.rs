@@ -135,8 +135,8 @@ fn other_destinations_are_never_touched() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
         // No target of either family: its unspecified address is not the pod's own `::` and 0.0.0.0.
-        let nowhere = Target { generation: 2, v4: Endpoint::NONE, v6: Endpoint::NONE };
-        for target in [own_pair(1), nowhere] {
+        let nowhere = Target { v4: Endpoint::NONE, v6: Endpoint::NONE, ..own_pair() };
+        for target in [own_pair(), nowhere] {
             node.interceptor.set_target(target).unwrap();
             for (listen, address) in [
                 ("127.0.0.1", "127.0.0.1"),
@@ -188,7 +188,7 @@ fn an_exempt_cgroup_reaches_the_real_services() {
 fn without_a_target_our_services_are_refused() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        let v4_only = Target { v6: Endpoint::NONE, ..own_pair(2) };
+        let v4_only = Target { v6: Endpoint::NONE, ..own_pair() };
         node.interceptor.set_target(v4_only).unwrap();
         let agent = node.agent();
         assert!(is_eperm(&pod.dial(IMDS_V6)));
@@ -205,7 +205,7 @@ fn a_new_target_counts_from_the_next_dial_on() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         for generation in 1..=4 {
             let address = format!("127.0.0.{generation}:80");
-            let target = Target { v4: endpoint(&address), ..own_pair(generation) };
+            let target = Target { v4: endpoint(&address), ..own_pair() };
             node.interceptor.set_target(target).unwrap();
             let agent = node.agent_at(&[address.parse().unwrap()]);
             let _stream = pod.dial(IMDS).unwrap();
@@ -218,7 +218,7 @@ fn a_new_target_counts_from_the_next_dial_on() {
 fn a_target_on_another_port_leaves_the_service_s_port_redirected() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        let target = Target { v4: endpoint("169.254.170.23:8080"), ..own_pair(2) };
+        let target = Target { v4: endpoint("169.254.170.23:8080"), ..own_pair() };
         node.interceptor.set_target(target).unwrap();
         let agent = node.agent_at(&["169.254.170.23:8080".parse().unwrap()]);
         for address in [POD_IDENTITY, IMDS, "169.254.170.23:8080"] {

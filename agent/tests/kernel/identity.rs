@@ -22,7 +22,7 @@ use rustix::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
-    node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside, soon},
+    node::{own_pair, AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside, soon},
     redial, tcp_socket,
 };
 
@@ -185,7 +185,7 @@ fn a_dial_to_the_agent_itself_arrives_with_its_origin_and_its_address() {
 #[test]
 fn without_rewriting_there_is_a_ticket_all_the_same() {
     Node::run(|node| {
-        let target = Target { generation: 1, v4: endpoint(POD_IDENTITY), v6: endpoint(POD_IDENTITY_V6) };
+        let target = Target { v4: endpoint(POD_IDENTITY), v6: endpoint(POD_IDENTITY_V6), ..own_pair() };
         node.interceptor.set_target(target).unwrap();
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent_at(&[POD_IDENTITY, POD_IDENTITY_V6].map(|address| address.parse().unwrap()));

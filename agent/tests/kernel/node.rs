@@ -16,18 +16,24 @@ use std::{
 
 use agent::{
     accept::listen,
-    intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey},
+    intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey, pinned, unpin},
     netns,
 };
 use agent_common::{
+    abi::{ABI_VERSION, TICKET_LIFE, map},
     counter::Counter,
     net::{ECS_V4, Endpoint, IMDS_V4, IMDS_V6, POD_IDENTITY_V4, POD_IDENTITY_V6},
     origin::Origin,
     policy::PodPolicy,
-    target::Target,
+    target::{Target, WHEN_DOWN_DENY},
 };
-use nix::sched::{CloneFlags, setns, unshare};
+use aya::maps::{Array, Map, MapData};
+use nix::{
+    mount::{MsFlags, mount, umount},
+    sched::{CloneFlags, setns, unshare},
+};
 use procfs::process::Process;
+use rustix::time::{ClockId, clock_gettime};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
 /// The agent's own addresses, where it does not take over 169.254.170.23.
@@ -52,12 +58,16 @@ pub(crate) struct Node {
     origins: Arc<SocketOrigins>,
     pub(crate) kubepods: Cgroup,
     agent: Cgroup,
+    bpffs: Bpffs,
     mount_level: u32,
     host: File,
     host_netns_cookie: u64,
     // Fields are dropped in order: the cgroups go last.
     _root: Root,
 }
+
+/// A bpffs of the test's own.
+struct Bpffs(PathBuf);
 
 /// The topmost cgroup of a node.
 struct Root(PathBuf);
@@ -94,7 +104,7 @@ impl Node {
             unshare(CloneFlags::CLONE_NEWNET).expect("kernel tests need root");
             let host = File::open(OWN_NETWORK).unwrap();
             let host_netns_cookie = netns::own_cookie().unwrap();
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
             wire();
             test(&mut Self::new(&name.replace("::", "-"), host, host_netns_cookie));
         });
@@ -108,14 +118,16 @@ impl Node {
         let root = Root(mount.path.join(format!("podgate-{}-{name}", process::id())));
         let kubepods = Cgroup::create(root.0.join("kubepods.slice"));
         let agent = Cgroup::create(kubepods.path.join("kubepods-podagent.slice"));
-        let mut interceptor =
-            Interceptor::load(&settings(&kubepods, &agent, mount.level, host_netns_cookie)).unwrap();
+        let bpffs = Bpffs::mount();
+        let settings = settings(&bpffs, &kubepods, &agent, mount.level, host_netns_cookie);
+        let mut interceptor = Interceptor::load(&settings).unwrap();
         let origins = Arc::new(interceptor.origins().unwrap());
         let mut node = Self {
             interceptor,
             origins,
             kubepods,
             agent,
+            bpffs,
             mount_level: mount.level,
             host,
             host_netns_cookie,
@@ -171,11 +183,11 @@ impl Node {
         result
     }
 
-    /// Attaches the programs, as the agent does when it starts.
+    /// Attaches the programs, as the agent does when it starts, with one beat that lasts for the whole test.
     pub(crate) fn attach(&mut self) {
-        self.interceptor.set_policy(self.agent.id, PodPolicy::EXEMPT).unwrap();
-        self.interceptor.set_target(own_pair(1)).unwrap();
-        self.interceptor.attach().unwrap();
+        self.interceptor.exempt(self.agent.id).unwrap();
+        self.interceptor.take_over(own_pair()).unwrap();
+        self.set_heartbeat(now_ns() + 3600 * 1_000_000_000);
         self.origins = Arc::new(self.interceptor.origins().unwrap());
     }
 
@@ -184,10 +196,36 @@ impl Node {
         self.origins.origin(accepted.as_fd()).unwrap()
     }
 
-    /// Drops the programs, as the end of the agent's process does. What takes their place is not attached.
+    /// Says when the agent was last alive, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub(crate) fn set_heartbeat(&self, at_ns: u64) {
+        let map = MapData::from_pin(self.bpffs.map(map::HEARTBEAT)).unwrap();
+        Array::try_from(Map::Array(map)).unwrap().set(0, at_ns, 0).unwrap();
+    }
+
+    /// Where the maps are pinned.
+    pub(crate) fn bpffs(&self) -> &Path {
+        &self.bpffs.0
+    }
+
+    /// Detaches the programs, as `podgate detach` does. What takes their place is not attached.
     pub(crate) fn detach(&mut self) {
-        let settings = settings(&self.kubepods, &self.agent, self.mount_level, self.host_netns_cookie);
+        for pin in pinned(self.bpffs()).unwrap() {
+            unpin(&pin).unwrap();
+        }
+        self.interceptor = Interceptor::load(&self.settings()).unwrap();
+    }
+
+    /// What an agent of this node is started with.
+    pub(crate) fn settings(&self) -> Settings {
+        settings(&self.bpffs, &self.kubepods, &self.agent, self.mount_level, self.host_netns_cookie)
+    }
+
+    /// Puts programs with other settings in place of these. They know of no pod.
+    pub(crate) fn reload(&mut self, change: impl FnOnce(&mut Settings)) {
+        let mut settings = self.settings();
+        change(&mut settings);
         self.interceptor = Interceptor::load(&settings).unwrap();
+        self.attach();
     }
 
     /// How often a branch was taken.
@@ -207,9 +245,35 @@ impl Node {
         let counted = self.count(Counter::TicketSent)
             - self.count(Counter::TicketDropped)
             - self.count(Counter::Redeemed)
+            - self.count(Counter::TicketExpired)
             - self.count(Counter::AcceptedNoRoom);
         assert_eq!(live, counted, "the map and the counters differ");
         live
+    }
+}
+
+// === impl Bpffs ===
+
+impl Bpffs {
+    /// In the mount namespace that the test's thread has for itself.
+    fn mount() -> Self {
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let directory = tempfile::tempdir().unwrap().keep();
+        mount(Some("bpf"), &directory, Some("bpf"), MsFlags::empty(), none).unwrap();
+        Self(directory)
+    }
+
+    fn map(&self, name: &str) -> PathBuf {
+        self.0.join(format!("podgate/v{ABI_VERSION}/maps/{name}"))
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        if let Err(error) = umount(&self.0).map_err(io::Error::from).and_then(|()| fs::remove_dir(&self.0)) {
+            eprintln!("cannot remove {}: {error}", self.0.display());
+        }
     }
 }
 
@@ -313,8 +377,15 @@ pub(crate) fn soon<T>(mut happens: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-fn settings(kubepods: &Cgroup, agent: &Cgroup, mount_level: u32, host_netns_cookie: u64) -> Settings {
+fn settings(
+    bpffs: &Bpffs,
+    kubepods: &Cgroup,
+    agent: &Cgroup,
+    mount_level: u32,
+    host_netns_cookie: u64,
+) -> Settings {
     Settings {
+        bpffs: bpffs.0.clone(),
         kubepods: kubepods.path.clone(),
         agent_cgroup: agent.path.clone(),
         kubepods_level: mount_level + 2,
@@ -322,13 +393,26 @@ fn settings(kubepods: &Cgroup, agent: &Cgroup, mount_level: u32, host_netns_cook
         host_netns_cookie,
         guard: true,
         audit_paths: true,
+        ticket_life: TICKET_LIFE,
         ticket_key: TicketKey::random().unwrap(),
     }
 }
 
 /// The agent's own pair of addresses as a target.
-pub(crate) fn own_pair(generation: u64) -> Target {
-    Target { generation, v4: Endpoint::new(AGENT_V4.into(), 80), v6: Endpoint::new(AGENT_V6.into(), 80) }
+pub(crate) fn own_pair() -> Target {
+    Target {
+        generation: 0,
+        v4: Endpoint::new(AGENT_V4.into(), 80),
+        v6: Endpoint::new(AGENT_V6.into(), 80),
+        when_down: WHEN_DOWN_DENY,
+        _pad: 0,
+    }
+}
+
+/// `CLOCK_MONOTONIC`.
+pub(crate) fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(Duration::try_from(now).unwrap().as_nanos()).unwrap()
 }
 
 /// Runs `work` in no pod: no other test may take the process into one meanwhile.

@@ -14,6 +14,7 @@ use agent::{
     accept, app,
     config::{Config, KubeIdentity, LogFormat},
     credentials::{cache::NodeSource, token::Tokens},
+    dialect::imds_token::ImdsTokens,
     drain::{Drain, drain},
     identity::{CallerResolver, PodUid, Pods, network::Networks},
     intercept::OriginLookup,
@@ -104,7 +105,7 @@ impl Node {
         let namespaces = Arc::clone(&policies.namespaces);
         let tokens = Tokens::new(kubelet.path(), kube.0.clone());
         let metrics = RequestMetrics::default();
-        let server = app::server(&config, policies, resolver, tokens, &aws, metrics).unwrap();
+        let server = app::server(&config, policies, resolver, tokens, &aws, ImdsTokens::new(&[7; 32]), metrics);
         let (events, mut received) = mpsc::channel(64);
         let of_namespaces = events.clone();
         tokio::spawn(async move { pods.follow(Api::all(kube.0), NODE, events).await });

@@ -1,0 +1,122 @@
+//! Who acts: the pod of the running task, and what is known of it.
+//!
+//! Owns the walk from a cgroup to a pod and its policy; never decides what the pod gets.
+
+use agent_common::policy::{
+    IMDS_DENY, POD_IDENTITY_ON, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK,
+};
+use aya_ebpf::helpers::bpf_get_current_ancestor_cgroup_id;
+
+use crate::{
+    ctx::Dial,
+    globals::{HOST_NETNS, KUBEPODS_ID, KUBEPODS_LEVEL},
+    maps::{EXEMPT, POLICIES, UNKNOWN_POD},
+};
+
+/// The strictest policy, for the case that the map has none.
+const STRICTEST: PodPolicy = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
+
+/// Who dials.
+pub(crate) struct Caller {
+    /// 0 while nothing is known of the pod.
+    pub(crate) pod_cgroup_id: u64,
+    /// The cgroup that its tickets count for.
+    pub(crate) counts_for: u64,
+    pub(crate) policy: PodPolicy,
+}
+
+/// The two cgroups of which one may be a pod's.
+///
+/// Guaranteed pods are one level below kubepods, others two. A Guaranteed pod's second level is a container and the
+/// others' first is a QoS class: neither is ever a key of a map.
+pub(crate) struct Lineage {
+    outer: u64,
+    /// 0 where there is none.
+    inner: u64,
+}
+
+// === impl Caller ===
+
+impl Caller {
+    /// The pod of the running task; `None` for a task that is in no pod.
+    ///
+    /// The task decides and not the socket, which may have been made elsewhere. Only while nothing is known of the pod
+    /// does its socket's network tell host-network pods from others.
+    #[inline(always)]
+    pub(crate) fn current(dial: &Dial) -> Option<Self> {
+        let lineage = Lineage::current()?;
+        if let Some((pod, policy)) = lineage.known() {
+            return Some(Self { pod_cgroup_id: pod, counts_for: pod, policy });
+        }
+        let on_host_network = dial.netns_cookie() == HOST_NETNS.load();
+        let slot = if on_host_network { UNKNOWN_ON_HOST_NETWORK } else { UNKNOWN_IN_POD_NETWORK };
+        Some(Self {
+            pod_cgroup_id: 0,
+            // Not the outer one where there is a choice: it may be a QoS class, and one pod would use up the tickets of
+            // all. At worst each container of a Guaranteed pod counts for itself.
+            counts_for: if lineage.inner == 0 { lineage.outer } else { lineage.inner },
+            policy: unknown(slot),
+        })
+    }
+}
+
+// === impl Lineage ===
+
+impl Lineage {
+    #[inline(always)]
+    fn current() -> Option<Self> {
+        Self::of(ancestor)
+    }
+
+    /// By the cgroup id of something's ancestor at a level; `None` where it is in no pod.
+    #[inline(always)]
+    pub(crate) fn of(ancestor: impl Fn(u32) -> u64) -> Option<Self> {
+        let level = KUBEPODS_LEVEL.load();
+        let outer = ancestor(level + 1);
+        let in_pod = ancestor(level) == KUBEPODS_ID.load() && outer != 0;
+        in_pod.then(|| Self { outer, inner: ancestor(level + 2) })
+    }
+
+    /// The pod among the two, and its policy.
+    #[inline(always)]
+    pub(crate) fn known(&self) -> Option<(u64, PodPolicy)> {
+        if is_exempt(self.inner) {
+            return Some((self.inner, PodPolicy::EXEMPT));
+        }
+        if is_exempt(self.outer) {
+            return Some((self.outer, PodPolicy::EXEMPT));
+        }
+        // SAFETY: a policy is copied at once; entries are replaced whole.
+        unsafe {
+            if let Some(policy) = POLICIES.get(self.inner) {
+                Some((self.inner, *policy))
+            } else {
+                POLICIES.get(self.outer).map(|policy| (self.outer, *policy))
+            }
+        }
+    }
+}
+
+/// What a pod gets of which nothing is known.
+#[inline(always)]
+pub(crate) fn unknown(slot: u32) -> PodPolicy {
+    UNKNOWN_POD.get(slot).copied().unwrap_or(STRICTEST)
+}
+
+/// Whether the running task is podgate's own, or of AWS's own agent.
+#[inline(always)]
+pub(crate) fn current_is_exempt() -> bool {
+    Lineage::current().is_some_and(|lineage| is_exempt(lineage.inner) || is_exempt(lineage.outer))
+}
+
+#[inline(always)]
+fn is_exempt(cgroup_id: u64) -> bool {
+    EXEMPT.get_ptr(cgroup_id).is_some()
+}
+
+/// The cgroup id of the running task's ancestor at `level`, 0 where it has none.
+#[inline(always)]
+fn ancestor(level: u32) -> u64 {
+    // SAFETY: the helper has no precondition; it answers 0 for a level below the task.
+    unsafe { bpf_get_current_ancestor_cgroup_id(level.cast_signed()) }
+}

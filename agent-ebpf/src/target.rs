@@ -1,0 +1,32 @@
+//! The agent's address in force, and whether the agent is alive behind it.
+//!
+//! Owns the reading of both; never decides what follows.
+
+use agent_common::{
+    net::Endpoint,
+    target::{Target, is_alive},
+};
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+
+use crate::maps::{HEARTBEAT, TARGET_INDEX, TARGETS};
+
+/// The target in force.
+#[inline(always)]
+pub(crate) fn in_force() -> Option<&'static Target> {
+    TARGETS.get(*TARGET_INDEX.get(0)?)
+}
+
+/// The target's endpoint of a family, if it has one.
+#[inline(always)]
+pub(crate) fn endpoint(target: &'static Target, is_ip4: bool) -> Option<&'static Endpoint> {
+    let endpoint = if is_ip4 { &target.v4 } else { &target.v6 };
+    (!endpoint.is_none()).then_some(endpoint)
+}
+
+/// Whether the agent has beaten lately. The coarse clock costs half of the exact one.
+#[inline(always)]
+pub(crate) fn agent_is_alive() -> bool {
+    // SAFETY: the helper has no precondition.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    HEARTBEAT.get(0).is_some_and(|&beat| is_alive(beat, now))
+}

@@ -1,0 +1,160 @@
+//! What `bpf(2)` does that aya does not: links of cgroup programs that are pinned, found again and given another program.
+//!
+//! Owns the system calls; never decides which link is whose.
+#![expect(unsafe_code, reason = "bpf(2) is no safe function")]
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+use aya_obj::generated::{bpf_attach_type, bpf_cmd};
+
+/// A link of a cgroup program, in the kernel as long as it is open or pinned.
+#[derive(Debug)]
+pub(crate) struct CgroupLink(OwnedFd);
+
+/// `link_create` of `union bpf_attr`.
+#[repr(C)]
+struct LinkCreate {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+/// `link_update` of `union bpf_attr`.
+#[repr(C)]
+struct LinkUpdate {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+/// What `BPF_OBJ_PIN` and `BPF_OBJ_GET` take, of `union bpf_attr`.
+#[repr(C)]
+struct Object {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+/// `info` of `union bpf_attr`.
+#[repr(C)]
+struct Info {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// The beginning of `struct bpf_link_info`, of a cgroup link.
+#[repr(C)]
+#[derive(Default)]
+struct LinkInfo {
+    link_type: u32,
+    id: u32,
+    prog_id: u32,
+    _pad: u32,
+    cgroup_id: u64,
+    attach_type: u32,
+    _end: u32,
+}
+
+/// `BPF_LINK_TYPE_CGROUP`.
+const CGROUP: u32 = 3;
+
+// === impl CgroupLink ===
+
+impl CgroupLink {
+    /// Attaches a program to a cgroup, beside those that others have attached.
+    pub(crate) fn create(
+        program: BorrowedFd<'_>,
+        cgroup: impl AsFd,
+        attach_type: bpf_attach_type,
+    ) -> io::Result<Self> {
+        let mut attr = LinkCreate {
+            prog_fd: raw(program),
+            target_fd: raw(cgroup.as_fd()),
+            attach_type: attach_type as u32,
+            flags: 0,
+        };
+        // SAFETY: this command takes such a record.
+        let fd = unsafe { bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)? };
+        // SAFETY: the kernel has just made the descriptor, for us alone.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Opens a pinned one.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        let name = name(path)?;
+        let mut attr = Object { pathname: name.as_ptr().addr() as u64, bpf_fd: 0, file_flags: 0 };
+        // SAFETY: this command takes such a record, and the name outlives the call.
+        let fd = unsafe { bpf(bpf_cmd::BPF_OBJ_GET, &mut attr)? };
+        // SAFETY: the kernel has just made the descriptor, for us alone.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Pins it. There must be nothing yet.
+    pub(crate) fn pin(&self, path: &Path) -> io::Result<()> {
+        let name = name(path)?;
+        let mut attr =
+            Object { pathname: name.as_ptr().addr() as u64, bpf_fd: raw(self.0.as_fd()), file_flags: 0 };
+        // SAFETY: this command takes such a record, and the name outlives the call.
+        unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop) }
+    }
+
+    /// Puts another program in the place of the link's, at once: there is no moment in which none runs.
+    pub(crate) fn replace(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        let mut attr = LinkUpdate {
+            link_fd: raw(self.0.as_fd()),
+            new_prog_fd: raw(program),
+            flags: 0,
+            old_prog_fd: 0,
+        };
+        // SAFETY: this command takes such a record.
+        unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop) }
+    }
+
+    /// The cgroup that it is attached to; 0 when that is gone.
+    pub(crate) fn cgroup_id(&self) -> io::Result<u64> {
+        let mut info = LinkInfo::default();
+        let mut attr = Info {
+            bpf_fd: raw(self.0.as_fd()),
+            info_len: u32::try_from(size_of::<LinkInfo>()).map_err(io::Error::other)?,
+            info: (&raw mut info).addr() as u64,
+        };
+        // SAFETY: this command takes such a record; the kernel writes no more than `info_len` bytes.
+        unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)? };
+        if info.link_type != CGROUP {
+            return Err(io::Error::other("it is no link to a cgroup"));
+        }
+        Ok(info.cgroup_id)
+    }
+}
+
+/// `bpf(2)`.
+///
+/// # Safety
+/// The record must be what the command takes, and pointers in it must be good for the call.
+unsafe fn bpf<T>(command: bpf_cmd, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: as the caller says; the kernel takes what is missing of the union for 0.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command as u32, &raw mut *attr, size_of::<T>()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    i32::try_from(result).map_err(io::Error::other)
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+fn name(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}

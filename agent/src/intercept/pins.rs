@@ -1,0 +1,151 @@
+//! Where the programs and maps stay when the agent is gone: the pins on bpffs.
+//!
+//! Owns the directories below `podgate` on bpffs, one per ABI; never looks into a map or a link.
+//!
+//! Whoever reads or writes these files is the node's root: they are protected by file mode alone.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, program};
+use rustix::fs::{FlockOperation, flock};
+
+use super::Error;
+
+/// How long another agent may take to change the pins.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// This ABI's pins.
+#[derive(Debug)]
+pub(super) struct Pins {
+    root: PathBuf,
+    own: PathBuf,
+}
+
+/// Nobody else changes the pins as long as this lives.
+#[derive(Debug)]
+pub(super) struct Lock {
+    _directory: File,
+}
+
+// === impl Pins ===
+
+impl Pins {
+    /// Makes the directories, private to root, where they are not there yet.
+    pub(super) fn open(bpffs: &Path) -> Result<Self, Error> {
+        let root = bpffs.join(PIN_DIRECTORY);
+        let own = root.join(format!("v{ABI_VERSION}"));
+        let pins = Self { root, own };
+        for directory in [&pins.root, &pins.own, &pins.maps(), &pins.links()] {
+            make(directory).map_err(|source| Error::Pin { path: directory.clone(), source })?;
+        }
+        Ok(pins)
+    }
+
+    /// Waits until no other agent changes the pins.
+    pub(super) fn lock(&self) -> Result<Lock, Error> {
+        let failed = |source| Error::Pin { path: self.root.clone(), source };
+        let directory = File::open(&self.root).map_err(failed)?;
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        while let Err(error) = flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            if error != rustix::io::Errno::WOULDBLOCK {
+                return Err(failed(error.into()));
+            }
+            if Instant::now() > deadline {
+                return Err(Error::Locked { path: self.root.clone() });
+            }
+            thread::sleep(LOCK_PAUSE);
+        }
+        Ok(Lock { _directory: directory })
+    }
+
+    /// Where the maps are.
+    pub(super) fn maps(&self) -> PathBuf {
+        self.own.join("maps")
+    }
+
+    /// Where the links are.
+    pub(super) fn links(&self) -> PathBuf {
+        self.own.join("links")
+    }
+
+    /// Whether the agent's address has been guarded since before this agent began, by programs of any ABI.
+    pub(super) fn guard_addresses(&self) -> bool {
+        let abis = fs::read_dir(&self.root).into_iter().flatten().flatten();
+        abis.into_iter().any(|abi| abi.path().join("links").join(program::BIND4).exists())
+    }
+
+    /// Removes what programs of other ABIs have left, and so detaches them.
+    pub(super) fn remove_others(&self) -> Result<(), Error> {
+        for path in children(&self.root).map_err(|source| Error::Pin { path: self.root.clone(), source })? {
+            if path != self.own {
+                // Links first: no program is to run with half of its maps.
+                for part in [path.join("links"), path] {
+                    gone(fs::remove_dir_all(&part)).map_err(|source| Error::Pin { path: part, source })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Every pin of every ABI, links first, with the directories they are in, each after what is in it.
+pub(super) fn all(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
+    let root = bpffs.join(PIN_DIRECTORY);
+    let mut found = Vec::new();
+    for part in ["links", "maps"] {
+        for abi in children(&root)? {
+            found.extend(children(&abi.join(part))?);
+            found.extend(Some(abi.join(part)).filter(|path| path.exists()));
+        }
+    }
+    found.extend(children(&root)?);
+    found.extend(Some(root).filter(|path| path.exists()));
+    Ok(found)
+}
+
+/// Removes what [`all`] has found.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    gone(if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) })
+}
+
+fn children(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+        Ok(entries) => {
+            let mut paths: Vec<_> =
+                entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
+            paths.sort();
+            Ok(paths)
+        }
+    }
+}
+
+/// What somebody else has removed meanwhile is gone too.
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Makes a directory, or finds it as it must be: on bpffs of mode 1777 anybody may have made it.
+fn make(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        result => return result,
+    }
+    let metadata = fs::symlink_metadata(path)?;
+    if !metadata.is_dir() || metadata.uid() != 0 || metadata.mode() & 0o077 != 0 {
+        return Err(io::Error::other("it must be a directory of root's with mode 0700: remove it"));
+    }
+    Ok(())
+}
