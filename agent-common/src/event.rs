@@ -8,7 +8,7 @@ use crate::net::Endpoint;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
-    /// Cgroup of the task that dialled.
+    /// Cgroup of the task that dialled; of a packet, of the socket that sends it.
     pub cgroup_id: u64,
     /// The pod's own cgroup; 0 where no policy for the pod was in the map yet.
     pub pod_cgroup_id: u64,

@@ -1,4 +1,5 @@
-//! The kernel's contexts as typed values: `bpf_sock_addr` of a dial and `bpf_sock_ops` of a handshake.
+//! The kernel's contexts as typed values: `bpf_sock_addr` of a dial, `bpf_sock_ops` of a handshake, `__sk_buff` of a
+//! packet.
 //!
 //! Owns every raw field access, with the byte order in the types; never decides anything.
 
@@ -19,8 +20,14 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockOpsContext},
 };
 
+mod packet;
+
+pub(crate) use self::packet::Packet;
+
 /// `IPPROTO_TCP`. MPTCP needs no word of its own: the hooks run for its subflows, which are TCP.
 const IPPROTO_TCP: u32 = 6;
+/// `SOCK_STREAM`.
+const SOCK_STREAM: u32 = 1;
 /// `AF_INET`.
 const AF_INET: u32 = 2;
 /// `BPF_LOAD_HDR_OPT_TCP_SYN`: search the SYN that the listener has saved.
@@ -60,6 +67,13 @@ impl Socket {
     #[inline(always)]
     pub(crate) fn as_ptr(self) -> *mut bpf_sock {
         self.0.as_ptr()
+    }
+
+    /// Whether it is dialled before it sends: TCP, and neither raw nor for datagrams.
+    #[inline(always)]
+    pub(crate) fn is_stream(self) -> bool {
+        // SAFETY: the kernel's socket lives as long as the program runs.
+        unsafe { (*self.as_ptr()).type_ == SOCK_STREAM }
     }
 }
 

@@ -7,7 +7,11 @@ use aya_ebpf::helpers::{
     bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns,
 };
 
-use crate::{counters::count, ctx::Dial, maps::EVENTS};
+use crate::{
+    counters::count,
+    ctx::{Dial, Packet},
+    maps::EVENTS,
+};
 
 /// Something about a dial, as it is made.
 #[inline(always)]
@@ -42,6 +46,22 @@ pub(crate) fn of_origin(kind: Counter, origin: &Origin) {
         tgid: origin.tgid,
         tid: 0,
         comm: origin.comm,
+    });
+}
+
+/// Something about a packet: of who sends it no more is known than its socket.
+#[inline(always)]
+pub(crate) fn of_packet(kind: Counter, packet: &Packet, pod_cgroup_id: u64, destination: Endpoint) {
+    emit(Event {
+        cgroup_id: packet.cgroup_id(),
+        pod_cgroup_id,
+        netns_cookie: 0,
+        at_ns: now(),
+        address: destination,
+        kind: kind as u32,
+        tgid: 0,
+        tid: 0,
+        comm: [0; 16],
     });
 }
 

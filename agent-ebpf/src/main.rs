@@ -2,7 +2,8 @@
 //!
 //! Owns the entry points and their return values; never decides anything itself. `connect` decides whether a dial is
 //! redirected and remembers its origin, `limit` counts each pod's tickets, `ticket` sends the ticket with the handshake,
-//! `attest` redeems it on the agent's side, `peername` shows the pod what it dialled, `events` tells the agent. Whatever fails inside a program leaves other destinations alone and refuses podgate's own.
+//! `attest` redeems it on the agent's side, `peername` shows the pod what it dialled, `egress` stops what is no dial,
+//! `events` tells the agent. Whatever fails inside a program leaves other destinations alone and refuses podgate's own.
 #![no_std]
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]

@@ -88,10 +88,27 @@ fn tell<S: CredentialSource>(counter: Counter, event: &Event, more: u64, server:
             info!(target: "audit", process, ?address, more, pod.uid = uid, pod.name = name,
                 "a pod dialled the node's own metadata service");
         }
+        Counter::AuditedCredentials | Counter::AuditedUserData | Counter::AuditedOther => {
+            info!(target: "audit", asked = asked(counter), ?address, more, pod.uid = uid, pod.name = name,
+                "a pod asked the node's own metadata service");
+        }
+        Counter::GuardDropped => {
+            warn!(target: "kernel", what, ?address, more, pod.uid = uid, pod.name = name,
+                "a pod sent what only a dial may send there; it was stopped");
+        }
         _ => {
             warn!(target: "kernel", what, process, ?address, more, pod.uid = uid, pod.name = name,
                 "the kernel refused or doubted a dial");
         }
+    }
+}
+
+/// What a pod in `audit` asked for.
+fn asked(counter: Counter) -> &'static str {
+    match counter {
+        Counter::AuditedCredentials => "credentials",
+        Counter::AuditedUserData => "user-data",
+        _ => "other",
     }
 }
 

@@ -13,6 +13,7 @@ use agent_common::net::Endpoint;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 
 mod decisions;
+mod egress;
 mod events;
 mod identity;
 mod limits;

@@ -1,0 +1,129 @@
+//! An outgoing packet: the context of `cgroup_skb/egress`.
+//!
+//! Owns the packet's layout, from the IP header on; never decides anything.
+
+use core::{hint::black_box, ptr::NonNull};
+
+use agent_common::{
+    egress::HEAD_LEN,
+    net::{Endpoint, NetPort},
+};
+use aya_ebpf::{
+    helpers::{bpf_sk_fullsock, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id, bpf_skb_load_bytes},
+    programs::SkBuffContext,
+};
+
+use super::Socket;
+
+/// `ETH_P_IP`, in network byte order as the context has it.
+const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
+/// `ETH_P_IPV6`, likewise.
+const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
+const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
+/// Of an IPv4 header without options.
+const IP4_HEADER_LEN: usize = 20;
+const IP6_HEADER_LEN: usize = 40;
+/// The part of the IPv4 header's fragment word that is 0 in all packets but later fragments.
+const FRAGMENT_OFFSET: u16 = 0x1fff;
+
+const _: () = assert!(HEAD_LEN.is_power_of_two());
+
+/// A packet that a socket sends. Of TCP it may be many segments that the device takes apart later.
+pub(crate) struct Packet(SkBuffContext);
+
+// === impl Packet ===
+
+// SAFETY, for every block below: the kernel passes a valid context, which lives as long as the program runs.
+impl Packet {
+    #[inline(always)]
+    pub(crate) fn new(context: SkBuffContext) -> Self {
+        Self(context)
+    }
+
+    /// The address it goes to, without a port; `None` where it is not IP. Extension headers change nothing: with a
+    /// routing header this is the next address on the way.
+    #[inline(always)]
+    pub(crate) fn destination(&self) -> Option<Endpoint> {
+        // SAFETY: see above. The header is in the packet, which the verifier proves; the kernel keeps all of it in what
+        // can be read directly.
+        unsafe {
+            let skb = self.0.skb.skb;
+            let (start, end) = ((*skb).data as usize, (*skb).data_end as usize);
+            let word = |offset| *((start + offset) as *const u32);
+            match (*skb).protocol {
+                ETH_P_IP if start + IP4_HEADER_LEN <= end => {
+                    Some(Endpoint::from_ip4_be(word(16), NetPort::new(0)))
+                }
+                ETH_P_IPV6 if start + IP6_HEADER_LEN <= end => {
+                    Some(Endpoint::from_ip6_be([word(24), word(28), word(32), word(36)], NetPort::new(0)))
+                }
+                _ => None,
+            }
+        }
+    }
+
+    /// The port it goes to, 0 where it has none or an extension header hides it.
+    #[inline(always)]
+    pub(crate) fn port(&self) -> NetPort {
+        let port = match self.transport() {
+            Some((IPPROTO_TCP | IPPROTO_UDP, offset)) => self.0.load(offset + 2).unwrap_or(0),
+            _ => 0,
+        };
+        NetPort::from_be(port)
+    }
+
+    /// The beginning of what it carries over TCP, filled up with 0; `None` where it carries nothing.
+    #[inline(always)]
+    pub(crate) fn payload_of_tcp(&self) -> Option<[u8; HEAD_LEN]> {
+        let Some((IPPROTO_TCP, offset)) = self.transport() else { return None };
+        let header_words = self.0.load::<u8>(offset + 12).ok()? >> 4;
+        let offset = offset + usize::from(header_words) * 4;
+        let available = self.0.len().checked_sub(offset as u32).filter(|available| *available > 0)?;
+        // Less one, so that a mask can show to the verifier what the compiler knows and would leave out: 1 to 32.
+        let last = black_box(available.min(HEAD_LEN as u32) - 1) & (HEAD_LEN as u32 - 1);
+        let mut head = [0; HEAD_LEN];
+        // SAFETY: see above; there is room for as much as is asked for.
+        let failed = unsafe {
+            bpf_skb_load_bytes(self.0.skb.skb.cast(), offset as u32, head.as_mut_ptr().cast(), last + 1)
+        };
+        (failed == 0).then_some(head)
+    }
+
+    /// The socket that sends it, if the kernel names one.
+    #[inline(always)]
+    pub(crate) fn socket(&self) -> Option<Socket> {
+        // SAFETY: see above; the helper takes any socket.
+        unsafe {
+            let socket = (*self.0.skb.skb).__bindgen_anon_2.sk;
+            if socket.is_null() { None } else { NonNull::new(bpf_sk_fullsock(socket)).map(Socket) }
+        }
+    }
+
+    /// The cgroup in which its socket was made.
+    #[inline(always)]
+    pub(crate) fn cgroup_id(&self) -> u64 {
+        // SAFETY: see above.
+        unsafe { bpf_skb_cgroup_id(self.0.skb.skb) }
+    }
+
+    /// That cgroup's ancestor at `level`, 0 where it has none.
+    #[inline(always)]
+    pub(crate) fn ancestor(&self, level: u32) -> u64 {
+        // SAFETY: see above.
+        unsafe { bpf_skb_ancestor_cgroup_id(self.0.skb.skb, level.cast_signed()) }
+    }
+
+    /// The transport protocol and where its header begins; `None` for later fragments, which have none.
+    #[inline(always)]
+    fn transport(&self) -> Option<(u8, usize)> {
+        // SAFETY: see above.
+        if unsafe { (*self.0.skb.skb).protocol } == ETH_P_IPV6 {
+            return Some((self.0.load(6).ok()?, IP6_HEADER_LEN));
+        }
+        let fragment: u16 = self.0.load(6).ok()?;
+        let header_words = self.0.load::<u8>(0).ok()? & 0xf;
+        let protocol = self.0.load(9).ok()?;
+        (u16::from_be(fragment) & FRAGMENT_OFFSET == 0).then_some((protocol, usize::from(header_words) * 4))
+    }
+}
