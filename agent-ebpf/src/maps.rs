@@ -62,7 +62,7 @@ pub(crate) static TARGETS: Array<Target, 2> = Array::new();
 #[btf_map]
 pub(crate) static TARGET_INDEX: Array<u32, 1> = Array::new();
 
-/// What `egress` is to do; a map and no global, because the agent that starts next may be told otherwise.
+/// What `egress` is to do, written by the agent whose program it is. Not pinned: the next agent has its own.
 #[btf_map]
 pub(crate) static EGRESS_JOBS: Array<u32, 1> = Array::new();
 
