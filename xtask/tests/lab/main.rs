@@ -3,6 +3,7 @@
 //! Run by `cargo xtask test --tier lab`, as root. Each test has a node of its own and leaves nothing behind.
 
 mod connections;
+mod containment;
 mod faults;
 mod identity;
 mod isolation;

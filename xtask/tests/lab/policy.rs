@@ -43,7 +43,7 @@ async fn reached(node: &Node, pod: &Pod) -> anyhow::Result<Reached> {
 }
 
 /// Waits until the agent has said that this pod's policy is in force, with this mode and for this reason.
-async fn in_force(node: &Node, pod: &Pod, imds: &str, reason: &str) -> anyhow::Result<()> {
+pub(crate) async fn in_force(node: &Node, pod: &Pod, imds: &str, reason: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + SOON;
     loop {
         let said = last_policy(&node.agent.log, |line| line["pod.uid"] == pod.uid.as_str())?;
