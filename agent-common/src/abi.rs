@@ -116,6 +116,8 @@ pub mod map {
     pub const AUDITED: &str = "AUDITED";
     /// Per-CPU `u64`s, indexed by [`crate::counter::Counter`].
     pub const COUNTERS: &str = "COUNTERS";
+    /// Ring buffer of the debugging log, made by `aya-log-ebpf`.
+    pub const LOG: &str = "AYA_LOGS";
     /// Ring buffer of [`crate::event::Event`].
     pub const EVENTS: &str = "EVENTS";
 }
@@ -130,6 +132,8 @@ pub mod global {
     pub const KUBEPODS_ID: &str = "KUBEPODS_ID";
     /// `u64`: cookie of the host's network namespace, 0 where it is not known.
     pub const HOST_NETNS: &str = "HOST_NETNS";
+    /// `u8`: the debugging log's level, 0 for none, made by `aya-log-ebpf`.
+    pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
     /// `u64`: how long a ticket may be redeemed, in nanoseconds.
     pub const TICKET_LIFE: &str = "TICKET_LIFE";
 }

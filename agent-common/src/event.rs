@@ -16,7 +16,8 @@ pub struct Event {
     pub netns_cookie: u64,
     /// When it happened: nanoseconds of `CLOCK_BOOTTIME`.
     pub at_ns: u64,
-    /// The address that was dialled. Of a bad ticket, whose sender is not known, the address it came from.
+    /// The address that was dialled. Of a bad ticket, whose sender is not known, the address it came from; of a dial
+    /// that nobody answered, the agent's, which it was sent to.
     pub address: Endpoint,
     /// Which branch was taken: the slot of a [`crate::counter::Counter`].
     pub kind: u32,

@@ -168,11 +168,17 @@ impl Endpoint {
 
     /// The address; a v4-mapped one as IPv4.
     pub fn ip(&self) -> IpAddr {
+        Ipv6Addr::from(self.octets()).to_canonical()
+    }
+
+    /// The address's bytes; an IPv4 address is v4-mapped.
+    #[inline(always)]
+    pub fn octets(&self) -> [u8; 16] {
         let mut octets = [0; 16];
         for (chunk, word) in octets.chunks_exact_mut(4).zip(self.addr) {
             chunk.copy_from_slice(&word.to_ne_bytes());
         }
-        Ipv6Addr::from(octets).to_canonical()
+        octets
     }
 }
 

@@ -22,7 +22,8 @@ pub struct Origin {
     pub netns_cookie: u64,
     /// The single-use number that travels with the handshake.
     pub ticket: u64,
-    /// When it was dialled: nanoseconds of `CLOCK_BOOTTIME`.
+    /// When it was dialled, and from the beginning of the handshake on, when that began: nanoseconds of
+    /// `CLOCK_BOOTTIME`. The ticket's life counts from here.
     pub dialled_at_ns: u64,
     /// The address the pod dialled.
     pub orig_dst: Endpoint,

@@ -9,9 +9,11 @@ use aya_ebpf::bindings::BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB;
 use crate::{
     counters::count,
     ctx::Handshake,
-    events, limit,
+    events,
+    globals::TICKET_LIFE,
+    limit, log,
     maps::{ACCEPTED, TICKETS},
-    storage,
+    storage, ticket,
 };
 
 /// `sock_ops` on the agent's cgroup.
@@ -26,25 +28,35 @@ pub(crate) fn passive(handshake: &Handshake) {
         return;
     }
     // With SYN cookies there is no saved SYN; the ACK that completes the handshake has the option as well.
-    let Some(ticket) = handshake.ticket_of_syn().or_else(|| handshake.ticket_of_segment()) else {
+    let Some(number) = handshake.ticket_of_syn().or_else(|| handshake.ticket_of_segment()) else {
         return count(Counter::NoTicket);
     };
     // SAFETY: the slot may be reused while it is copied, but then the removal below fails and the copy is dropped.
-    let Some(dialled) = (unsafe { TICKETS.get(ticket).copied() }) else { return refuse(handshake) };
-    if TICKETS.remove(ticket).is_err() {
+    let Some(dialled) = (unsafe { TICKETS.get(number).copied() }) else { return refuse(handshake) };
+    if TICKETS.remove(number).is_err() {
         // Somebody else has redeemed it in between.
         return refuse(handshake);
     }
     limit::give_back(dialled.counts_for);
-    count(match storage::create(&ACCEPTED, socket, &dialled.origin) {
+    let origin = &dialled.origin;
+    if ticket::age(origin) > TICKET_LIFE.load() {
+        count(Counter::TicketExpired);
+        log::of_ticket(Counter::TicketExpired, origin);
+        return events::of_origin(Counter::TicketExpired, origin, origin.orig_dst);
+    }
+    let what = match storage::create(&ACCEPTED, socket, origin) {
         Some(_) => Counter::Redeemed,
         None => Counter::AcceptedNoRoom,
-    });
+    };
+    count(what);
+    log::of_ticket(what, origin);
 }
 
 /// Leaves the connection anonymous: its ticket is forged, or was redeemed or dropped before.
 #[inline(always)]
 fn refuse(handshake: &Handshake) {
+    let peer = handshake.remote();
     count(Counter::BadTicket);
-    events::of_peer(Counter::BadTicket, handshake.remote());
+    log::of_peer(Counter::BadTicket, &peer);
+    events::of_peer(Counter::BadTicket, peer);
 }

@@ -210,6 +210,13 @@ impl Handshake {
         if family == AF_INET { Endpoint::from_ip4_be(ip4, port) } else { Endpoint::from_ip6_be(words, port) }
     }
 
+    /// The TCP state that ends with `BPF_SOCK_OPS_STATE_CB`.
+    #[inline(always)]
+    pub(crate) fn old_state(&self) -> u32 {
+        // SAFETY: see above.
+        unsafe { (*self.0).__bindgen_anon_1.args[0] }
+    }
+
     /// The TCP state that `BPF_SOCK_OPS_STATE_CB` announces.
     #[inline(always)]
     pub(crate) fn new_state(&self) -> u32 {

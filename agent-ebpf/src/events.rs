@@ -33,15 +33,15 @@ pub(crate) fn of_dial(kind: Counter, dial: &Dial, pod_cgroup_id: u64, destinatio
     });
 }
 
-/// Something about a dial that was made before; its task need not be the one that runs.
+/// Something about a dial that was made before, and an address of it; its task need not be the one that runs.
 #[inline(always)]
-pub(crate) fn of_origin(kind: Counter, origin: &Origin) {
+pub(crate) fn of_origin(kind: Counter, origin: &Origin, address: Endpoint) {
     emit(Event {
         cgroup_id: origin.cgroup_id,
         pod_cgroup_id: origin.pod_cgroup_id,
         netns_cookie: origin.netns_cookie,
         at_ns: now(),
-        address: origin.orig_dst,
+        address,
         kind: kind as u32,
         tgid: origin.tgid,
         tid: 0,
@@ -92,8 +92,9 @@ fn emit(event: Event) {
     }
 }
 
+/// The time as events and origins have it: nanoseconds of `CLOCK_BOOTTIME`.
 #[inline(always)]
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     // SAFETY: the helper has no precondition.
     unsafe { bpf_ktime_get_boot_ns() }
 }

@@ -84,7 +84,10 @@ pub(crate) fn take(pod: u64) -> bool {
 /// Counts one ticket less. For whoever has removed it, and nobody else.
 #[inline(always)]
 pub(crate) fn give_back(pod: u64) {
-    if let Some(count) = Count::existing(pod) {
-        count.add(u64::MAX);
+    if let Some(count) = Count::existing(pod)
+        && count.add(u64::MAX) == 0
+    {
+        // It was forgotten with tickets alive, and made anew: this one is not in it.
+        count.add(1);
     }
 }

@@ -4,13 +4,14 @@
 //! helpers for that are not allowed in `sock_ops` before 6.4).
 
 use agent_common::{
+    abi::UNANSWERED_AFTER,
     counter::Counter,
     origin::{Dialled, Origin, STATE_MINTED, STATE_SENT, STATE_SPENT},
     siphash::siphash24,
 };
 use aya_ebpf::bindings::{
     BPF_NOEXIST, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
-    BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_TCP_CLOSE,
+    BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT,
 };
 
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
     ctx::{Handshake, STATE, WRITE_HDR_OPT},
     events,
     globals::TICKET_KEY,
-    limit,
+    limit, log,
     maps::{ORIGINS, TICKETS},
     storage,
 };
@@ -29,14 +30,16 @@ pub(crate) fn mint(socket_cookie: u64, dialled_at_ns: u64) -> u64 {
     siphash24(TICKET_KEY.load(), [socket_cookie, dialled_at_ns])
 }
 
-/// The socket's dial is over: its ticket is worth nothing any more, if it was not redeemed.
+/// The socket's dial is over: its ticket is worth nothing any more. Whether it could have been redeemed until now.
 #[inline(always)]
-pub(crate) fn revoke(Dialled { origin, counts_for }: &mut Dialled) {
-    if origin.state == STATE_SENT && TICKETS.remove(origin.ticket).is_ok() {
+pub(crate) fn revoke(Dialled { origin, counts_for }: &mut Dialled) -> bool {
+    let was_alive = origin.state == STATE_SENT && TICKETS.remove(origin.ticket).is_ok();
+    if was_alive {
         limit::give_back(*counts_for);
         count(Counter::TicketDropped);
     }
     origin.state = STATE_SPENT;
+    was_alive
 }
 
 /// `sock_ops` on kubepods.
@@ -57,7 +60,7 @@ pub(crate) fn active(handshake: &Handshake) {
         BPF_SOCK_OPS_WRITE_HDR_OPT_CB if dialled.origin.state == STATE_SENT => {
             handshake.store_option(dialled.origin.ticket);
         }
-        BPF_SOCK_OPS_STATE_CB if handshake.new_state() == BPF_TCP_CLOSE => revoke(dialled),
+        BPF_SOCK_OPS_STATE_CB if handshake.new_state() == BPF_TCP_CLOSE => end(handshake, dialled),
         _ => {}
     }
 }
@@ -72,13 +75,17 @@ fn begin(handshake: &Handshake, dialled: &mut Dialled) {
         return;
     }
     dialled.origin.state = STATE_SENT;
+    // A dial that waits for its first data begins long after `connect`.
+    dialled.origin.dialled_at_ns = events::now();
     if !store(dialled) {
         dialled.origin.state = STATE_SPENT;
         count(Counter::TicketsFull);
-        return events::of_origin(Counter::TicketsFull, &dialled.origin);
+        log::of_ticket(Counter::TicketsFull, &dialled.origin);
+        return events::of_origin(Counter::TicketsFull, &dialled.origin, dialled.origin.orig_dst);
     }
     handshake.ask_for(WRITE_HDR_OPT | STATE);
     count(Counter::TicketSent);
+    log::of_ticket(Counter::TicketSent, &dialled.origin);
 }
 
 /// Makes the ticket one that can be redeemed, and counts it first, so that no count is ever less than it should be.
@@ -108,4 +115,23 @@ fn reserve(handshake: &Handshake, origin: &Origin) {
     // With TCP Fast Open the peer answers before it redeems the ticket; then the close must still be heard of.
     let redeemed = TICKETS.get_ptr(origin.ticket).is_none();
     handshake.do_without(if redeemed { WRITE_HDR_OPT | STATE } else { WRITE_HDR_OPT });
+}
+
+/// The connection is over. One that never was, and was not refused at once either, is worth knowing of: without a word
+/// from here its client only knows that it has waited in vain.
+#[inline(always)]
+fn end(handshake: &Handshake, dialled: &mut Dialled) {
+    #[expect(clippy::cast_possible_truncation, reason = "a fraction of a second")]
+    const AFTER_NS: u64 = UNANSWERED_AFTER.as_nanos() as u64;
+    let is_unanswered = handshake.old_state() == BPF_TCP_SYN_SENT && age(&dialled.origin) >= AFTER_NS;
+    if revoke(dialled) && is_unanswered {
+        count(Counter::Unanswered);
+        events::of_origin(Counter::Unanswered, &dialled.origin, dialled.origin.target);
+    }
+}
+
+/// How long ago the handshake began, in nanoseconds.
+#[inline(always)]
+pub(crate) fn age(origin: &Origin) -> u64 {
+    events::now().wrapping_sub(origin.dialled_at_ns)
 }

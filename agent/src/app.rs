@@ -145,6 +145,9 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let server = Arc::new(server(&config, policies, resolver, tokens, &aws, imds_tokens, request_metrics));
     let events = lock(&interceptor).events()?;
     tasks.spawn("the kernel's events", observe::run(events, Arc::clone(&server)));
+    if let Some(log) = lock(&interceptor).debug_log()? {
+        observe::follow(log);
+    }
 
     let enforcer = Enforcer {
         policies: known.policies.clone(),

@@ -21,6 +21,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 mod events;
 mod links;
+mod log;
 pub mod metrics;
 mod object;
 mod origins;
@@ -28,6 +29,7 @@ mod pins;
 
 pub use self::{
     events::Events,
+    log::DebugLog,
     origins::{OriginLookup, SocketOrigins},
 };
 use self::{links::Cgroups, object::Object, pins::Pins};
@@ -458,6 +460,12 @@ impl Interceptor {
     /// The events, for one reader. Needs a tokio runtime. What happened before waits there.
     pub fn events(&mut self) -> Result<Events, Error> {
         Events::new(self.object.events().ok_or(Error::EventsTaken)?)
+    }
+
+    /// The programs' debugging log, for one reader; `None` unless the log's target `kernel` was at debug when they were
+    /// loaded.
+    pub fn debug_log(&mut self) -> Result<Option<DebugLog>, Error> {
+        self.object.debug_log()
     }
 
     /// How many tickets can be redeemed: dials under way. Walks them all.

@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -15,7 +16,7 @@ use tracing::{error, info, warn};
 use crate::{
     credentials::cache::CredentialSource,
     identity::{Pod, PodUid},
-    intercept::Events,
+    intercept::{DebugLog, Events},
     serve::{self, Server},
 };
 
@@ -54,6 +55,15 @@ pub async fn run<S: CredentialSource>(mut events: Events, server: Arc<Server<S>>
     }
 }
 
+/// Makes the programs' debugging log part of the agent's for ever, on a thread of its own: pods decide how much there
+/// is of it.
+pub fn follow(log: DebugLog) {
+    thread::spawn(move || {
+        let error = log.run();
+        error!(%error, "cannot read the programs' debugging log any more");
+    });
+}
+
 // === impl Lately ===
 
 impl Lately {
@@ -87,6 +97,12 @@ fn tell<S: CredentialSource>(counter: Counter, event: &Event, more: u64, server:
         Counter::Audited => {
             info!(target: "audit", process, ?address, more, pod.uid = uid, pod.name = name,
                 "a pod dialled the node's own metadata service");
+        }
+        Counter::Unanswered => {
+            let (ip, port) = (address.ip(), address.port.get());
+            warn!(target: "kernel", what, process, ?address, more, pod.uid = uid, pod.name = name,
+                "nothing answered: a network policy or firewall between the pod and podgate drops it: allow {ip} port \
+                 {port}, or the agent hangs");
         }
         Counter::AuditedCredentials | Counter::AuditedUserData | Counter::AuditedOther => {
             info!(target: "audit", asked = asked(counter), ?address, more, pod.uid = uid, pod.name = name,

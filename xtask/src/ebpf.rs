@@ -167,6 +167,8 @@ pub(crate) fn verified(object: &[u8]) -> anyhow::Result<Counts> {
     // The verifier knows the globals' values: they must be like those of a real node.
     let mut ebpf = EbpfLoader::new()
         .override_global(global::KUBEPODS_LEVEL, &KUBEPODS_LEVEL, true)
+        // The debugging log is off.
+        .override_global(global::LOG_LEVEL, &0_u8, true)
         .load(object)
         .context("the kernel does not take the object's maps")?;
     let mut verify = |name| -> anyhow::Result<_> {

@@ -25,7 +25,10 @@ use aya::{
     sys::SyscallError,
 };
 
-use super::{Error, Settings};
+use super::{
+    Error, Settings,
+    log::{self, DebugLog},
+};
 
 /// The object, or nothing where the build had none.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podgate.o"));
@@ -81,6 +84,7 @@ impl Object {
             return Err(Error::NoObject);
         }
         let ticket_life = u64::try_from(settings.ticket_life.as_nanos()).unwrap_or(u64::MAX);
+        let (log_level, log_bytes) = log::level();
         let mut loader = EbpfLoader::new();
         for (name, key, value, entries) in PINNED {
             let path = maps.join(name);
@@ -93,6 +97,8 @@ impl Object {
             .override_global(global::KUBEPODS_ID, &settings.kubepods_id, true)
             .override_global(global::HOST_NETNS, &settings.host_netns_cookie, true)
             .override_global(global::TICKET_LIFE, &ticket_life, true)
+            .override_global(global::LOG_LEVEL, &log_level, true)
+            .map_max_entries(map::LOG, log_bytes)
             .load(OBJECT)
             .map_err(|source| Error::Load { source: source.into() })?;
         for name in program::ALL {
@@ -273,6 +279,11 @@ impl Object {
         let mut counts = counts.map_err(reading(map::POD_TICKETS))?;
         counts.retain(|(cgroup, _)| matches!(self.policies.get(cgroup, 0), Err(MapError::KeyNotFound)));
         Ok(counts)
+    }
+
+    /// The debugging log; `None` when it is off.
+    pub(super) fn debug_log(&mut self) -> Result<Option<DebugLog>, Error> {
+        DebugLog::take(&mut self.programs)
     }
 
     /// The ring buffer; `None` when it was given away before.

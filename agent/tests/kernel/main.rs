@@ -17,6 +17,7 @@ mod egress;
 mod events;
 mod identity;
 mod limits;
+mod log;
 mod node;
 mod options;
 mod tickets;
