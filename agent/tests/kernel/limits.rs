@@ -3,16 +3,19 @@
 use std::{fs, io, os::fd::OwnedFd, process};
 
 use agent_common::{
-    abi::TICKETS_PER_POD,
+    abi::{POLICIES_MAX, TICKETS_PER_POD},
     counter::Counter,
     policy::{IMDS_INTERCEPT, POD_IDENTITY_ON, PodPolicy},
     target::Target,
 };
-use rustix::net::{SendFlags, connect_unspec, send};
+use rustix::{
+    net::{SendFlags, connect_unspec, send},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
 
 use crate::{
     IMDS, endpoint, events, is_eperm,
-    node::{Cgroup, NOBODY, Node, own_pair},
+    node::{Cgroup, NOBODY, Node, dial, own_pair},
     options::set_fastopen_connect,
     redial, tcp_socket,
 };
@@ -22,17 +25,19 @@ const LIMIT: u64 = TICKETS_PER_POD as u64;
 
 /// From now on dials to the agent get no answer.
 fn silence(node: &mut Node) {
-    node.interceptor.set_target(Target { v4: endpoint(&format!("{NOBODY}:80")), ..own_pair(2) }).unwrap();
+    node.interceptor.set_target(Target { v4: endpoint(&format!("{NOBODY}:80")), ..own_pair() }).unwrap();
 }
 
 /// A handshake that goes on for as long as the socket is kept.
 fn begin(cgroup: &Cgroup) -> io::Result<OwnedFd> {
-    let socket = cgroup.run(tcp_socket);
-    rustix::io::ioctl_fionbio(&socket, true)?;
-    match cgroup.run(|| redial(&socket, IMDS)) {
-        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
-        other => other.map(|()| socket),
-    }
+    cgroup.run(|| {
+        let socket = tcp_socket();
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        match redial(&socket, IMDS) {
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
+            other => other.map(|()| socket),
+        }
+    })
 }
 
 #[test]
@@ -65,6 +70,70 @@ fn a_pod_at_its_limit_is_refused_and_no_other() {
         assert_eq!(node.count_of(&greedy), Some(0));
         assert_eq!(node.live_tickets(), 1);
     });
+}
+
+#[test]
+fn while_one_pod_is_at_its_limit_another_is_served() {
+    Node::run(|node| {
+        let [greedy, other] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
+        let agent = node.agent();
+        silence(node);
+        let _held: Vec<_> = (0..LIMIT).map(|_| begin(&greedy.container).unwrap()).collect();
+        node.interceptor.set_target(own_pair()).unwrap();
+        for _ in 0..LIMIT + 10 {
+            let _stream = other.dial(IMDS).unwrap();
+            assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, other.cgroup.id);
+        }
+        assert!(is_eperm(&greedy.dial(IMDS)));
+    });
+}
+
+#[test]
+fn who_fills_the_counts_is_refused_and_no_pod_that_is_known_or_becomes_known() {
+    Node::run(|node| {
+        allow_open_files(u64::from(POLICIES_MAX) + 1_000);
+        let agent = node.agent();
+        let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
+        node.interceptor.set_unknown_pods(policy, policy).unwrap();
+        let known = node.pod("known", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        // Nothing tells the containers of a Guaranteed pod that is unknown from pods: each counts for itself.
+        let greedy = node.kubepods.path.join("kubepods-podgreedy.slice");
+        let container = |number: u32| Cgroup::create(greedy.join(format!("cri-containerd-{number}.scope")));
+        // The known one has a count.
+        let room = POLICIES_MAX - 1;
+        for keeps_them_alive in [true, false] {
+            silence(node);
+            let mut held: Vec<_> = (0..room).map(|number| begin(&container(number)).unwrap()).collect();
+            if !keeps_them_alive {
+                held.clear();
+            }
+            let refused = node.count(Counter::DeniedLimit);
+            assert!(is_eperm(&begin(&container(room))), "there is room for more");
+            assert_eq!(node.count(Counter::DeniedLimit), refused + 1);
+
+            node.interceptor.set_target(own_pair()).unwrap();
+            let new = node.pod(&format!("new-{keeps_them_alive}"), IMDS_INTERCEPT, POD_IDENTITY_ON);
+            for pod in [&known, &new] {
+                let _stream = pod.dial(IMDS).unwrap();
+                assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, pod.cgroup.id);
+                assert_eq!(node.count_of(pod), Some(0));
+            }
+            drop(held);
+            assert_eq!(node.live_tickets(), 0);
+            // Those who have filled it are not locked out for good either.
+            node.interceptor.remove_policy(new.cgroup.id).unwrap();
+            let _stream = container(0).run(|| dial(IMDS)).unwrap();
+            agent.accept().expect("anonymous");
+        }
+    });
+}
+
+/// Lets the test process have so many.
+fn allow_open_files(number: u64) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|current| current < number) {
+        setrlimit(Resource::Nofile, Rlimit { current: Some(number), ..limit }).unwrap();
+    }
 }
 
 #[test]

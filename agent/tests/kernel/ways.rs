@@ -7,6 +7,7 @@ use std::{
     net::{SocketAddr, TcpStream},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
+    process,
 };
 
 use agent::accept::listen;
@@ -15,6 +16,10 @@ use agent_common::{
     policy::{IMDS_INTERCEPT, POD_IDENTITY_ON, PodPolicy},
 };
 use io_uring::{IoUring, opcode, squeue, types};
+use nix::{
+    sys::wait::{WaitStatus, waitpid},
+    unistd::{self, ForkResult, Pid},
+};
 use rustix::{
     io::ioctl_fionbio,
     net::{
@@ -26,7 +31,7 @@ use rustix::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, endpoint,
-    node::{AGENT_V4, Agent, Node, Pod, RealService, soon},
+    node::{AGENT_V4, AGENT_V6, Agent, Node, Pod, RealService, soon},
     options::set_fastopen_connect,
     redial, tcp_socket,
 };
@@ -76,33 +81,34 @@ fn a_non_blocking_dial_that_is_repeated_counts_once() {
 fn fast_open_dials_arrive_with_their_origin_and_their_data() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        let listener = node.as_agent(|| listen((AGENT_V4, 80).into())).unwrap();
-        listener.set_nonblocking(false).unwrap();
+        let targets = [SocketAddr::from((AGENT_V4, 80)), (AGENT_V6, 80).into()];
+        let listeners = node.as_agent(|| targets.map(|target| listen(target).unwrap()));
         // 1: asks for a cookie; 5: sends data with the SYN without one.
         for sysctl in ["1", "5"] {
             fs::write("/proc/sys/net/ipv4/tcp_fastopen", sysctl).unwrap();
-            for put_off in [true, false] {
-                let case = format!("tcp_fastopen={sysctl}, TCP_FASTOPEN_CONNECT={put_off}");
-                let socket = pod.run(tcp_socket);
+            for (put_off, address) in [true, false]
+                .into_iter()
+                .flat_map(|put_off| [IMDS, IMDS_V6, IMDS_MAPPED].map(|to| (put_off, to)))
+            {
+                let case = format!("{address}, tcp_fastopen={sysctl}, TCP_FASTOPEN_CONNECT={put_off}");
+                let socket = pod.run(|| socket_for(address, None)).unwrap();
                 if put_off {
                     set_fastopen_connect(&socket);
-                    pod.run(|| redial(&socket, IMDS)).unwrap();
+                    pod.run(|| redial(&socket, address)).unwrap();
                     rustix::io::write(&socket, b"hello").unwrap();
                 } else {
-                    let address: SocketAddr = IMDS.parse().unwrap();
+                    let address: SocketAddr = address.parse().unwrap();
                     pod.run(|| sendto(&socket, b"hello", FASTOPEN, &address)).unwrap();
                 }
-                let (mut accepted, _) = listener.accept().unwrap();
+                let (mut accepted, _) = soon(|| listeners.iter().find_map(|listener| listener.accept().ok()));
                 let origin = node.origin(&accepted).unwrap_or_else(|| panic!("{case}: anonymous"));
-                assert_eq!(
-                    (origin.pod_cgroup_id, origin.orig_dst),
-                    (pod.cgroup.id, endpoint(IMDS)),
-                    "{case}"
-                );
+                let expected = (pod.cgroup.id, endpoint(address));
+                assert_eq!((origin.pod_cgroup_id, origin.orig_dst), expected, "{case}");
                 let mut data = [0; 5];
+                accepted.set_nonblocking(false).unwrap();
                 accepted.read_exact(&mut data).unwrap();
                 assert_eq!(&data, b"hello", "{case}");
-                assert_eq!(TcpStream::from(socket).peer_addr().unwrap(), IMDS.parse().unwrap(), "{case}");
+                assert_eq!(TcpStream::from(socket).peer_addr().unwrap(), address.parse().unwrap(), "{case}");
                 assert_eq!(node.live_tickets(), 0, "{case}");
             }
         }
@@ -197,33 +203,65 @@ fn a_socket_made_before_the_programs_were_there_is_no_way_round_them() {
 }
 
 #[test]
-fn a_socket_from_another_pod_dials_as_the_pod_that_has_it_now() {
+fn a_socket_from_a_process_of_another_pod_dials_as_the_process_that_has_it_now() {
     Node::run(|node| {
-        let [sender, receiver] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
+        let [giver, taker] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
         let agent = node.agent();
         for address in [IMDS, IMDS_V6, IMDS_MAPPED, ECS] {
             let (here, there) =
                 socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
-            sender.run(|| {
-                let socket = socket_for(address, None).unwrap();
-                let descriptors = [socket.as_fd()];
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-                let mut message = SendAncillaryBuffer::new(&mut space);
-                assert!(message.push(SendAncillaryMessage::ScmRights(&descriptors)));
-                sendmsg(&here, &[IoSlice::new(b"!")], &mut message, SendFlags::empty()).unwrap();
-            });
-            receiver.run(|| {
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-                let mut message = RecvAncillaryBuffer::new(&mut space);
-                let mut byte = [0];
-                recvmsg(&there, &mut [IoSliceMut::new(&mut byte)], &mut message, RecvFlags::empty()).unwrap();
-                let socket = message.drain().find_map(|message| match message {
-                    RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-                    _ => None,
-                });
-                redial(&socket.unwrap(), address).unwrap();
-            });
-            arrives(node, &agent, &receiver, address, "passed on");
+            let child = giver.run(|| fork(|| give_socket(&there, address)));
+            let socket = take_socket(&here);
+            taker.run(|| redial(&socket, address)).unwrap();
+            let origin = agent.accept().unwrap_or_else(|| panic!("{address}: anonymous"));
+            assert_eq!((origin.cgroup_id, origin.pod_cgroup_id), (taker.container.id, taker.cgroup.id));
+            assert_eq!((origin.tgid, origin.orig_dst), (process::id(), endpoint(address)));
+
+            // The control: the one that gave it away has been in its own pod all the time, with the same socket.
+            let cgroup = fs::read_to_string(format!("/proc/{child}/cgroup")).unwrap();
+            let name = giver.cgroup.path.file_name().unwrap().to_str().unwrap();
+            assert!(cgroup.contains(name), "{cgroup}");
+            rustix::io::write(&here, b"!").unwrap();
+            assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
         }
     });
+}
+
+/// Makes a socket, gives it to the other side, and waits for the other side to be done. Nothing is allocated: after a
+/// fork of one thread out of many, another may have held the allocator for ever.
+fn give_socket(there: &OwnedFd, address: &str) -> rustix::io::Result<()> {
+    let family = if address.starts_with('[') { AddressFamily::INET6 } else { AddressFamily::INET };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let descriptors = [socket.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut message = SendAncillaryBuffer::new(&mut space);
+    message.push(SendAncillaryMessage::ScmRights(&descriptors));
+    sendmsg(there, &[IoSlice::new(b"!")], &mut message, SendFlags::empty())?;
+    rustix::io::read(there, &mut [0_u8]).map(drop)
+}
+
+/// The socket that the other side gives.
+fn take_socket(here: &OwnedFd) -> OwnedFd {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut message = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(here, &mut [IoSliceMut::new(&mut [0])], &mut message, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let mut descriptors = message.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    descriptors.next().expect("no socket came")
+}
+
+/// Does `work`, and nothing else, in a process of its own.
+#[expect(unsafe_code, reason = "what a forked process may do")]
+fn fork(work: impl FnOnce() -> rustix::io::Result<()>) -> Pid {
+    // SAFETY: the child makes system calls only, and ends without running anything of the parent's.
+    match unsafe { unistd::fork() }.unwrap() {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            let status = i32::from(work().is_err());
+            // SAFETY: it has no precondition.
+            unsafe { libc::_exit(status) }
+        }
+    }
 }

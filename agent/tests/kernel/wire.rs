@@ -28,6 +28,9 @@ const SEQUENCE: u32 = 1_000;
 /// Every IPv4 packet of the namespace from now on.
 pub(crate) struct Wire(OwnedFd);
 
+/// Sends the agent at [`AGENT_V4`], port 80, segments in the name of [`NOBODY`].
+pub(crate) struct Forger(OwnedFd);
+
 // === impl Wire ===
 
 impl Wire {
@@ -69,27 +72,45 @@ impl Wire {
     }
 }
 
-/// Shakes hands with the agent at [`AGENT_V4`], port 80, in the name of [`NOBODY`], with `ticket` in the SYN.
-pub(crate) fn shake_hands(port: u16, ticket: u64) {
-    let wire = Wire::watch();
-    let raw = begin_handshake(port, ticket);
-    let theirs = wire.answer_to(port);
-    send(&raw, &segment(port, SEQUENCE + 1, theirs + 1, ACK, &[]));
+// === impl Forger ===
+
+impl Forger {
+    /// In the cgroup and the network in which the caller is.
+    pub(crate) fn new() -> Self {
+        let flags = SocketFlags::CLOEXEC;
+        Self(socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::RAW)).unwrap())
+    }
+
+    /// Shakes hands with the agent, with `ticket`, if any, in both segments.
+    pub(crate) fn shake_hands(&self, port: u16, ticket: Option<u64>) {
+        let wire = Wire::watch();
+        self.begin_handshake(port, ticket);
+        let theirs = wire.answer_to(port);
+        self.send(&segment(port, SEQUENCE + 1, theirs + 1, ACK, &option(ticket)));
+    }
+
+    /// Sends the first segment of such a handshake.
+    pub(crate) fn begin_handshake(&self, port: u16, ticket: Option<u64>) {
+        self.send(&segment(port, SEQUENCE, 0, SYN, &option(ticket)));
+    }
+
+    fn send(&self, packet: &[u8]) {
+        sendto(&self.0, packet, SendFlags::empty(), &SocketAddrV4::new(AGENT_V4, 80)).unwrap();
+    }
 }
 
-/// Sends the first segment of such a handshake.
-pub(crate) fn begin_handshake(port: u16, ticket: u64) -> OwnedFd {
-    let raw =
-        socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).unwrap();
+/// A whole handshake by a forger of its own.
+pub(crate) fn shake_hands(port: u16, ticket: u64) {
+    Forger::new().shake_hands(port, Some(ticket));
+}
+
+/// The option that carries a ticket, or none.
+fn option(ticket: Option<u64>) -> Vec<u8> {
+    let Some(ticket) = ticket else { return Vec::new() };
     let mut option = vec![TICKET_OPTION_KIND, TICKET_OPTION_LEN];
     option.extend(TICKET_OPTION_EXID);
     option.extend(ticket.to_be_bytes());
-    send(&raw, &segment(port, SEQUENCE, 0, SYN, &option));
-    raw
-}
-
-fn send(raw: &OwnedFd, packet: &[u8]) {
-    sendto(raw, packet, SendFlags::empty(), &SocketAddrV4::new(AGENT_V4, 80)).unwrap();
+    option
 }
 
 /// An IPv4 packet from [`NOBODY`] with one segment in it; the kernel completes the IP header.
