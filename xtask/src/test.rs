@@ -13,7 +13,7 @@ use lab::state::{self, State};
 use tokio::process::Command;
 
 use self::step::{Outcome, Step};
-use crate::{clients, ebpf, report, vm};
+use crate::{bpftool, clients, ebpf, report, vm};
 
 /// Seconds by step, in the workspace.
 const BUDGETS: &str = ".ci/budgets.toml";
@@ -73,7 +73,11 @@ impl Tier {
             Self::Kernel => vec![arguments("-p agent --features kernel-tests --test kernel")],
             // Not by cargo on this machine.
             Self::Vm61 | Self::Vm612 => Vec::new(),
-            Self::Lab => vec![arguments("-p xtask --test lab")],
+            // Those with a steady load come alone: others would take the processors from it.
+            Self::Lab => vec![
+                arguments("-p xtask --test lab -- --skip upgrade::"),
+                arguments("-p xtask --test lab -- upgrade:: --test-threads=1 --nocapture"),
+            ],
         })
     }
 
@@ -144,7 +148,8 @@ fn run_tier(
     // Examples in the documentation are compiled as they run.
     let compiled = selection.iter().filter(|arguments| !arguments.iter().any(|argument| argument == "--doc"));
     let compile_commands = compiled.map(|arguments| {
-        let mut command = cargo_test(arguments, &environment);
+        let of_cargo = arguments.split(|argument| argument == "--").next().unwrap_or_default();
+        let mut command = cargo_test(of_cargo, &environment);
         command.arg("--no-run");
         command
     });
@@ -206,12 +211,12 @@ fn cargo_test(arguments: &[String], environment: &[(&str, PathBuf)]) -> Command 
 
 /// What the tests with root need built, by the variable that tells them where it is.
 fn kernel_environment(tier: Tier) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
-    Ok(match tier {
-        Tier::Lab => {
-            clients::install_packages()?;
-            vec![(AGENT_VARIABLE, ebpf::build_release_agent()?)]
-        }
-        _ => vec![(OBJECT_VARIABLE, ebpf::build_object()?.path)],
+    Ok(if tier == Tier::Lab {
+        clients::install_packages()?;
+        vec![(AGENT_VARIABLE, ebpf::build_release_agent()?)]
+    } else {
+        bpftool::install()?;
+        vec![(OBJECT_VARIABLE, ebpf::build_object()?.path)]
     })
 }
 

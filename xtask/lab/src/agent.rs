@@ -87,7 +87,7 @@ impl AgentProcess {
             if let Some(status) = self.child.try_wait()? {
                 bail!("the agent exited before it was ready ({status}):\n{}", self.log_tail());
             }
-            if node.get(ADMIN, "/readyz").await.is_ok_and(|answer| answer.status == 200) {
+            if node.ask_agent("/readyz").await.is_ok_and(|answer| answer.status == 200) {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -109,9 +109,19 @@ impl AgentProcess {
     }
 
     /// Kills the agent (SIGKILL) and waits for its end.
-    pub async fn kill(mut self) -> anyhow::Result<ExitStatus> {
+    pub async fn kill(&mut self) -> anyhow::Result<ExitStatus> {
         self.signal(Signal::SIGKILL)?;
         self.wait().await
+    }
+
+    /// Lets the agent hang (SIGSTOP).
+    pub fn suspend(&self) -> anyhow::Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on (SIGCONT).
+    pub fn resume(&self) -> anyhow::Result<()> {
+        self.signal(Signal::SIGCONT)
     }
 
     /// Waits for the agent to exit by itself, or after [`AgentProcess::terminate`].
@@ -146,11 +156,11 @@ impl AgentProcess {
     }
 }
 
-/// The agent's pod, as its `DaemonSet` makes it.
-pub(crate) fn pod_spec() -> PodSpec {
+/// A pod of the agent's, as its `DaemonSet` makes it.
+pub(crate) fn pod_spec(name: &str) -> PodSpec {
     PodSpec {
         service_account: "podgate".to_owned(),
         host_network: true,
-        ..PodSpec::new("kube-system", "podgate-x7k2m")
+        ..PodSpec::new("kube-system", name)
     }
 }

@@ -6,6 +6,7 @@ mod pods;
 
 use std::{
     fs::{self, File},
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::Stdio,
@@ -140,7 +141,7 @@ impl Lab {
         let imds = Imds::serve(listeners?, imds_config(credentials), faults.clone())?;
 
         let mut pods = Pods::new(state)?;
-        let agent_pod = pods.add(&node, &cluster, &agent::pod_spec())?;
+        let agent_pod = pods.add(&node, &cluster, &agent::pod_spec("podgate-x7k2m"))?;
         // The agent has the rights that it is deployed with, and no more.
         kube_api.allow_node_audience(false);
         kube_api.apply_rbac(MANIFEST)?;
@@ -221,8 +222,23 @@ impl Lab {
 
     /// Starts the agent in a new container of its pod and waits until it serves.
     pub async fn start_agent(&self, spec: &AgentSpec) -> anyhow::Result<AgentProcess> {
-        let container = self.node.place.cgroups.container(&self.agent_pod.cgroup, &container_id());
+        self.start_agent_in(&self.agent_pod, spec).await
+    }
+
+    /// Adds one more pod of the agent's, as a rolling update does beside the first. To the API server it is that.
+    pub fn add_agent_pod(&self, name: &str) -> anyhow::Result<Pod> {
+        self.pods().add(&self.node, &self.cluster, &agent::pod_spec(name))
+    }
+
+    /// Starts the agent in a new container of one of its pods and waits until it serves.
+    pub async fn start_agent_in(&self, pod: &Pod, spec: &AgentSpec) -> anyhow::Result<AgentProcess> {
+        let container = self.node.place.cgroups.container(&pod.cgroup, &container_id());
         cgroup::create(&container)?;
+        // The socket is to be this agent's, and nobody else is to answer for it.
+        match fs::remove_file(self.node.place.agent_socket()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
         let log = self.pods().next_log(&self.node);
         let file = File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
         let mut command = self.agent_command(spec, &container)?;

@@ -13,7 +13,10 @@ use std::{
 use anyhow::Context as _;
 use nix::mount::{MsFlags, mount};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::UnixStream,
+};
 
 use crate::{
     cgroup::{self, CgroupDriver, NodeCgroups},
@@ -77,6 +80,11 @@ impl NodePlace {
         self.directory.join("agent")
     }
 
+    /// The socket of the agent that was started last.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.agent_run().join("podgate.sock")
+    }
+
     /// The way to run something on the node outside any pod.
     pub fn entry(&self) -> Entry {
         Entry {
@@ -116,16 +124,28 @@ impl Node {
     pub async fn get(&self, address: SocketAddr, path: &str) -> io::Result<Answer> {
         let stream = self.netns.connect(address)?;
         stream.set_nonblocking(true)?;
-        let mut stream = tokio::net::TcpStream::from_std(stream)?;
-        // HTTP/1.0: the answer ends with the connection.
-        let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
-        stream.write_all(request.as_bytes()).await?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await?;
-        let (head, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-        Ok(Answer { status: status.ok_or(io::ErrorKind::InvalidData)?, body: body.to_owned() })
+        fetch(tokio::net::TcpStream::from_std(stream)?, &address.to_string(), path).await
     }
+
+    /// Asks the agent that was started last by its socket.
+    pub async fn ask_agent(&self, path: &str) -> io::Result<Answer> {
+        fetch(UnixStream::connect(self.place.agent_socket()).await?, "podgate", path).await
+    }
+}
+
+/// One request and its answer.
+async fn fetch(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    host: &str,
+    path: &str,
+) -> io::Result<Answer> {
+    // HTTP/1.0: the answer ends with the connection.
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n").as_bytes()).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    Ok(Answer { status: status.ok_or(io::ErrorKind::InvalidData)?, body: body.to_owned() })
 }
 
 impl Drop for Node {

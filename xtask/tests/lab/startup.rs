@@ -1,36 +1,16 @@
-//! What the agent checks before it starts, and what it takes away when it ends.
+//! What the agent checks before it starts.
 
 use std::{fs, process::Stdio};
 
-use anyhow::Context as _;
-use lab::{cgroup, netns::NetNs};
+use lab::cgroup;
 use tokio::process::Command;
 
-use crate::node::{self, Node};
-
-/// The interface and both addresses of the agent's target, as `/proc/net` shows them.
-const LINK: &str = "podgate0";
-const TARGET_V4: &str = "169.254.170.23";
-const TARGET_V6: &str = "fd000ec2000000000000000000000023";
+use crate::node;
 
 /// Exit status and standard error.
 async fn refusal(mut command: Command) -> anyhow::Result<(Option<i32>, String)> {
     let output = command.stdin(Stdio::null()).output().await?;
     Ok((output.status.code(), String::from_utf8(output.stderr)?))
-}
-
-fn target_is_up(netns: &NetNs) -> anyhow::Result<[bool; 3]> {
-    netns.run(|| {
-        let read = |file: &str| {
-            fs::read_to_string(format!("/proc/thread-self/net/{file}"))
-                .with_context(|| format!("cannot read {file}"))
-        };
-        Ok([
-            read("dev")?.contains(LINK),
-            read("fib_trie")?.contains(TARGET_V4),
-            read("if_inet6")?.contains(TARGET_V6),
-        ])
-    })
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -64,14 +44,5 @@ async fn every_bad_value_of_the_configuration_is_named_with_exit_status_2() -> a
     for word in bad {
         assert!(said.contains(word.trim_start_matches("--")), "{word}: {said}");
     }
-    lab.down()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_agent_s_link_and_addresses_go_when_it_ends() -> anyhow::Result<()> {
-    let Node { lab, agent } = Node::intercepting().await?;
-    assert_eq!(target_is_up(&lab.node.netns)?, [true; 3]);
-    assert!(agent.stop().await?.success());
-    assert_eq!(target_is_up(&lab.node.netns)?, [false; 3]);
     lab.down()
 }

@@ -1,0 +1,145 @@
+//! When the agent is gone or hangs: its pods are refused at once, and served when it is back.
+
+use std::{fs, process::Stdio, time::Duration};
+
+use anyhow::Context as _;
+use lab::{Pod, lab::NODE_ROLE, netns::NetNs};
+use tokio::time::sleep;
+
+use crate::node::{self, IMDS, Node, POD_IDENTITY, ROLES};
+
+/// More than the programs wait for a beat.
+const STALE: Duration = Duration::from_millis(2300);
+/// The link and both addresses of the agent's target, as `/proc/net` shows them.
+const LINK: &str = "podgate0";
+const TARGET_V4: &str = "169.254.170.23";
+const TARGET_V6: &str = "fd000ec2000000000000000000000023";
+
+/// How a dial ended, and after how many milliseconds.
+async fn dial(node: &Node, pod: &Pod, address: &str) -> anyhow::Result<(String, f64)> {
+    let program = format!(
+        "import errno, socket, time\n\
+         began = time.monotonic()\n\
+         try:\n    socket.create_connection(('{address}', 80), timeout=10)\n    end = 'connected'\n\
+         except TimeoutError:\n    end = 'timed out'\n\
+         except OSError as error:\n    end = errno.errorcode[error.errno]\n\
+         print(end, (time.monotonic() - began) * 1000)"
+    );
+    let text = node.python(pod, &program).await?;
+    let (end, milliseconds) = text.split_once(' ').context("the dial says nothing")?;
+    Ok((end.to_owned(), milliseconds.parse()?))
+}
+
+const ADDRESSES: [&str; 5] =
+    ["169.254.169.254", "fd00:ec2::254", "169.254.170.23", "fd00:ec2::23", "169.254.170.2"];
+
+async fn assert_refused(node: &Node, pod: &Pod, how: &str) -> anyhow::Result<()> {
+    for address in ADDRESSES {
+        let (end, milliseconds) = dial(node, pod, address).await?;
+        assert_eq!(end, how, "{address}");
+        assert!(milliseconds < 100.0, "{address}: {milliseconds} ms");
+    }
+    Ok(())
+}
+
+fn target_is_up(netns: &NetNs) -> anyhow::Result<[bool; 3]> {
+    netns.run(|| {
+        let read = |file: &str| {
+            fs::read_to_string(format!("/proc/thread-self/net/{file}"))
+                .with_context(|| format!("cannot read {file}"))
+        };
+        Ok([
+            read("dev")?.contains(LINK),
+            read("fib_trie")?.contains(TARGET_V4),
+            read("if_inet6")?.contains(TARGET_V6),
+        ])
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_agent_s_pods_are_refused_at_once_and_served_by_the_next_one() -> anyhow::Result<()> {
+    let mut node = Node::intercepting().await?;
+    let pod = node.pod("web")?;
+    let session = node.session(&pod, IMDS, &[]).await?;
+    node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
+    node.agent.kill().await?;
+    // Nobody listens any more; then nobody has beaten for too long.
+    assert_refused(&node, &pod, "ECONNREFUSED").await?;
+    sleep(STALE).await;
+    assert_refused(&node, &pod, "EPERM").await?;
+    // A pod that starts now is unknown, and no less kept from the node's role.
+    assert_refused(&node, &node.pod("late")?, "EPERM").await?;
+
+    node.agent = node.lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
+    let role = node.curl(&pod, &["-H", &session, ROLES]).await?;
+    assert_eq!((role.status, role.body.as_str()), (200, "web-role"), "a session outlives the agent");
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hung_agent_s_pods_are_refused_after_two_seconds_and_served_when_it_goes_on() -> anyhow::Result<()> {
+    let node = Node::intercepting().await?;
+    let pod = node.pod("web")?;
+    node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
+    node.agent.suspend()?;
+    sleep(STALE).await;
+    assert_refused(&node, &pod, "EPERM").await?;
+    node.agent.resume()?;
+    sleep(Duration::from_millis(500)).await;
+    node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_told_to_stop_leaves_its_pods_refused_and_other_destinations_alone()
+-> anyhow::Result<()> {
+    let Node { lab, agent } = Node::intercepting().await?;
+    let pod = lab.add_pod(&node::spec("web"))?;
+    assert!(agent.stop().await?.success());
+    assert_eq!(target_is_up(&lab.node.netns)?, [true; 3], "dials to it are refused, and not lost");
+    let agent = lab.start_agent(&node::agent(&["--imds", "audit"])?).await?;
+    let mut node = Node { lab, agent };
+    // The default of the agent that is in charge now.
+    assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE));
+    node.agent.kill().await?;
+    sleep(STALE).await;
+    assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE), "audit keeps nobody from anything");
+    assert_eq!(node.curl(&pod, &[POD_IDENTITY]).await?.status, 0);
+    node.lab.down()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn detach_leaves_the_node_as_it_was_with_and_without_an_agent() -> anyhow::Result<()> {
+    let mut node = Node::intercepting().await?;
+    let pod = node.pod("web")?;
+    node.agent.kill().await?;
+    let bpffs = node.lab.node.place.bpffs();
+    let detach = async |node: &Node, more: &[&str]| -> anyhow::Result<String> {
+        let arguments = [&["detach", "--bpffs", bpffs.to_str().context("a path")?], more].concat();
+        let mut command = node.lab.agent_tool(&node::agent_binary()?, &arguments)?;
+        let output = command.stdin(Stdio::null()).output().await?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+
+    let listed = detach(&node, &["--dry-run"]).await?;
+    for thing in ["links/connect4", "maps/POLICIES", "podgate/v1", LINK] {
+        assert!(listed.contains("would remove") && listed.contains(thing), "{thing}: {listed}");
+    }
+    assert_refused(&node, &pod, "ECONNREFUSED").await?;
+    // Half of it is missing.
+    fs::remove_file(bpffs.join("podgate/v1/maps/TARGETS"))?;
+    fs::remove_file(bpffs.join("podgate/v1/links/connect6"))?;
+    detach(&node, &[]).await?;
+    assert_eq!(target_is_up(&node.lab.node.netns)?, [false; 3]);
+    assert!(!bpffs.join("podgate").exists());
+    assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE), "nothing is between the pod and IMDS");
+    assert!(detach(&node, &[]).await?.contains("nothing of podgate's"), "once more is fine");
+
+    // Under a running agent as well, which an operator may do in need.
+    node.agent = node.lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    detach(&node, &[]).await?;
+    assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE));
+    node.down().await
+}
