@@ -78,8 +78,13 @@ pub(crate) fn ask(command: &mut Command) -> anyhow::Result<String> {
 
 /// Whether there is such a program.
 pub(crate) fn is_in_path(program: &str) -> bool {
+    find_in_path(program).is_some()
+}
+
+/// Where there is such a program.
+pub(crate) fn find_in_path(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|directory| directory.join(program).is_file())
+    env::split_paths(&path).map(|directory| directory.join(program)).find(|path| path.is_file())
 }
 
 /// The command as one would type it, with the variables that it is given.

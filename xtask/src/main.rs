@@ -4,6 +4,7 @@
 
 mod apt;
 mod bench;
+mod bpftool;
 mod check;
 mod clients;
 mod cmd;

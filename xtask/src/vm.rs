@@ -7,6 +7,7 @@ mod guest;
 mod image;
 
 use std::{
+    collections::BTreeSet,
     env, fs,
     path::{Path, PathBuf},
     process::Command,
@@ -17,7 +18,7 @@ use clap::ValueEnum;
 
 pub(crate) use self::guest::{GuestArguments, SUCCESS, run as run_guest};
 use crate::{
-    apt, cmd,
+    apt, bpftool, cmd,
     ebpf::{self, Counts},
     initramfs::Initramfs,
 };
@@ -152,19 +153,28 @@ fn executable(messages: &str, name: &str) -> anyhow::Result<PathBuf> {
 }
 
 fn pack(binaries: &Binaries, object: &Path) -> anyhow::Result<Vec<u8>> {
-    let mut initramfs = Initramfs::default();
-    for name in guest::DIRECTORIES {
-        initramfs.directory(name)?;
-    }
     let budget = ebpf::root().join(ebpf::BUDGET);
-    for (name, path) in [
+    let bpftool = bpftool::files()?;
+    let own = [
         (guest::INIT, &*binaries.init),
         (guest::TESTS, &*binaries.tests),
         (guest::OBJECT, object),
         (guest::BUDGET, &*budget),
-    ] {
+    ];
+    let own = own.map(|(name, path)| (Path::new(name), path));
+    // Where they are here.
+    let bpftool = bpftool.iter().filter_map(|path| Some((path.strip_prefix("/").ok()?, &**path)));
+    let files: Vec<_> = own.into_iter().chain(bpftool).collect();
+    let parents = files.iter().flat_map(|(name, _)| name.ancestors().skip(1));
+    // Sorted: each after the one it is in.
+    let directories: BTreeSet<_> = parents.chain(guest::DIRECTORIES.map(Path::new)).collect();
+    let mut initramfs = Initramfs::default();
+    for directory in directories.into_iter().filter(|directory| *directory != Path::new("")) {
+        initramfs.directory(&directory.to_string_lossy())?;
+    }
+    for (name, path) in files {
         let content = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        initramfs.file(name, &content)?;
+        initramfs.file(&name.to_string_lossy(), &content)?;
     }
     initramfs.finish()
 }

@@ -31,6 +31,9 @@ pub(super) const TESTS: &str = "kernel-tests";
 pub(super) const OBJECT: &str = "podgate-ebpf";
 pub(super) const BUDGET: &str = "ebpf-budget.toml";
 
+/// Where programs of this machine are in the virtual one: where they are here.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// The argument of a machine that runs no tests: [`GuestArguments::measure`].
 pub(super) const MEASURE: &str = "--measure";
 /// Begins the console's lines of such a machine: a program's name and its instructions follow.
@@ -90,7 +93,8 @@ fn work(arguments: &GuestArguments) -> anyhow::Result<()> {
         fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's name")?;
     println!("{}", report::heading(format_args!("kernel {}", release.trim_end())));
     let within_budget = ebpf::check_budget(&object, &String::from_utf8(read(BUDGET)?)?);
-    let status = Command::new(format!("/{TESTS}")).status().context("cannot run the tests")?;
+    let mut tests = Command::new(format!("/{TESTS}"));
+    let status = tests.env("PATH", PATH).status().context("cannot run the tests")?;
     if !status.success() {
         bail!("the tests ended with {status}");
     }
