@@ -142,7 +142,7 @@ impl CgroupLink {
 ///
 /// # Safety
 /// The record must be what the command takes, and pointers in it must be good for the call.
-unsafe fn bpf<T>(command: bpf_cmd, attr: &mut T) -> io::Result<i32> {
+pub(crate) unsafe fn bpf<T>(command: bpf_cmd, attr: &mut T) -> io::Result<i32> {
     // SAFETY: as the caller says; the kernel takes what is missing of the union for 0.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command as u32, &raw mut *attr, size_of::<T>()) };
     if result < 0 {

@@ -259,3 +259,49 @@ fn string(strings: &[u8], offset: u32) -> Option<String> {
     let end = rest.iter().position(|&byte| byte == 0)?;
     Some(String::from_utf8_lossy(&rest[..end]).into_owned())
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Number of the struct in [`sample`].
+    pub(in crate::maps) const PAIR: u32 = 4;
+
+    /// `struct { u64 ticket; u16 list[2]; }`.
+    pub(in crate::maps) fn sample() -> Vec<u8> {
+        let strings = b"\0ticket\0list\0";
+        let (int, array, structure) = (1 << 24, 3 << 24, 4 << 24);
+        let types = [
+            &[0, int, 8, 64][..],
+            &[0, int, 2, 16],
+            &[0, array, 0, 2, 1, 2],
+            &[0, structure | 2, 12, 1, 1, 0, 8, 3, 64],
+        ];
+        let types = types.concat();
+        let length = u32::try_from(types.len() * 4).unwrap();
+        let header = [0x0001_eb9f, 24, 0, length, length, u32::try_from(strings.len()).unwrap()];
+        let words = header.into_iter().chain(types).flat_map(u32::to_ne_bytes);
+        words.chain(*strings).collect()
+    }
+
+    #[test]
+    fn types_are_found_by_their_number() {
+        let btf = Btf::parse(&sample()).unwrap();
+        assert_eq!(btf.get(3), Some(&Type::Array { element: 2, count: 2 }));
+        assert_eq!((btf.size(3), btf.size(PAIR), btf.size(0), btf.size(5)), (Some(4), Some(12), None, None));
+    }
+
+    #[test]
+    fn information_that_ends_too_soon_is_refused() {
+        let data = sample();
+        for length in 0..data.len() {
+            assert!(Btf::parse(&data[..length]).is_none(), "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn a_typedef_of_itself_has_no_end_and_no_size() {
+        let btf = Btf(vec![Type::Void, Type::Alias(1)]);
+        assert!(btf.resolve(1).is_none() && btf.size(1).is_none());
+    }
+}

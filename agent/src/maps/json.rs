@@ -104,3 +104,38 @@ impl<W: io::Write> Json<W> {
         write!(self.out, "\"")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document(pretty: bool) -> String {
+        let mut out = Vec::new();
+        let mut json = Json::new(&mut out, pretty);
+        let mut write = || {
+            json.begin('[')?;
+            json.begin('{')?;
+            json.field("a", 1)?;
+            json.name("b")?;
+            json.begin('[')?;
+            json.value(2)?;
+            json.string("3\n\"\\")?;
+            json.end(']')?;
+            json.name("c")?;
+            json.begin('[')?;
+            json.end(']')?;
+            json.end('}')?;
+            json.end(']')
+        };
+        write().unwrap();
+        json.finish().unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn members_have_lines_of_their_own_where_it_is_pretty_and_elements_never() {
+        assert_eq!(document(false), "[{\"a\":1,\"b\":[2,\"3\\n\\\"\\\\\"],\"c\":[]}]\n");
+        let pretty = "[{\n        \"a\": 1,\n        \"b\": [2,\"3\\n\\\"\\\\\"\n        ],\n        \"c\": []\n    }\n]\n";
+        assert_eq!(document(true), pretty);
+    }
+}

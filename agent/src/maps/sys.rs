@@ -8,7 +8,6 @@ use std::{
     ffi::CString,
     fs,
     io::{self, ErrorKind},
-    mem::{size_of, size_of_val},
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
@@ -18,13 +17,9 @@ use std::{
 };
 
 use aya::util::nr_cpus;
+use aya_obj::generated::bpf_cmd;
 
-// The commands, from the kernel's include/uapi/linux/bpf.h; and so are the records below.
-const BPF_MAP_LOOKUP_ELEM: u32 = 1;
-const BPF_MAP_GET_NEXT_KEY: u32 = 4;
-const BPF_OBJ_GET: u32 = 7;
-const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
-const BPF_BTF_GET_FD_BY_ID: u32 = 19;
+use crate::bpf::bpf;
 
 /// The descriptor can look up and list, nothing else.
 const BPF_F_RDONLY: u32 = 1 << 3;
@@ -112,7 +107,7 @@ impl Map {
         let mut request =
             ObjGet { pathname: address(pathname.as_ptr()), _bpf_fd: 0, file_flags: BPF_F_RDONLY };
         // SAFETY: `pathname` ends with NUL and outlives the call.
-        let fd = unsafe { bpf_fd(BPF_OBJ_GET, &mut request) }?;
+        let fd = unsafe { bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut request) }?;
         // Programs and links can be pinned, too, and have other records.
         let kind = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
         if !kind.as_os_str().as_bytes().ends_with(b"bpf-map") {
@@ -165,7 +160,7 @@ impl Map {
         let mut request = self.element(key.as_ptr(), buffer.as_mut_ptr());
         // SAFETY: the kernel reads `key_size` bytes of the key, which it has, and writes `value_size` bytes, or as many
         // for each possible processor, rounded up.
-        match unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut request) } {
+        match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut request) } {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
@@ -177,7 +172,7 @@ impl Map {
         let mut next = vec![0_u8; self.key_size()];
         let mut request = self.element(key.map_or(ptr::null(), <[u8]>::as_ptr), next.as_mut_ptr());
         // SAFETY: both keys have the map's `key_size` bytes; the first is absent or came from this very function.
-        unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut request) }?;
+        unsafe { bpf(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut request) }?;
         Ok(next)
     }
 
@@ -210,7 +205,7 @@ impl MapInfo {
 pub(super) fn btf(id: u32) -> io::Result<Vec<u8>> {
     let mut request = ById { id, _next_id: 0, _open_flags: 0 };
     // SAFETY: the record has no addresses.
-    let fd = unsafe { bpf_fd(BPF_BTF_GET_FD_BY_ID, &mut request) }?;
+    let fd = unsafe { bpf_fd(bpf_cmd::BPF_BTF_GET_FD_BY_ID, &mut request) }?;
     let mut info = BtfInfo::default();
     // SAFETY: without room for the information the kernel tells its size only.
     unsafe { info_by_fd(&fd, &mut info) }?;
@@ -230,33 +225,18 @@ unsafe fn info_by_fd<T>(fd: &OwnedFd, info: &mut T) -> io::Result<()> {
     let mut request =
         InfoByFd { bpf_fd: number(fd.as_raw_fd()), info_len, info: address(ptr::from_mut(info)) };
     // SAFETY: the kernel fills in `info_len` bytes; the rest is the caller's promise.
-    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut request) }.map(drop)
+    unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut request) }.map(drop)
 }
 
 /// A command that gives a new descriptor.
 ///
 /// # Safety
 /// As for [`bpf`].
-unsafe fn bpf_fd<T>(command: u32, request: &mut T) -> io::Result<OwnedFd> {
+unsafe fn bpf_fd<T>(command: bpf_cmd, request: &mut T) -> io::Result<OwnedFd> {
     // SAFETY: the caller's promise.
     let fd = unsafe { bpf(command, request) }?;
     // SAFETY: the descriptor is new and nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// The system call.
-///
-/// # Safety
-/// `T` is laid out as the beginning of `bpf_attr` for this command, and its addresses are valid.
-unsafe fn bpf<T>(command: u32, request: &mut T) -> io::Result<RawFd> {
-    let size = size_of_val(request);
-    // SAFETY: the kernel reads `size` bytes and takes what is missing for zero; the rest is the caller's promise.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(request), size) };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        RawFd::try_from(result).map_err(io::Error::other)
-    }
 }
 
 fn address<T>(pointer: *const T) -> u64 {

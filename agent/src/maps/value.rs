@@ -260,3 +260,61 @@ fn signed(number: u128, size: usize) -> Result<i64, Stop> {
     let shifted = number.checked_shl(unused).ok_or(Stop::Odd)?.cast_signed();
     Ok(shifted >> unused)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::{
+        super::btf::tests::{PAIR, sample},
+        *,
+    };
+
+    fn printed(btf: &Btf, number: u32, data: &[u8], secret: &[bool], plain: bool) -> String {
+        let mut out = Vec::new();
+        let mut json = Json::new(&mut out, false);
+        let result = Printer { btf, json: &mut json, plain }.print(number, Bytes { data, secret });
+        result.or_else(Stop::io).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn members_with_a_secret_name_are_masked_and_no_others() {
+        let btf = Btf::parse(&sample()).unwrap();
+        let mut secret = [false; 12];
+        mark(&btf, PAIR, &["ticket"], &mut secret);
+        let data = [1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 3, 1];
+        assert_eq!(printed(&btf, PAIR, &data, &secret, true), r#"{"ticket":"***","list":[2,259]}"#);
+        assert_eq!(printed(&btf, PAIR, &data, &[false; 12], true), r#"{"ticket":1,"list":[2,259]}"#);
+    }
+
+    #[test]
+    fn a_value_that_is_too_short_ends_where_its_bytes_do() {
+        let btf = Btf::parse(&sample()).unwrap();
+        assert_eq!(
+            printed(&btf, PAIR, &[1; 10], &[false; 10], false),
+            r#"{"ticket":72340172838076673,"list":[257]}"#
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_so_odd_that_it_cannot_be_printed(
+            changes in vec((24_usize..120, any::<u8>()), 1..8),
+            data in vec(any::<u8>(), 0..24),
+            plain: bool,
+        ) {
+            let mut information = sample();
+            for (place, byte) in changes {
+                information[place] = byte;
+            }
+            if let Some(btf) = Btf::parse(&information) {
+                for number in 0..6 {
+                    let mut secret = vec![false; data.len()];
+                    mark(&btf, number, &["ticket"], &mut secret);
+                    printed(&btf, number, &data, &secret, plain);
+                }
+            }
+        }
+    }
+}

@@ -18,6 +18,7 @@ mod events;
 mod identity;
 mod limits;
 mod log;
+mod maps;
 mod node;
 mod options;
 mod tickets;
