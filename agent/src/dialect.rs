@@ -3,14 +3,15 @@
 //! Owns everything that is seen on the wire; pure functions of a request's head and an outcome. Never does IO,
 //! never decides who the caller is or what it may have.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, net::IpAddr};
 
-use agent_common::net::Service;
+use agent_common::net::{Endpoint, HTTP_PORT, Service};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
     HeaderMap, Method, StatusCode,
-    header::{ALLOW, CONTENT_TYPE, FORWARDED, HeaderName, HeaderValue, VIA},
+    header::{ALLOW, CONTENT_TYPE, FORWARDED, HOST, HeaderName, HeaderValue, VIA},
+    http::uri::Authority,
 };
 
 pub mod ecs;
@@ -50,9 +51,10 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 // === impl Dialect ===
 
 impl Dialect {
-    /// The dialect of the service that was dialled; where that is not known, the path tells.
-    pub fn pick(dialled: Option<Service>, path: &str) -> Self {
-        match dialled {
+    /// The dialect of the service that was dialled; where that is not known, as from behind a sidecar, that of the
+    /// service that the request is meant for, by its `Host`, else by its path.
+    pub fn pick(dialled: Option<Service>, headers: &HeaderMap, path: &str) -> Self {
+        match dialled.or_else(|| meant(headers)) {
             Some(Service::PodIdentity) => Self::PodIdentity,
             Some(Service::Ecs) => Self::Ecs,
             None if path == pod_identity::PATH => Self::PodIdentity,
@@ -93,6 +95,13 @@ impl Refusal {
     fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "NotFound", message)
     }
+}
+
+/// The service that the client has in its URL.
+fn meant(headers: &HeaderMap) -> Option<Service> {
+    let authority: Authority = headers.get(HOST)?.to_str().ok()?.parse().ok()?;
+    let address: IpAddr = authority.host().trim_matches(['[', ']']).parse().ok()?;
+    Endpoint::new(address, HTTP_PORT).service()
 }
 
 /// Whether a proxy passed the request on. Such a request may be somebody else's, whom a server in the pod was
@@ -154,11 +163,27 @@ mod tests {
     }
 
     #[test]
-    fn the_address_decides_and_the_path_where_the_address_is_podgate_s_own() {
-        assert_eq!(Dialect::pick(Some(Service::Imds), "/v1/credentials"), Dialect::Imds);
-        assert_eq!(Dialect::pick(Some(Service::PodIdentity), "/latest/api/token"), Dialect::PodIdentity);
-        assert_eq!(Dialect::pick(Some(Service::Ecs), "/v1/credentials"), Dialect::Ecs);
-        assert_eq!(Dialect::pick(None, "/v1/credentials"), Dialect::PodIdentity);
-        assert_eq!(Dialect::pick(None, "/latest/api/token"), Dialect::Imds);
+    fn the_address_decides_and_where_it_is_podgate_s_own_the_host_and_the_path() {
+        const POD_IDENTITY: &str = "/v1/credentials";
+        const IMDS: &str = "/latest/api/token";
+        for (dialled, host, path, dialect) in [
+            (Some(Service::Imds), "169.254.170.23", POD_IDENTITY, Dialect::Imds),
+            (Some(Service::PodIdentity), "169.254.169.254", IMDS, Dialect::PodIdentity),
+            (Some(Service::Ecs), "169.254.170.23", POD_IDENTITY, Dialect::Ecs),
+            (None, "169.254.169.254", IMDS, Dialect::Imds),
+            (None, "169.254.169.254:80", POD_IDENTITY, Dialect::Imds),
+            (None, "[fd00:ec2::254]", POD_IDENTITY, Dialect::Imds),
+            (None, "169.254.170.23", IMDS, Dialect::PodIdentity),
+            (None, "[fd00:ec2::23]:80", IMDS, Dialect::PodIdentity),
+            (None, "169.254.170.2", POD_IDENTITY, Dialect::Ecs),
+            (None, "localhost", POD_IDENTITY, Dialect::PodIdentity),
+            (None, "", POD_IDENTITY, Dialect::PodIdentity),
+            (None, "[", IMDS, Dialect::Imds),
+            (None, "169.254.175.1", IMDS, Dialect::Imds),
+        ] {
+            let head = head("GET", path, &[("host", host)]);
+            assert_eq!(Dialect::pick(dialled, &head.headers, path), dialect, "{dialled:?}, {host}, {path}");
+        }
+        assert_eq!(Dialect::pick(None, &HeaderMap::new(), POD_IDENTITY), Dialect::PodIdentity);
     }
 }

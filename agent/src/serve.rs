@@ -103,7 +103,7 @@ impl<S: CredentialSource> Server<S> {
     async fn request(&self, connection: &Connection, request: Request<Incoming>) -> Response {
         let begun = Instant::now();
         let (head, _) = request.into_parts();
-        let dialect = Dialect::pick(connection.dialled(), head.uri.path());
+        let dialect = Dialect::pick(connection.dialled(), &head.headers, head.uri.path());
         let answer = self.answer(dialect, connection, &head, begun + DEADLINE).await;
         let (response, outcome) = match answer {
             Ok(response) => (response, "ok".into()),
@@ -281,10 +281,11 @@ impl Connection {
         self.dialler.get().map(|dialler| dialler.uid)
     }
 
-    /// The service that the caller dialled. Without an origin nobody knows: where it arrived is the target of
-    /// every dial.
+    /// The service that the caller dialled. Without an origin nobody knows, nor where the caller dialled podgate itself:
+    /// that is where every dial is sent, and where sidecars see it go.
     fn dialled(&self) -> Option<Service> {
-        self.origin.as_ref().and_then(|origin| origin.orig_dst.service())
+        let origin = self.origin.as_ref()?;
+        if origin.orig_dst.same(&origin.target) { None } else { origin.orig_dst.service() }
     }
 }
 

@@ -143,7 +143,7 @@ async fn nobody_is_anonymous_without_a_token() {
     let answer = node.get("/v1/credentials", &[]).await;
     assert_eq!((answer.status, answer.message().as_str()), (400, "Service account token cannot be empty"));
     for (method, path) in [("PUT", TOKEN), ("GET", ROLES), ("GET", "/")] {
-        let answer = node.request(method, path, &[TTL]).await;
+        let answer = node.request(method, path, &[TTL, ("Host", "169.254.169.254")]).await;
         assert_eq!(answer.status, 403, "{answer:?}");
         assert!(answer.body.contains("does not know which pod"), "{answer:?}");
     }

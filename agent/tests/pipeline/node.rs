@@ -24,7 +24,7 @@ use agent::{
     testing::{FakeCgroups, FakeOrigins},
 };
 use agent_common::{
-    net::Endpoint,
+    net::{Endpoint, POD_IDENTITY_V4},
     origin::{Origin, STATE_SENT},
 };
 use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
@@ -341,7 +341,7 @@ fn origin(cgroup_id: u64, address: &str) -> Origin {
         ticket: 1,
         dialled_at_ns: 1,
         orig_dst: Endpoint::new(ip, 80),
-        target: Endpoint::new(ip, 80),
+        target: Endpoint::new(POD_IDENTITY_V4.into(), 80),
         state: STATE_SENT,
         tgid: 1,
         comm: *b"test\0\0\0\0\0\0\0\0\0\0\0\0",
