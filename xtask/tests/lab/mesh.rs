@@ -1,8 +1,37 @@
 //! The dialling cgroup and the socket's network must belong to the same pod.
 
-use std::time::Duration;
+use std::{fs, process::Stdio, time::Duration};
+
+use anyhow::Context as _;
+use lab::{EnvKind, Pod};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader, Lines},
+    process::{Child, ChildStdout},
+    time::timeout,
+};
 
 use crate::node::{self, IMDS, Node, POD_IDENTITY};
+
+/// What a mesh does in its pods' networks: what the application dials goes to the sidecar, which alone may send.
+const REDIRECT: &str = "add table ip mesh
+add chain ip mesh output { type nat hook output priority -100; }
+add rule ip mesh output meta skuid != 1337 ip daddr 169.254.0.0/16 meta l4proto tcp redirect to :15001";
+/// A sidecar: says where each connection was to go, and dials there itself. 80 is `SO_ORIGINAL_DST`.
+const SIDECAR: &str = "import os, socket, struct, threading
+os.setuid(1337)
+listener = socket.create_server(('127.0.0.1', 15001))
+print('ready', flush=True)
+def copy(source, sink):
+    while data := source.recv(65536): sink.sendall(data)
+    sink.shutdown(socket.SHUT_WR)
+while True:
+    client, _ = listener.accept()
+    port, address = struct.unpack('!2xH4s8x', client.getsockopt(socket.SOL_IP, 80, 16))
+    address = socket.inet_ntoa(address)
+    server = socket.create_connection((address, port))
+    print(f'{address}:{port}', flush=True)
+    for way in ((client, server), (server, client)):
+        threading.Thread(target=copy, args=way, daemon=True).start()";
 
 const SESSION: [&str; 4] = ["-X", "PUT", "-H", "X-aws-ec2-metadata-token-ttl-seconds: 60"];
 
@@ -52,5 +81,55 @@ async fn a_pod_whose_address_is_hidden_is_known_by_its_processes() -> anyhow::Re
     tokio::time::sleep(Duration::from_millis(300)).await;
     node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
     node.curl_through(&pod, &other, &[POD_IDENTITY]).await?.assert_refused(403, &["network"]);
+    node.down().await
+}
+
+/// A sidecar in a container of its own; killed when dropped.
+struct Sidecar {
+    process: Child,
+    connections: Lines<BufReader<ChildStdout>>,
+}
+
+// === impl Sidecar ===
+
+impl Sidecar {
+    /// Starts it in a new container of `pod`, and sends it what the pod dials from now on.
+    async fn start(node: &Node, pod: &Pod) -> anyhow::Result<Self> {
+        let container = pod.cgroup.join(format!("cri-containerd-{}.scope", "5".repeat(64)));
+        fs::create_dir(&container)?;
+        let second = Pod { container, ..pod.clone() };
+        let mut command = node.lab.exec(&second, EnvKind::None, &["python3", "-c", SIDECAR])?;
+        let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let output = process.stdout.take().context("BUG: the sidecar's output is not a pipe")?;
+        let mut sidecar = Self { process, connections: BufReader::new(output).lines() };
+        assert_eq!(sidecar.next().await?, "ready");
+        let rules = node.lab.exec(pod, EnvKind::None, &["nft", REDIRECT])?.status().await?;
+        assert!(rules.success(), "nft: {rules}");
+        Ok(sidecar)
+    }
+
+    /// Where the next connection was to go, as the sidecar sees it.
+    async fn next(&mut self) -> anyhow::Result<String> {
+        let line = timeout(Duration::from_secs(10), self.connections.next_line()).await;
+        line.context("the sidecar has no connection")??.context("the sidecar has ended")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sidecar_that_dials_for_its_own_pod_gets_the_pod_s_role() -> anyhow::Result<()> {
+    let node = Node::intercepting().await?;
+    let pod = node.pod("meshed")?;
+    let mut sidecar = Sidecar::start(&node, &pod).await?;
+    // The application's dial is sent to podgate before the mesh sees it, and there by the sidecar.
+    node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
+    assert_eq!(sidecar.next().await?, "169.254.170.23:80");
+    // Where it went first is lost on the way; what is asked for tells.
+    node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
+    for _ in 0..3 {
+        assert_eq!(sidecar.next().await?, "169.254.170.23:80");
+    }
+    // The control: without the sidecar nothing arrives.
+    sidecar.process.kill().await?;
+    assert_eq!(node.curl(&pod, &[POD_IDENTITY]).await?.status, 0);
     node.down().await
 }

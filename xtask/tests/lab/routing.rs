@@ -224,3 +224,29 @@ async fn a_node_that_drops_what_comes_in_needs_no_more_than_the_stock_agent_s_ex
     assert_served(&node, &pod, &BOTH).await?;
     node.down().await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dial_that_the_node_drops_is_logged_with_the_pod_and_what_to_allow() -> anyhow::Result<()> {
+    // Other addresses than those that everybody allows.
+    let target = ["--target-v4", "169.254.175.1:80", "--target-v6", "none"];
+    let lab =
+        Lab::up(LabSpec { routing: Routing::DroppingInput, ..LabSpec::new(&node::lab_name(), HELPER) })?;
+    let flags = [&["--imds", "intercept"][..], &target].concat();
+    let agent = lab.start_agent(&node::agent(&flags)?).await?;
+    let node = Node { lab, agent };
+    let pod = node.pod("shut-out")?;
+    let answer = node.curl(&pod, &["--connect-timeout", "1", POD_IDENTITY]).await?;
+    assert_eq!(answer.status, 0, "{answer:?}");
+
+    let said = |line: &str| {
+        ["WARN", "nothing answered", "shop/shut-out", "curl", "allow 169.254.175.1 port 80"]
+            .iter()
+            .all(|words| line.contains(words))
+    };
+    let deadline = Instant::now() + SOON;
+    while !node.agent.log_text()?.lines().any(said) {
+        assert!(Instant::now() < deadline, "{}", node.agent.log_tail());
+        sleep(Duration::from_millis(10)).await;
+    }
+    node.down().await
+}
