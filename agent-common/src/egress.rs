@@ -48,14 +48,18 @@ impl Asked {
 /// Where the path goes on after its version: behind the second slash. The end of `head` where it has none.
 #[inline(always)]
 fn after_version(head: &[u8; HEAD_LEN]) -> usize {
-    let mut slashes = 0;
-    for (at, byte) in head.iter().enumerate() {
-        slashes += usize::from(*byte == b'/');
-        if slashes == 2 {
-            return at + 1;
-        }
+    let first = after_slash(head, 0);
+    after_slash(head, first)
+}
+
+/// The place after the next slash.
+#[inline(always)]
+fn after_slash(head: &[u8; HEAD_LEN], from: usize) -> usize {
+    let mut at = from;
+    while at < HEAD_LEN && head[at] != b'/' {
+        at += 1;
     }
-    HEAD_LEN
+    at + 1
 }
 
 /// Whether `what` is at this place.

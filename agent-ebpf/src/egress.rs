@@ -74,17 +74,14 @@ fn judge(packet: &Packet, destination: Endpoint) -> Verdict {
         },
     };
     let jobs = EGRESS_JOBS.get(0).copied().unwrap_or(0);
-    match imds {
-        IMDS_OFF => {}
-        IMDS_AUDIT if jobs & JOB_AUDIT_PATHS != 0 => audit(packet, socket, pod_cgroup_id, destination),
-        IMDS_AUDIT => {}
-        _ if jobs & JOB_GUARD != 0 => {
-            tell(Counter::GuardDropped, packet, pod_cgroup_id, destination);
-            return Verdict::Drop;
-        }
-        _ => {}
+    if imds == IMDS_AUDIT && jobs & JOB_AUDIT_PATHS != 0 {
+        audit(packet, socket, pod_cgroup_id, destination);
     }
-    Verdict::Pass
+    if matches!(imds, IMDS_OFF | IMDS_AUDIT) || jobs & JOB_GUARD == 0 {
+        return Verdict::Pass;
+    }
+    tell(Counter::GuardDropped, packet, pod_cgroup_id, destination);
+    Verdict::Drop
 }
 
 /// Whether `connect` has sent the socket there. Only TCP sockets have an origin, and they send to their peer alone; the

@@ -22,12 +22,16 @@ const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 /// Of an IPv4 header without options.
-const IP4_HEADER_LEN: usize = 20;
-const IP6_HEADER_LEN: usize = 40;
+const IP4_HEADER_LEN: u32 = 20;
+/// Of an IPv6 header without the headers that may follow.
+const IP6_HEADER_LEN: u32 = 40;
 /// The part of the IPv4 header's fragment word that is 0 in all packets but later fragments.
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 
-const _: () = assert!(HEAD_LEN.is_power_of_two());
+/// How much of a payload is read at most.
+#[expect(clippy::cast_possible_truncation, reason = "a few dozen")]
+const HEAD_MAX: u32 = HEAD_LEN as u32;
+const _: () = assert!(HEAD_MAX.is_power_of_two());
 
 /// A packet that a socket sends. Of TCP it may be many segments that the device takes apart later.
 pub(crate) struct Packet(SkBuffContext);
@@ -52,10 +56,10 @@ impl Packet {
             let (start, end) = ((*skb).data as usize, (*skb).data_end as usize);
             let word = |offset| *((start + offset) as *const u32);
             match (*skb).protocol {
-                ETH_P_IP if start + IP4_HEADER_LEN <= end => {
+                ETH_P_IP if start + IP4_HEADER_LEN as usize <= end => {
                     Some(Endpoint::from_ip4_be(word(16), NetPort::new(0)))
                 }
-                ETH_P_IPV6 if start + IP6_HEADER_LEN <= end => {
+                ETH_P_IPV6 if start + IP6_HEADER_LEN as usize <= end => {
                     Some(Endpoint::from_ip6_be([word(24), word(28), word(32), word(36)], NetPort::new(0)))
                 }
                 _ => None,
@@ -67,7 +71,7 @@ impl Packet {
     #[inline(always)]
     pub(crate) fn port(&self) -> NetPort {
         let port = match self.transport() {
-            Some((IPPROTO_TCP | IPPROTO_UDP, offset)) => self.0.load(offset + 2).unwrap_or(0),
+            Some((IPPROTO_TCP | IPPROTO_UDP, offset)) => self.load(offset + 2).unwrap_or(0),
             _ => 0,
         };
         NetPort::from_be(port)
@@ -76,17 +80,16 @@ impl Packet {
     /// The beginning of what it carries over TCP, filled up with 0; `None` where it carries nothing.
     #[inline(always)]
     pub(crate) fn payload_of_tcp(&self) -> Option<[u8; HEAD_LEN]> {
-        let Some((IPPROTO_TCP, offset)) = self.transport() else { return None };
-        let header_words = self.0.load::<u8>(offset + 12).ok()? >> 4;
-        let offset = offset + usize::from(header_words) * 4;
-        let available = self.0.len().checked_sub(offset as u32).filter(|available| *available > 0)?;
+        let Some((IPPROTO_TCP, header)) = self.transport() else { return None };
+        let header_words = self.load::<u8>(header + 12)? >> 4;
+        let offset = header + u32::from(header_words) * 4;
+        let available = self.0.len().checked_sub(offset).filter(|available| *available > 0)?;
         // Less one, so that a mask can show to the verifier what the compiler knows and would leave out: 1 to 32.
-        let last = black_box(available.min(HEAD_LEN as u32) - 1) & (HEAD_LEN as u32 - 1);
+        let last = black_box(available.min(HEAD_MAX) - 1) & (HEAD_MAX - 1);
         let mut head = [0; HEAD_LEN];
         // SAFETY: see above; there is room for as much as is asked for.
-        let failed = unsafe {
-            bpf_skb_load_bytes(self.0.skb.skb.cast(), offset as u32, head.as_mut_ptr().cast(), last + 1)
-        };
+        let failed =
+            unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), offset, head.as_mut_ptr().cast(), last + 1) };
         (failed == 0).then_some(head)
     }
 
@@ -116,14 +119,19 @@ impl Packet {
 
     /// The transport protocol and where its header begins; `None` for later fragments, which have none.
     #[inline(always)]
-    fn transport(&self) -> Option<(u8, usize)> {
+    fn transport(&self) -> Option<(u8, u32)> {
         // SAFETY: see above.
         if unsafe { (*self.0.skb.skb).protocol } == ETH_P_IPV6 {
-            return Some((self.0.load(6).ok()?, IP6_HEADER_LEN));
+            return Some((self.load(6)?, IP6_HEADER_LEN));
         }
-        let fragment: u16 = self.0.load(6).ok()?;
-        let header_words = self.0.load::<u8>(0).ok()? & 0xf;
-        let protocol = self.0.load(9).ok()?;
-        (u16::from_be(fragment) & FRAGMENT_OFFSET == 0).then_some((protocol, usize::from(header_words) * 4))
+        let fragment: u16 = self.load(6)?;
+        let header_words = self.load::<u8>(0)? & 0xf;
+        let protocol = self.load(9)?;
+        (u16::from_be(fragment) & FRAGMENT_OFFSET == 0).then_some((protocol, u32::from(header_words) * 4))
+    }
+
+    #[inline(always)]
+    fn load<T>(&self, offset: u32) -> Option<T> {
+        self.0.load(offset as usize).ok()
     }
 }

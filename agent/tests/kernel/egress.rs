@@ -48,7 +48,7 @@ const SOME_PROTOCOL: u8 = 253;
 type Mark = [u8; 8];
 
 /// A way to send a packet with a mark in it to an address.
-type Way = (&'static str, fn(IpAddr, &Mark) -> io::Result<()>);
+type Way = (&'static str, fn(IpAddr, Mark) -> io::Result<()>);
 
 const WAYS: [Way; 9] = [
     ("a datagram", datagram),
@@ -56,7 +56,7 @@ const WAYS: [Way; 9] = [
     ("a raw segment", |to, mark| raw(to, TCP, &segment(mark))),
     ("a raw datagram", |to, mark| raw(to, UDP, &[&[0, 53, 0, 53, 0, 16, 0, 0], &mark[..]].concat())),
     ("a ping", ping),
-    ("an unknown protocol", |to, mark| raw(to, SOME_PROTOCOL, mark)),
+    ("an unknown protocol", |to, mark| raw(to, SOME_PROTOCOL, &mark)),
     ("a segment with its IP header", |to, mark| own_header(to, &packet(to, TCP, &segment(mark)))),
     ("a later fragment with its IP header", later_fragment),
     ("a segment behind options", behind_options),
@@ -85,7 +85,7 @@ impl Wire {
     }
 
     /// Whether a packet with the mark was sent since the last call.
-    fn has(&self, mark: &Mark) -> bool {
+    fn has(&self, mark: Mark) -> bool {
         let mut packet = [0; 2048];
         let mut found = false;
         while let Ok((length, _)) = recv(&self.0, &mut packet[..], RecvFlags::DONTWAIT) {
@@ -109,17 +109,17 @@ fn family(to: IpAddr) -> AddressFamily {
     if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
 }
 
-fn datagram(to: IpAddr, mark: &Mark) -> io::Result<()> {
+fn datagram(to: IpAddr, mark: Mark) -> io::Result<()> {
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    UdpSocket::bind(any)?.send_to(mark, (to, 53)).map(drop)
+    UdpSocket::bind(any)?.send_to(&mark, (to, 53)).map(drop)
 }
 
-fn mapped_datagram(to: IpAddr, mark: &Mark) -> io::Result<()> {
+fn mapped_datagram(to: IpAddr, mark: Mark) -> io::Result<()> {
     let mapped = match to {
         IpAddr::V4(ip) => ip.to_ipv6_mapped(),
         IpAddr::V6(ip) => ip,
     };
-    UdpSocket::bind("[::]:0")?.send_to(mark, (mapped, 53)).map(drop)
+    UdpSocket::bind("[::]:0")?.send_to(&mark, (mapped, 53)).map(drop)
 }
 
 /// The kernel makes the IP header.
@@ -135,26 +135,23 @@ fn own_header(to: IpAddr, packet: &[u8]) -> io::Result<()> {
     Ok(sendto(&raw, packet, SendFlags::empty(), &SocketAddr::new(to, 0)).map(drop)?)
 }
 
-fn ping(to: IpAddr, mark: &Mark) -> io::Result<()> {
+fn ping(to: IpAddr, mark: Mark) -> io::Result<()> {
     let (protocol, request) = if to.is_ipv4() { (ICMP, 8) } else { (ICMP_V6, 128) };
     raw(to, protocol, &[&[request, 0, 0, 0, 0, 1, 0, 1], &mark[..]].concat())
 }
 
 /// Neither a port nor a flag is in it.
-fn later_fragment(to: IpAddr, mark: &Mark) -> io::Result<()> {
+fn later_fragment(to: IpAddr, mark: Mark) -> io::Result<()> {
     if to.is_ipv4() {
-        let mut packet = packet(to, UDP, mark);
-        packet[7] = 100;
+        let mut packet = packet(to, UDP, &mark);
+        packet[7] = 4;
         own_header(to, &packet)
     } else {
-        own_header(
-            to,
-            &packet(to, FRAGMENT, &[&[UDP, 0, 0, 100 << 3 & 0xff, 0, 0, 0, 1], &mark[..]].concat()),
-        )
+        own_header(to, &packet(to, FRAGMENT, &[&[UDP, 0, 0, 4 << 3, 0, 0, 0, 1], &mark[..]].concat()))
     }
 }
 
-fn behind_options(to: IpAddr, mark: &Mark) -> io::Result<()> {
+fn behind_options(to: IpAddr, mark: Mark) -> io::Result<()> {
     if to.is_ipv4() {
         // A header of six words instead of five: four times "no operation".
         let mut packet = packet(to, TCP, &[&[1; 4], &segment(mark)[..]].concat());
@@ -167,7 +164,7 @@ fn behind_options(to: IpAddr, mark: &Mark) -> io::Result<()> {
 }
 
 /// The first segment of a handshake with port 80, with the mark for a ticket.
-fn segment(mark: &Mark) -> Vec<u8> {
+fn segment(mark: Mark) -> Vec<u8> {
     let mut tcp = vec![0x9c, 0x40, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 8 << 4, 0x02, 0xff, 0xff, 0, 0, 0, 0];
     tcp.extend([TICKET_OPTION_KIND, TICKET_OPTION_LEN]);
     tcp.extend(TICKET_OPTION_EXID);
@@ -228,10 +225,10 @@ fn try_all(node: &Node, pod: &Pod, stopped: bool, case: &str) {
     for to in GUARDED {
         for (way, send) in WAYS {
             let (before, mark) = (node.count(Counter::GuardDropped), fresh_mark());
-            let result = pod.run(|| send(to, &mark));
+            let result = pod.run(|| send(to, mark));
             let sent = if stopped { is_eperm(&result) } else { result.is_ok() };
             assert!(sent, "{case}: {way} to {to}: {result:?}");
-            assert_eq!(wire.has(&mark), !stopped, "{case}: {way} to {to}");
+            assert_eq!(wire.has(mark), !stopped, "{case}: {way} to {to}");
             let dropped = node.count(Counter::GuardDropped) - before;
             assert_eq!(dropped, u64::from(stopped), "{case}: {way} to {to}");
         }
@@ -287,18 +284,18 @@ fn other_destinations_podgate_itself_and_the_node_are_left_alone() {
         let wire = Wire::watch();
         let others = ["127.0.0.1", "::1", "169.254.170.2", "10.9.9.9"].map(|ip| ip.parse().unwrap());
         for (way, send) in WAYS {
-            let arrives = |result: io::Result<()>, mark: &Mark, who: &str, to: IpAddr| {
+            let arrives = |result: io::Result<()>, mark: Mark, who: &str, to: IpAddr| {
                 assert!(result.is_ok() && wire.has(mark), "{who}, {way} to {to}: {result:?}");
             };
             for to in others {
                 let mark = fresh_mark();
-                arrives(pod.run(|| send(to, &mark)), &mark, "the pod", to);
+                arrives(pod.run(|| send(to, mark)), mark, "the pod", to);
             }
             for to in GUARDED {
                 let mark = fresh_mark();
-                arrives(node.as_agent(|| send(to, &mark)), &mark, "podgate", to);
+                arrives(node.as_agent(|| send(to, mark)), mark, "podgate", to);
                 let mark = fresh_mark();
-                arrives(outside(|| send(to, &mark)), &mark, "the node", to);
+                arrives(outside(|| send(to, mark)), mark, "the node", to);
             }
         }
         assert_eq!(node.count(Counter::GuardDropped), 0);
@@ -330,11 +327,11 @@ fn connections_from_before_a_pod_was_intercepted_stop() {
                 set_imds(node, &pod, if stopped { IMDS_INTERCEPT } else { IMDS_OFF });
                 let (before, mark) = (node.count(Counter::GuardDropped), fresh_mark());
                 assert_eq!(is_eperm(&datagrams.send(&mark)), stopped, "{address}");
-                assert_eq!(wire.has(&mark), !stopped, "{address}, a connected datagram");
+                assert_eq!(wire.has(mark), !stopped, "{address}, a connected datagram");
                 let mark = fresh_mark();
                 // The kernel takes it, and tries for a while to send it.
                 stream.write_all(&mark).unwrap();
-                assert_eq!(wire.has(&mark), !stopped, "{address}, an established connection");
+                assert_eq!(wire.has(mark), !stopped, "{address}, an established connection");
                 assert_eq!(node.count(Counter::GuardDropped) >= before + 2, stopped, "{address}");
             }
             set_imds(node, &pod, IMDS_OFF);
@@ -348,8 +345,8 @@ fn packets_made_below_ip_are_not_seen() {
         let pod = node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
         let (wire, mark) = (Wire::watch(), fresh_mark());
         let to = IpAddr::from(IMDS_V4);
-        pod.run(|| below_ip(&packet(to, TCP, &segment(&mark))));
-        assert!(wire.has(&mark), "this is closed outside the pod only");
+        pod.run(|| below_ip(&packet(to, TCP, &segment(mark))));
+        assert!(wire.has(mark), "this is closed outside the pod only");
         assert_eq!(node.count(Counter::GuardDropped), 0);
     });
 }
@@ -362,7 +359,7 @@ fn what_is_stopped_is_told_with_whose_it_is_and_where_to() {
         for to in GUARDED {
             for (way, port) in [(0, 53), (2, 80), (4, 0), (7, 0)] {
                 let (name, send) = WAYS[way];
-                assert!(is_eperm(&pod.run(|| send(to, &fresh_mark()))), "{name} to {to}");
+                assert!(is_eperm(&pod.run(|| send(to, fresh_mark()))), "{name} to {to}");
                 let [(kind, event)] = events::told(&mut events)[..] else { panic!("{name}: not one event") };
                 assert_eq!(kind, Counter::GuardDropped);
                 assert_eq!((event.cgroup_id, event.pod_cgroup_id), (pod.container.id, pod.cgroup.id));
