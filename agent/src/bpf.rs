@@ -121,6 +121,13 @@ impl CgroupLink {
         unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop) }
     }
 
+    /// Detaches the program now, whoever else has the link. Removing a pin does so only a while later.
+    pub(crate) fn detach(&self) -> io::Result<()> {
+        let mut link_fd = raw(self.0.as_fd());
+        // SAFETY: this command takes the descriptor alone.
+        unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut link_fd).map(drop) }
+    }
+
     /// The cgroup that it is attached to; 0 when that is gone.
     pub(crate) fn cgroup_id(&self) -> io::Result<u64> {
         let mut info = LinkInfo::default();

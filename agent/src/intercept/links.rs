@@ -12,7 +12,11 @@ use std::{
 use agent_common::abi::program;
 use aya_obj::generated::bpf_attach_type;
 
-use super::{Error, object::Object, pins::Pins};
+use super::{
+    Error,
+    object::Object,
+    pins::{self, Pins},
+};
 use crate::bpf::CgroupLink;
 
 /// The cgroups that programs are attached to, held open.
@@ -54,12 +58,11 @@ impl Cgroups {
 
     /// Detaches a program from kubepods, if it is attached.
     pub(super) fn detach(&self, pins: &Pins, name: &'static str) -> Result<(), Error> {
-        match fs::remove_file(pins.links().join(name)) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(Error::Detach { program: name, cgroup: self.kubepods.path.clone(), source })
-            }
-            _ => Ok(()),
-        }
+        pins::remove(&pins.links().join(name)).map_err(|source| Error::Detach {
+            program: name,
+            cgroup: self.kubepods.path.clone(),
+            source,
+        })
     }
 
     fn put(&self, program: BorrowedFd<'_>, links: &Path, name: &str) -> io::Result<()> {

@@ -17,10 +17,13 @@ use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, program};
 use rustix::fs::{FlockOperation, flock};
 
 use super::Error;
+use crate::bpf::CgroupLink;
 
 /// How long another agent may take to change the pins.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+/// The directory of an ABI's links.
+const LINKS: &str = "links";
 
 /// This ABI's pins.
 #[derive(Debug)]
@@ -73,23 +76,24 @@ impl Pins {
 
     /// Where the links are.
     pub(super) fn links(&self) -> PathBuf {
-        self.own.join("links")
+        self.own.join(LINKS)
     }
 
     /// Whether the agent's address has been guarded since before this agent began, by programs of any ABI.
     pub(super) fn guard_addresses(&self) -> bool {
         let abis = fs::read_dir(&self.root).into_iter().flatten().flatten();
-        abis.into_iter().any(|abi| abi.path().join("links").join(program::BIND4).exists())
+        abis.into_iter().any(|abi| abi.path().join(LINKS).join(program::BIND4).exists())
     }
 
     /// Removes what programs of other ABIs have left, and so detaches them.
     pub(super) fn remove_others(&self) -> Result<(), Error> {
         for path in children(&self.root).map_err(|source| Error::Pin { path: self.root.clone(), source })? {
             if path != self.own {
-                // Links first: no program is to run with half of its maps.
-                for part in [path.join("links"), path] {
-                    gone(fs::remove_dir_all(&part)).map_err(|source| Error::Pin { path: part, source })?;
-                }
+                // Programs first: none is to run beside this agent's for longer than it takes.
+                let links = path.join(LINKS);
+                let removed = children(&links).and_then(|links| links.iter().try_for_each(|link| remove(link)));
+                removed.map_err(|source| Error::Pin { path: links, source })?;
+                gone(fs::remove_dir_all(&path)).map_err(|source| Error::Pin { path, source })?;
             }
         }
         Ok(())
@@ -100,7 +104,7 @@ impl Pins {
 pub(super) fn all(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
     let root = bpffs.join(PIN_DIRECTORY);
     let mut found = Vec::new();
-    for part in ["links", "maps"] {
+    for part in [LINKS, "maps"] {
         for abi in children(&root)? {
             found.extend(children(&abi.join(part))?);
             found.extend(Some(abi.join(part)).filter(|path| path.exists()));
@@ -111,9 +115,15 @@ pub(super) fn all(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Removes what [`all`] has found.
+/// Removes what [`all`] has found; a link's program is detached at once. What somebody else has removed is fine.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
-    gone(if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) })
+    if path.is_dir() {
+        return gone(fs::remove_dir(path));
+    }
+    if path.parent().is_some_and(|parent| parent.ends_with(LINKS)) {
+        gone(CgroupLink::open(path).and_then(|link| link.detach()))?;
+    }
+    gone(fs::remove_file(path))
 }
 
 fn children(directory: &Path) -> io::Result<Vec<PathBuf>> {

@@ -213,6 +213,7 @@ impl Node {
             unpin(&pin).unwrap();
         }
         self.interceptor = Interceptor::load(&self.settings()).unwrap();
+        self.interceptor.exempt(self.agent.id).unwrap();
     }
 
     /// What an agent of this node is started with.

@@ -1,0 +1,368 @@
+//! From one agent to the next: what stays when one dies, and how another takes its place.
+
+use std::{
+    fs, io,
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::unix::fs::PermissionsExt as _,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use agent::{
+    accept::{check_free, listen},
+    intercept::{Interceptor, Settings, Standing, pinned},
+};
+use agent_common::{
+    abi::ABI_VERSION,
+    counter::Counter,
+    policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
+    target::{Target, WHEN_DOWN_PASS},
+};
+
+use crate::{
+    ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_V6, is_eperm,
+    node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, now_ns, own_pair},
+};
+
+const SECOND: u64 = 1_000_000_000;
+const INTERCEPT: PodPolicy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
+
+/// Another agent of this node, in a container of its own.
+fn successor(node: &Node) -> Interceptor {
+    let mut interceptor = Interceptor::load(&of_successor(node)).unwrap();
+    interceptor.exempt(other_agent(node).id).unwrap();
+    interceptor
+}
+
+fn of_successor(node: &Node) -> Settings {
+    Settings { agent_cgroup: other_agent(node).path, ..node.settings() }
+}
+
+fn other_agent(node: &Node) -> Cgroup {
+    Cgroup::create(node.kubepods.path.join("kubepods-podother.slice"))
+}
+
+/// How many programs are attached for good.
+fn links(node: &Node) -> usize {
+    let pins = pinned(node.bpffs()).unwrap();
+    pins.iter().filter(|pin| pin.parent().is_some_and(|parent| parent.ends_with("links"))).count()
+}
+
+/// What `own_pair` is, with an agent that leaves Pod Identity to AWS's while it is down.
+fn with_stock_agent() -> Target {
+    Target { when_down: WHEN_DOWN_PASS, ..own_pair() }
+}
+
+#[test]
+fn dials_are_refused_when_the_agent_is_silent_and_other_destinations_are_not() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let audited = node.pod("b", IMDS_AUDIT, POD_IDENTITY_OFF);
+        let agent = node.agent();
+        let elsewhere = RealService::listen("127.0.0.1:8080");
+        let real = RealService::listen(IMDS);
+        let now = now_ns();
+        // A beat may be a moment in the future.
+        for (beat, is_alive) in [
+            (now, true),
+            (now + SECOND, true),
+            (now - SECOND, true),
+            (now - 3 * SECOND, false),
+            (0, false),
+            (now, true),
+        ] {
+            node.set_heartbeat(beat);
+            for address in [IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_V6, ECS] {
+                let dialled = pod.dial(address);
+                assert_eq!(is_eperm(&dialled), !is_alive, "{address}: {dialled:?}");
+                if is_alive {
+                    dialled.unwrap();
+                    assert!(agent.accept().is_some(), "{address}");
+                }
+            }
+            pod.dial("127.0.0.1:8080").unwrap();
+            elsewhere.accept();
+            audited.dial(IMDS).unwrap();
+            real.accept();
+        }
+        assert_eq!(node.count(Counter::DeniedDown), 12);
+    });
+}
+
+#[test]
+fn while_the_agent_is_down_pod_identity_may_be_left_to_aws_s_own_agent_and_imds_never() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let stock = RealService::listen(POD_IDENTITY);
+        let stock_v6 = RealService::listen(POD_IDENTITY_V6);
+        node.interceptor.set_target(with_stock_agent()).unwrap();
+        node.set_heartbeat(0);
+        for (address, service) in [(POD_IDENTITY, &stock), (POD_IDENTITY_V6, &stock_v6)] {
+            pod.dial(address).unwrap();
+            service.accept();
+        }
+        for address in [IMDS, IMDS_V6, IMDS_MAPPED, ECS, &format!("{AGENT_V4}:80")] {
+            assert!(is_eperm(&pod.dial(address)), "{address}");
+        }
+        assert_eq!(node.count(Counter::PassedDown), 2);
+    });
+}
+
+#[test]
+fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let real = RealService::listen(IMDS);
+        // Its programs and maps stay, but nobody redeems tickets any more.
+        let settings = of_successor(node);
+        let former = std::mem::replace(&mut node.interceptor, Interceptor::load(&settings).unwrap());
+        drop(former);
+        node.set_heartbeat(0);
+        assert!(is_eperm(&pod.dial(IMDS)));
+        assert_eq!(links(node), 8, "seven programs, and the one on outgoing packets");
+
+        // Whoever has not taken over changes nothing.
+        node.interceptor
+            .set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_OFF, pod_identity: POD_IDENTITY_OFF })
+            .unwrap();
+        node.interceptor.set_target(with_stock_agent()).unwrap();
+        node.interceptor.stop().unwrap();
+        assert!(matches!(node.interceptor.beat().unwrap(), Standing::Succeeded { .. }));
+        assert!(is_eperm(&pod.dial(IMDS)));
+
+        node.interceptor.take_over(own_pair()).unwrap();
+        assert_eq!(node.interceptor.beat().unwrap(), Standing::InCharge);
+        pod.dial(IMDS).unwrap();
+        real.accept();
+        assert_eq!(links(node), 7, "no pod is guarded any more");
+    });
+}
+
+#[test]
+fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let mut successor = successor(node);
+        successor.set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_OFF, ..INTERCEPT }).unwrap();
+        successor.take_over(own_pair()).unwrap();
+        let real = RealService::listen(IMDS);
+        pod.dial(IMDS).unwrap();
+        real.accept();
+
+        node.set_heartbeat(now_ns() - SECOND);
+        let Standing::Succeeded { silent } = node.interceptor.beat().unwrap() else { panic!("it was") };
+        assert!(silent >= Duration::from_secs(1), "{silent:?}");
+        node.interceptor.stop().unwrap();
+        pod.dial(IMDS).expect("the end of a former agent is nobody's business");
+        real.accept();
+
+        let agent = node.agent();
+        node.interceptor.take_over(own_pair()).unwrap();
+        assert!(matches!(successor.beat().unwrap(), Standing::Succeeded { .. }));
+        pod.dial(IMDS).unwrap();
+        assert!(agent.accept().is_some(), "its own policies are in force again");
+    });
+}
+
+#[test]
+fn programs_are_replaced_without_a_moment_in_which_none_runs() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let agent = node.agent();
+        let real = RealService::listen(IMDS);
+        let done = AtomicBool::new(false);
+        let dials = pod.run(|| {
+            thread::scope(|scope| {
+                let dials = scope.spawn(|| {
+                    let mut dials = 0;
+                    while !done.load(Ordering::Relaxed) && dials < 3000 {
+                        dial(IMDS).unwrap();
+                        dials += 1;
+                    }
+                    dials
+                });
+                for _ in 0..10 {
+                    let mut successor = successor(node);
+                    successor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
+                    successor.take_over(own_pair()).unwrap();
+                    node.set_heartbeat(now_ns() + 3600 * SECOND);
+                }
+                done.store(true, Ordering::Relaxed);
+                dials.join().unwrap()
+            })
+        });
+        assert!(dials > 10, "{dials}");
+        for _ in 0..dials {
+            assert!(agent.accept().is_some());
+        }
+        assert!(real.try_accept().is_none() && agent.try_accept().is_none());
+        assert_eq!(node.live_tickets(), 0);
+        assert_eq!(node.count(Counter::Redirected), dials, "each dial met one program");
+    });
+}
+
+#[test]
+fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let root = node.bpffs().join("podgate");
+        let (own, other) = (root.join(format!("v{ABI_VERSION}")), root.join("v0"));
+        fs::rename(&own, &other).unwrap();
+        let former_links = fs::read_dir(other.join("links")).unwrap().count();
+        assert_eq!(former_links, 8);
+
+        let mut successor = successor(node);
+        assert!(is_eperm_at_target(node), "its address is still guarded, by the other's programs");
+        successor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
+        assert!(!successor.guard_addresses(own_pair()).unwrap(), "it cannot know what the other guards");
+        successor.take_over(own_pair()).unwrap();
+        assert!(!other.exists() && own.join("links/connect4").exists());
+
+        let real = RealService::listen(IMDS);
+        let redirected = count(&successor, Counter::Redirected);
+        let listener = other_agent(node).run(|| listen((AGENT_V4, 80).into()).unwrap());
+        pod.dial(IMDS).unwrap();
+        accept(&listener);
+        assert!(real.try_accept().is_none());
+        assert_eq!(count(&successor, Counter::Redirected), redirected + 1);
+        // The former agent's maps are no part of it any more.
+        assert_eq!(node.count(Counter::Redirected), 0);
+    });
+}
+
+fn is_eperm_at_target(node: &Node) -> bool {
+    let stranger = node.unknown_pod("stranger");
+    is_eperm(&stranger.run(|| TcpListener::bind((AGENT_V4, 80))))
+}
+
+fn count(interceptor: &Interceptor, counter: Counter) -> u64 {
+    let counters = interceptor.counters().unwrap();
+    counters.into_iter().find(|(other, _)| *other == counter).unwrap().1
+}
+
+fn accept(listener: &TcpListener) -> TcpStream {
+    crate::node::soon(|| listener.accept().ok()).0
+}
+
+#[test]
+fn nobody_else_may_listen_where_the_agent_does() {
+    Node::run(|node| {
+        let host_network = node.pod("cni", IMDS_OFF, POD_IDENTITY_OFF);
+        let unknown = node.unknown_pod("new");
+        let agent = node.agent();
+        let mapped = format!("[::ffff:{AGENT_V4}]:80");
+        let taken: [SocketAddr; 3] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into(), mapped.parse().unwrap()];
+        for pod in [&host_network, &unknown] {
+            for address in taken {
+                // With the option that lets them share the port: `listen` sets it.
+                assert!(is_eperm(&pod.run(|| listen(address))), "{address}");
+            }
+            // Every port but the agent's, and every address.
+            for free in [(AGENT_V4, 8080).into(), SocketAddr::from(([0, 0, 0, 0], 80)), ([127, 0, 0, 1], 80).into()] {
+                let bound = pod.run(|| TcpListener::bind(free).map(drop));
+                assert!(!is_eperm(&bound), "{free}: {bound:?}");
+            }
+            assert!(is_eperm(&pod.run(|| UdpSocket::bind((AGENT_V4, 80)))), "not by UDP either");
+        }
+        assert_eq!(node.count(Counter::DeniedBind), 8);
+        node.as_agent(|| listen(taken[0])).expect("the next generation may");
+
+        // Without the programs anybody of the agent's user takes its connections.
+        node.detach();
+        host_network.run(|| listen(taken[0])).expect("the control: it is the program that refuses");
+        drop(agent);
+    });
+}
+
+#[test]
+fn somebody_who_listens_there_before_the_programs_are_attached_is_found() {
+    Node::run(|node| {
+        let squatter = node.unknown_pod("squatter");
+        node.detach();
+        let address: SocketAddr = (AGENT_V4, 80).into();
+        let listener = squatter.run(|| listen(address)).unwrap();
+        assert!(!node.interceptor.guard_addresses(own_pair()).unwrap(), "nobody has guarded it");
+        assert_eq!(node.as_agent(|| check_free(address)).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(listener);
+        node.as_agent(|| check_free(address)).unwrap();
+        assert!(is_eperm(&squatter.run(|| listen(address))), "too late");
+        assert!(node.interceptor.guard_addresses(own_pair()).unwrap());
+        let elsewhere = Target { v4: crate::endpoint("169.254.175.9:80"), ..own_pair() };
+        assert!(!node.interceptor.guard_addresses(elsewhere).unwrap(), "another address was not guarded");
+    });
+}
+
+#[test]
+fn new_connections_go_to_the_agent_in_charge_and_to_the_other_when_it_listens_no_more() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        for (address, dialled) in [((AGENT_V4, 80).into(), IMDS), ((AGENT_V6, 80).into(), IMDS_V6)] {
+            let (first, second) = node.as_agent(|| {
+                let listen = || listen(address).unwrap();
+                (listen(), listen())
+            });
+            let dial_20 = || (0..20).for_each(|_| drop(pod.dial(dialled).unwrap()));
+            let waiting = |listener: &TcpListener| std::iter::from_fn(|| listener.accept().ok()).count();
+            for (steered, other) in [(&first, &second), (&second, &first), (&first, &second)] {
+                let is_v4 = steered.local_addr().unwrap().is_ipv4();
+                let (v4, v6) = (is_v4.then_some(steered), (!is_v4).then_some(steered));
+                node.interceptor.steer(v4, v6).unwrap();
+                dial_20();
+                assert_eq!((waiting(steered), waiting(other)), (20, 0));
+            }
+            drop(first);
+            dial_20();
+            assert_eq!(waiting(&second), 20);
+        }
+    });
+}
+
+#[test]
+fn pins_that_are_not_root_s_alone_or_of_another_shape_are_refused() {
+    Node::run(|node| {
+        let own = node.bpffs().join(format!("podgate/v{ABI_VERSION}"));
+        fs::set_permissions(&own, fs::Permissions::from_mode(0o755)).unwrap();
+        let refusal = Interceptor::load(&of_successor(node)).unwrap_err().to_string();
+        assert!(refusal.contains("0700") && refusal.contains(&own.display().to_string()), "{refusal}");
+        fs::set_permissions(&own, fs::Permissions::from_mode(0o700)).unwrap();
+
+        let maps = own.join("maps");
+        fs::remove_file(maps.join("HEARTBEAT")).unwrap();
+        fs::rename(maps.join("POLICIES"), maps.join("HEARTBEAT")).unwrap();
+        let refusal = Interceptor::load(&of_successor(node)).unwrap_err().to_string();
+        assert!(refusal.contains("HEARTBEAT") && refusal.contains("podgate detach"), "{refusal}");
+    });
+}
+
+#[test]
+fn the_key_of_imds_tokens_outlives_the_agent() {
+    Node::run(|node| {
+        let key = node.interceptor.imds_key().unwrap();
+        assert_ne!(key, [0; 32]);
+        assert_eq!(successor(node).imds_key().unwrap(), key);
+        node.detach();
+        assert_ne!(node.interceptor.imds_key().unwrap(), key, "and not its removal");
+    });
+}
+
+#[test]
+fn a_kubepods_cgroup_that_was_made_anew_gets_programs_of_its_own() {
+    Node::run(|node| {
+        let former = node.settings();
+        let kubepods = Cgroup::create(node.kubepods.path.with_file_name("kubepods"));
+        let settings = Settings {
+            kubepods: kubepods.path.clone(),
+            kubepods_id: kubepods.id,
+            agent_cgroup: other_agent(node).path,
+            ..former
+        };
+        node.interceptor = Interceptor::load(&settings).unwrap();
+        let pod = kubepods.path.join("burstable/podc/container");
+        let pod = Cgroup::create(pod);
+        node.interceptor.set_unknown_pods(INTERCEPT, PodPolicy::EXEMPT).unwrap();
+        node.interceptor.take_over(own_pair()).unwrap();
+        node.interceptor.stop().unwrap();
+        assert!(is_eperm(&pod.run(|| dial(IMDS))));
+    });
+}
