@@ -13,7 +13,9 @@ use aya_ebpf::helpers::{
     bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns,
 };
 
-use crate::{caller::Caller, counters::count, ctx::Dial, events, limit, log, maps::ORIGINS, storage, target, ticket};
+use crate::{
+    caller::Caller, counters::count, ctx::Dial, events, limit, log, maps::ORIGINS, storage, target, ticket,
+};
 
 /// The port of every service.
 const HTTP: NetPort = NetPort::new(HTTP_PORT);
