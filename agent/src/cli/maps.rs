@@ -35,7 +35,7 @@ enum Command {
         /// Name of the map: TICKETS, POLICIES, …
         name: String,
     },
-    /// Print every entry of a map, as `bpftool map dump` does. Tickets that are still good read `***`.
+    /// Print every entry of a map, as `bpftool map dump` does. Live tickets and keys read `***`.
     Dump {
         /// Name of the map: TICKETS, POLICIES, …
         name: String,
