@@ -399,6 +399,13 @@ mod tests {
         );
         assert_eq!(config.target_v4.unwrap().to_string(), "169.254.170.23:80");
         assert_eq!(config.kube_identity, KubeIdentity::AssociatedNode);
+        assert!(config.guard && !config.audit_paths);
+    }
+
+    #[test]
+    fn the_guard_and_the_audit_are_switched_by_their_flags() {
+        let config = parse(&["--guard=off", "--audit-paths"]).unwrap();
+        assert!(!config.guard && config.audit_paths);
     }
 
     #[test]
