@@ -9,7 +9,7 @@ mod row;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use lab::{AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter};
+use lab::{AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter};
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::{
@@ -52,8 +52,15 @@ pub(crate) fn run(json: bool) -> anyhow::Result<ExitCode> {
 async fn on_a_lab(agent: &AgentSpec, clients: &Clients) -> anyhow::Result<Vec<Row>> {
     let name = format!("demo-{}", std::process::id());
     let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
-    let agent = lab.start_agent(agent).await?;
-    let rows = Demo { lab: &lab, clients }.rows().await;
+    let spec = agent;
+    let mut agent = lab.start_agent(spec).await?;
+    let demo = Demo { lab: &lab, clients };
+    let rows = async {
+        let mut rows = demo.rows().await?;
+        rows.extend(demo.killed_and_back(&mut agent, spec).await?);
+        Ok(rows)
+    };
+    let rows: anyhow::Result<Vec<Row>> = rows.await;
     let rows = match rows {
         Ok(rows) if rows.iter().all(Row::is_right) => rows,
         wrong => {
@@ -78,7 +85,7 @@ struct Demo<'a> {
 
 impl Demo<'_> {
     async fn rows(&self) -> anyhow::Result<Vec<Row>> {
-        self.let_the_agent_sign_once().await?;
+        self.let_the_agent_sign_once("first").await?;
         let mut rows = vec![self.old_sdk().await?];
         rows.extend(self.imds_v1().await?);
         rows.push(self.current_sdk().await?);
@@ -92,11 +99,11 @@ impl Demo<'_> {
 
     /// The agent reads the node's credentials, for itself, when it first calls EKS Auth. After this every read
     /// is a pod's, and wrong.
-    async fn let_the_agent_sign_once(&self) -> anyhow::Result<()> {
-        let pod = self.lab.add_pod(&PodSpec::new(NAMESPACE, "first").role("first-role"))?;
+    async fn let_the_agent_sign_once(&self, name: &str) -> anyhow::Result<()> {
+        let pod = self.pod_with_role(name)?;
         let attempt = attempt::pod_identity(self.lab, Place::Pod(&pod)).await?;
         if attempt.access_key_id.is_none() {
-            bail!("the first pod got no credentials: {}", attempt.said);
+            bail!("the pod {name} got no credentials: {}", attempt.said);
         }
         Ok(())
     }
@@ -195,6 +202,25 @@ impl Demo<'_> {
         let reads = self.lab.imds.credential_reads();
         let attempt = attempt::imds_v2(self.lab, Place::Node, &[]).await?;
         Ok(self.judge(&case, attempt, reads))
+    }
+
+    /// 9. The agent is killed with -9: pods are refused at once, wherever they dial, and served when it is back.
+    async fn killed_and_back(&self, agent: &mut AgentProcess, spec: &AgentSpec) -> anyhow::Result<Vec<Row>> {
+        let pod = self.pod_with_role("basket")?;
+        let place = Place::Pod(&pod);
+        let reads = self.lab.imds.credential_reads();
+        agent.kill().await?;
+        let expected = || Expected::NoConnection { within: REFUSAL_MILLISECONDS };
+        let case = Case::new("9a", place, IMDS_ADDRESS, "agent killed", expected());
+        let mut rows = vec![self.judge(&case, attempt::imds_v2(self.lab, place, &[]).await?, reads)];
+        let case = Case::new("9b", place, POD_IDENTITY_ADDRESS, "agent killed", expected());
+        rows.push(self.judge(&case, attempt::pod_identity(self.lab, place).await?, reads));
+        *agent = self.lab.start_agent(spec).await?;
+        self.let_the_agent_sign_once("second").await?;
+        let reads = self.lab.imds.credential_reads();
+        let case = Case::new("9c", place, IMDS_ADDRESS, "IMDSv2, agent back", Expected::OwnRole);
+        rows.push(self.judge(&case, attempt::imds_v2(self.lab, place, &[]).await?, reads));
+        Ok(rows)
     }
 
     fn pod_with_role(&self, name: &str) -> anyhow::Result<Pod> {

@@ -35,7 +35,7 @@ pub(super) enum Place<'a> {
 pub(super) struct Attempt {
     /// The access key that the client ended up with.
     pub(super) access_key_id: Option<String>,
-    /// HTTP status of the last answer, where the client shows it.
+    /// HTTP status of the last answer, where the client shows it; 0 for none.
     pub(super) status: Option<u16>,
     /// Body of the last answer, or the client's error.
     pub(super) said: String,
@@ -172,8 +172,8 @@ async fn imds(lab: &Lab, place: Place<'_>, options: &[&str]) -> anyhow::Result<A
 }
 
 async fn curl(lab: &Lab, place: Place<'_>, options: &[&str], url: &str) -> anyhow::Result<Answer> {
-    let mut command = vec!["curl", "--silent", "--show-error", "--max-time", "10"];
-    command.extend(["--write-out", "\n%{http_code} %{time_total}"]);
+    let mut command = vec!["curl", "--silent", "--max-time", "10"];
+    command.extend(["--write-out", "\n%{http_code} %{time_total} %{errormsg}"]);
     command.extend(options);
     command.push(url);
     let command = match place {
@@ -182,10 +182,11 @@ async fn curl(lab: &Lab, place: Place<'_>, options: &[&str], url: &str) -> anyho
     };
     let output = finish(command).await?;
     let (body, numbers) = output.rsplit_once('\n').context("curl did not write its numbers")?;
-    let (status, seconds) = numbers.split_once(' ').context("curl did not write its numbers")?;
+    let (status, rest) = numbers.split_once(' ').context("curl did not write its numbers")?;
+    let (seconds, error) = rest.split_once(' ').context("curl did not write its numbers")?;
     Ok(Answer {
         status: status.parse()?,
-        body: body.to_owned(),
+        body: if error.is_empty() { body } else { error }.to_owned(),
         milliseconds: seconds.parse::<f64>()? * 1000.0,
     })
 }

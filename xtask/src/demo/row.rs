@@ -25,6 +25,11 @@ pub(super) enum Expected {
         /// Milliseconds it may take.
         within: Option<f64>,
     },
+    /// No connection, within so many milliseconds.
+    NoConnection {
+        /// Milliseconds it may take.
+        within: f64,
+    },
     /// The node's role, from the real metadata service.
     NodeRole,
 }
@@ -156,6 +161,7 @@ fn judge(case: &Case<'_>, attempt: &Attempt, found: &Found) -> Result<String, St
         _ if is_node_key || found.node_reads > 0 => Err("the node's role was handed out".to_owned()),
         (Expected::OwnRole, Place::Pod(pod)) => own_role(pod, attempt, found.issued.as_ref()),
         (Expected::OwnRole, Place::Node) => Err("BUG: the node has no role of its own here".to_owned()),
+        (Expected::NoConnection { within }, _) => no_connection(*within, attempt),
         (Expected::Refusal { naming, within }, _) => refusal(naming, *within, attempt),
     }
 }
@@ -171,6 +177,14 @@ fn own_role(pod: &Pod, attempt: &Attempt, issued: Option<&Issued>) -> Result<Str
         Ok("its own role".to_owned())
     } else {
         Err(format!("the role of {}/{}", issued.namespace, issued.service_account))
+    }
+}
+
+fn no_connection(within: f64, attempt: &Attempt) -> Result<String, String> {
+    match attempt.status {
+        Some(0) if attempt.milliseconds <= within => Ok("refused at once by the kernel".to_owned()),
+        Some(0) => Err(format!("refused, but not within {within} ms: {}", attempt.said)),
+        status => Err(format!("status {status:?}: {}", attempt.said)),
     }
 }
 
