@@ -15,6 +15,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 mod decisions;
 mod egress;
 mod events;
+mod generations;
 mod identity;
 mod limits;
 mod log;

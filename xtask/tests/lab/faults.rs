@@ -72,7 +72,7 @@ async fn a_request_in_flight_at_sigterm_is_answered() -> anyhow::Result<()> {
 async fn an_agent_that_is_started_again_serves_the_pods_that_are_there() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("constant")?;
-    let Node { lab, agent } = node;
+    let Node { lab, mut agent } = node;
     agent.kill().await?;
     let agent = lab.start_agent(&crate::node::agent(&["--imds", "intercept"])?).await?;
     let node = Node { lab, agent };

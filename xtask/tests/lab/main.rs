@@ -4,6 +4,7 @@
 
 mod connections;
 mod containment;
+mod death;
 mod faults;
 mod identity;
 mod isolation;
@@ -13,3 +14,4 @@ mod policy;
 mod roles;
 mod routing;
 mod startup;
+mod upgrade;
