@@ -14,7 +14,7 @@ use rustix::net::{
     socket_with,
 };
 
-use crate::node::{AGENT_V4, NOBODY};
+use crate::node::{AGENT_V4, NOBODY, outside};
 
 /// The flag of the first segment of either side.
 pub(crate) const SYN: u8 = 0x02;
@@ -75,10 +75,11 @@ impl Wire {
 // === impl Forger ===
 
 impl Forger {
-    /// In the cgroup and the network in which the caller is.
+    /// In the network in which the caller is, but in no pod: a pod's guard would stop it.
     pub(crate) fn new() -> Self {
         let flags = SocketFlags::CLOEXEC;
-        Self(socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::RAW)).unwrap())
+        let raw = outside(|| socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::RAW)));
+        Self(raw.unwrap())
     }
 
     /// Shakes hands with the agent, with `ticket`, if any, in both segments.
