@@ -215,6 +215,12 @@ impl Lab {
         self.command(&entry, command)
     }
 
+    /// A command in a pod's network, but in no pod's cgroup: podgate's programs do not see it; killed when dropped.
+    pub fn exec_outside<A: AsRef<str>>(&self, pod: &Pod, command: &[A]) -> anyhow::Result<Command> {
+        let entry = Entry { cgroup: self.node.place.entry().cgroup, ..pod.entry(EnvKind::None) };
+        self.command(&entry, command)
+    }
+
     /// A command on the node, outside any pod; killed when dropped.
     pub fn on_node<A: AsRef<str>>(&self, command: &[A]) -> anyhow::Result<Command> {
         self.command(&self.node.place.entry(), command)

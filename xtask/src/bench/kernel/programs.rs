@@ -41,11 +41,6 @@ impl Programs {
         Ok(Self(ids))
     }
 
-    /// Whether any of them is still in the kernel.
-    pub(super) fn are_loaded(&self) -> anyhow::Result<bool> {
-        Ok(!self.infos()?.is_empty())
-    }
-
     /// What each has done so far, by its name. Nothing is counted unless the kernel was told to.
     pub(super) fn work(&self) -> anyhow::Result<BTreeMap<String, Work>> {
         let mut work = BTreeMap::new();
