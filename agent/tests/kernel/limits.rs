@@ -15,7 +15,7 @@ use rustix::{
 
 use crate::{
     IMDS, endpoint, events, is_eperm,
-    node::{Cgroup, NOBODY, Node, dial, own_pair},
+    node::{Agent, Cgroup, NOBODY, Node, Pod, dial, own_pair},
     options::set_fastopen_connect,
     redial, tcp_socket,
 };
@@ -89,50 +89,79 @@ fn while_one_pod_is_at_its_limit_another_is_served() {
 }
 
 #[test]
-fn who_fills_the_counts_is_refused_and_no_pod_that_is_known_or_becomes_known() {
+fn who_fills_the_counts_with_dials_is_refused_and_no_pod_that_is_known_or_becomes_known() {
     Node::run(|node| {
-        allow_open_files(u64::from(POLICIES_MAX) + 1_000);
         let agent = node.agent();
-        let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
-        node.interceptor.set_unknown_pods(policy, policy).unwrap();
-        let known = node.pod("known", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        // Nothing tells the containers of a Guaranteed pod that is unknown from pods: each counts for itself.
-        let greedy = node.kubepods.path.join("kubepods-podgreedy.slice");
-        let container = |number: u32| Cgroup::create(greedy.join(format!("cri-containerd-{number}.scope")));
-        // The known one has a count.
-        let room = POLICIES_MAX - 1;
-        for keeps_them_alive in [true, false] {
-            silence(node);
-            let mut held: Vec<_> = (0..room).map(|number| begin(&container(number)).unwrap()).collect();
-            if !keeps_them_alive {
-                held.clear();
-            }
-            let refused = node.count(Counter::DeniedLimit);
-            assert!(is_eperm(&begin(&container(room))), "there is room for more");
-            assert_eq!(node.count(Counter::DeniedLimit), refused + 1);
+        let (known, held) = fill_counts(node);
+        let new = node.pod("new", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        assert_served(node, &agent, &[&known, &new]);
 
-            node.interceptor.set_target(own_pair()).unwrap();
-            let new = node.pod(&format!("new-{keeps_them_alive}"), IMDS_INTERCEPT, POD_IDENTITY_ON);
-            for pod in [&known, &new] {
-                let _stream = pod.dial(IMDS).unwrap();
-                assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, pod.cgroup.id);
-                assert_eq!(node.count_of(pod), Some(0));
-            }
-            drop(held);
-            assert_eq!(node.live_tickets(), 0);
-            // Those who have filled it are not locked out for good either.
-            node.interceptor.remove_policy(new.cgroup.id).unwrap();
-            let _stream = container(0).run(|| dial(IMDS)).unwrap();
-            agent.accept().expect("anonymous");
-        }
+        // One has lost its count to the new pod. It is not the worse for it, nor does its count ever fall below 0.
+        node.interceptor.remove_policy(new.cgroup.id).unwrap();
+        silence(node);
+        let count = |node: &Node, cgroup: &Cgroup| node.interceptor.live_tickets_of(cgroup.id).unwrap();
+        let mut containers = (0..ROOM).map(|number| container(node, number));
+        let loser = containers.find(|container| count(node, container).is_none()).expect("there was room");
+        let second = begin(&loser).unwrap();
+        assert_eq!(count(node, &loser), Some(1));
+        drop(held);
+        drop(second);
+        assert_eq!(count(node, &loser), Some(0));
+        assert_eq!(node.live_tickets(), 0);
     });
+}
+
+#[test]
+fn who_has_filled_the_counts_makes_room_for_pods_that_become_known_and_is_served_again() {
+    Node::run(|node| {
+        let agent = node.agent();
+        let (known, held) = fill_counts(node);
+        drop(held);
+        assert!(is_eperm(&begin(&container(node, ROOM))), "nobody has become known yet");
+        let new = node.pod("new", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        assert_served(node, &agent, &[&known, &new]);
+        let _stream = container(node, ROOM).run(|| dial(IMDS)).unwrap();
+        agent.accept().expect("anonymous");
+    });
+}
+
+/// How many unknown ones can have a count besides one known pod.
+const ROOM: u32 = POLICIES_MAX - 1;
+
+/// Fills the map of counts with dials under way, but for one known pod's. One more is refused.
+fn fill_counts(node: &mut Node) -> (Pod, Vec<OwnedFd>) {
+    allow_open_files(u64::from(ROOM) + 1_000);
+    let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
+    node.interceptor.set_unknown_pods(policy, policy).unwrap();
+    let known = node.pod("known", IMDS_INTERCEPT, POD_IDENTITY_ON);
+    silence(node);
+    let held = (0..ROOM).map(|number| begin(&container(node, number)).unwrap()).collect();
+    assert!(is_eperm(&begin(&container(node, ROOM))), "there is room for more");
+    assert_eq!(node.count(Counter::DeniedLimit), 1);
+    (known, held)
+}
+
+/// A container of a Guaranteed pod of which nothing is known: nothing tells it from a pod, so it counts for itself.
+fn container(node: &Node, number: u32) -> Cgroup {
+    let pod = node.kubepods.path.join("kubepods-podgreedy.slice");
+    Cgroup::create(pod.join(format!("cri-containerd-{number}.scope")))
+}
+
+fn assert_served(node: &mut Node, agent: &Agent, pods: &[&Pod]) {
+    node.interceptor.set_target(own_pair()).unwrap();
+    for pod in pods {
+        let _stream = pod.dial(IMDS).unwrap();
+        assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, pod.cgroup.id);
+        assert_eq!(node.count_of(pod), Some(0));
+    }
 }
 
 /// Lets the test process have so many.
 fn allow_open_files(number: u64) {
     let limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < number) {
-        setrlimit(Resource::Nofile, Rlimit { current: Some(number), ..limit }).unwrap();
+        let maximum = limit.maximum.map(|maximum| maximum.max(number));
+        setrlimit(Resource::Nofile, Rlimit { current: Some(number), maximum }).unwrap();
     }
 }
 
