@@ -76,7 +76,8 @@ pub struct Flags {
     /// Format of the log: json or text.
     #[arg(long, env = "PODGATE_LOG_FORMAT", default_value = "json")]
     pub log_format: String,
-    /// What is logged, as tracing's directives: info, debug, access=off,info, …
+    /// What is logged, as tracing's directives: info, debug, access=off,info, … With info,kernel=debug the programs in
+    /// the kernel log what they decide about each dial and ticket.
     #[arg(long, env = "PODGATE_LOG_FILTER", default_value = "info")]
     pub log_filter: String,
 }
