@@ -10,6 +10,7 @@
 
 pub mod abi;
 pub mod counter;
+pub mod defence;
 pub mod egress;
 pub mod event;
 pub mod net;

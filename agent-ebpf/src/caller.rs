@@ -2,8 +2,9 @@
 //!
 //! Owns the walk from a cgroup to a pod and its policy; never decides what the pod gets.
 
-use agent_common::policy::{
-    IMDS_DENY, POD_IDENTITY_ON, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK,
+use agent_common::{
+    defence::{Defence, holds},
+    policy::{IMDS_DENY, POD_IDENTITY_ON, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
 };
 use aya_ebpf::helpers::bpf_get_current_ancestor_cgroup_id;
 
@@ -73,7 +74,8 @@ impl Lineage {
     pub(crate) fn of(ancestor: impl Fn(u32) -> u64) -> Option<Self> {
         let level = KUBEPODS_LEVEL.load();
         let outer = ancestor(level + 1);
-        let in_pod = ancestor(level) == KUBEPODS_ID.load() && outer != 0;
+        let is_below_kubepods = ancestor(level) == KUBEPODS_ID.load() || !holds(Defence::BelowKubepods);
+        let in_pod = is_below_kubepods && outer != 0;
         in_pod.then(|| Self { outer, inner: ancestor(level + 2) })
     }
 
@@ -100,6 +102,9 @@ impl Lineage {
 /// What a pod gets of which nothing is known.
 #[inline(always)]
 pub(crate) fn unknown(slot: u32) -> PodPolicy {
+    if !holds(Defence::UnknownPods) {
+        return PodPolicy::EXEMPT;
+    }
     UNKNOWN_POD.get(slot).copied().unwrap_or(STRICTEST)
 }
 

@@ -4,6 +4,7 @@
 
 use agent_common::{
     counter::Counter,
+    defence::{Defence, holds},
     net::{Endpoint, HTTP_PORT, NetPort, Service},
     origin::{Origin, STATE_MINTED},
     policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, PodPolicy},
@@ -65,6 +66,9 @@ pub(crate) fn connect4(dial: &Dial) -> Verdict {
 /// `cgroup/connect6`, of v4-mapped dials too.
 #[inline(always)]
 pub(crate) fn connect6(dial: &Dial) -> Verdict {
+    if !holds(Defence::Ipv6) {
+        return Verdict::Allow;
+    }
     let Ok(redirect) = decide(dial, &dial.address6()) else { return Verdict::Deny };
     if let Some(target) = redirect {
         dial.set_address6(target);
@@ -140,7 +144,9 @@ fn when_down(
     at_target: bool,
 ) -> Result<Option<&'static Endpoint>, Counter> {
     let passes = in_force.is_some_and(|target| target.when_down == WHEN_DOWN_PASS);
-    if passes && !at_target && matches!(service, Some(Service::PodIdentity)) {
+    if passes && !at_target && matches!(service, Some(Service::PodIdentity))
+        || !holds(Defence::RefusalWhenDown)
+    {
         forget(dial);
         count(Counter::PassedDown);
         return Ok(None);
@@ -190,6 +196,7 @@ fn send_to_agent(
     }
     // SAFETY: these helpers have no precondition.
     let (cgroup_id, dialled_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
+    let former = (dialled.origin.cgroup_id, dialled.origin.pod_cgroup_id);
     dialled.counts_for = caller.counts_for;
     dialled.origin = Origin {
         cgroup_id,
@@ -203,6 +210,9 @@ fn send_to_agent(
         tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
         comm: bpf_get_current_comm().unwrap_or_default(),
     };
+    if !holds(Defence::OriginOfEveryDial) && former.0 != 0 {
+        (dialled.origin.cgroup_id, dialled.origin.pod_cgroup_id) = former;
+    }
     count(Counter::Redirected);
     Ok(redirect)
 }

@@ -5,6 +5,7 @@
 
 use agent_common::{
     counter::Counter,
+    defence::{Defence, holds},
     egress::{Asked, JOB_AUDIT_PATHS, JOB_GUARD},
     net::{Endpoint, HTTP_PORT, Service},
     policy::{IMDS_AUDIT, IMDS_DENY, IMDS_OFF, UNKNOWN_IN_POD_NETWORK},
@@ -77,7 +78,7 @@ fn judge(packet: &Packet, destination: Endpoint) -> Verdict {
     if imds == IMDS_AUDIT && jobs & JOB_AUDIT_PATHS != 0 {
         audit(packet, socket, pod_cgroup_id, destination);
     }
-    if matches!(imds, IMDS_OFF | IMDS_AUDIT) || jobs & JOB_GUARD == 0 {
+    if matches!(imds, IMDS_OFF | IMDS_AUDIT) || jobs & JOB_GUARD == 0 || !holds(Defence::Guard) {
         return Verdict::Pass;
     }
     tell(Counter::GuardDropped, packet, pod_cgroup_id, destination);

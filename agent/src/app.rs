@@ -42,7 +42,7 @@ use crate::{
     link::{self, Addresses, Link},
     observe,
     policies::Policies,
-    serve::{Server, metrics::RequestMetrics},
+    serve::{ConnectionLimit, Server, metrics::RequestMetrics},
     whois::Whois,
 };
 
@@ -212,7 +212,7 @@ pub fn server(
 ) -> Server<NodeSource> {
     let eks_auth = EksAuth::new(aws, &config.cluster_name, &config.node_name);
     let engine = Arc::new(Engine::new(NodeSource { tokens, eks_auth }));
-    Server { policies, resolver, engine, imds_tokens, metrics }
+    Server { policies, resolver, engine, imds_tokens, connections: ConnectionLimit::default(), metrics }
 }
 
 /// Loads the kernel side. Nothing changes for pods yet.

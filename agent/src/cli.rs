@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-pub mod maps;
 mod ask;
 pub mod detach;
+pub mod maps;
 mod probe;
 pub mod run;
 pub mod whois;
@@ -51,6 +51,8 @@ impl Cli {
             Command::Version => {
                 let abi = agent_common::abi::ABI_VERSION;
                 println!("podgate {} (kernel interface v{abi})", env!("CARGO_PKG_VERSION"));
+                #[cfg(feature = "undefended")]
+                println!("{}", crate::undefended::warning());
                 ExitCode::SUCCESS
             }
         }

@@ -5,7 +5,10 @@
 
 use std::{borrow::Cow, net::IpAddr};
 
-use agent_common::net::{Endpoint, HTTP_PORT, Service};
+use agent_common::{
+    defence::{Defence, holds},
+    net::{Endpoint, HTTP_PORT, Service},
+};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
@@ -107,7 +110,8 @@ fn meant(headers: &HeaderMap) -> Option<Service> {
 /// Whether a proxy passed the request on. Such a request may be somebody else's, whom a server in the pod was
 /// tricked into fetching a URL for.
 pub fn is_forwarded(headers: &HeaderMap) -> bool {
-    [FORWARDED_FOR, FORWARDED, VIA].iter().any(|name| headers.contains_key(name))
+    holds(Defence::Forwarding)
+        && [FORWARDED_FOR, FORWARDED, VIA].iter().any(|name| headers.contains_key(name))
 }
 
 /// The refusal of a request that was forwarded.

@@ -38,4 +38,6 @@ pub mod serve;
 pub mod telemetry;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+#[cfg(feature = "undefended")]
+mod undefended;
 pub mod whois;

@@ -5,6 +5,11 @@ use std::process::ExitCode;
 use agent::cli::Cli;
 use clap::Parser as _;
 
+#[cfg(all(feature = "undefended", not(debug_assertions)))]
+compile_error!(
+    "this is the agent that is deployed: the feature `undefended` is for the binary `podgate-undefended`"
+);
+
 fn main() -> ExitCode {
     Cli::parse().run()
 }

@@ -10,7 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_common::{net::Service, origin::Origin};
+use agent_common::{
+    defence::{Defence, holds},
+    net::Service,
+    origin::Origin,
+};
 use hyper::{
     Request, StatusCode, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn,
 };
@@ -18,10 +22,12 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
 use tracing::{debug, info, warn};
 
+mod limit;
 pub mod metrics;
 mod refusal;
 
-use self::metrics::RequestMetrics;
+pub use self::limit::ConnectionLimit;
+use self::{limit::Whose, metrics::RequestMetrics};
 use crate::{
     accept::Accepted,
     credentials::{
@@ -59,6 +65,8 @@ pub struct Server<S> {
     pub engine: Arc<Engine<S>>,
     /// The session tokens of IMDSv2.
     pub imds_tokens: ImdsTokens,
+    /// How many connections each caller has open.
+    pub connections: ConnectionLimit,
     /// What is counted.
     pub metrics: RequestMetrics,
 }
@@ -79,6 +87,14 @@ impl<S: CredentialSource> Server<S> {
     pub async fn connection(self: Arc<Self>, accepted: Accepted, mut drain: DrainWatch) {
         let Accepted { stream, origin, peer } = accepted;
         let connection = Connection { origin, peer, dialler: OnceLock::new(), own_network: OnceLock::new() };
+        #[cfg(feature = "undefended")]
+        let connection = self.by_address(connection);
+        let Some(_place) = self.connections.enter(self.whose(&connection)) else {
+            self.metrics.refused_connections.inc();
+            return;
+        };
+        #[cfg(feature = "undefended")]
+        let stream = crate::undefended::Unframed(stream);
         let service =
             service_fn(|request| async { Ok::<_, Infallible>(self.request(&connection, request).await) });
         let served = http1::Builder::new()
@@ -174,6 +190,10 @@ impl<S: CredentialSource> Server<S> {
                 return answer.map_err(|error| refusal::credentials(&error, None));
             }
             (Some(pod), Some(sent)) if sent.claims.pod == Some(pod.uid) => (Proof::Own(sent.token), pod),
+            (Some(_), Some(SentToken { token, claims })) if !holds(Defence::TokenOfCaller) => {
+                let answer = self.engine.for_token(token, claims, deadline).await;
+                return answer.map_err(|error| refusal::credentials(&error, None));
+            }
             (Some(_), Some(_)) => return Err(refusal::somebody_else_s_token()),
             (Some(pod), None) => {
                 if !self.policy(&pod, deadline).await?.tokenless {
@@ -249,7 +269,7 @@ impl<S: CredentialSource> Server<S> {
             ),
         };
         let Some(pod) = pod else { return Ok(None) };
-        if connection.own_network.get().is_some() {
+        if connection.own_network.get().is_some() || !holds(Defence::OwnNetwork) {
             return Ok(Some(pod));
         }
         match self.resolver.own_network(&pod, dialler, origin, connection.peer).await {
@@ -262,6 +282,30 @@ impl<S: CredentialSource> Server<S> {
                 debug!(%error, "the kernel's word does not count, the token must");
                 Ok(None)
             }
+        }
+    }
+
+    /// Whose connection it is, as far as the kernel can tell.
+    fn whose(&self, connection: &Connection) -> Whose {
+        let origin = connection.origin.as_ref();
+        let dialler = origin.and_then(|origin| self.dialler(connection, origin).ok());
+        dialler.map_or(Whose::Address(connection.peer), |dialler| Whose::Pod(dialler.uid))
+    }
+
+    /// Takes the caller for whoever is known at its address.
+    #[cfg(feature = "undefended")]
+    fn by_address(&self, connection: Connection) -> Connection {
+        if holds(Defence::IdentityByTicket) {
+            return connection;
+        }
+        let own = connection
+            .origin
+            .and_then(|origin| Some((origin, self.resolver.dialler(origin.cgroup_id).ok()?)));
+        match crate::undefended::known_at(connection.peer, own) {
+            Some((origin, dialler)) => {
+                Connection { origin: Some(origin), dialler: dialler.into(), ..connection }
+            }
+            None => connection,
         }
     }
 
@@ -299,7 +343,7 @@ fn allow_read(policy: Policy, head: &Parts, has_session: bool) -> Result<(), Ref
     if has_session {
         return Ok(());
     }
-    if !policy.imds_v1 {
+    if !policy.imds_v1 && holds(Defence::ImdsV1) {
         return Err(imds::v1_is_off());
     }
     if is_forwarded(&head.headers) { Err(forwarded()) } else { Ok(()) }

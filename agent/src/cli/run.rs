@@ -38,6 +38,12 @@ pub fn run(flags: &Flags) -> ExitCode {
         return refuse(findings);
     }
     telemetry::init(config.log_format, &config.log_filter);
+    #[cfg(feature = "undefended")]
+    if let Err(error) = crate::undefended::init() {
+        return refuse([error]);
+    }
+    #[cfg(feature = "undefended")]
+    tracing::warn!("{}", crate::undefended::warning());
     info!(version = env!("CARGO_PKG_VERSION"), config = %settings(&config), "podgate starts");
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

@@ -7,6 +7,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use agent_common::defence::{Defence, holds};
 use serde::{Serialize, Serializer};
 use uuid::Uuid;
 
@@ -68,6 +69,13 @@ impl Serialize for PodUid {
 /// may make cgroups of any name below it. `None` for kubepods itself, its quality-of-service cgroups and
 /// anything the kubelet did not make.
 pub fn parse(path: &Path) -> Option<PodPath> {
+    if holds(Defence::OutermostPod) {
+        return outermost(path);
+    }
+    path.ancestors().filter_map(|parent| path.strip_prefix(parent).ok()).find_map(outermost)
+}
+
+fn outermost(path: &Path) -> Option<PodPath> {
     let mut names = path.components().map(|component| match component {
         Component::Normal(name) => name.to_str(),
         _ => None,

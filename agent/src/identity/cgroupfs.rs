@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use agent_common::defence::{Defence, holds};
 use procfs::process::{MountInfo, Process};
 
 use super::network::{self, PodProcesses};
@@ -107,6 +108,10 @@ impl CgroupPaths for std::sync::Arc<Kubepods> {
         // Removed between the two calls: its path says so, and is nobody's any more.
         if path.to_string_lossy().ends_with(" (deleted)") {
             return Err(rustix::io::Errno::STALE.into());
+        }
+        if !holds(Defence::BelowKubepods) {
+            let kubepods = path.ancestors().find(|parent| parent.file_name() == self.path.file_name());
+            return Ok(kubepods.and_then(|kubepods| path.strip_prefix(kubepods).ok()).map(Path::to_path_buf));
         }
         Ok(path.strip_prefix(&self.path).ok().map(Path::to_path_buf))
     }

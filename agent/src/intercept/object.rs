@@ -94,6 +94,10 @@ impl Object {
         let mut ebpf = loader
             .override_global(global::TICKET_KEY, &settings.ticket_key.0, true)
             .override_global(global::KUBEPODS_LEVEL, &settings.kubepods_level, true)
+        #[cfg(feature = "undefended")]
+        let without = agent_common::defence::without();
+        #[cfg(feature = "undefended")]
+        loader.override_global("PODGATE_WITHOUT", &without, true);
             .override_global(global::KUBEPODS_ID, &settings.kubepods_id, true)
             .override_global(global::HOST_NETNS, &settings.host_netns_cookie, true)
             .override_global(global::TICKET_LIFE, &ticket_life, true)

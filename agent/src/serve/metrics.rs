@@ -11,9 +11,13 @@ use prometheus_client::{
 
 use crate::dialect::Dialect;
 
-/// Counts requests.
+/// Counts requests, and connections that get none.
 #[derive(Clone, Debug, Default)]
-pub struct RequestMetrics(Family<RequestLabels, Counter>);
+pub struct RequestMetrics {
+    requests: Family<RequestLabels, Counter>,
+    /// Connections beyond what a caller may have open.
+    pub refused_connections: Counter,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
@@ -27,13 +31,18 @@ impl RequestMetrics {
     /// Counters that `registry` knows.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
-        registry.register("podgate_requests", "Requests answered (unstable)", metrics.0.clone());
+        registry.register("podgate_requests", "Requests answered (unstable)", metrics.requests.clone());
+        registry.register(
+            "podgate_refused_connections",
+            "Connections beyond what a caller may have open (unstable)",
+            metrics.refused_connections.clone(),
+        );
         metrics
     }
 
     /// Counts one answer.
     pub fn count(&self, dialect: Dialect, status: StatusCode) {
         let labels = RequestLabels { dialect: dialect.label(), status: status.as_u16() };
-        self.0.get_or_create(&labels).inc();
+        self.requests.get_or_create(&labels).inc();
     }
 }

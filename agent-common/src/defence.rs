@@ -1,0 +1,123 @@
+//! podgate's defences by name, for the suite of attacks: its own build of podgate (feature `undefended`) lets some be
+//! switched off, to show that an attack works where its defence is missing.
+//!
+//! Owns the names, and whether a defence holds. In every other build all of them hold; the compiler knows it, and nothing
+//! of this is left in the programs and in the agent.
+
+macro_rules! defences {
+    ($($(#[doc = $doc:literal])+ $name:ident = $label:literal,)+) => {
+        /// Something that stands between a pod and what is not its own.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Defence {
+            $($(#[doc = $doc])+ $name,)+
+        }
+
+        impl Defence {
+            /// Every defence.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// Its name.
+            pub const fn label(self) -> &'static str {
+                match self {
+                    $(Self::$name => $label,)+
+                }
+            }
+        }
+    };
+}
+
+defences! {
+    /// Tickets are a keyed hash. Without: the time, in ticks of 67 ms.
+    UnguessableTickets = "unguessable-tickets",
+    /// A ticket is gone once it is redeemed. Without: it stays until its connection ends.
+    SingleUse = "single-use",
+    /// The ticket tells who dialled. Without: who is known at the address, as designs by address have it.
+    IdentityByTicket = "identity-by-ticket",
+    /// The ticket is in the handshake's last segment too. Without: in the first alone.
+    TicketInAck = "ticket-in-ack",
+    /// A pod has so many tickets alive and no more.
+    TicketLimit = "ticket-limit",
+    /// A pod has so many connections open at the agent and no more.
+    ConnectionLimit = "connection-limit",
+    /// Every dial is its own task's. Without: a socket stays whose it was at its first dial.
+    OriginOfEveryDial = "origin-of-every-dial",
+    /// IPv6 and v4-mapped dials are decided like IPv4 ones. Without: they are left alone.
+    Ipv6 = "ipv6",
+    /// Only what is below kubepods is a pod. Without: what is named like one.
+    BelowKubepods = "below-kubepods",
+    /// The outermost pod on a cgroup's path counts. Without: the innermost.
+    OutermostPod = "outermost-pod",
+    /// A static pod has no service account. Without: that of the pod that names its hash.
+    StaticPods = "static-pods",
+    /// A dial must come from the pod's own network.
+    OwnNetwork = "own-network",
+    /// Packets that no dial stands for are stopped.
+    Guard = "guard",
+    /// Nobody else listens where the agent does.
+    BindGuard = "bind-guard",
+    /// Without an agent dials are refused. Without: left alone.
+    RefusalWhenDown = "refusal-when-down",
+    /// Pods that are not known yet are treated like the strictest. Without: left alone.
+    UnknownPods = "unknown-pods",
+    /// A pod's annotation cannot loosen its mode.
+    PodsOnlyTighten = "pods-only-tighten",
+    /// A token must be of the pod that sends it.
+    TokenOfCaller = "token-of-caller",
+    /// A token opens the cache only once EKS Auth has accepted it.
+    AcceptedTokens = "accepted-tokens",
+    /// `Host` must be the endpoint's own address.
+    HostHeader = "host-header",
+    /// Requests that passed a proxy are refused.
+    Forwarding = "forwarding",
+    /// IMDSv1 is off unless allowed.
+    ImdsV1 = "imds-v1",
+    /// A request's body belongs to it. Without: it is read as the next request.
+    Framing = "framing",
+}
+
+/// Whether a defence holds.
+#[cfg(not(feature = "undefended"))]
+#[inline(always)]
+pub const fn holds(_: Defence) -> bool {
+    true
+}
+
+#[cfg(feature = "undefended")]
+pub use self::switched::{holds, switch_off, without};
+
+#[cfg(feature = "undefended")]
+#[expect(
+    unsafe_code,
+    reason = "a symbol that the loader sets, and that the compiler must not take for a constant"
+)]
+mod switched {
+    use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+    use super::Defence;
+
+    /// One bit for each defence that is off: set at start, in the programs by the loader.
+    #[unsafe(no_mangle)]
+    static PODGATE_WITHOUT: AtomicU64 = AtomicU64::new(0);
+
+    /// Whether a defence holds.
+    #[inline(always)]
+    pub fn holds(defence: Defence) -> bool {
+        without() & (1 << defence as u32) == 0
+    }
+
+    /// Switches a defence off for as long as this process lives.
+    pub fn switch_off(defence: Defence) {
+        PODGATE_WITHOUT.fetch_or(1 << defence as u32, Relaxed);
+    }
+
+    /// The bits of those that are off.
+    #[inline(always)]
+    pub fn without() -> u64 {
+        // SAFETY: the static lives as long as the program. Volatile: in the programs nobody is seen to write it. It is
+        // written before there is a second thread.
+        unsafe { PODGATE_WITHOUT.as_ptr().read_volatile() }
+    }
+}
+
+const _: () = assert!(Defence::ALL.len() <= u64::BITS as usize);

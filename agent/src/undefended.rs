@@ -1,0 +1,108 @@
+//! podgate without some of its defences, as the suite of attacks wants it to show what they are for.
+//!
+//! Owns which of them are off, and what stands in the place of those that are more than one condition. It is in no build
+//! but that of `podgate-undefended`.
+
+use std::{
+    collections::HashMap,
+    env,
+    net::IpAddr,
+    pin::Pin,
+    sync::{LazyLock, Mutex, PoisonError},
+    task::{Context, Poll, ready},
+};
+
+use agent_common::{
+    defence::{Defence, holds, switch_off},
+    origin::Origin,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+use crate::identity::Dialler;
+
+/// Which defences are off: labels, separated by commas.
+const VARIABLE: &str = "PODGATE_WITHOUT";
+
+/// Who was first known at an address.
+static KNOWN: LazyLock<Mutex<HashMap<IpAddr, (Origin, Dialler)>>> = LazyLock::new(Mutex::default);
+
+/// A connection whose requests seem to have no bodies.
+pub(crate) struct Unframed(pub(crate) TcpStream);
+
+/// Switches off what the environment names. An error names what is no defence.
+pub(crate) fn init() -> Result<(), String> {
+    let without = env::var(VARIABLE).unwrap_or_default();
+    for label in without.split(',').filter(|label| !label.is_empty()) {
+        let defence = Defence::ALL.iter().find(|defence| defence.label() == label);
+        switch_off(*defence.ok_or_else(|| format!("{VARIABLE}: there is no defence {label}"))?);
+    }
+    Ok(())
+}
+
+/// What this build says of itself.
+pub(crate) fn warning() -> String {
+    let off: Vec<_> =
+        Defence::ALL.iter().filter(|defence| !holds(**defence)).map(|defence| defence.label()).collect();
+    format!(
+        "UNDEFENDED BUILD, for the suite of attacks only: never run it where credentials are real. Switched off: {}",
+        if off.is_empty() { "nothing".to_owned() } else { off.join(", ") }
+    )
+}
+
+/// Who is taken for the caller at an address: whoever was there first, as a cache has it that nobody tells that the
+/// address has changed hands.
+pub(crate) fn known_at(peer: IpAddr, own: Option<(Origin, Dialler)>) -> Option<(Origin, Dialler)> {
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    match own {
+        Some(own) => Some(known.entry(peer).or_insert(own).clone()),
+        None => known.get(&peer).cloned(),
+    }
+}
+
+// === impl Unframed ===
+
+impl AsyncRead for Unframed {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let before = buffer.filled().len();
+        let result = ready!(Pin::new(&mut self.0).poll_read(cx, buffer));
+        if !holds(Defence::Framing) {
+            hide_length(&mut buffer.filled_mut()[before..]);
+        }
+        Poll::Ready(result)
+    }
+}
+
+impl AsyncWrite for Unframed {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// Gives the header with a body's length another name.
+fn hide_length(bytes: &mut [u8]) {
+    const NAME: &[u8] = b"content-length:";
+    for at in 0..bytes.len().saturating_sub(NAME.len()) {
+        if bytes[at..at + NAME.len()].eq_ignore_ascii_case(NAME) {
+            bytes[at] = b'x';
+        }
+    }
+}
