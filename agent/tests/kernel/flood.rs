@@ -99,7 +99,12 @@ fn a_flood_of_handshakes_takes_no_pod_s_identity_and_gets_none() {
             dial(0);
             thread::scope(|scope| {
                 let flood = scope.spawn(|| flood(&forger, first_port, &spent));
-                (1..).take_while(|_| !flood.is_finished()).for_each(&mut dial);
+                for number in 1.. {
+                    if flood.is_finished() {
+                        break;
+                    }
+                    dial(number);
+                }
             });
             dial(0);
             assert_eq!(flooders, COMPLETED, "tcp_syncookies={cookies}");
