@@ -44,7 +44,7 @@ pub(crate) fn of_peer(what: Counter, peer: &Endpoint) {
     }
 }
 
-/// Known to the verifier.
+/// Known to the verifier. The macro asks the same, but within [`line`], which would then be called all the same.
 #[inline(always)]
 fn is_on() -> bool {
     level_enabled(Level::Debug)

@@ -23,7 +23,7 @@ const TARGET: &str = "kernel";
 const OFF: u8 = 0;
 /// The log's ring buffer while nothing is written to it: a page, the least there is.
 const NO_BYTES: u32 = 4096;
-/// While something is: some 800 lines.
+/// While something is: some 500 lines.
 const BYTES: u32 = 128 * 1024;
 
 /// The log, for one reader. It waits in the kernel while nobody reads, until there is no room.
