@@ -45,10 +45,11 @@ pub const TICKETS_MAX: u32 = PODS_MAX * TICKETS_PER_POD;
 pub const POLICIES_MAX: u32 = 4_096;
 /// Most cgroups that are exempt at a time: pods of podgate and of AWS's own agent, those that were killed included.
 pub const EXEMPT_MAX: u32 = 64;
-/// Slot of the IPv4 listener in `LISTENERS`.
-pub const LISTENER_V4: u32 = 0;
-/// Slot of the IPv6 listener in `LISTENERS`.
-pub const LISTENER_V6: u32 = 1;
+/// Most listeners of one generation: an IPv4 and an IPv6 one at podgate's own pair of addresses, and at EKS Pod
+/// Identity's.
+pub const LISTENERS_MAX: u32 = 4;
+/// Most addresses that only podgate may listen at: those of one generation, and of some before it with other settings.
+pub const GUARDED_MAX: u32 = 16;
 /// Slots of `COUNTERS`: room for those to come, which go to the end, so that an agent finds those of the one before it.
 pub const COUNTERS_MAX: u32 = 64;
 /// Bytes of the ring buffer, a power of two: some 2,900 events of 80 bytes and 8 of header.
@@ -102,8 +103,11 @@ pub mod map {
     pub const EXEMPT: &str = "EXEMPT";
     /// One `u64`: when the agent has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 when it has stopped.
     pub const HEARTBEAT: &str = "HEARTBEAT";
-    /// The listeners of the generation that the map belongs to, by [`super::LISTENER_V4`] and [`super::LISTENER_V6`].
+    /// The listeners of the generation that the map belongs to, in no order.
     pub const LISTENERS: &str = "LISTENERS";
+    /// [`crate::net::Endpoint`] to `u32`: where nobody but exempt pods may listen. 1 once podgate has made sure that nobody
+    /// else did before, else 0.
+    pub const GUARDED: &str = "GUARDED";
     /// One 32-byte key, by which IMDS tokens are valid across restarts. A token grants nothing by itself.
     pub const IMDS_KEY: &str = "IMDS_KEY";
     /// Two [`crate::target::Target`] slots.

@@ -188,6 +188,11 @@ impl fmt::Debug for Endpoint {
     }
 }
 
+// SAFETY: `repr(C)`, no padding (asserted in `abi`), every bit pattern is valid.
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "aya writes the address to a map as bytes")]
+unsafe impl aya::Pod for Endpoint {}
+
 /// The address's words in network byte order.
 const fn words(ip: Ipv6Addr) -> [u32; 4] {
     let o = ip.octets();

@@ -14,15 +14,13 @@ pub struct Target {
     pub v6: Endpoint,
     /// What dials to 169.254.170.23 and `fd00:ec2::23` get while the agent is down: [`WHEN_DOWN_DENY`] or
     /// [`WHEN_DOWN_PASS`]. Dials to the instance metadata service are always refused then: there is the node's role.
-    pub when_down: u32,
-    /// Always 0.
-    pub _pad: u32,
+    pub when_down: u64,
 }
 
 /// `Target::when_down`: `EPERM`, which costs an SDK nothing; a dial that nobody answers costs it up to minutes.
-pub const WHEN_DOWN_DENY: u32 = 0;
+pub const WHEN_DOWN_DENY: u64 = 0;
 /// `Target::when_down`: left alone, because AWS's own agent answers there.
-pub const WHEN_DOWN_PASS: u32 = 1;
+pub const WHEN_DOWN_PASS: u64 = 1;
 
 /// The agent counts as down when it has not beaten for this long, in nanoseconds.
 pub const HEARTBEAT_LIMIT_NS: i64 = 2_000_000_000;

@@ -3,9 +3,13 @@
 //! Owns that refusal; never looks at another address. Generations of the agent share its address with `SO_REUSEPORT`:
 //! without this a pod on the host's network could join them, and take their connections with the tokens in them.
 
-use agent_common::{counter::Counter, net::Endpoint};
+use agent_common::{
+    counter::Counter,
+    defence::{Defence, holds},
+    net::Endpoint,
+};
 
-use crate::{caller, connect::Verdict, counters::count, ctx::Dial, events, target};
+use crate::{caller, connect::Verdict, counters::count, ctx::Dial, events, maps::GUARDED};
 
 /// `cgroup/bind4`.
 #[inline(always)]
@@ -21,8 +25,7 @@ pub(crate) fn bind6(bind: &Dial) -> Verdict {
 
 #[inline(always)]
 fn judge(bind: &Dial, address: &Endpoint) -> Verdict {
-    let target = target::in_force().and_then(|target| target::endpoint(target, address.is_ip4()));
-    if !target.is_some_and(|target| target.same(address)) || caller::current_is_exempt() {
+    if GUARDED.get_ptr(address).is_none() || caller::current_is_exempt() || !holds(Defence::BindGuard) {
         return Verdict::Allow;
     }
     count(Counter::DeniedBind);

@@ -3,8 +3,9 @@
 //! Owns the maps' types and names (`agent_common::abi::map`); never looks anything up.
 
 use agent_common::{
-    abi::{COUNTERS_MAX, EVENTS_BYTES, EXEMPT_MAX, POLICIES_MAX, TICKETS_MAX},
+    abi::{COUNTERS_MAX, EVENTS_BYTES, EXEMPT_MAX, GUARDED_MAX, LISTENERS_MAX, POLICIES_MAX, TICKETS_MAX},
     event::Event,
+    net::Endpoint,
     origin::{Dialled, Origin},
     policy::PodPolicy,
     target::Target,
@@ -46,9 +47,13 @@ pub(crate) static EXEMPT: HashMap<u64, u64, { EXEMPT_MAX as usize }> = HashMap::
 #[btf_map]
 pub(crate) static HEARTBEAT: Array<u64, 1> = Array::new();
 
-/// This generation's listeners, IPv4 and IPv6.
+/// This generation's listeners. Those that are closed leave by themselves.
 #[btf_map]
-pub(crate) static LISTENERS: ReusePortSockArray<2> = ReusePortSockArray::new();
+pub(crate) static LISTENERS: ReusePortSockArray<{ LISTENERS_MAX as usize }> = ReusePortSockArray::new();
+
+/// Where nobody but exempt pods may listen, written by the agent before it listens there.
+#[btf_map]
+pub(crate) static GUARDED: HashMap<Endpoint, u32, { GUARDED_MAX as usize }> = HashMap::new();
 
 /// The key of IMDS tokens. No program reads it: it is a map to outlive the agent.
 #[btf_map]

@@ -14,11 +14,15 @@ use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 
 mod node;
+mod place;
 mod serving;
 mod signal;
+mod stock_agent;
 mod tasks;
 
-use self::{node::Node, serving::Serving, signal::Signals, tasks::Tasks};
+use self::{
+    node::Node, place::Opener, serving::Serving, signal::Signals, stock_agent::StockAgent, tasks::Tasks,
+};
 
 use crate::{
     admin::{self, Probes},
@@ -39,7 +43,7 @@ use crate::{
         tree,
     },
     intercept::{self, Interceptor, OriginLookup},
-    link::{self, Addresses, Link},
+    link::{self, Link},
     observe,
     policies::Policies,
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
@@ -149,10 +153,13 @@ pub async fn run(config: Config) -> Result<(), Error> {
         observe::follow(log);
     }
 
+    let (stock_agent_is_here, is_here) = watch::channel(false);
     let enforcer = Enforcer {
         policies: known.policies.clone(),
         map: Arc::clone(&interceptor),
         own: node.own_pod,
+        stock_agent: config.stock_agent.clone(),
+        stock_agent_is_here,
         pods: Arc::clone(&known.pods),
         networks: Arc::clone(&known.networks),
         engine: Arc::clone(&server.engine),
@@ -166,14 +173,11 @@ pub async fn run(config: Config) -> Result<(), Error> {
         () = signals.end() => return Ok(()),
     }
 
-    let wanted = Addresses {
-        v4: config.target_v4.map(|target| *target.ip()),
-        v6: config.target_v6.map(|target| *target.ip()),
-    };
     // It stays when the agent goes, as its programs do: dials that are sent there are refused at once, and not lost.
-    let (_link, addresses) = Link::up(&config.link, wanted).await?;
-    let serving = Serving { config: &config, interceptor: &interceptor, probes: &probes, in_charge };
-    serving.run(addresses, server, origins, &mut tasks, &mut signals).await
+    let link = Link::up(&config.link).await?;
+    let opener = Opener { link, interceptor, server, origins };
+    let stock_agent = StockAgent::new(is_here, &mut tasks);
+    Serving::new(&config, opener, &probes, in_charge, stock_agent).run(&mut tasks, &mut signals).await
 }
 
 /// Follows pods, namespaces and cgroups from now on. The receiver learns when the enforcer has seen all there is.

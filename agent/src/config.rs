@@ -14,7 +14,10 @@ use clap::Args;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
-use crate::policy::{Defaults, ImdsMode};
+use crate::{
+    identity::DaemonSetRef,
+    policy::{Defaults, ImdsMode},
+};
 
 /// The settings of `podgate run` as text. They are parsed by [`Config::parse`] and not by clap, which would
 /// stop at the first bad one.
@@ -51,12 +54,24 @@ pub struct Flags {
     /// Tell what pods in audit ask the instance metadata service for: credentials, user-data or something else.
     #[arg(long, env = "PODGATE_AUDIT_PATHS")]
     pub audit_paths: bool,
-    /// IPv4 address and port that dials are sent to, or "none".
-    #[arg(long, env = "PODGATE_TARGET_V4", default_value = "169.254.170.23:80")]
+    /// Where dials are sent to: pod-identity (to 169.254.170.23 and its IPv6 counterpart, which podgate has for itself
+    /// then), own (to podgate's own pair of addresses) or auto (own while AWS's own agent is on the node, else
+    /// pod-identity).
+    #[arg(long, env = "PODGATE_TARGET", default_value = "auto")]
+    pub target: String,
+    /// IPv4 address and port of podgate's own pair, or "none".
+    #[arg(long, env = "PODGATE_TARGET_V4", default_value = "169.254.175.1:80")]
     pub target_v4: String,
-    /// IPv6 address and port that dials are sent to, or "none". Never link-local.
-    #[arg(long, env = "PODGATE_TARGET_V6", default_value = "[fd00:ec2::23]:80")]
+    /// IPv6 address and port of podgate's own pair, or "none".
+    #[arg(long, env = "PODGATE_TARGET_V6", default_value = "[fd70:6f64:6761:7465::1]:80")]
     pub target_v6: String,
+    /// AWS's own agent: the pods of this daemon set, as NAMESPACE/NAME, or "none".
+    #[arg(long, env = "PODGATE_STOCK_AGENT", default_value = "kube-system/eks-pod-identity-agent")]
+    pub stock_agent: String,
+    /// What pods' dials to EKS Pod Identity get while no podgate is alive: auto (AWS's own agent where it answers,
+    /// else a refusal) or deny. Dials to the instance metadata service are always refused then.
+    #[arg(long, env = "PODGATE_WHEN_DOWN", default_value = "auto")]
+    pub when_down: String,
     /// Name of the network link that carries these addresses.
     #[arg(long, env = "PODGATE_LINK", default_value = DEFAULT_LINK)]
     pub link: String,
@@ -110,10 +125,16 @@ pub struct Config {
     pub guard: bool,
     /// Whether what pods in `audit` ask for is told.
     pub audit_paths: bool,
-    /// IPv4 side of the target.
+    /// Where dials are sent to.
+    pub target: TargetMode,
+    /// IPv4 side of podgate's own pair.
     pub target_v4: Option<SocketAddrV4>,
-    /// IPv6 side of the target.
+    /// IPv6 side of podgate's own pair.
     pub target_v6: Option<SocketAddrV6>,
+    /// Whose pods are AWS's own agent.
+    pub stock_agent: Option<DaemonSetRef>,
+    /// What dials to EKS Pod Identity get while no podgate is alive.
+    pub when_down: WhenDown,
     /// Name of podgate's network link.
     pub link: String,
     /// Who the agent is at the API server.
@@ -139,6 +160,28 @@ pub enum KubeIdentity {
     /// Whoever the kubeconfig or the service account says: a node's credential, or a service account with
     /// plain RBAC.
     Own,
+}
+
+/// Where dials are sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TargetMode {
+    /// To podgate's own pair of addresses while AWS's own agent is on the node, else to EKS Pod Identity's.
+    Auto,
+    /// To EKS Pod Identity's addresses, which podgate has for itself.
+    PodIdentity,
+    /// To podgate's own pair.
+    Own,
+}
+
+/// What dials to EKS Pod Identity get while no podgate is alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenDown {
+    /// AWS's own agent, where it answers; else `EPERM`.
+    Auto,
+    /// `EPERM`.
+    Deny,
 }
 
 /// Format of the log.
@@ -178,8 +221,11 @@ impl Config {
         let imds_floor = problems.check("imds-floor", &flags.imds_floor, imds_mode);
         let imds_v1 = problems.check("imds-v1", &flags.imds_v1, allow_or_deny);
         let guard = problems.check("guard", &flags.guard, auto_or_off);
+        let target = problems.check("target", &flags.target, target_mode);
         let target_v4 = problems.check("target-v4", &flags.target_v4, target_v4);
         let target_v6 = problems.check("target-v6", &flags.target_v6, target_v6);
+        let stock_agent = problems.check("stock-agent", &flags.stock_agent, stock_agent);
+        let when_down = problems.check("when-down", &flags.when_down, when_down);
         let link = problems.check("link", &flags.link, link_name);
         let kube_identity = problems.check("kube-identity", &flags.kube_identity, kube_identity);
         let admin = problems.check("admin", &flags.admin, socket_addr);
@@ -187,7 +233,8 @@ impl Config {
         let drain = problems.check("drain-secs", &flags.drain_secs, seconds);
         let log_format = problems.check("log-format", &flags.log_format, log_format);
         let log_filter = problems.check("log-filter", &flags.log_filter, log_filter);
-        if target_v4 == Some(None) && target_v6 == Some(None) {
+        let has_no_pair = target_v4 == Some(None) && target_v6 == Some(None);
+        if has_no_pair && target != Some(TargetMode::PodIdentity) {
             problems.add("target-v4", "is \"none\", and so is target-v6: pods' dials need one of the two");
         }
         let config = || {
@@ -200,8 +247,11 @@ impl Config {
                 defaults: Defaults { imds: imds?, imds_floor: imds_floor?, imds_v1: imds_v1? },
                 guard: guard?,
                 audit_paths: flags.audit_paths,
+                target: target?,
                 target_v4: target_v4?,
                 target_v6: target_v6?,
+                stock_agent: stock_agent?,
+                when_down: when_down?,
                 link: link?,
                 kube_identity: kube_identity?,
                 admin: admin?,
@@ -297,15 +347,32 @@ fn auto_or_off(value: &str) -> Result<bool, String> {
     }
 }
 
+fn target_mode(value: &str) -> Result<TargetMode, String> {
+    match value {
+        "auto" => Ok(TargetMode::Auto),
+        "pod-identity" => Ok(TargetMode::PodIdentity),
+        "own" => Ok(TargetMode::Own),
+        _ => Err(format!("is {value:?}: auto, pod-identity or own")),
+    }
+}
+
 fn target_v4(value: &str) -> Result<Option<SocketAddrV4>, String> {
     if value == "none" {
         return Ok(None);
     }
     let target: SocketAddrV4 = value
         .parse()
-        .map_err(|_| format!("is {value:?}: an IPv4 address and port as 169.254.170.23:80, or none"))?;
-    if !target.ip().is_link_local() || *target.ip() == agent_common::net::IMDS_V4 {
-        return Err(format!("is {value:?}: must be link-local (169.254.0.0/16), and not IMDS itself"));
+        .map_err(|_| format!("is {value:?}: an IPv4 address and port as 169.254.175.1:80, or none"))?;
+    // AWS's services are in the first three; NodeLocal DNSCache and the VPC CNI's gateway have one each.
+    let is_taken = match target.ip().octets() {
+        [169, 254, 169 | 170 | 172, _] | [169, 254, 20, 10] | [169, 254, 1, 1] => true,
+        [first, second, ..] => (first, second) != (169, 254),
+    };
+    if is_taken {
+        return Err(format!(
+            "is {value:?}: must be link-local (169.254.0.0/16), and none that AWS or common add-ons use (169.254.169.0/24, \
+             169.254.170.0/24, 169.254.172.0/24, 169.254.20.10, 169.254.1.1)"
+        ));
     }
     nonzero(target.port()).map(|()| Some(target))
 }
@@ -314,16 +381,36 @@ fn target_v6(value: &str) -> Result<Option<SocketAddrV6>, String> {
     if value == "none" {
         return Ok(None);
     }
-    let target: SocketAddrV6 = value
-        .parse()
-        .map_err(|_| format!("is {value:?}: an IPv6 address and port as [fd00:ec2::23]:80, or none"))?;
-    if !target.ip().is_unique_local() || *target.ip() == agent_common::net::IMDS_V6 {
+    let target: SocketAddrV6 = value.parse().map_err(|_| {
+        format!("is {value:?}: an IPv6 address and port as [fd70:6f64:6761:7465::1]:80, or none")
+    })?;
+    let is_aws_s = matches!(target.ip().segments(), [0xfd00, 0xec2, ..]);
+    if !target.ip().is_unique_local() || is_aws_s {
         return Err(format!(
-            "is {value:?}: must be unique local (fc00::/7), and not IMDS itself; connect cannot be redirected to \
-             a link-local IPv6 address"
+            "is {value:?}: must be unique local (fc00::/7), and not in AWS's fd00:ec2::/32; connect cannot be \
+             redirected to a link-local IPv6 address"
         ));
     }
     nonzero(target.port()).map(|()| Some(target))
+}
+
+fn stock_agent(value: &str) -> Result<Option<DaemonSetRef>, String> {
+    let is_name = |name: &str| node_name(name).is_ok();
+    match value.split_once('/') {
+        None if value == "none" => Ok(None),
+        Some((namespace, name)) if is_name(namespace) && is_name(name) => {
+            Ok(Some(DaemonSetRef { namespace: namespace.to_owned(), name: name.to_owned() }))
+        }
+        _ => Err(format!("is {value:?}: a DaemonSet as kube-system/eks-pod-identity-agent, or none")),
+    }
+}
+
+fn when_down(value: &str) -> Result<WhenDown, String> {
+    match value {
+        "auto" => Ok(WhenDown::Auto),
+        "deny" => Ok(WhenDown::Deny),
+        _ => Err(format!("is {value:?}: auto or deny")),
+    }
 }
 
 fn nonzero(port: u16) -> Result<(), String> {
@@ -398,7 +485,10 @@ mod tests {
             config.defaults,
             Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false }
         );
-        assert_eq!(config.target_v4.unwrap().to_string(), "169.254.170.23:80");
+        assert_eq!((config.target, config.when_down), (TargetMode::Auto, WhenDown::Auto));
+        assert_eq!(config.target_v4.unwrap().to_string(), "169.254.175.1:80");
+        assert_eq!(config.target_v6.unwrap().to_string(), "[fd70:6f64:6761:7465::1]:80");
+        assert_eq!(config.stock_agent.unwrap().to_string(), "kube-system/eks-pod-identity-agent");
         assert_eq!(config.kube_identity, KubeIdentity::AssociatedNode);
         assert!(config.guard && !config.audit_paths);
     }
@@ -417,8 +507,11 @@ mod tests {
             "--imds-floor=low",
             "--imds-v1=yes",
             "--guard=on",
+            "--target=both",
             "--target-v4=10.0.0.1:80",
             "--target-v6=[fe80::1]:80",
+            "--stock-agent=eks-pod-identity-agent",
+            "--when-down=pass",
             "--link=a-name-that-is-too-long",
             "--kube-identity=admin",
             "--admin=9163",
@@ -436,8 +529,11 @@ mod tests {
                 "imds-floor",
                 "imds-v1",
                 "guard",
+                "target",
                 "target-v4",
                 "target-v6",
+                "stock-agent",
+                "when-down",
                 "link",
                 "kube-identity",
                 "admin",
@@ -449,10 +545,33 @@ mod tests {
     }
 
     #[test]
-    fn imds_itself_is_no_target() {
-        assert!(parse(&["--target-v4=169.254.169.254:80"]).is_err());
-        assert!(parse(&["--target-v6=[fd00:ec2::254]:80"]).is_err());
-        assert!(parse(&["--target-v4=none", "--target-v6=none"]).is_err());
+    fn an_address_that_others_use_is_not_podgate_s_own() {
+        for taken in ["169.254.169.254", "169.254.170.23", "169.254.172.9", "169.254.20.10", "169.254.1.1"] {
+            assert!(parse(&[&format!("--target-v4={taken}:80")]).is_err(), "{taken}");
+        }
+        for taken in ["fd00:ec2::254", "fd00:ec2::23", "fd00:ec2:1::1", "fe80::1", "2001:db8::1"] {
+            assert!(parse(&[&format!("--target-v6=[{taken}]:80")]).is_err(), "{taken}");
+        }
+        for free in ["--target-v4=169.254.171.23:8080", "--target-v6=[fd0d:6a7e::23]:80"] {
+            assert!(parse(&[free]).is_ok(), "{free}");
+        }
+    }
+
+    #[test]
+    fn podgate_has_addresses_of_its_own_unless_it_always_has_pod_identity_s() {
+        let none = ["--target-v4=none", "--target-v6=none"];
+        for (target, is_valid) in [("auto", false), ("own", false), ("pod-identity", true)] {
+            let target = format!("--target={target}");
+            assert_eq!(parse(&[&none[..], &[&target]].concat()).is_ok(), is_valid, "{target}");
+        }
+    }
+
+    #[test]
+    fn a_node_may_be_without_a_stock_agent() {
+        assert_eq!(parse(&["--stock-agent=none"]).unwrap().stock_agent, None);
+        for bad in ["--stock-agent=", "--stock-agent=a/b/c", "--stock-agent=/agent", "--stock-agent=aws/"] {
+            assert!(parse(&[bad]).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     credentials::cache::{CredentialSource, Engine},
     identity::{
-        Pod, PodUid, Pods,
+        DaemonSetRef, Pod, PodUid, Pods,
         network::Networks,
         tree::{PodCgroup, TreeEvent},
         watch::ClusterEvent,
@@ -30,8 +30,12 @@ use crate::{
 pub trait PolicyMap: Send + 'static {
     /// Gives the pod with this cgroup a policy.
     fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), intercept::Error>;
-    /// Takes it away.
+    /// Takes it away, and any exemption.
     fn remove(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    /// Applies no policy to the pod with this cgroup, whatever it has.
+    fn exempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    /// Applies its policy again.
+    fn unexempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
     /// Gives a policy to pods that have none of their own yet: one to those in a network of their own, one to those on
     /// the host's.
     fn set_unknown(
@@ -56,6 +60,10 @@ pub struct Enforcer<M, S> {
     pub map: M,
     /// The cgroup of podgate's own pod, which stays exempt.
     pub own: Option<u64>,
+    /// Whose pods are AWS's own agent, which is exempt.
+    pub stock_agent: Option<DaemonSetRef>,
+    /// Learns whether such a pod is on this node.
+    pub stock_agent_is_here: watch::Sender<bool>,
     /// The pods of this node.
     pub pods: Arc<Pods>,
     /// Their networks.
@@ -70,6 +78,10 @@ struct State {
     cgroups: HashMap<PodUid, u64>,
     /// The policies in the kernel's map.
     in_force: HashMap<PodUid, Policy>,
+    /// Pods of AWS's own agent that the API server has.
+    stock_agents: HashSet<PodUid>,
+    /// Those that are exempt.
+    exempt: HashSet<PodUid>,
     /// Pods that the API server has no more, but whose cgroup may still be there.
     deleted: HashSet<PodUid>,
     /// What pods get that are not in the map, in a network of their own and on the host's.
@@ -87,6 +99,14 @@ impl PolicyMap for Arc<Mutex<Interceptor>> {
 
     fn remove(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
         self.lock().unwrap_or_else(PoisonError::into_inner).remove_policy(pod_cgroup_id)
+    }
+
+    fn exempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).exempt(pod_cgroup_id)
+    }
+
+    fn unexempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).unexempt(pod_cgroup_id)
     }
 
     fn set_unknown(
@@ -126,11 +146,18 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 Some(event) = events.recv() => self.on_cluster(&mut state, event).await,
                 else => return,
             }
-            self.apply_unknown(&mut state);
+            self.tell(&mut state);
             if state.pods_synced && state.namespaces_synced {
                 synced.send_replace(true);
             }
         }
+    }
+
+    /// Tells what all that is known of the pods amounts to.
+    fn tell(&self, state: &mut State) {
+        self.apply_unknown(state);
+        let is_here = !state.stock_agents.is_empty();
+        self.stock_agent_is_here.send_if_modified(|known| std::mem::replace(known, is_here) != is_here);
     }
 
     async fn on_tree(&self, state: &mut State, event: TreeEvent) {
@@ -138,6 +165,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
             TreeEvent::Appeared(PodCgroup { uid, id }) => {
                 state.cgroups.insert(uid, id);
                 state.in_force.remove(&uid);
+                state.exempt.remove(&uid);
                 if let Some(pod) = self.pods.get(uid) {
                     self.apply(state, &pod);
                 }
@@ -152,6 +180,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 if state.cgroups.get(&uid) == Some(&id) {
                     state.cgroups.remove(&uid);
                     state.in_force.remove(&uid);
+                    state.exempt.remove(&uid);
                     self.networks.forget(uid);
                     self.engine.forget(uid).await;
                     if state.deleted.remove(&uid) {
@@ -166,10 +195,18 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
         match event {
             ClusterEvent::PodChanged(pod) => {
                 state.deleted.remove(&pod.uid);
+                if self.is_stock_agent(&pod) {
+                    state.stock_agents.insert(pod.uid);
+                } else {
+                    state.stock_agents.remove(&pod.uid);
+                }
                 report(&pod.annotations, Place::Pod, &pod.full_name());
                 self.apply(state, &pod);
             }
-            ClusterEvent::PodDeleted(uid) => self.on_deleted(state, uid).await,
+            ClusterEvent::PodDeleted(uid) => {
+                state.stock_agents.remove(&uid);
+                self.on_deleted(state, uid).await;
+            }
             ClusterEvent::PodsSynced => state.pods_synced = true,
             ClusterEvent::NamespaceChanged(name) => {
                 if let Some(annotations) = self.policies.namespaces.get(&name) {
@@ -194,10 +231,18 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
         }
     }
 
+    fn is_stock_agent(&self, pod: &Pod) -> bool {
+        self.stock_agent.as_ref().is_some_and(|stock_agent| stock_agent.controls(pod))
+    }
+
     /// Puts a pod's policy into force, once its cgroup and its namespace are known.
     fn apply(&self, state: &mut State, pod: &Pod) {
-        let Some(&id) = state.cgroups.get(&pod.uid) else { return };
-        let Some(policy) = self.policies.of(pod).filter(|_| Some(id) != self.own) else { return };
+        let Some(&id) = state.cgroups.get(&pod.uid).filter(|id| Some(**id) != self.own) else { return };
+        self.apply_exemption(state, pod, id);
+        if state.exempt.contains(&pod.uid) {
+            return;
+        }
+        let Some(policy) = self.policies.of(pod) else { return };
         if state.in_force.get(&pod.uid) == Some(&policy) {
             return;
         }
@@ -211,6 +256,26 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(),
                     "cannot put a pod's policy into the kernel; it counts as unknown");
             }
+        }
+    }
+
+    fn apply_exemption(&self, state: &mut State, pod: &Pod, id: u64) {
+        let is_stock_agent = self.is_stock_agent(pod);
+        if is_stock_agent == state.exempt.contains(&pod.uid) {
+            return;
+        }
+        let applied = if is_stock_agent { self.map.exempt(id) } else { self.map.unexempt(id) };
+        if let Err(error) = applied {
+            error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(), is_stock_agent,
+                "cannot tell the kernel whether a pod is AWS's own agent");
+            return;
+        }
+        if is_stock_agent {
+            state.exempt.insert(pod.uid);
+            info!(pod.uid = %pod.uid, pod.name = pod.full_name(), "AWS's own agent is exempt");
+        } else {
+            state.exempt.remove(&pod.uid);
+            info!(pod.uid = %pod.uid, pod.name = pod.full_name(), "a pod is AWS's own agent no more");
         }
     }
 

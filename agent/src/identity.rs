@@ -16,7 +16,7 @@ pub mod watch;
 
 pub use cgroup::PodUid;
 pub use namespaces::Namespaces;
-pub use pods::{Pod, Pods, ServiceAccountRef};
+pub use pods::{DaemonSetRef, Pod, Pods, ServiceAccountRef};
 
 use self::{
     cgroup::Owner,

@@ -7,13 +7,18 @@
 //! generation says whose word counts.
 
 use std::{
-    collections::HashMap, error::Error as StdError, fmt, io, net::TcpListener,
-    path::{Path, PathBuf}, time::Duration,
+    collections::HashMap,
+    error::Error as StdError,
+    fmt, io,
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    time::Duration,
 };
 
 use agent_common::{
-    abi::{LISTENER_V4, LISTENER_V6, program},
+    abi::{LISTENERS_MAX, program},
     counter::Counter,
+    net::Endpoint,
     policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
     target::Target,
 };
@@ -282,19 +287,47 @@ impl Interceptor {
         self.object.exempted()
     }
 
-    /// Keeps pods from listening at the target's addresses from now on. Whether they were kept from it before; if not,
-    /// somebody may listen there already, and the caller must make sure that nobody does.
-    pub fn guard_addresses(&mut self, target: Target) -> Result<bool, Error> {
+    /// Keeps pods from listening at `address` from now on, and calls `listen` to do it, with whether somebody else may
+    /// listen there already: then it has to make sure that nobody does. No other agent does the same meanwhile.
+    pub fn claim<L>(
+        &mut self,
+        address: SocketAddr,
+        listen: impl FnOnce(bool) -> io::Result<L>,
+    ) -> Result<io::Result<L>, Error> {
         let _alone = self.pins.lock()?;
-        let former = self.object.target()?;
-        if self.pins.guard_addresses() {
-            return Ok(former.v4.same(&target.v4) && former.v6.same(&target.v6));
+        let endpoint = Endpoint::new(address.ip(), address.port());
+        let mut guarded = self.object.guarded(&endpoint)?;
+        if guarded.is_none() {
+            self.object.guard(endpoint, false)?;
         }
-        self.object.set_target(Target { generation: former.generation, ..target })?;
         for name in [program::BIND4, program::BIND6] {
-            self.cgroups.attach(&self.object, &self.pins, name)?;
+            if !self.cgroups.is_attached(&self.pins, name) {
+                self.cgroups.attach(&self.object, &self.pins, name)?;
+                guarded = None;
+            }
         }
-        Ok(false)
+        let listened = listen(guarded != Some(true));
+        if listened.is_ok() {
+            self.object.guard(endpoint, true)?;
+        }
+        Ok(listened)
+    }
+
+    /// Guards no other address than these any more, if this agent is in charge.
+    pub fn guard_only(&mut self, addresses: &[SocketAddr]) -> Result<(), Error> {
+        let _alone = self.pins.lock()?;
+        if !self.is_in_charge()? {
+            return Ok(());
+        }
+        let kept = |endpoint: &Endpoint| {
+            addresses.iter().any(|kept| Endpoint::new(kept.ip(), kept.port()).same(endpoint))
+        };
+        for endpoint in self.object.all_guarded()? {
+            if !kept(&endpoint) {
+                self.object.unguard(endpoint)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes charge of this node, from nobody or from another agent: its programs are replaced by this agent's, its
@@ -314,10 +347,10 @@ impl Interceptor {
         self.pins.remove_others()
     }
 
-    /// Makes new connections to this agent's listeners come to them, and not to those of another that listens there.
-    pub fn steer(&mut self, v4: Option<&TcpListener>, v6: Option<&TcpListener>) -> Result<(), Error> {
-        for (slot, listener) in [(LISTENER_V4, v4), (LISTENER_V6, v6)] {
-            let Some(listener) = listener else { continue };
+    /// Makes new connections to this agent's listeners, at most [`LISTENERS_MAX`], come to them, and not to those of
+    /// another that listens there. They are given in the same order each time.
+    pub fn steer(&mut self, listeners: &[&TcpListener]) -> Result<(), Error> {
+        for (slot, &listener) in (0..LISTENERS_MAX).zip(listeners) {
             self.object.steer(slot, listener)?;
             let steering = self.object.steering()?;
             steering.attach(listener).map_err(|source| Error::Steer { source: source.into() })?;
@@ -344,6 +377,8 @@ impl Interceptor {
 
     /// Sends intercepted dials to `target` from now on, if this agent is in charge.
     pub fn set_target(&mut self, target: Target) -> Result<(), Error> {
+        // Whoever took over meanwhile would otherwise lose charge again.
+        let _alone = self.pins.lock()?;
         if !self.is_in_charge()? {
             return Ok(());
         }

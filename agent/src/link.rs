@@ -1,22 +1,19 @@
-//! podgate's own network link, the target's addresses on it, and the rules by which every pod reaches them.
+//! podgate's own network link, the addresses on it that it listens at, and the rules by which every pod reaches them.
 //!
 //! Owns these and nothing else of the node's network; adds no route to the main table: the local table is enough,
 //! and the stock agent refuses to start where it finds such a route.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::{io, net::IpAddr};
 
 use futures::TryStreamExt as _;
 use rtnetlink::{
     Error as NetlinkError, Handle, LinkBridge, LinkDummy, LinkUnspec,
     packet_route::{
-        address::{AddressAttribute, AddressFlags},
+        address::{AddressAttribute, AddressFlags, AddressMessage},
         link::{LinkAttribute, LinkMessage},
     },
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 mod rules;
 
@@ -31,16 +28,7 @@ pub struct Link {
     handle: Handle,
     name: String,
     index: u32,
-    _rules: Option<Rules>,
-}
-
-/// The addresses that the link has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Addresses {
-    /// The IPv4 address.
-    pub v4: Option<Ipv4Addr>,
-    /// The IPv6 address; none where the node has IPv6 switched off.
-    pub v6: Option<Ipv6Addr>,
+    rules: Rules,
 }
 
 /// Why there is no link.
@@ -81,50 +69,24 @@ pub enum Error {
 // === impl Link ===
 
 impl Link {
-    /// Makes the link, gives it the addresses, and sees to it that pods reach them. One that an agent before this has
-    /// made is taken as it is: that agent may still serve there. A link that is not podgate's is not touched. An IPv6
-    /// address that the node cannot have is left out with a warning.
+    /// Makes the link. One that an agent before this has made is taken with what is on it: that agent may still serve
+    /// there. A link that is not podgate's is not touched.
     ///
     /// The link stays when this is dropped; [`remove`] removes it.
-    pub async fn up(name: &str, wanted: Addresses) -> Result<(Self, Addresses), Error> {
+    pub async fn up(name: &str) -> Result<Self, Error> {
         let handle = connect()?;
         let index = match find(&handle, name).await {
             Some(existing) if is_own(&existing) => existing.header.index,
             Some(_) => return Err(Error::Taken { link: name.to_owned() }),
             None => create(&handle, name).await?,
         };
-        let mut link = Self { handle, name: name.to_owned(), index, _rules: None };
-        let addresses = link.address(wanted).await?;
-        let v4 = addresses.v4.map(IpAddr::V4);
-        let v6 = addresses.v6.map(IpAddr::V6);
-        link._rules = Some(Rules::up(&link.handle, v4.into_iter().chain(v6).collect()).await?);
-        Ok((link, addresses))
+        let rules = Rules::follow(handle.clone());
+        Ok(Self { handle, name: name.to_owned(), index, rules })
     }
 
-    async fn address(&self, wanted: Addresses) -> Result<Addresses, Error> {
-        if let Some(v4) = wanted.v4 {
-            self.add(v4.into()).await?;
-        }
-        let v6 = match wanted.v6 {
-            Some(v6) => self.add_v6(v6).await?,
-            None => None,
-        };
-        info!(link = self.name, v4 = ?wanted.v4, v6 = ?v6, "the target's addresses are up");
-        Ok(Addresses { v4: wanted.v4, v6 })
-    }
-
-    async fn add_v6(&self, address: Ipv6Addr) -> Result<Option<Ipv6Addr>, Error> {
-        match self.add(address.into()).await {
-            Ok(()) => Ok(Some(address)),
-            Err(Error::Netlink { source, .. }) if is_without_ip6(&source) => {
-                warn!(%address, "this node has IPv6 switched off: pods are served over IPv4 only");
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    async fn add(&self, address: IpAddr) -> Result<(), Error> {
+    /// Gives the link an address, if it does not have it, and sees to it that pods reach it. `false` when the node cannot
+    /// have it: IPv6 is switched off.
+    pub async fn add(&self, address: IpAddr) -> Result<bool, Error> {
         let prefix = if address.is_ipv4() { 32 } else { 128 };
         let mut request = self.handle.address().add(self.index, address, prefix).replace();
         if address.is_ipv6() {
@@ -132,8 +94,38 @@ impl Link {
             let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
             request.message_mut().attributes.push(AddressAttribute::Flags(flags));
         }
-        request.execute().await.map_err(|error| refused(&format!("put {address}"), &self.name, &error))
+        match request.execute().await {
+            Ok(()) => {}
+            Err(error) if address.is_ipv6() && is_without_ip6(&kernel_error(&error)) => return Ok(false),
+            Err(error) => return Err(refused(&format!("put {address}"), &self.name, &error)),
+        }
+        self.rules.add(address).await?;
+        Ok(true)
     }
+
+    /// Removes every other address from the link, with its rules.
+    pub async fn keep_only(&self, kept: &[IpAddr]) -> Result<(), Error> {
+        self.rules.keep_only(kept).await?;
+        let refused = |error| refused("change the addresses", &self.name, &error);
+        let addresses = self.handle.address().get().set_link_index_filter(self.index).execute();
+        for message in addresses.try_collect::<Vec<_>>().await.map_err(refused)? {
+            let Some(address) = address_of(&message).filter(|address| !kept.contains(address)) else {
+                continue;
+            };
+            self.handle.address().del(message).execute().await.map_err(refused)?;
+            info!(link = self.name, %address, "an address is down");
+        }
+        Ok(())
+    }
+}
+
+/// The address, unless it is the one that the kernel gives every link with IPv6.
+fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    });
+    address.filter(|address| !matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()))
 }
 
 async fn find(handle: &Handle, name: &str) -> Option<LinkMessage> {

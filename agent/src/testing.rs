@@ -27,6 +27,7 @@ pub fn pod(namespace: &str, name: &str) -> Pod {
         host_network: false,
         token_volume: false,
         injected: false,
+        daemon_set: None,
         ips: vec![],
         annotations: BTreeMap::new(),
     }

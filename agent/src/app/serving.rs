@@ -1,158 +1,176 @@
 //! The time in which pods are served: from the first listener to the last answer.
 
 use std::{
-    net::{SocketAddr, TcpListener},
-    sync::{Arc, Mutex, MutexGuard, atomic::Ordering::Relaxed},
+    net::{IpAddr, SocketAddr, TcpListener},
+    sync::{MutexGuard, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use agent_common::{
-    net::Endpoint,
-    target::{Target, WHEN_DOWN_DENY},
+    net::{Endpoint, HTTP_PORT, POD_IDENTITY_V4, POD_IDENTITY_V6},
+    target::{Target, WHEN_DOWN_DENY, WHEN_DOWN_PASS},
 };
+use futures::future::join_all;
 use tokio::{
     sync::watch,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval},
 };
 use tracing::{error, info, warn};
 
-use super::{Error, lock, signal::Signals, tasks::Tasks};
+use super::{
+    Error, lock,
+    place::{Opener, Place},
+    signal::Signals,
+    stock_agent::StockAgent,
+    tasks::Tasks,
+};
 use crate::{
-    accept,
     admin::Probes,
-    config::Config,
-    credentials::cache::NodeSource,
-    drain::drain,
-    intercept::{Interceptor, OriginLookup, Standing},
-    link::Addresses,
-    serve::Server,
+    config::{Config, TargetMode, WhenDown},
+    intercept::{Interceptor, Standing},
 };
 
 /// Time between two beats: a few may be late before pods are refused.
 const BEAT: Duration = Duration::from_millis(250);
 /// When the agent that has taken over has not beaten for so long, this one takes charge again: before pods are refused.
 const TAKE_BACK_AFTER: Duration = Duration::from_secs(1);
+/// How often EKS Pod Identity's addresses are tried that somebody else still has.
+const RETRY: Duration = Duration::from_secs(1);
+const POD_IDENTITY: [SocketAddr; 2] = [
+    SocketAddr::new(IpAddr::V4(POD_IDENTITY_V4), HTTP_PORT),
+    SocketAddr::new(IpAddr::V6(POD_IDENTITY_V6), HTTP_PORT),
+];
 
 /// The time in which pods are served.
 pub(super) struct Serving<'a> {
-    pub(super) config: &'a Config,
-    pub(super) interceptor: &'a Mutex<Interceptor>,
-    pub(super) probes: &'a Probes,
+    config: &'a Config,
+    opener: Opener,
+    probes: &'a Probes,
     /// Tells the others whether this agent is in charge of the node.
-    pub(super) in_charge: watch::Sender<bool>,
-}
-
-/// Where this agent listens.
-struct Listeners {
-    target: Target,
-    v4: Option<TcpListener>,
-    v6: Option<TcpListener>,
+    in_charge: watch::Sender<bool>,
+    stock_agent: StockAgent,
+    /// Podgate's own pair of addresses, always open but where podgate never needs it.
+    own: Option<Place>,
+    /// EKS Pod Identity's, while AWS's own agent leaves them to podgate.
+    pod_identity: Option<Place>,
+    /// What this agent has last told the programs.
+    in_force: Option<Target>,
+    /// When EKS Pod Identity's addresses may be tried again.
+    retry_at: Instant,
+    /// When what no agent uses any more is to be removed from the node.
+    tidy_at: Option<Instant>,
 }
 
 // === impl Serving ===
 
-impl Serving<'_> {
+impl<'a> Serving<'a> {
+    pub(super) fn new(
+        config: &'a Config,
+        opener: Opener,
+        probes: &'a Probes,
+        in_charge: watch::Sender<bool>,
+        stock_agent: StockAgent,
+    ) -> Self {
+        Self {
+            config,
+            opener,
+            probes,
+            in_charge,
+            stock_agent,
+            own: None,
+            pod_identity: None,
+            in_force: None,
+            retry_at: Instant::now(),
+            tidy_at: None,
+        }
+    }
+
     /// Listens, takes charge, and serves until the end: also while another agent is in charge, whose place this one
     /// takes again should it die.
-    pub(super) async fn run(
-        &self,
-        addresses: Addresses,
-        server: Arc<Server<NodeSource>>,
-        origins: Arc<dyn OriginLookup>,
-        tasks: &mut Tasks,
-        signals: &mut Signals,
-    ) -> Result<(), Error> {
-        let (drain, watch) = drain();
-        let listeners = self.listen(addresses)?;
-        for listener in [&listeners.v4, &listeners.v6].into_iter().flatten() {
-            let listener = listener.try_clone().map_err(Error::Descriptor)?;
-            let (server, origins, watch) = (Arc::clone(&server), Arc::clone(&origins), watch.clone());
-            let of_connections = watch.clone();
-            tasks.spawn("a listener", async move {
-                let serve = |accepted| {
-                    tokio::spawn(Arc::clone(&server).connection(accepted, of_connections.clone()));
-                };
-                if let Err(error) = accept::accept(listener, origins, watch, serve).await {
-                    warn!(%error, "cannot accept connections");
-                }
-            });
-        }
-        drop(watch);
-        self.take_over(&listeners)?;
+    pub(super) async fn run(mut self, tasks: &mut Tasks, signals: &mut Signals) -> Result<(), Error> {
+        self.open(tasks).await?;
+        self.take_charge().await?;
         self.probes.ready.store(true, Relaxed);
         info!("pods are served");
 
-        let end = self.keep_charge(&listeners, tasks, signals).await;
+        let end = self.keep_charge(tasks, signals).await;
         self.probes.ready.store(false, Relaxed);
         // Where nobody has taken over, new dials are refused at once.
         if let Err(error) = self.interceptor().stop() {
             error!(%error, "cannot tell the kernel that this agent stops; its pods are refused after 2 s");
         }
         self.in_charge.send_replace(false);
-        drop(listeners);
         info!("stopping: requests in flight are finished");
-        if !drain.run(self.config.drain).await {
+        let places = [self.own.take(), self.pod_identity.take()].into_iter().flatten();
+        let closed = join_all(places.map(|place| place.close(self.config.drain))).await;
+        if closed.contains(&false) {
             let seconds = self.config.drain.as_secs();
             warn!(seconds, "requests were still in flight at the end of the drain time");
         }
         end
     }
 
-    /// Listens at the target, where nobody may listen but podgate.
-    fn listen(&self, addresses: Addresses) -> Result<Listeners, Error> {
-        let v4 = self.config.target_v4.filter(|_| addresses.v4.is_some()).map(SocketAddr::V4);
-        let v6 = self.config.target_v6.filter(|_| addresses.v6.is_some()).map(SocketAddr::V6);
-        if v4.is_none() && v6.is_none() {
-            return Err(Error::NoTarget);
+    /// Listens wherever pods are to be served.
+    async fn open(&mut self, tasks: &mut Tasks) -> Result<(), Error> {
+        if self.config.target != TargetMode::PodIdentity {
+            let v4 = self.config.target_v4.map(SocketAddr::V4);
+            let v6 = self.config.target_v6.map(SocketAddr::V6);
+            let own: Vec<_> = v4.into_iter().chain(v6).collect();
+            self.own = Some(self.opener.open(&own, tasks).await?);
         }
-        let target = target(v4, v6);
-        let was_guarded = self.interceptor().guard_addresses(target)?;
-        let listen = |address: Option<SocketAddr>| {
-            let Some(address) = address else { return Ok(None) };
-            let checked = if was_guarded { Ok(()) } else { accept::check_free(address) };
-            let listener = checked.and_then(|()| accept::listen(address));
-            listener.map(Some).map_err(|source| Error::Listen { address: address.to_string(), source })
-        };
-        Ok(Listeners { target, v4: listen(v4)?, v6: listen(v6)? })
-    }
-
-    fn take_over(&self, listeners: &Listeners) -> Result<(), Error> {
-        let mut interceptor = self.interceptor();
-        interceptor.take_over(listeners.target)?;
-        interceptor.steer(listeners.v4.as_ref(), listeners.v6.as_ref())?;
-        self.in_charge.send_replace(true);
+        if self.wants_pod_identity() {
+            match self.opener.open(&POD_IDENTITY, tasks).await {
+                Ok(place) => self.pod_identity = Some(place),
+                Err(error) if self.own.is_some() => self.postpone(&error),
+                Err(error) => return Err(error),
+            }
+        }
         Ok(())
     }
 
-    /// Beats, and takes charge again when the agent that took it falls silent. Until the end is asked for.
-    async fn keep_charge(
-        &self,
-        listeners: &Listeners,
-        tasks: &mut Tasks,
-        signals: &mut Signals,
-    ) -> Result<(), Error> {
+    /// Whether EKS Pod Identity's addresses are to be podgate's.
+    fn wants_pod_identity(&self) -> bool {
+        match self.config.target {
+            TargetMode::Auto => !self.stock_agent.is_here(),
+            TargetMode::PodIdentity => true,
+            TargetMode::Own => false,
+        }
+    }
+
+    fn postpone(&mut self, error: &Error) {
+        self.retry_at = Instant::now() + RETRY;
+        warn!(%error, "cannot have EKS Pod Identity's addresses yet; pods are sent to podgate's own");
+    }
+
+    /// Beats, takes charge again when the agent that took it falls silent, and follows AWS's own agent. Until the end is
+    /// asked for.
+    async fn keep_charge(&mut self, tasks: &mut Tasks, signals: &mut Signals) -> Result<(), Error> {
         let mut beats = interval(BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            // Charge is not left for one failure: what pods get without a heartbeat is a refusal.
+            if let Err(error) = self.beat().await {
+                error!(%error, "cannot tell the kernel that this agent is alive; its pods are refused after 2 s");
+            }
+            if let Err(error) = self.follow_stock_agent(tasks).await {
+                error!(%error, "cannot send pods where they are to be sent; trying again");
+            }
             tokio::select! {
                 () = signals.end() => return Ok(()),
                 ended = tasks.ended() => return Err(ended),
+                () = self.stock_agent.changed() => {}
                 _ = beats.tick() => {}
-            }
-            // Charge is not left for one failure: what pods get without a heartbeat is a refusal.
-            if let Err(error) = self.beat(listeners) {
-                error!(%error, "cannot tell the kernel that this agent is alive; its pods are refused after 2 s");
             }
         }
     }
 
-    fn beat(&self, listeners: &Listeners) -> Result<(), Error> {
+    async fn beat(&mut self) -> Result<(), Error> {
         let standing = self.interceptor().beat()?;
         match standing {
             Standing::InCharge => {}
             Standing::Succeeded { silent } if silent >= TAKE_BACK_AFTER => {
                 warn!(?silent, "the podgate that took over is silent: taking charge again");
-                self.take_over(listeners)?;
+                self.take_charge().await?;
             }
             Standing::Succeeded { .. } => {
                 if self.in_charge.send_replace(false) {
@@ -163,15 +181,122 @@ impl Serving<'_> {
         Ok(())
     }
 
-    fn interceptor(&self) -> MutexGuard<'_, Interceptor> {
-        lock(self.interceptor)
+    async fn take_charge(&mut self) -> Result<(), Error> {
+        let target = self.target();
+        self.add_addresses(self.place()).await?;
+        let mut interceptor = self.interceptor();
+        interceptor.take_over(target)?;
+        interceptor.steer(&self.listeners())?;
+        drop(interceptor);
+        self.in_force = Some(target);
+        self.in_charge.send_replace(true);
+        self.tidy_later();
+        Ok(())
     }
-}
 
-/// The target as the programs read it; its generation is chosen when it comes into force.
-fn target(v4: Option<SocketAddr>, v6: Option<SocketAddr>) -> Target {
-    let endpoint = |address: Option<SocketAddr>| {
-        address.map_or(Endpoint::NONE, |address| Endpoint::new(address.ip(), address.port()))
-    };
-    Target { generation: 0, v4: endpoint(v4), v6: endpoint(v6), when_down: WHEN_DOWN_DENY, _pad: 0 }
+    /// Leaves EKS Pod Identity's addresses to AWS's own agent while that is on the node, and takes them when it is gone.
+    async fn follow_stock_agent(&mut self, tasks: &mut Tasks) -> Result<(), Error> {
+        let wants_pod_identity = self.wants_pod_identity();
+        if self.pod_identity.is_some() && !wants_pod_identity {
+            self.leave_pod_identity().await?;
+        } else if self.pod_identity.is_none() && wants_pod_identity && Instant::now() >= self.retry_at {
+            self.take_pod_identity(tasks).await?;
+        }
+        let may_pass = self.config.when_down == WhenDown::Auto && self.stock_agent.is_here();
+        self.stock_agent.ask(may_pass && self.pod_identity.is_none());
+        self.put_in_force(self.target())?;
+        self.tidy().await
+    }
+
+    /// Pods are sent to podgate's own addresses before these are given up.
+    async fn leave_pod_identity(&mut self) -> Result<(), Error> {
+        self.add_addresses(self.own.as_ref()).await?;
+        self.put_in_force(self.target_at(self.own.as_ref()))?;
+        info!("AWS's own agent is on the node: EKS Pod Identity's addresses are left to it");
+        // Connections that are under way are finished.
+        self.pod_identity = None;
+        self.tidy_later();
+        Ok(())
+    }
+
+    /// Pods are sent there once this agent listens.
+    async fn take_pod_identity(&mut self, tasks: &mut Tasks) -> Result<(), Error> {
+        if !*self.in_charge.borrow() {
+            return Ok(());
+        }
+        match self.opener.open(&POD_IDENTITY, tasks).await {
+            Ok(place) => self.pod_identity = Some(place),
+            Err(error) => {
+                self.postpone(&error);
+                return Ok(());
+            }
+        }
+        self.interceptor().steer(&self.listeners())?;
+        info!("AWS's own agent is not on the node: podgate has EKS Pod Identity's addresses");
+        Ok(())
+    }
+
+    /// Where pods are sent.
+    fn place(&self) -> Option<&Place> {
+        self.pod_identity.as_ref().or(self.own.as_ref())
+    }
+
+    fn places(&self) -> impl Iterator<Item = &Place> {
+        self.own.iter().chain(&self.pod_identity)
+    }
+
+    fn listeners(&self) -> Vec<&TcpListener> {
+        self.places().flat_map(Place::listeners).collect()
+    }
+
+    fn target(&self) -> Target {
+        self.target_at(self.place())
+    }
+
+    /// The target as the programs read it; its generation is chosen when it comes into force.
+    fn target_at(&self, place: Option<&Place>) -> Target {
+        let (v4, v6) = place.map_or((Endpoint::NONE, Endpoint::NONE), Place::endpoints);
+        let when_down = if self.stock_agent.answers() { WHEN_DOWN_PASS } else { WHEN_DOWN_DENY };
+        Target { generation: 0, v4, v6, when_down }
+    }
+
+    fn put_in_force(&mut self, target: Target) -> Result<(), Error> {
+        if self.in_force != Some(target) {
+            self.interceptor().set_target(target)?;
+            self.in_force = Some(target);
+        }
+        Ok(())
+    }
+
+    /// Another agent, with other settings, may have removed them.
+    async fn add_addresses(&self, place: Option<&Place>) -> Result<(), Error> {
+        for address in place.into_iter().flat_map(Place::addresses) {
+            self.opener.link.add(address.ip()).await?;
+        }
+        Ok(())
+    }
+
+    /// Once connections have ended that an agent before this, or this one, has there.
+    fn tidy_later(&mut self) {
+        self.tidy_at = Some(Instant::now() + self.config.drain);
+    }
+
+    /// Removes from the node what the agent in charge does not use.
+    async fn tidy(&mut self) -> Result<(), Error> {
+        if !*self.in_charge.borrow() || self.tidy_at.is_none_or(|at| at > Instant::now()) {
+            return Ok(());
+        }
+        self.tidy_at = None;
+        let mut kept: Vec<_> = self.places().flat_map(Place::addresses).collect();
+        if self.wants_pod_identity() {
+            kept.extend(POD_IDENTITY);
+        }
+        self.interceptor().guard_only(&kept)?;
+        let kept: Vec<_> = kept.iter().map(SocketAddr::ip).collect();
+        Ok(self.opener.link.keep_only(&kept).await?)
+    }
+
+    fn interceptor(&self) -> MutexGuard<'_, Interceptor> {
+        lock(&self.opener.interceptor)
+    }
 }

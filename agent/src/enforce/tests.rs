@@ -13,6 +13,7 @@ struct FakeMap(Arc<Mutex<Kernel>>);
 #[derive(Default)]
 struct Kernel {
     policies: HashMap<u64, PodPolicy>,
+    exempt: HashSet<u64>,
     unknown: Option<(PodPolicy, PodPolicy)>,
 }
 
@@ -26,7 +27,19 @@ impl PolicyMap for FakeMap {
     }
 
     fn remove(&self, id: u64) -> Result<(), intercept::Error> {
-        self.0.lock().unwrap().policies.remove(&id);
+        let mut kernel = self.0.lock().unwrap();
+        kernel.policies.remove(&id);
+        kernel.exempt.remove(&id);
+        Ok(())
+    }
+
+    fn exempt(&self, id: u64) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().exempt.insert(id);
+        Ok(())
+    }
+
+    fn unexempt(&self, id: u64) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().exempt.remove(&id);
         Ok(())
     }
 
@@ -59,6 +72,8 @@ impl Node {
             policies: Policies { defaults, namespaces },
             map: map.clone(),
             own: Some(1),
+            stock_agent: Some(DaemonSetRef { namespace: "aws".into(), name: "agent".into() }),
+            stock_agent_is_here: watch::Sender::new(false),
             pods: Arc::default(),
             networks: Arc::new(Networks::new(0)),
             engine: Arc::default(),
@@ -68,7 +83,7 @@ impl Node {
 
     async fn cluster(&mut self, event: ClusterEvent) {
         self.enforcer.on_cluster(&mut self.state, event).await;
-        self.enforcer.apply_unknown(&mut self.state);
+        self.enforcer.tell(&mut self.state);
     }
 
     async fn pod(&mut self, pod: &Arc<Pod>) {
@@ -188,4 +203,40 @@ async fn podgate_s_own_pod_keeps_its_exemption() {
     node.appears(own.uid, 1).await;
     node.pod(&own).await;
     assert_eq!(node.imds(1), Some(IMDS_OFF));
+}
+
+#[tokio::test]
+async fn aws_s_own_agent_is_exempt_and_counts_as_long_as_the_api_server_has_it() {
+    let mut node = Node::new();
+    node.enforcer.policies.namespaces.insert("aws", policy::Annotations::new());
+    let is_here = |node: &Node| *node.enforcer.stock_agent_is_here.borrow();
+    let exempt = |node: &Node| node.map.0.lock().unwrap().exempt.clone();
+    let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
+    let copy = Arc::new(Pod { daemon_set: Some("agent".into()), ..pod("app", "agent") });
+    node.appears(copy.uid, 20).await;
+    node.pod(&copy).await;
+    assert!(!is_here(&node) && exempt(&node).is_empty(), "of another namespace");
+
+    node.pod(&Arc::new(stock.clone())).await;
+    assert!(is_here(&node), "before it has a cgroup");
+    node.appears(stock.uid, 10).await;
+    assert_eq!((exempt(&node), node.imds(10)), (HashSet::from([10]), None));
+    node.cluster(ClusterEvent::PodDeleted(stock.uid)).await;
+    assert!(!is_here(&node));
+    assert_eq!(exempt(&node), HashSet::from([10]), "while it terminates");
+    node.goes(stock.uid, 10).await;
+    assert!(exempt(&node).is_empty());
+}
+
+#[tokio::test]
+async fn a_pod_that_its_daemon_set_has_let_go_of_is_one_like_any_other() {
+    let mut node = Node::new();
+    node.enforcer.policies.namespaces.insert("aws", policy::Annotations::new());
+    let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
+    node.appears(stock.uid, 10).await;
+    node.pod(&Arc::new(stock.clone())).await;
+    node.pod(&Arc::new(Pod { daemon_set: None, ..stock })).await;
+    assert!(!*node.enforcer.stock_agent_is_here.borrow());
+    assert!(node.map.0.lock().unwrap().exempt.is_empty());
+    assert_eq!(node.imds(10), Some(IMDS_AUDIT));
 }

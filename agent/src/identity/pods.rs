@@ -12,7 +12,7 @@ use std::{
 
 use agent_common::net::{POD_IDENTITY_V4, POD_IDENTITY_V6};
 use futures::{StreamExt as _, pin_mut};
-use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::{
     Api,
     runtime::{WatchStreamExt as _, watcher},
@@ -40,6 +40,15 @@ pub struct ServiceAccountRef {
     pub name: String,
 }
 
+/// A `DaemonSet`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DaemonSetRef {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
 /// What podgate remembers of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Pod {
@@ -55,6 +64,8 @@ pub struct Pod {
     pub token_volume: bool,
     /// Whether the EKS webhook pointed one of its containers at EKS Pod Identity.
     pub injected: bool,
+    /// The name of the `DaemonSet` of its namespace that controls it.
+    pub daemon_set: Option<String>,
     /// Its addresses, once it has them.
     pub ips: Vec<IpAddr>,
     /// Its annotations that concern podgate.
@@ -71,6 +82,21 @@ pub struct Pods {
 // === impl ServiceAccountRef ===
 
 impl fmt::Display for ServiceAccountRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+// === impl DaemonSetRef ===
+
+impl DaemonSetRef {
+    /// Whether the pod is one of this `DaemonSet`'s: by its controller, not by a name or label that another pod can have.
+    pub fn controls(&self, pod: &Pod) -> bool {
+        pod.service_account.namespace == self.namespace && pod.daemon_set.as_ref() == Some(&self.name)
+    }
+}
+
+impl fmt::Display for DaemonSetRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
     }
@@ -96,6 +122,12 @@ impl Pod {
             host_network: spec.host_network.unwrap_or(false),
             token_volume: spec.volumes.iter().flatten().any(|volume| volume.name == TOKEN_VOLUME),
             injected: containers(spec).any(is_injected),
+            daemon_set: metadata
+                .owner_references
+                .iter()
+                .flatten()
+                .find(|owner| is_daemon_set(owner))
+                .map(|owner| owner.name.clone()),
             ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
             annotations: annotations
                 .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
@@ -224,6 +256,11 @@ impl Pods {
     }
 }
 
+/// Whether it is a `DaemonSet` that controls its pod; an object has one controller at most.
+fn is_daemon_set(owner: &OwnerReference) -> bool {
+    owner.controller == Some(true) && owner.kind == "DaemonSet" && owner.api_version == "apps/v1"
+}
+
 fn containers(spec: &core::PodSpec) -> impl Iterator<Item = &core::Container> {
     spec.init_containers.iter().flatten().chain(&spec.containers)
 }
@@ -283,6 +320,32 @@ mod tests {
             let env = json!([{"name": "X"}, {"name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": uri}]);
             let spec = json!({"containers": [{"name": "a"}, {"name": "b", "env": env}]});
             assert_eq!(Pod::from_api(&api_pod(&spec)).unwrap().injected, injected, "{uri}");
+        }
+    }
+
+    #[test]
+    fn a_daemon_set_s_pod_is_known_by_its_controller_alone() {
+        let stock = DaemonSetRef { namespace: "kube-system".into(), name: "eks-pod-identity-agent".into() };
+        let owner = |api_version: &str, kind: &str, name: &str, controller: bool| {
+            json!([{"apiVersion": "v1", "kind": "Node", "name": "n", "uid": "0"},
+                {"apiVersion": api_version, "kind": kind, "name": name, "uid": "1", "controller": controller}])
+        };
+        let (apps, own) = ("apps/v1", "eks-pod-identity-agent");
+        for (namespace, owners, is_stock) in [
+            ("kube-system", owner(apps, "DaemonSet", own, true), true),
+            ("shop", owner(apps, "DaemonSet", own, true), false),
+            ("kube-system", owner(apps, "DaemonSet", "eks-pod-identity-agent-2", true), false),
+            ("kube-system", owner(apps, "DaemonSet", own, false), false),
+            ("kube-system", owner(apps, "ReplicaSet", own, true), false),
+            ("kube-system", owner("shop.example/v1", "DaemonSet", own, true), false),
+            ("kube-system", json!([]), false),
+        ] {
+            let mut pod = api_pod(&json!({"containers": []}));
+            pod.metadata.name = Some(format!("{own}-x7k2m"));
+            pod.metadata.namespace = Some(namespace.to_owned());
+            pod.metadata.labels = Some([("app.kubernetes.io/name".to_owned(), own.to_owned())].into());
+            pod.metadata.owner_references = serde_json::from_value(owners.clone()).unwrap();
+            assert_eq!(stock.controls(&Pod::from_api(&pod).unwrap()), is_stock, "{namespace}: {owners}");
         }
     }
 

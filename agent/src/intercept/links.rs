@@ -56,6 +56,12 @@ impl Cgroups {
         self.put(program, &pins.links(), name).map_err(cannot_attach(name, &self.kubepods))
     }
 
+    /// Whether a program of this ABI is attached to kubepods.
+    pub(super) fn is_attached(&self, pins: &Pins, name: &str) -> bool {
+        let id = CgroupLink::open(&pins.links().join(name)).and_then(|link| link.cgroup_id());
+        id.is_ok_and(|id| id == self.kubepods.id)
+    }
+
     /// Detaches a program from kubepods, if it is attached.
     pub(super) fn detach(&self, pins: &Pins, name: &'static str) -> Result<(), Error> {
         pins::remove(&pins.links().join(name)).map_err(|source| Error::Detach {

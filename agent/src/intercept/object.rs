@@ -9,9 +9,10 @@ use std::{
 };
 
 use agent_common::{
-    abi::{self, EXEMPT_MAX, POLICIES_MAX, TICKETS_MAX, global, map, program},
+    abi::{self, EXEMPT_MAX, GUARDED_MAX, POLICIES_MAX, TICKETS_MAX, global, map, program},
     counter::Counter,
     egress::{JOB_AUDIT_PATHS, JOB_GUARD},
+    net::Endpoint,
     origin::{Dialled, Origin},
     policy::PodPolicy,
     target::Target,
@@ -40,7 +41,7 @@ const BPF_NOEXIST: u64 = 1;
 const LOG_TAIL_LINES: usize = 20;
 
 /// The maps that outlive the agent, with the sizes of a key and a value, and how many there are.
-const PINNED: [(&str, usize, usize, u32); 11] = [
+const PINNED: [(&str, usize, usize, u32); 12] = [
     (map::ORIGINS, size_of::<u32>(), size_of::<Dialled>(), 0),
     (map::TICKETS, size_of::<u64>(), size_of::<Dialled>(), TICKETS_MAX),
     (map::POD_TICKETS, size_of::<u64>(), size_of::<u64>(), POLICIES_MAX),
@@ -50,6 +51,7 @@ const PINNED: [(&str, usize, usize, u32); 11] = [
     (map::TARGETS, size_of::<u32>(), size_of::<Target>(), 2),
     (map::TARGET_INDEX, size_of::<u32>(), size_of::<u32>(), 1),
     (map::HEARTBEAT, size_of::<u32>(), size_of::<u64>(), 1),
+    (map::GUARDED, size_of::<Endpoint>(), size_of::<u32>(), GUARDED_MAX),
     (map::COUNTERS, size_of::<u32>(), size_of::<u64>(), abi::COUNTERS_MAX),
     (map::IMDS_KEY, size_of::<u32>(), size_of::<ImdsKey>(), 1),
 ];
@@ -68,6 +70,7 @@ pub(super) struct Object {
     exempt: HashMap<MapData, u64, u64>,
     heartbeat: Array<MapData, u64>,
     listeners: ReusePortSockArray<MapData>,
+    guarded: HashMap<MapData, Endpoint, u32>,
     imds_key: Array<MapData, ImdsKey>,
     targets: Array<MapData, Target>,
     target_index: Array<MapData, u32>,
@@ -91,13 +94,13 @@ impl Object {
             check_shape(&path, name, (key, value, entries))?;
             loader.map_pin_path(name, path);
         }
-        let mut ebpf = loader
-            .override_global(global::TICKET_KEY, &settings.ticket_key.0, true)
-            .override_global(global::KUBEPODS_LEVEL, &settings.kubepods_level, true)
         #[cfg(feature = "undefended")]
         let without = agent_common::defence::without();
         #[cfg(feature = "undefended")]
         loader.override_global("PODGATE_WITHOUT", &without, true);
+        let mut ebpf = loader
+            .override_global(global::TICKET_KEY, &settings.ticket_key.0, true)
+            .override_global(global::KUBEPODS_LEVEL, &settings.kubepods_level, true)
             .override_global(global::KUBEPODS_ID, &settings.kubepods_id, true)
             .override_global(global::HOST_NETNS, &settings.host_netns_cookie, true)
             .override_global(global::TICKET_LIFE, &ticket_life, true)
@@ -122,6 +125,7 @@ impl Object {
             exempt: take(&mut ebpf, map::EXEMPT)?,
             heartbeat: take(&mut ebpf, map::HEARTBEAT)?,
             listeners: take(&mut ebpf, map::LISTENERS)?,
+            guarded: take(&mut ebpf, map::GUARDED)?,
             imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
             target_index: take(&mut ebpf, map::TARGET_INDEX)?,
@@ -163,9 +167,36 @@ impl Object {
         self.heartbeat.set(0, at_ns, 0).map_err(writing(map::HEARTBEAT))
     }
 
-    /// Makes a listener the one that new connections are steered to, and this object's program the one that steers.
+    /// Puts a listener among those that new connections are steered to. One that is there already stays.
     pub(super) fn steer(&mut self, slot: u32, listener: &impl AsRawFd) -> Result<(), Error> {
-        self.listeners.set(slot, listener, 0).map_err(writing(map::LISTENERS))
+        match self.listeners.set(slot, listener, 0) {
+            // A socket is in one such map at most, and this one is in no other.
+            Err(error) if errno(&error) == Some(libc::EBUSY) => Ok(()),
+            result => result.map_err(writing(map::LISTENERS)),
+        }
+    }
+
+    /// Whether nobody but exempt pods may listen at an address; and if so, whether nobody else did before.
+    pub(super) fn guarded(&self, address: &Endpoint) -> Result<Option<bool>, Error> {
+        match self.guarded.get(address, 0) {
+            Err(MapError::KeyNotFound) => Ok(None),
+            result => result.map(|value| Some(value != 0)).map_err(reading(map::GUARDED)),
+        }
+    }
+
+    /// Guards an address from now on.
+    pub(super) fn guard(&mut self, address: Endpoint, nobody_before: bool) -> Result<(), Error> {
+        self.guarded.insert(address, u32::from(nobody_before), 0).map_err(writing(map::GUARDED))
+    }
+
+    /// Guards an address no more.
+    pub(super) fn unguard(&mut self, address: Endpoint) -> Result<(), Error> {
+        remove(&mut self.guarded, address).map_err(writing(map::GUARDED))
+    }
+
+    /// Every guarded address.
+    pub(super) fn all_guarded(&self) -> Result<Vec<Endpoint>, Error> {
+        self.guarded.keys().collect::<Result<_, _>>().map_err(reading(map::GUARDED))
     }
 
     /// The program that steers.
@@ -348,7 +379,8 @@ fn check_shape(
     }
     let is_so = |is: u32, wanted: usize| usize::try_from(is) == Ok(wanted);
     let info = MapInfo::from_pin(path).map_err(reading(name))?;
-    let fits = is_so(info.key_size(), key) && is_so(info.value_size(), value) && info.max_entries() == entries;
+    let fits =
+        is_so(info.key_size(), key) && is_so(info.value_size(), value) && info.max_entries() == entries;
     if fits { Ok(()) } else { Err(Error::Shape { path: path.to_owned() }) }
 }
 
@@ -361,7 +393,7 @@ where
 }
 
 /// Removes an entry, if it is there.
-fn remove<V: Pod>(map: &mut HashMap<MapData, u64, V>, key: u64) -> Result<(), MapError> {
+fn remove<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, key: K) -> Result<(), MapError> {
     match map.remove(&key) {
         Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),
         result => result,

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, program};
+use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY};
 use rustix::fs::{FlockOperation, flock};
 
 use super::Error;
@@ -79,19 +79,14 @@ impl Pins {
         self.own.join(LINKS)
     }
 
-    /// Whether the agent's address has been guarded since before this agent began, by programs of any ABI.
-    pub(super) fn guard_addresses(&self) -> bool {
-        let abis = fs::read_dir(&self.root).into_iter().flatten().flatten();
-        abis.into_iter().any(|abi| abi.path().join(LINKS).join(program::BIND4).exists())
-    }
-
     /// Removes what programs of other ABIs have left, and so detaches them.
     pub(super) fn remove_others(&self) -> Result<(), Error> {
         for path in children(&self.root).map_err(|source| Error::Pin { path: self.root.clone(), source })? {
             if path != self.own {
                 // Programs first: none is to run beside this agent's for longer than it takes.
                 let links = path.join(LINKS);
-                let removed = children(&links).and_then(|links| links.iter().try_for_each(|link| remove(link)));
+                let removed =
+                    children(&links).and_then(|links| links.iter().try_for_each(|link| remove(link)));
                 removed.map_err(|source| Error::Pin { path: links, source })?;
                 gone(fs::remove_dir_all(&path)).map_err(|source| Error::Pin { path, source })?;
             }

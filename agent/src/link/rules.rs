@@ -10,6 +10,7 @@ use std::{
     collections::BTreeSet,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,7 +23,8 @@ use rtnetlink::{
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
-use tokio::{task::JoinHandle, time::timeout};
+use rustix::io::Errno;
+use tokio::{sync::Mutex, task::JoinHandle, time::timeout};
 use tracing::{info, warn};
 
 use super::{Error, kernel_error};
@@ -37,9 +39,12 @@ const LOCAL: u32 = 255;
 /// How old the rules may get when the kernel drops a notice, as it does when they come too fast.
 const RESYNC: Duration = Duration::from_secs(30);
 
-/// Keeps the rules right until it is ended.
+/// Keeps the rules right until it is dropped.
 #[derive(Debug)]
 pub(super) struct Rules {
+    handle: Handle,
+    /// Locked while rules are changed.
+    targets: Arc<Mutex<BTreeSet<IpAddr>>>,
     _follower: AbortOnDrop,
 }
 
@@ -54,12 +59,31 @@ pub(super) struct Rule {
 // === impl Rules ===
 
 impl Rules {
-    /// Makes the rules that the targets need now, adopts those that an agent before this has left, and follows
-    /// the node's rules from then on.
-    pub(super) async fn up(handle: &Handle, targets: Vec<IpAddr>) -> Result<Self, Error> {
-        reconcile(handle, &targets).await.map_err(|error| refused(&error))?;
-        report_too_early(handle, &targets).await.map_err(|error| refused(&error))?;
-        Ok(Self { _follower: AbortOnDrop(tokio::spawn(follow(targets))) })
+    /// Follows the node's rules from now on. There are no targets yet.
+    pub(super) fn follow(handle: Handle) -> Self {
+        let targets = Arc::<Mutex<BTreeSet<IpAddr>>>::default();
+        let follower = AbortOnDrop(tokio::spawn(follow(Arc::clone(&targets))));
+        Self { handle, targets, _follower: follower }
+    }
+
+    /// Makes the rules that one more target needs, and adopts those that an agent before this has left.
+    pub(super) async fn add(&self, target: IpAddr) -> Result<(), Error> {
+        let mut targets = self.targets.lock().await;
+        reconcile(&self.handle, target).await.map_err(|error| refused(&error))?;
+        if targets.insert(target) {
+            report_too_early(&self.handle, target).await.map_err(|error| refused(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the rules of every other target, an earlier agent's too.
+    pub(super) async fn keep_only(&self, kept: &[IpAddr]) -> Result<(), Error> {
+        let mut targets = self.targets.lock().await;
+        targets.retain(|target| kept.contains(target));
+        for rule in all(&self.handle).await?.into_iter().filter(|rule| !kept.contains(&rule.target())) {
+            rule.remove(&self.handle).await.map_err(|error| refused(&error))?;
+        }
+        Ok(())
     }
 }
 
@@ -97,6 +121,11 @@ impl Rule {
         Some(Self { source, destination: destination?, table: table_of(message) })
     }
 
+    /// The address of podgate's that it is about.
+    fn target(&self) -> IpAddr {
+        self.source.unwrap_or(self.destination)
+    }
+
     fn message(&self) -> RuleMessage {
         let mut message = RuleMessage::default();
         let bits = if self.destination.is_ipv4() { 32 } else { 128 };
@@ -120,11 +149,11 @@ impl Rule {
     async fn add(&self, handle: &Handle) -> Result<(), NetlinkError> {
         let mut request = handle.rule().add();
         *request.message_mut() = self.message();
-        request.execute().await
+        unless(Errno::EXIST, request.execute().await)
     }
 
     async fn remove(&self, handle: &Handle) -> Result<(), NetlinkError> {
-        handle.rule().del(self.message()).execute().await
+        unless(Errno::NOENT, handle.rule().del(self.message()).execute().await)
     }
 }
 
@@ -139,8 +168,16 @@ impl fmt::Display for Rule {
     }
 }
 
+/// Another agent of this node may have done it meanwhile.
+fn unless(done: Errno, result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    match result {
+        Err(error) if kernel_error(&error).raw_os_error() == Some(done.raw_os_error()) => Ok(()),
+        result => result,
+    }
+}
+
 /// Keeps the rules right, for ever.
-async fn follow(targets: Vec<IpAddr>) {
+async fn follow(targets: Arc<Mutex<BTreeSet<IpAddr>>>) {
     loop {
         if let Err(error) = follow_until_lost(&targets).await {
             warn!(%error, "pods with security groups of their own may not reach podgate: trying again");
@@ -150,12 +187,14 @@ async fn follow(targets: Vec<IpAddr>) {
 }
 
 /// Keeps the rules right until the kernel refuses something, or is heard no more.
-async fn follow_until_lost(targets: &[IpAddr]) -> Result<(), Error> {
+async fn follow_until_lost(targets: &Mutex<BTreeSet<IpAddr>>) -> Result<(), Error> {
     let groups = [MulticastGroup::Ipv4Rule, MulticastGroup::Ipv6Rule];
     let (connection, handle, mut notices) = new_multicast_connection(&groups).map_err(Error::Socket)?;
     let _connection = AbortOnDrop(tokio::spawn(connection));
     loop {
-        reconcile(&handle, targets).await.map_err(|error| refused(&error))?;
+        for &target in targets.lock().await.iter() {
+            reconcile(&handle, target).await.map_err(|error| refused(&error))?;
+        }
         // What changed is read anew: the notice is only the occasion.
         if let Ok(None) = timeout(RESYNC, notices.next()).await {
             return Ok(());
@@ -173,45 +212,42 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Makes podgate's rules what the node's other rules ask for.
-async fn reconcile(handle: &Handle, targets: &[IpAddr]) -> Result<(), NetlinkError> {
-    for &target in targets {
-        let rules = rules(handle, target).await?;
-        let present = own(&rules);
-        let tables = tables_before_local(&rules);
-        let wanted = if tables.is_empty() {
-            BTreeSet::new()
-        } else {
-            wanted(target, &tables, &routes(handle, target).await?)
-        };
-        for rule in present.difference(&wanted) {
-            rule.remove(handle).await?;
-        }
-        for rule in wanted.difference(&present) {
-            rule.add(handle).await?;
-        }
-        if present != wanted {
-            info!(%target, tables = ?tables, rules = wanted.len(), "pods are routed before the local table");
-        }
+/// Makes podgate's rules for a target what the node's other rules ask for.
+async fn reconcile(handle: &Handle, target: IpAddr) -> Result<(), NetlinkError> {
+    let rules = rules(handle, target).await?;
+    let mut present = own(&rules);
+    present.retain(|rule| rule.target() == target);
+    let tables = tables_before_local(&rules);
+    let wanted = if tables.is_empty() {
+        BTreeSet::new()
+    } else {
+        wanted(target, &tables, &routes(handle, target).await?)
+    };
+    for rule in present.difference(&wanted) {
+        rule.remove(handle).await?;
+    }
+    for rule in wanted.difference(&present) {
+        rule.add(handle).await?;
+    }
+    if present != wanted {
+        info!(%target, tables = ?tables, rules = wanted.len(), "pods are routed before the local table");
     }
     Ok(())
 }
 
 /// Says what podgate cannot help: a rule that is asked even before its own.
-async fn report_too_early(handle: &Handle, targets: &[IpAddr]) -> Result<(), NetlinkError> {
-    for &target in targets {
-        let rules = rules(handle, target).await?;
-        let too_early: BTreeSet<_> =
-            by_link_before_local(&rules).map(preference_of).filter(|&at| at <= PREFERENCE).collect();
-        if !too_early.is_empty() {
-            warn!(
-                %target, preferences = ?too_early,
-                "pods behind links that `ip rule` routes at these preferences cannot reach podgate, whose own rules \
-                 are at {PREFERENCE}: move them to {} or later, or before them add `ip rule add to {target} lookup \
-                 local` and a way back",
-                PREFERENCE + 1
-            );
-        }
+async fn report_too_early(handle: &Handle, target: IpAddr) -> Result<(), NetlinkError> {
+    let rules = rules(handle, target).await?;
+    let too_early: BTreeSet<_> =
+        by_link_before_local(&rules).map(preference_of).filter(|&at| at <= PREFERENCE).collect();
+    if !too_early.is_empty() {
+        warn!(
+            %target, preferences = ?too_early,
+            "pods behind links that `ip rule` routes at these preferences cannot reach podgate, whose own rules \
+             are at {PREFERENCE}: move them to {} or later, or before them add `ip rule add to {target} lookup \
+             local` and a way back",
+            PREFERENCE + 1
+        );
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::unix::fs::PermissionsExt as _,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -16,12 +16,13 @@ use agent::{
 use agent_common::{
     abi::ABI_VERSION,
     counter::Counter,
+    net::{Endpoint, POD_IDENTITY_V4, POD_IDENTITY_V6},
     policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
     target::{Target, WHEN_DOWN_PASS},
 };
 
 use crate::{
-    ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_V6, is_eperm,
+    ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, endpoint, is_eperm,
     node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, now_ns, own_pair},
 };
 
@@ -73,7 +74,7 @@ fn dials_are_refused_when_the_agent_is_silent_and_other_destinations_are_not() {
             (now, true),
         ] {
             node.set_heartbeat(beat);
-            for address in [IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_V6, ECS] {
+            for address in [IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, crate::POD_IDENTITY_V6, ECS] {
                 let dialled = pod.dial(address);
                 assert_eq!(is_eperm(&dialled), !is_alive, "{address}: {dialled:?}");
                 if is_alive {
@@ -95,10 +96,10 @@ fn while_the_agent_is_down_pod_identity_may_be_left_to_aws_s_own_agent_and_imds_
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let stock = RealService::listen(POD_IDENTITY);
-        let stock_v6 = RealService::listen(POD_IDENTITY_V6);
+        let stock_v6 = RealService::listen(crate::POD_IDENTITY_V6);
         node.interceptor.set_target(with_stock_agent()).unwrap();
         node.set_heartbeat(0);
-        for (address, service) in [(POD_IDENTITY, &stock), (POD_IDENTITY_V6, &stock_v6)] {
+        for (address, service) in [(POD_IDENTITY, &stock), (crate::POD_IDENTITY_V6, &stock_v6)] {
             pod.dial(address).unwrap();
             service.accept();
         }
@@ -215,7 +216,7 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
         let mut successor = successor(node);
         assert!(is_eperm_at_target(node), "its address is still guarded, by the other's programs");
         successor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
-        assert!(!successor.guard_addresses(own_pair()).unwrap(), "it cannot know what the other guards");
+        assert!(others_may_listen(&mut successor, AGENT_V4), "it cannot know what the other guards");
         successor.take_over(own_pair()).unwrap();
         assert!(!other.exists() && own.join("links/connect4").exists());
 
@@ -259,7 +260,9 @@ fn nobody_else_may_listen_where_the_agent_does() {
                 assert!(is_eperm(&pod.run(|| listen(address))), "{address}");
             }
             // Every port but the agent's, and every address.
-            for free in [(AGENT_V4, 8080).into(), SocketAddr::from(([0, 0, 0, 0], 80)), ([127, 0, 0, 1], 80).into()] {
+            for free in
+                [(AGENT_V4, 8080).into(), SocketAddr::from(([0, 0, 0, 0], 80)), ([127, 0, 0, 1], 80).into()]
+            {
                 let bound = pod.run(|| TcpListener::bind(free).map(drop));
                 assert!(!is_eperm(&bound), "{free}: {bound:?}");
             }
@@ -275,6 +278,11 @@ fn nobody_else_may_listen_where_the_agent_does() {
     });
 }
 
+/// Claims an address and says whether somebody else may be there.
+fn others_may_listen(interceptor: &mut Interceptor, address: Ipv4Addr) -> bool {
+    interceptor.claim((address, 80).into(), Ok).unwrap().unwrap()
+}
+
 #[test]
 fn somebody_who_listens_there_before_the_programs_are_attached_is_found() {
     Node::run(|node| {
@@ -282,14 +290,52 @@ fn somebody_who_listens_there_before_the_programs_are_attached_is_found() {
         node.detach();
         let address: SocketAddr = (AGENT_V4, 80).into();
         let listener = squatter.run(|| listen(address)).unwrap();
-        assert!(!node.interceptor.guard_addresses(own_pair()).unwrap(), "nobody has guarded it");
-        assert_eq!(node.as_agent(|| check_free(address)).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        let agent = node.agent_cgroup();
+        let mut claim = || {
+            let claimed = agent.run(|| {
+                node.interceptor.claim(address, |others_may_listen| {
+                    if others_may_listen { check_free(address).map(|()| true) } else { Ok(false) }
+                })
+            });
+            claimed.unwrap().map_err(|error| error.kind())
+        };
+        // However often: an agent that finds somebody may be started again.
+        for _ in 0..2 {
+            assert_eq!(claim(), Err(io::ErrorKind::AddrInUse));
+            assert!(is_eperm(&squatter.run(|| listen(address))), "no other may join it");
+        }
         drop(listener);
-        node.as_agent(|| check_free(address)).unwrap();
-        assert!(is_eperm(&squatter.run(|| listen(address))), "too late");
-        assert!(node.interceptor.guard_addresses(own_pair()).unwrap());
-        let elsewhere = Target { v4: crate::endpoint("169.254.175.9:80"), ..own_pair() };
-        assert!(!node.interceptor.guard_addresses(elsewhere).unwrap(), "another address was not guarded");
+        assert_eq!(claim(), Ok(true), "it is looked for until it is gone");
+        assert_eq!(claim(), Ok(false), "and nobody came since");
+        assert!(others_may_listen(&mut node.interceptor, POD_IDENTITY_V4), "another address was not guarded");
+    });
+}
+
+#[test]
+fn addresses_are_guarded_whether_dials_are_sent_there_or_not_until_they_are_given_up() {
+    Node::run(|node| {
+        let pod = node.unknown_pod("host-network");
+        let own: [SocketAddr; 2] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()];
+        let pod_identity: [SocketAddr; 2] = [(POD_IDENTITY_V4, 80).into(), (POD_IDENTITY_V6, 80).into()];
+        let refused = |address| is_eperm(&pod.run(|| TcpListener::bind(address)));
+        assert!(own.iter().all(refused) && !pod_identity.iter().any(refused));
+        for address in pod_identity {
+            node.interceptor.claim(address, |_| Ok(())).unwrap().unwrap();
+        }
+        // Before, while and after they are the target.
+        let taken = Target { v4: endpoint(POD_IDENTITY), v6: endpoint(crate::POD_IDENTITY_V6), ..own_pair() };
+        for target in [own_pair(), taken, own_pair()] {
+            node.interceptor.set_target(target).unwrap();
+            assert!(own.iter().chain(&pod_identity).all(refused), "{target:?}");
+        }
+        node.as_agent(|| pod_identity.map(|address| drop(listen(address).unwrap())));
+
+        // Who is not in charge decides nothing.
+        let mut other = successor(node);
+        other.guard_only(&[]).unwrap();
+        assert!(own.iter().chain(&pod_identity).all(refused));
+        node.interceptor.guard_only(&own).unwrap();
+        assert!(own.iter().all(refused) && !pod_identity.iter().any(refused));
     });
 }
 
@@ -297,23 +343,39 @@ fn somebody_who_listens_there_before_the_programs_are_attached_is_found() {
 fn new_connections_go_to_the_agent_in_charge_and_to_the_other_when_it_listens_no_more() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        for (address, dialled) in [((AGENT_V4, 80).into(), IMDS), ((AGENT_V6, 80).into(), IMDS_V6)] {
-            let (first, second) = node.as_agent(|| {
-                let listen = || listen(address).unwrap();
-                (listen(), listen())
-            });
-            let dial_20 = || (0..20).for_each(|_| drop(pod.dial(dialled).unwrap()));
-            let waiting = |listener: &TcpListener| std::iter::from_fn(|| listener.accept().ok()).count();
-            for (steered, other) in [(&first, &second), (&second, &first), (&first, &second)] {
-                let is_v4 = steered.local_addr().unwrap().is_ipv4();
-                let (v4, v6) = (is_v4.then_some(steered), (!is_v4).then_some(steered));
-                node.interceptor.steer(v4, v6).unwrap();
-                dial_20();
-                assert_eq!((waiting(steered), waiting(other)), (20, 0));
+        // Both pairs, all at a time: at each the listener of the generation that was steered to last.
+        let addresses: [SocketAddr; 4] = [
+            (AGENT_V4, 80).into(),
+            (AGENT_V6, 80).into(),
+            (POD_IDENTITY_V4, 80).into(),
+            (POD_IDENTITY_V6, 80).into(),
+        ];
+        let generation = || addresses.map(|address| listen(address).unwrap());
+        let (first, second) = node.as_agent(|| (generation(), generation()));
+        let target = |is_own: bool| {
+            let pair = if is_own { &addresses[..2] } else { &addresses[2..] };
+            let [v4, v6] = [0, 1].map(|family| Endpoint::new(pair[family].ip(), 80));
+            Target { v4, v6, ..own_pair() }
+        };
+        let dial_20 = |node: &mut Node, address: SocketAddr| {
+            let is_own = addresses[..2].contains(&address);
+            node.interceptor.set_target(target(is_own)).unwrap();
+            let dialled = if address.is_ipv4() { IMDS } else { IMDS_V6 };
+            (0..20).for_each(|_| drop(pod.dial(dialled).unwrap()));
+        };
+        let waiting = |listener: &TcpListener| std::iter::from_fn(|| listener.accept().ok()).count();
+        // Steered to a second time as well: an agent that takes charge again does that.
+        for (steered, other) in [(&first, &second), (&first, &second), (&second, &first), (&first, &second)] {
+            node.interceptor.steer(&steered.each_ref()).unwrap();
+            for (place, address) in addresses.into_iter().enumerate() {
+                dial_20(node, address);
+                assert_eq!((waiting(&steered[place]), waiting(&other[place])), (20, 0), "{address}");
             }
-            drop(first);
-            dial_20();
-            assert_eq!(waiting(&second), 20);
+        }
+        drop(first);
+        for (place, address) in addresses.into_iter().enumerate() {
+            dial_20(node, address);
+            assert_eq!(waiting(&second[place]), 20, "{address}");
         }
     });
 }

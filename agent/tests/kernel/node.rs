@@ -33,8 +33,8 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 use procfs::process::Process;
-use rustix::time::{ClockId, clock_gettime};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use rustix::time::{ClockId, clock_gettime};
 
 /// The agent's own addresses, where it does not take over 169.254.170.23.
 pub(crate) const AGENT_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 175, 1);
@@ -169,6 +169,11 @@ impl Node {
         Agent { origins: Arc::clone(&self.origins), listeners }
     }
 
+    /// Where the agent is.
+    pub(crate) fn agent_cgroup(&self) -> Cgroup {
+        self.agent.clone()
+    }
+
     /// Something that the agent itself does.
     pub(crate) fn as_agent<T>(&self, work: impl FnOnce() -> T) -> T {
         self.agent.run(work)
@@ -186,6 +191,9 @@ impl Node {
     /// Attaches the programs, as the agent does when it starts, with one beat that lasts for the whole test.
     pub(crate) fn attach(&mut self) {
         self.interceptor.exempt(self.agent.id).unwrap();
+        for address in [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()] {
+            self.interceptor.claim(address, |_| Ok(())).unwrap().unwrap();
+        }
         self.interceptor.take_over(own_pair()).unwrap();
         self.set_heartbeat(now_ns() + 3600 * 1_000_000_000);
         self.origins = Arc::new(self.interceptor.origins().unwrap());
@@ -406,7 +414,6 @@ pub(crate) fn own_pair() -> Target {
         v4: Endpoint::new(AGENT_V4.into(), 80),
         v6: Endpoint::new(AGENT_V6.into(), 80),
         when_down: WHEN_DOWN_DENY,
-        _pad: 0,
     }
 }
 

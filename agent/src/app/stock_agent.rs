@@ -1,0 +1,98 @@
+//! Whether AWS's own agent is on the node, and answers.
+
+use std::{io, net::SocketAddrV4, time::Duration};
+
+use agent_common::net::{HTTP_PORT, POD_IDENTITY_V4};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tracing::info;
+
+use super::tasks::Tasks;
+
+/// Time between two questions.
+const EVERY: Duration = Duration::from_secs(1);
+/// How long it may take: it is on this node.
+const PATIENCE: Duration = Duration::from_millis(500);
+const ADDRESS: SocketAddrV4 = SocketAddrV4::new(POD_IDENTITY_V4, HTTP_PORT);
+/// What every HTTP answer begins with.
+const HTTP: [u8; 5] = *b"HTTP/";
+
+/// AWS's own agent, as far as podgate knows it.
+pub(super) struct StockAgent {
+    is_here: watch::Receiver<bool>,
+    may_ask: watch::Sender<bool>,
+    answers: watch::Receiver<bool>,
+}
+
+// === impl StockAgent ===
+
+impl StockAgent {
+    /// `is_here` says whether a pod of it is on the node.
+    pub(super) fn new(is_here: watch::Receiver<bool>, tasks: &mut Tasks) -> Self {
+        let (may_ask, asked) = watch::channel(false);
+        let (answer, answers) = watch::channel(false);
+        tasks.spawn("the questions to AWS's own agent", ask(asked, answer));
+        Self { is_here, may_ask, answers }
+    }
+
+    /// Whether a pod of it is on the node.
+    pub(super) fn is_here(&self) -> bool {
+        *self.is_here.borrow()
+    }
+
+    /// Whether it has answered when it was last asked.
+    pub(super) fn answers(&self) -> bool {
+        *self.answers.borrow()
+    }
+
+    /// From now on it is asked every second, or not at all.
+    pub(super) fn ask(&self, may_ask: bool) {
+        self.may_ask.send_if_modified(|before| std::mem::replace(before, may_ask) != may_ask);
+    }
+
+    /// Waits until one of these is another.
+    pub(super) async fn changed(&mut self) {
+        tokio::select! {
+            Ok(()) = self.is_here.changed() => {}
+            Ok(()) = self.answers.changed() => {}
+            // Whoever tells has ended, and the agent does.
+            else => std::future::pending().await,
+        }
+    }
+}
+
+/// Asks every second, for ever, but only while it may: the rest of the time nobody answers.
+async fn ask(mut may_ask: watch::Receiver<bool>, answer: watch::Sender<bool>) {
+    let tell = |answers: bool| {
+        if answer.send_replace(answers) != answers {
+            info!(answers, "AWS's own agent answers, or does no more");
+        }
+    };
+    while may_ask.wait_for(|may_ask| *may_ask).await.is_ok() {
+        let asking = async {
+            loop {
+                // First of all: podgate's own listeners may just be closing there.
+                sleep(EVERY).await;
+                tell(matches!(timeout(PATIENCE, first_bytes(ADDRESS)).await, Ok(Ok(HTTP))));
+            }
+        };
+        tokio::select! {
+            () = asking => {}
+            _ = may_ask.wait_for(|may_ask| !may_ask) => tell(false),
+        }
+    }
+}
+
+/// How an answer begins, whatever it is.
+async fn first_bytes(address: SocketAddrV4) -> io::Result<[u8; 5]> {
+    let mut stream = TcpStream::connect(address).await?;
+    let request = format!("GET / HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", address.ip());
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).await?;
+    Ok(answer)
+}
