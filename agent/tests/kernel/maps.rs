@@ -88,7 +88,11 @@ impl Bpffs {
         let info = MapInfo::from_pin(self.pins.join(name)).unwrap();
         let size = info.value_size() as usize;
         let keys: Vec<_> = match map {
-            Map::HashMap(_) => TICKETS.map(|ticket| ticket.to_le_bytes().to_vec()).into(),
+            Map::HashMap(_) => {
+                let mut keys = TICKETS.map(|ticket| ticket.to_le_bytes().to_vec());
+                keys.iter_mut().for_each(|key| key.resize(info.key_size() as usize, 0));
+                keys.into()
+            }
             Map::Array(_) => (0..info.max_entries()).map(|index| index.to_le_bytes().to_vec()).collect(),
             Map::PerCpuArray(_) => return fill_per_cpu(map),
             _ => return,
