@@ -27,10 +27,11 @@ use crate::{
     faults::Faults,
     imds::{Imds, ImdsConfig},
     kube_api::{KubeApi, KubeUser},
-    netns::Routing,
+    netns::{Routing, make_stock_link},
     node::Node,
     pod::{EnvKind, Pod, PodSpec, base_environment, container_id},
     state::{self, Claim},
+    stock_agent::{self, StockAgent},
 };
 
 /// The cluster's name at EKS.
@@ -265,6 +266,13 @@ impl Lab {
     pub fn agent_tool<A: AsRef<str>>(&self, binary: &Path, arguments: &[A]) -> anyhow::Result<Command> {
         let entry = self.agent_entry(&self.agent_pod.container);
         self.command(&entry, &argv(binary, arguments.iter().map(AsRef::as_ref)))
+    }
+
+    /// Starts the stand-in for AWS's own agent in its pod, as that pod's containers do one after the other, and waits until
+    /// it serves. Where it cannot, for a route or a listener that is in its way, this is the error.
+    pub async fn start_stock_agent(&self, pod: &Pod) -> anyhow::Result<StockAgent> {
+        make_stock_link(&self.node.netns)?;
+        StockAgent::start(self.exec(pod, EnvKind::None, &stock_agent::command())?).await
     }
 
     fn agent_command(&self, spec: &AgentSpec, container: &Path) -> anyhow::Result<Command> {

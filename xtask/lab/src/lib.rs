@@ -18,9 +18,11 @@ pub mod node;
 pub mod pod;
 pub mod process;
 pub mod state;
+pub mod stock_agent;
 
 pub use self::{
     agent::{AgentProcess, AgentSpec},
     lab::{Lab, LabSpec},
     pod::{EnvKind, Pod, PodSpec},
+    stock_agent::StockAgent,
 };

@@ -4,6 +4,7 @@
 //! caller never changes.
 
 mod routing;
+mod stock_link;
 mod wiring;
 
 use std::{
@@ -19,7 +20,10 @@ use anyhow::{Context as _, anyhow};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
 
-pub(crate) use self::wiring::{wire_node, wire_pod};
+pub(crate) use self::{
+    stock_link::make_stock_link,
+    wiring::{wire_node, wire_pod},
+};
 pub use self::{
     routing::Routing,
     wiring::{NodeAddresses, PodAddresses, node_addresses},

@@ -39,8 +39,12 @@ pub struct PodSpec {
     pub service_account: String,
     /// IAM role associated with the service account; `None` leaves its association as it is.
     pub role: Option<String>,
+    /// The pod's labels.
+    pub labels: BTreeMap<String, String>,
     /// The pod's annotations.
     pub annotations: BTreeMap<String, String>,
+    /// The `DaemonSet` of its namespace that controls it.
+    pub daemon_set: Option<String>,
     /// Where the pod's cgroup lies.
     pub qos: Qos,
     /// Whether the pod lives in the node's network namespace.
@@ -98,7 +102,9 @@ impl PodSpec {
             name: name.to_owned(),
             service_account: name.to_owned(),
             role: None,
+            labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
+            daemon_set: None,
             qos: Qos::default(),
             host_network: false,
             token_volume: false,

@@ -1,6 +1,6 @@
-"""A steady load from a pod: IMDSv2 requests on connections of their own, begun on time whatever becomes of the others.
+"""A steady load from a pod: requests on connections of their own, begun on time whatever becomes of the others.
 
-Arguments: host, requests a second. Ends when its standard input does. Prints a JSON list: for each request when it was due
+Arguments: host, requests a second, and the path of the credentials; without a path they are asked for as by IMDSv2. Ends when its standard input does. Prints a JSON list: for each request when it was due
 (seconds since the first), how long it took from then (milliseconds), and what came of it.
 """
 
@@ -27,24 +27,28 @@ def ask(method, path, headers):
     return int(head.split(" ")[1]) if head else 0, body
 
 
-def one(due, token, role):
+def one(due, path, headers):
     try:
-        status, body = ask("GET", ROLES + role, {"X-aws-ec2-metadata-token": token})
+        status, body = ask("GET", path, headers)
         outcome = json.loads(body)["AccessKeyId"] if status == 200 else f"status {status}: {body[:200]}"
     except OSError as error:
         outcome = f"error {error.errno}: {error}"
     results.append((due - began, (time.monotonic() - due) * 1000, outcome))
 
 
-_, token = ask("PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "21600"})
-_, role = ask("GET", ROLES, {"X-aws-ec2-metadata-token": token})
+if len(sys.argv) > 3:
+    path, headers = sys.argv[3], {}
+else:
+    _, token = ask("PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "21600"})
+    headers = {"X-aws-ec2-metadata-token": token}
+    path = ROLES + ask("GET", ROLES, headers)[1]
 began = time.monotonic()
 threads = []
 while True:
     due = began + len(threads) / rate
     if select.select([sys.stdin], [], [], max(0, due - time.monotonic()))[0]:
         break
-    threads.append(threading.Thread(target=one, args=(due, token, role)))
+    threads.append(threading.Thread(target=one, args=(due, path, headers)))
     threads[-1].start()
 for thread in threads:
     thread.join()

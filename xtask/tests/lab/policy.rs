@@ -190,8 +190,7 @@ async fn with_pod_identity_off_the_stock_agent_answers() -> anyhow::Result<()> {
     add_address(&lab.node.netns, address.ip())?;
     answer_as_the_stock_agent(lab.node.netns.listen(address)?);
     // The stock agent has its address, and podgate one of its own.
-    let own = ["--imds", "intercept", "--target-v4", "169.254.170.99:80", "--target-v6", "[fd12::23]:80"];
-    let agent = lab.start_agent(&node::agent(&own)?).await?;
+    let agent = lab.start_agent(&node::agent(&["--imds", "intercept", "--target", "own"])?).await?;
     let node = Node { lab, agent };
 
     let podgate_s = node.pod("moved")?;

@@ -113,13 +113,15 @@ async fn assert_soon(lab: &Lab, expected: &BTreeSet<Rule>) -> anyhow::Result<()>
     }
 }
 
-/// The rules that the targets and these pods need.
+/// The rules that these pods need for podgate's addresses: EKS Pod Identity's and its own.
 fn rules_for(pods: &[&Pod]) -> anyhow::Result<BTreeSet<Rule>> {
-    let targets: [IpAddr; 2] = ["169.254.170.23".parse()?, "fd00:ec2::23".parse()?];
-    let mut rules: BTreeSet<_> = targets.iter().map(|target| (None, Some(*target))).collect();
-    for address in pods.iter().flat_map(|pod| pod.addresses.list()) {
-        let target = targets.into_iter().find(|target| target.is_ipv4() == address.is_ipv4());
-        rules.insert((target, Some(address)));
+    let mut rules = BTreeSet::new();
+    for target in ["169.254.170.23", "169.254.175.1", "fd00:ec2::23", "fd70:6f64:6761:7465::1"] {
+        let target: IpAddr = target.parse()?;
+        rules.insert((None, Some(target)));
+        let addresses = pods.iter().flat_map(|pod| pod.addresses.list());
+        let of_family = addresses.filter(|address| address.is_ipv4() == target.is_ipv4());
+        rules.extend(of_family.map(|address| (Some(target), Some(address))));
     }
     Ok(rules)
 }
@@ -147,8 +149,9 @@ async fn a_pod_with_strict_security_groups_gets_its_own_role() -> anyhow::Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_the_agent() -> anyhow::Result<()> {
-    let Node { lab, agent } = routed(Routing::StrictSecurityGroups).await?;
+async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_podgate_s_programs()
+-> anyhow::Result<()> {
+    let Node { lab, mut agent } = routed(Routing::StrictSecurityGroups).await?;
     let pods = [lab.add_pod(&node::spec("stays"))?, lab.add_pod(&node::spec("goes"))?];
     assert_soon(&lab, &rules_for(&[&pods[0], &pods[1]])?).await?;
 
@@ -165,6 +168,10 @@ async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_the_agent
     let agent = lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
     assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "its successor adopts them");
     assert!(agent.stop().await?.success());
+    assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "as its programs stay");
+    let bpffs = lab.node.place.bpffs().display().to_string();
+    let mut detach = lab.agent_tool(&node::agent_binary()?, &["detach", "--bpffs", &bpffs])?;
+    assert!(detach.status().await?.success());
     assert_eq!(own_rules(&lab)?, BTreeSet::new());
     lab.down()
 }
@@ -228,7 +235,7 @@ async fn a_node_that_drops_what_comes_in_needs_no_more_than_the_stock_agent_s_ex
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dial_that_the_node_drops_is_logged_with_the_pod_and_what_to_allow() -> anyhow::Result<()> {
     // Other addresses than those that everybody allows.
-    let target = ["--target-v4", "169.254.175.1:80", "--target-v6", "none"];
+    let target = ["--target", "own"];
     let lab =
         Lab::up(LabSpec { routing: Routing::DroppingInput, ..LabSpec::new(&node::lab_name(), HELPER) })?;
     let flags = [&["--imds", "intercept"][..], &target].concat();

@@ -5,6 +5,7 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
 use super::POD_IDENTITY_AUDIENCE;
 
@@ -25,8 +26,12 @@ pub struct PodSpec {
     pub service_account: String,
     /// Node it is scheduled on.
     pub node: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
     /// Annotations.
     pub annotations: BTreeMap<String, String>,
+    /// The `DaemonSet` of its namespace that controls it.
+    pub daemon_set: Option<String>,
     /// Whether it shares the node's network namespace.
     pub host_network: bool,
     /// Its addresses, of either family; empty while the network is not there.
@@ -88,6 +93,7 @@ pub(super) fn pod(spec: &PodSpec) -> Value {
         "metadata": {
             "name": spec.name,
             "namespace": spec.namespace,
+            "labels": spec.labels,
             "annotations": spec.annotations,
         },
         "spec": {
@@ -100,6 +106,16 @@ pub(super) fn pod(spec: &PodSpec) -> Value {
     });
     if spec.host_network {
         pod["spec"]["hostNetwork"] = json!(true);
+    }
+    if let Some(daemon_set) = &spec.daemon_set {
+        pod["metadata"]["ownerReferences"] = json!([{
+            "apiVersion": "apps/v1",
+            "kind": "DaemonSet",
+            "name": daemon_set,
+            "uid": Uuid::new_v4().to_string(),
+            "controller": true,
+            "blockOwnerDeletion": true,
+        }]);
     }
     if let Some(uid) = &spec.uid {
         pod["metadata"]["uid"] = json!(uid);

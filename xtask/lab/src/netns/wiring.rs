@@ -25,7 +25,7 @@ const IMDS: [IpAddr; 2] = [
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
 ];
 /// A pod's gateway: the VPC CNI's.
-const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+pub(super) const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// A pod's gateway: the VPC CNI's.
 const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// `lo` is always the first link of a namespace.
@@ -160,13 +160,13 @@ pub(super) async fn link_index(handle: &Handle, name: &str) -> anyhow::Result<u3
     Ok(link.header.index)
 }
 
-async fn link_up(handle: &Handle, link: u32) -> anyhow::Result<()> {
+pub(super) async fn link_up(handle: &Handle, link: u32) -> anyhow::Result<()> {
     let up = LinkUnspec::new_with_index(link).up().build();
     handle.link().set(up).execute().await.with_context(|| format!("cannot bring link {link} up"))
 }
 
 /// Adds one address without a subnet, usable at once (no duplicate address detection).
-async fn add_address(handle: &Handle, link: u32, address: IpAddr) -> anyhow::Result<()> {
+pub(super) async fn add_address(handle: &Handle, link: u32, address: IpAddr) -> anyhow::Result<()> {
     let mut request = handle.address().add(link, address, host_prefix(address));
     request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
     request.execute().await.with_context(|| format!("cannot add {address}"))
@@ -222,6 +222,6 @@ pub(super) async fn add_default_route(
     handle.route().add(route).execute().await.with_context(|| format!("cannot add the route by {gateway}"))
 }
 
-fn host_prefix(address: IpAddr) -> u8 {
+pub(super) fn host_prefix(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
