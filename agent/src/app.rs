@@ -135,6 +135,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
         pods: Arc::clone(&known.pods),
         policies: known.policies.clone(),
         own: node.own_pod,
+        stock_agent: config.stock_agent.clone(),
     };
     serve_commands(&config, &probes, whois, &mut tasks)?;
 

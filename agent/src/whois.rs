@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::chain,
     identity::{
-        Pods,
+        DaemonSetRef, Pods,
         cgroup::{self, Owner},
         cgroupfs::{self, Kubepods},
     },
@@ -27,6 +27,8 @@ pub struct Whois {
     pub policies: Policies,
     /// The cgroup of podgate's own pod.
     pub own: Option<u64>,
+    /// Whose pods are AWS's own agent.
+    pub stock_agent: Option<DaemonSetRef>,
 }
 
 /// What is known of a process.
@@ -88,6 +90,10 @@ impl Whois {
                     Some(pod) => {
                         answer.pod = Some(pod.full_name());
                         answer.service_account = Some(pod.service_account.to_string());
+                        if self.stock_agent.as_ref().is_some_and(|stock_agent| stock_agent.controls(&pod)) {
+                            let because = "it is AWS's own agent, which podgate does not touch".to_owned();
+                            return Ok(Answer { because, ..answer });
+                        }
                         let Some(policy) = self.policies.of(&pod) else {
                             let because = "the API server has not shown its namespace yet".to_owned();
                             return Ok(Answer { because, ..answer });

@@ -49,6 +49,11 @@ impl StockAgent {
         Ok(Self { child })
     }
 
+    /// Its process, while it has not been waited for.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
     /// Kills the process; its pod and its link stay.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill().await.context("cannot kill the stock agent")

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use futures::TryStreamExt as _;
 use lab::{
     EnvKind, Pod, PodSpec, StockAgent,
@@ -250,6 +251,9 @@ async fn when_podgate_dies_pods_get_what_it_answers_and_never_the_node_s_role() 
     said(&node, &["AWS's own agent answers", "\"answers\":true"]).await?;
     node.assert_own_role(&plain, &node.curl(&plain, &[POD_IDENTITY]).await?);
     assert_ne!(with_token(&node, &injected).await?, ACCESS_KEY_ID);
+    let pid = stock.pid().context("it runs")?.to_string();
+    let whois = node::text(node.lab.agent_tool(&node::agent_binary()?, &["whois", "--pid", &pid])?).await?;
+    assert!(whois.contains("it is AWS's own agent"), "{whois}");
 
     node.agent.kill().await?;
     sleep(STALE).await;
