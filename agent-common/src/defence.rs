@@ -106,9 +106,9 @@ mod switched {
         without() & (1 << defence as u32) == 0
     }
 
-    /// Switches a defence off for as long as this process lives.
+    /// Switches a defence off for as long as this process lives; before it has a second thread.
     pub fn switch_off(defence: Defence) {
-        PODGATE_WITHOUT.fetch_or(1 << defence as u32, Relaxed);
+        PODGATE_WITHOUT.store(without() | 1 << defence as u32, Relaxed);
     }
 
     /// The bits of those that are off.

@@ -80,10 +80,20 @@ fn bless_budget(object: &[u8]) -> anyhow::Result<()> {
 
 /// Builds the programs. Quick when nothing has changed.
 pub(crate) fn build_object() -> anyhow::Result<Object> {
+    build_object_with(&[], "ebpf")
+}
+
+/// Builds the programs in which defences can be switched off.
+pub(crate) fn build_undefended_object() -> anyhow::Result<Object> {
+    build_object_with(&["--features", "undefended"], "ebpf-undefended")
+}
+
+fn build_object_with(arguments: &[&str], directory: &str) -> anyhow::Result<Object> {
     let toolchain = toolchain::ready()?;
     let linker = toolchain::linker(&toolchain)?;
-    let target_directory = target_directory().join("ebpf");
-    cmd::run("eBPF programs", &mut build_command(&toolchain, &linker, &target_directory))?;
+    let target_directory = target_directory().join(directory);
+    let mut build = build_command(&toolchain, &linker, &target_directory);
+    cmd::run(&format!("eBPF programs ({directory})"), build.args(arguments))?;
     let path = target_directory.join(TARGET).join("ebpf/podgate-ebpf");
     if !path.is_file() {
         bail!("BUG: cargo succeeded, but there is no {}", path.display());
@@ -106,6 +116,18 @@ pub(crate) fn build_agent(object: &Object, release: bool) -> anyhow::Result<Path
 /// Builds the programs and the agent that people run.
 pub(crate) fn build_release_agent() -> anyhow::Result<PathBuf> {
     build_agent(&build_object()?, true)
+}
+
+/// Builds the agent in which defences can be switched off, programs included.
+pub(crate) fn build_undefended_agent() -> anyhow::Result<PathBuf> {
+    let object = build_undefended_object()?;
+    let mut command = cargo();
+    command
+        .args(["build", "--release", "--package", "agent", "--features", "undefended"])
+        .args(["--bin", "podgate-undefended"])
+        .env(OBJECT_VARIABLE, &object.path);
+    cmd::run("podgate-undefended (release)", &mut command)?;
+    Ok(target_directory().join("release/podgate-undefended"))
 }
 
 /// The cargo that runs this command, working on the workspace.

@@ -3,6 +3,7 @@
 //! Owns the command line. Each command is a module of its own.
 
 mod apt;
+mod attack;
 mod bench;
 mod bpftool;
 mod check;
@@ -47,6 +48,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Attack podgate, and show that each attack works where podgate's defence is missing.
+    Attack(attack::Arguments),
     /// Run the tests, all tiers or one, each within its time budget.
     Test {
         /// Run this tier only.
@@ -78,6 +81,9 @@ enum Command {
     /// Send requests and report how long each took.
     #[command(hide = true)]
     BenchLoad(bench::LoadArguments),
+    /// Be the attacker in a pod: do what ACT (JSON) says.
+    #[command(name = attack::SUBCOMMAND, hide = true)]
+    Attacker { act: String },
     /// Be one end of plain TCP connections.
     #[command(hide = true)]
     BenchTraffic(bench::TrafficArguments),
@@ -101,6 +107,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::BuildEbpf { bless } => ebpf::command(bless)?,
         Command::Check => check::run()?,
         Command::Demo { json } => return demo::run(json),
+        Command::Attack(arguments) => return attack::run(&arguments),
         Command::Test { tier, vm } => return test::run(tier.or(vm.map(test::Tier::from))),
         Command::Lab(command) => lab::run(command)?,
         Command::Bench(command) => bench::run(&command)?,
@@ -108,6 +115,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             match ::lab::enter::enter(&serde_json::from_str(&entry)?, &command)? {}
         }
         Command::LabServe(arguments) => lab::serve(&arguments)?,
+        Command::Attacker { act } => attack::act(&act)?,
         Command::BenchServer(arguments) => bench::serve(&arguments)?,
         Command::BenchLoad(arguments) => bench::load(&arguments)?,
         Command::BenchTraffic(arguments) => bench::traffic(&arguments)?,

@@ -12,7 +12,7 @@ use agent_common::{
 use hyper::{
     StatusCode,
     header::{AUTHORIZATION, HOST, HeaderName, HeaderValue},
-    http::request::Parts,
+    http::{request::Parts, uri::Authority},
 };
 use jiff::Timestamp;
 use serde::Serialize;
@@ -120,10 +120,16 @@ fn bad_token(error: &jwt::Error) -> Refusal {
 /// A page on the web whose name resolves to our address must not reach us with the browser's help. The stock
 /// agent compares text: no other spelling of an address is taken.
 pub(super) fn check_host(head: &Parts, addresses: &[IpAddr]) -> Result<(), Refusal> {
-    let host = match head.uri.authority() {
-        Some(authority) => authority.as_str(),
-        None => head.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or(""),
-    };
+    // One in the request line and one in the header, or two headers, must both be right: others may read the other.
+    let headers = head.headers.get_all(HOST).iter().map(|host| host.to_str().unwrap_or(""));
+    let mut hosts = head.uri.authority().map(Authority::as_str).into_iter().chain(headers).peekable();
+    if hosts.peek().is_none() {
+        return check_name("", addresses);
+    }
+    hosts.try_for_each(|host| check_name(host, addresses))
+}
+
+fn check_name(host: &str, addresses: &[IpAddr]) -> Result<(), Refusal> {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) && !is_bare_ip6(name) => name,
         _ => host,
@@ -187,6 +193,26 @@ mod tests {
             ["", "169.254.170.23.", "169.254.169.254", "[FD00:EC2::23]", "localhost", "fd00:ec2:0::23"]
         {
             assert!(!ask(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn every_host_that_a_request_names_must_be_right() {
+        let (own, evil) = ("169.254.170.23", "evil");
+        for (line, hosts, is_right) in [
+            (Some(own), &[][..], true),
+            (Some(own), &[own], true),
+            (Some(own), &[evil], false),
+            (Some(evil), &[own], false),
+            (None, &[own, own], true),
+            (None, &[own, evil], false),
+            (None, &[evil, own], false),
+            (None, &[], false),
+        ] {
+            let uri = line.map_or_else(|| PATH.to_owned(), |line| format!("http://{line}{PATH}"));
+            let headers: Vec<_> = hosts.iter().map(|host| ("host", *host)).collect();
+            let head = head("GET", &uri, &headers);
+            assert_eq!(ask(&head, Timestamp::UNIX_EPOCH).is_ok(), is_right, "{line:?} {hosts:?}");
         }
     }
 

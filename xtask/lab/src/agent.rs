@@ -158,9 +158,5 @@ impl AgentProcess {
 
 /// A pod of the agent's, as its `DaemonSet` makes it.
 pub(crate) fn pod_spec(name: &str) -> PodSpec {
-    PodSpec {
-        service_account: "podgate".to_owned(),
-        host_network: true,
-        ..PodSpec::new("kube-system", name)
-    }
+    PodSpec { service_account: "podgate".to_owned(), host_network: true, ..PodSpec::new("kube-system", name) }
 }

@@ -27,7 +27,7 @@ use crate::{
     faults::Faults,
     imds::{Imds, ImdsConfig},
     kube_api::{KubeApi, KubeUser},
-    netns::{Routing, make_stock_link},
+    netns::{NetNs, Routing, make_stock_link},
     node::Node,
     pod::{EnvKind, Pod, PodSpec, base_environment, container_id},
     state::{self, Claim},
@@ -188,6 +188,22 @@ impl Lab {
     /// Gives a pod a new token, as the kubelet does from time to time.
     pub fn rotate_token(&self, pod: &Pod) -> anyhow::Result<()> {
         pods::write_token(&self.cluster, pod)
+    }
+
+    /// A pod's network.
+    pub fn netns(&self, pod: &Pod) -> anyhow::Result<NetNs> {
+        NetNs::open(&pod.sandbox.netns())
+    }
+
+    /// Ends a pod on the node, as a job's that has completed: the API server still shows it with its address.
+    pub fn complete_pod(&self, pod: &Pod) -> anyhow::Result<()> {
+        self.pods().end(&self.node, pod)
+    }
+
+    /// Adds a pod that gets the address of one that has ended.
+    pub fn add_pod_at(&self, spec: &PodSpec, ended: &Pod) -> anyhow::Result<Pod> {
+        self.associate(spec);
+        self.pods().add_at(&self.node, &self.cluster, spec, ended)
     }
 
     /// Ends a pod: its processes, its cgroups, its volumes, then the object at the API server.

@@ -5,6 +5,7 @@
 
 mod routing;
 mod stock_link;
+mod tamper;
 mod wiring;
 
 use std::{
@@ -20,13 +21,13 @@ use anyhow::{Context as _, anyhow};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
 
-pub(crate) use self::{
-    stock_link::make_stock_link,
-    wiring::{wire_node, wire_pod},
-};
 pub use self::{
     routing::Routing,
     wiring::{NodeAddresses, PodAddresses, node_addresses},
+};
+pub(crate) use self::{
+    stock_link::make_stock_link,
+    wiring::{wire_node, wire_pod},
 };
 
 /// A network namespace; it lives as long as this handle, or a process or a socket in it.

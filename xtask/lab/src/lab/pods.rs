@@ -69,12 +69,33 @@ impl Pods {
         publish(cluster, pod)
     }
 
+    /// A new pod with the network address of one that has ended.
+    pub(super) fn add_at(
+        &mut self,
+        node: &Node,
+        cluster: &Cluster,
+        spec: &PodSpec,
+        ended: &Pod,
+    ) -> anyhow::Result<Pod> {
+        let [.., high, low] = ended.addresses.v6.octets();
+        let next = std::mem::replace(&mut self.next_index, u16::from_be_bytes([high, low]));
+        let pod = self.add(node, cluster, spec);
+        self.next_index = next;
+        pod
+    }
+
     pub(super) fn delete(&mut self, node: &Node, cluster: &Cluster, pod: &Pod) -> anyhow::Result<()> {
+        self.end(node, pod)?;
+        cluster.delete_pod(&pod.namespace, &pod.name);
+        Ok(())
+    }
+
+    /// Ends a pod on the node; the API server still shows it, as it does a job that has completed.
+    pub(super) fn end(&mut self, node: &Node, pod: &Pod) -> anyhow::Result<()> {
         pod.remove(&node.place.kubelet())?;
         if let Some(mut sandbox) = self.sandboxes.remove(&pod.uid) {
             sandbox.wait().with_context(|| format!("cannot reap the sandbox of {}", pod.full_name()))?;
         }
-        cluster.delete_pod(&pod.namespace, &pod.name);
         self.state.pods.retain(|other| other.uid != pod.uid);
         self.state.save()
     }

@@ -27,7 +27,7 @@ const IMDS: [IpAddr; 2] = [
 /// A pod's gateway: the VPC CNI's.
 pub(super) const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// A pod's gateway: the VPC CNI's.
-const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+pub(super) const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// `lo` is always the first link of a namespace.
 const LO: u32 = 1;
 /// `RT_TABLE_MAIN` of `include/uapi/linux/rtnetlink.h`.

@@ -1,0 +1,153 @@
+//! `cargo xtask attack`: attacks on podgate, each of them shown to work where podgate's defence is missing.
+//!
+//! Owns the order: every attack is run on a simulated node of its own, against the release agent and against a build in
+//! which the defence is switched off. What an attack is, its module knows; whether it got something, the simulated AWS
+//! side.
+
+mod attacker;
+mod credentials;
+mod lifetime;
+mod list;
+mod network;
+mod packets;
+mod pods;
+mod requests;
+mod row;
+mod scene;
+
+use std::{net::IpAddr, path::PathBuf, pin::Pin, process::ExitCode, time::Instant};
+
+use agent_common::{
+    defence::Defence,
+    net::{IMDS_V4, IMDS_V6, POD_IDENTITY_V4},
+};
+use anyhow::bail;
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+pub(crate) use self::attacker::{SUBCOMMAND, run as act};
+use self::{
+    row::Row,
+    scene::{Outcome, Scene},
+};
+use crate::{ebpf, report};
+
+/// EKS Pod Identity, and its only path.
+const POD_IDENTITY: std::net::SocketAddr = scene::http(IpAddr::V4(POD_IDENTITY_V4));
+const PROGRAM: &str = "/v1/credentials";
+/// The metadata service, and its list of roles.
+const IMDS: std::net::SocketAddr = scene::http(IpAddr::V4(IMDS_V4));
+const IMDS6: std::net::SocketAddr = scene::http(IpAddr::V6(IMDS_V6));
+const ROLES: &str = "/latest/meta-data/iam/security-credentials/";
+
+/// What to attack with what.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Run attacks only whose name contains this.
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+    /// Print the rows as JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// The two builds of podgate: the release, and the one in which defences can be switched off.
+    #[arg(long, num_args = 2, hide = true)]
+    agents: Option<Vec<PathBuf>>,
+}
+
+/// An attack.
+struct Attack {
+    name: &'static str,
+    tried: &'static str,
+    /// The agent's flags.
+    flags: &'static [&'static str],
+    /// What is switched off for the control.
+    without: &'static [Defence],
+    /// Whether it begins before the agent is there.
+    is_early: bool,
+    run: for<'a> fn(&'a Scene) -> Running<'a>,
+}
+
+/// An attack that runs.
+type Running<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Outcome>> + Send + 'a>>;
+
+/// The two builds of podgate.
+struct Builds {
+    release: PathBuf,
+    undefended: PathBuf,
+}
+
+/// Builds both agents, runs the attacks, prints the table. Fails unless every attack is withstood.
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    report::require_root("the attacks")?;
+    let builds = match arguments.agents.as_deref() {
+        Some([release, undefended]) => Builds { release: release.clone(), undefended: undefended.clone() },
+        _ => Builds { release: ebpf::build_release_agent()?, undefended: ebpf::build_undefended_agent()? },
+    };
+    let only = arguments.only.as_deref().unwrap_or_default();
+    let attacks: Vec<_> = list::ATTACKS.iter().filter(|attack| attack.name.contains(only)).collect();
+    if attacks.is_empty() {
+        let names: Vec<_> = list::ATTACKS.iter().map(|attack| attack.name).collect();
+        bail!("no attack's name contains {only:?}; there are {}", names.join(", "));
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let rows = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::select! {
+            rows = run_all(&attacks, &builds) => Ok(rows),
+            _ = tokio::signal::ctrl_c() => bail!("interrupted; the simulated nodes are gone"),
+            _ = terminate.recv() => bail!("terminated; the simulated nodes are gone"),
+        }
+    })?;
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+    } else {
+        row::print(&rows);
+    }
+    let is_withstood = rows.iter().all(Row::is_withstood);
+    Ok(if is_withstood { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn run_all(attacks: &[&Attack], builds: &Builds) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for attack in attacks {
+        let began = Instant::now();
+        // Both at once: on nodes of their own they do not see each other.
+        let (defended, control) = tokio::join!(
+            attack.run_on(&builds.release, &[]),
+            attack.run_on(&builds.undefended, attack.without)
+        );
+        let names = (attack.name, attack.tried);
+        let row = Row::new(names, attack.without, defended, control, began.elapsed().as_secs_f64());
+        eprintln!("{}", row.line());
+        rows.push(row);
+    }
+    rows
+}
+
+// === impl Attack ===
+
+impl Attack {
+    async fn run_on(&self, binary: &std::path::Path, without: &[Defence]) -> anyhow::Result<Outcome> {
+        let scene = Scene::up(binary, self.flags, without)?;
+        if !self.is_early {
+            scene.start_agent().await?;
+        }
+        let outcome = (self.run)(&scene).await;
+        let is_as_expected = outcome.as_ref().is_ok_and(|outcome| outcome.is_harm != without.is_empty());
+        if !is_as_expected {
+            eprintln!("{}, the end of the agent's log:\n{}", self.name, scene.log_tail().await);
+        }
+        scene.down().await?;
+        outcome
+    }
+}
+
+/// A request as clients write it; `headers` are whole lines.
+fn request(method: &str, host: IpAddr, path: &str, headers: &str) -> String {
+    let host = attacker::host(host);
+    format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\n{headers}Connection: close\r\n\r\n")
+}
+
+fn get(host: IpAddr, path: &str, headers: &str) -> String {
+    request("GET", host, path, headers)
+}

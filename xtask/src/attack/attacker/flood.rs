@@ -1,0 +1,81 @@
+//! Too many of everything.
+
+use std::{
+    fs, io,
+    net::{SocketAddr, TcpStream},
+    os::fd::OwnedFd,
+    thread,
+    time::Duration,
+};
+
+use rustix::{
+    io::{Errno, ioctl_fionbio},
+    net::connect,
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
+
+use super::{Got, forge::Forger, ready, socket, stay, wait};
+
+/// How long one connection may take: there are many.
+const HASTE: Duration = Duration::from_millis(200);
+/// Pause between the segments of a flood that goes on.
+const PACE: Duration = Duration::from_micros(200);
+
+/// Begins dials that get no answer, since the pod is mute.
+pub(super) fn begin_dials(to: &[SocketAddr], count: u32) -> io::Result<Got> {
+    allow_files(count)?;
+    // As many ports as there are: each dial to the agent has one of its own.
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535")?;
+    let mut held: Vec<OwnedFd> = Vec::new();
+    for (_, to) in (0..count).zip(to.iter().cycle()) {
+        let socket = socket::tcp(*to)?;
+        ioctl_fionbio(&socket, true)?;
+        if connect(&socket, to) == Err(Errno::INPROGRESS) {
+            held.push(socket);
+        }
+    }
+    stay()?;
+    Ok(Got { number: held.len().try_into().ok(), ..Got::default() })
+}
+
+/// Opens connections and says nothing.
+pub(super) fn hold_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
+    allow_files(count)?;
+    let held: Vec<_> = (0..count).filter_map(|_| TcpStream::connect_timeout(&to, HASTE).ok()).collect();
+    stay()?;
+    let open = held.iter().filter(|stream| is_open(stream)).count();
+    Ok(Got { said: format!("{} connected, {open} of them still open", held.len()), ..Got::default() })
+}
+
+/// Begins handshakes by hand, and goes on when all were begun.
+pub(super) fn handshakes(forger: &Forger, count: u32) -> io::Result<Got> {
+    let begin = |number: u32| {
+        let port = u16::try_from(1024 + number % 60_000).unwrap_or(1024);
+        forger.begin(port, Some(u64::from(number)))
+    };
+    (0..count).try_for_each(begin)?;
+    ready()?;
+    let told = thread::spawn(wait);
+    let mut number = count;
+    while !told.is_finished() {
+        begin(number)?;
+        number += 1;
+        thread::sleep(PACE);
+    }
+    Ok(Got { said: format!("{number} handshakes begun"), ..Got::default() })
+}
+
+/// Whether the other side has not hung up.
+fn is_open(stream: &TcpStream) -> bool {
+    let silent = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+    matches!(silent, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+}
+
+fn allow_files(count: u32) -> io::Result<()> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = u64::from(count) + 100;
+    if current.is_some_and(|current| current < wanted) {
+        setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })?;
+    }
+    Ok(())
+}

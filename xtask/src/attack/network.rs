@@ -1,0 +1,102 @@
+//! Attacks with addresses and networks: shared ones, reused ones, other pods', other families.
+
+use std::{
+    net::{Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use agent_common::net::IMDS_V4;
+use anyhow::bail;
+use lab::{Pod, PodSpec};
+use tokio::time::sleep;
+
+use super::{
+    IMDS6, POD_IDENTITY, PROGRAM,
+    attacker::{Act, Dial},
+    get,
+    scene::{Outcome, Place, Scene, ask, attacker, http, on_host_network},
+};
+
+/// The port that two pods on the host's network use one after the other.
+const PORT: u16 = 40_000;
+/// How long the node may take to hear of a pod, or to be rid of one.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(100);
+
+pub(super) async fn absent_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (_victim, attacker) = on_one_address(scene).await?;
+    let got = scene.act(Place::In(&attacker), &ask(POD_IDENTITY, &program())).await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
+pub(super) async fn reused_port(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = on_one_address(scene).await?;
+    let dial = Dial { to: POD_IDENTITY, from_port: Some(PORT), cgroup: None };
+    let act = Act::Ask { dial, request: program() };
+    let got = scene.act(Place::In(&victim), &act).await?;
+    if scene.loot(&got, Some(&victim)).got != "its own role" {
+        bail!("the victim was not served: {got:?}");
+    }
+    let got = scene.act(Place::In(&attacker), &act).await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
+pub(super) async fn reused_address(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.victim()?;
+    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    scene.lab.complete_pod(&victim)?;
+    // The link of the pod that has ended goes a moment later.
+    sleep(PAUSE * 5).await;
+    let heir = scene.lab.add_pod_at(&attacker(), &victim)?;
+    let got = scene.act(Place::In(&heir), &ask(POD_IDENTITY, &program())).await?;
+    Ok(scene.loot(&got, Some(&heir)))
+}
+
+pub(super) async fn beside_a_pod(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.victim()?;
+    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let got = scene.act(Place::Beside(&victim), &ask(POD_IDENTITY, &program())).await?;
+    Ok(scene.loot(&got, None))
+}
+
+pub(super) async fn foreign_network(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (application, proxy) = (scene.victim()?, scene.attacker()?);
+    let got = scene.act(Place::Through(&proxy, &application), &ask(POD_IDENTITY, &program())).await?;
+    // The proxy's own role would be the application's, for which it dials.
+    Ok(scene.loot(&got, None))
+}
+
+pub(super) async fn ipv6(scene: &Scene) -> anyhow::Result<Outcome> {
+    imds(scene, IMDS6).await
+}
+
+pub(super) async fn mapped(scene: &Scene) -> anyhow::Result<Outcome> {
+    let mapped: Ipv6Addr = IMDS_V4.to_ipv6_mapped();
+    imds(scene, http(mapped.into())).await
+}
+
+async fn imds(scene: &Scene, to: SocketAddr) -> anyhow::Result<Outcome> {
+    let attacker = scene.attacker()?;
+    let got = scene.act(Place::In(&attacker), &Act::Imds { to, headers: String::new() }).await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
+/// Two pods on the host's network: one that podgate serves, and one that it leaves alone.
+pub(super) async fn on_one_address(scene: &Scene) -> anyhow::Result<(Pod, Pod)> {
+    let victim = PodSpec::new("shop", "victim").role("victim-role");
+    let victim = scene.lab.add_pod(&on_host_network(victim, ("podgate.dev/imds", "intercept")))?;
+    let attacker = scene.lab.add_pod(&on_host_network(attacker(), ("podgate.dev/pod-identity", "off")))?;
+    let mut waited = Duration::ZERO;
+    while let Err(why) = scene.is_served(&victim).await? {
+        if waited > PATIENCE {
+            bail!("the victim is not served: {why}");
+        }
+        sleep(PAUSE).await;
+        waited += PAUSE;
+    }
+    Ok((victim, attacker))
+}
+
+fn program() -> String {
+    get(POD_IDENTITY.ip(), PROGRAM, "")
+}

@@ -1,0 +1,148 @@
+//! Attacks with packets: handshakes by hand, floods, and what is no TCP connection at all.
+
+use agent_common::net::{IMDS_V4, POD_IDENTITY_V4, POD_IDENTITY_V6};
+use anyhow::Context as _;
+use lab::{Pod, PodSpec, lab::NODE_ROLE};
+use rustix::{
+    process::{Pid, Resource, Rlimit, prlimit},
+    time::{ClockId, clock_gettime},
+};
+
+use super::{
+    IMDS, POD_IDENTITY, PROGRAM, ROLES,
+    attacker::{Act, Knock, Layer},
+    get,
+    scene::{Outcome, Place, Scene, address, http},
+};
+
+/// Nanoseconds of one tick of the tickets that can be guessed: 2 to the power of this.
+const TICK: u32 = 26;
+/// How many ticks a guess goes back: two seconds and a half.
+const TICKS: u64 = 40;
+/// As many files as the agent may have open while connections are held.
+const AGENT_FILES: u64 = 2_048;
+
+pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim()?, deaf_attacker(scene)?);
+    // Its credentials are there when they are asked for.
+    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    scene.lab.netns(&victim)?.mute()?;
+    let dial = Act::BeginDials { to: vec![POD_IDENTITY], count: 1 };
+    let under_way = scene.must_begin(Place::In(&victim), &dial).await?;
+    let now = clock_gettime(ClockId::Boottime);
+    let nanoseconds = u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?;
+    let tick = nanoseconds >> TICK;
+    let outcome = forge(scene, &attacker, (tick - TICKS..=tick).map(Some).collect()).await;
+    under_way.finish().await?;
+    outcome
+}
+
+pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim()?, deaf_attacker(scene)?);
+    let sniffer = PodSpec { host_network: true, ..PodSpec::new("evil", "sniffer") };
+    let sniffer = scene.lab.add_pod(&sniffer)?;
+    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
+    let request = get(POD_IDENTITY.ip(), PROGRAM, "");
+    let dial = Act::AskLater { to: POD_IDENTITY, request };
+    let connected = scene.must_begin(Place::In(&victim), &dial).await?;
+    let ticket = on_the_wire.finish().await?.number.context("no ticket was seen on the wire")?;
+    let outcome = forge(scene, &attacker, vec![Some(ticket)]).await;
+    connected.finish().await?;
+    outcome
+}
+
+pub(super) async fn syn_flood(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim()?, deaf_attacker(scene)?);
+    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let flood = Act::FloodHandshakes { from: address(&attacker)?, to: POD_IDENTITY_V4, count: 20_000 };
+    let flood = scene.must_begin(Place::In(&attacker), &flood).await?;
+    let outcome = scene.unharmed(&victim).await;
+    let said = flood.finish().await?.said;
+    Ok(outcome?.after(&said))
+}
+
+pub(super) async fn half_open_dials(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    scene.lab.netns(&attacker)?.mute()?;
+    let act = Act::BeginDials { to: vec![POD_IDENTITY, http(POD_IDENTITY_V6.into())], count: 12_500 };
+    let mut dials = Vec::new();
+    for _ in 0..4 {
+        dials.push(scene.must_begin(Place::In(&attacker), &act).await?);
+    }
+    let outcome = scene.unharmed(&victim).await;
+    let mut under_way = 0;
+    for dials in dials {
+        under_way += dials.finish().await?.number.unwrap_or_default();
+    }
+    Ok(outcome?.after(&format!("{under_way} under way")))
+}
+
+pub(super) async fn held_connections(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    scene
+        .agent(async |agent| {
+            let pid =
+                Pid::from_raw(agent.process().pid.cast_signed()).context("BUG: the agent has no pid")?;
+            let files = Rlimit { current: Some(AGENT_FILES), maximum: Some(AGENT_FILES) };
+            prlimit(Some(pid), Resource::Nofile, files).context("cannot limit the agent's files")?;
+            Ok(())
+        })
+        .await?;
+    let act = Act::HoldConnections { to: POD_IDENTITY, count: 3_000 };
+    let held = scene.must_begin(Place::In(&attacker), &act).await?;
+    let outcome = scene.unharmed(&victim).await;
+    let said = held.finish().await?.said;
+    Ok(outcome?.after(&said))
+}
+
+pub(super) async fn raw_tcp(scene: &Scene) -> anyhow::Result<Outcome> {
+    let attacker = deaf_attacker(scene)?;
+    let act = Act::Forge {
+        from: address(&attacker)?,
+        to: IMDS_V4,
+        layer: Layer::Ip,
+        tickets: vec![None],
+        request: get(IMDS.ip(), &format!("{ROLES}{NODE_ROLE}"), ""),
+    };
+    let got = scene.act(Place::In(&attacker), &act).await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
+pub(super) async fn datagram(scene: &Scene) -> anyhow::Result<Outcome> {
+    knock(scene, Knock::Datagram).await
+}
+
+pub(super) async fn ping(scene: &Scene) -> anyhow::Result<Outcome> {
+    knock(scene, Knock::Ping).await
+}
+
+async fn knock(scene: &Scene, how: Knock) -> anyhow::Result<Outcome> {
+    let attacker = scene.attacker()?;
+    let got = scene.act(Place::In(&attacker), &Act::Knock { to: IMDS_V4, how }).await?;
+    Ok(match got.error {
+        Some(error) => Outcome::nothing(error),
+        None => Outcome::harm(got.said),
+    })
+}
+
+/// A pod whose own kernel does not meddle with the handshakes that it makes by hand.
+fn deaf_attacker(scene: &Scene) -> anyhow::Result<Pod> {
+    let attacker = scene.attacker()?;
+    scene.lab.netns(&attacker)?.deafen(address(&attacker)?.into())?;
+    Ok(attacker)
+}
+
+async fn forge(scene: &Scene, attacker: &Pod, tickets: Vec<Option<u64>>) -> anyhow::Result<Outcome> {
+    let act = Act::Forge {
+        from: address(attacker)?,
+        to: POD_IDENTITY_V4,
+        layer: Layer::Link,
+        tickets,
+        request: get(POD_IDENTITY.ip(), PROGRAM, ""),
+    };
+    let got = scene.act(Place::In(attacker), &act).await?;
+    Ok(scene.loot(&got, Some(attacker)))
+}

@@ -1,0 +1,82 @@
+//! Attacks on who is taken for which pod: sockets that are older or somebody else's, cgroups of the attacker's making,
+//! pods too new to be known, annotations.
+
+use std::{path::PathBuf, time::Duration};
+
+use lab::{Pod, lab::NODE_ROLE};
+use tokio::time::sleep;
+
+use super::{
+    IMDS, POD_IDENTITY, PROGRAM, ROLES,
+    attacker::{Act, Dial},
+    get,
+    scene::{Outcome, Place, Scene, attacker},
+};
+
+/// Longer than the node takes to hear of a pod.
+const NEWS: Duration = Duration::from_millis(500);
+
+pub(super) async fn passed_socket(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    let path = scene.shared_file("socket");
+    let give = Act::GiveSocket { path: path.clone(), to: POD_IDENTITY };
+    let giver = scene.must_begin(Place::In(&victim), &give).await?;
+    let take = Act::TakeSocket { path, to: POD_IDENTITY, request: program() };
+    let got = scene.act(Place::In(&attacker), &take).await?;
+    giver.finish().await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
+pub(super) async fn earlier_socket(scene: &Scene) -> anyhow::Result<Outcome> {
+    let attacker = scene.attacker()?;
+    let request = get(IMDS.ip(), &format!("{ROLES}{NODE_ROLE}"), "");
+    let connected = scene.must_begin(Place::In(&attacker), &Act::AskLater { to: IMDS, request }).await?;
+    scene.start_agent().await?;
+    let got = connected.finish().await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
+pub(super) async fn lookalike_cgroup(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    let elsewhere = scene.lab.node.place.cgroups.root.join("elsewhere");
+    from_cgroup(scene, &attacker, elsewhere.join(below_root(scene, &victim)?)).await
+}
+
+pub(super) async fn nested_cgroup(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    let nested = attacker.container.join(below_root(scene, &victim)?);
+    from_cgroup(scene, &attacker, nested).await
+}
+
+pub(super) async fn unknown_pod(scene: &Scene) -> anyhow::Result<Outcome> {
+    let attacker = scene.lab.start_unannounced(&attacker())?;
+    imds(scene, &attacker).await
+}
+
+pub(super) async fn loosening_annotation(scene: &Scene) -> anyhow::Result<Outcome> {
+    let attacker = scene.lab.add_pod(&attacker().annotation("podgate.dev/imds", "off"))?;
+    sleep(NEWS).await;
+    imds(scene, &attacker).await
+}
+
+async fn imds(scene: &Scene, attacker: &Pod) -> anyhow::Result<Outcome> {
+    let got = scene.act(Place::In(attacker), &Act::Imds { to: IMDS, headers: String::new() }).await?;
+    Ok(scene.loot(&got, Some(attacker)))
+}
+
+/// Dials with a socket of the attacker's pod out of a cgroup of its own making.
+async fn from_cgroup(scene: &Scene, attacker: &Pod, cgroup: PathBuf) -> anyhow::Result<Outcome> {
+    let dial = Dial { to: POD_IDENTITY, from_port: None, cgroup: Some(cgroup) };
+    let act = Act::Ask { dial, request: program() };
+    let got = scene.act(Place::In(attacker), &act).await?;
+    Ok(scene.loot(&got, Some(attacker)))
+}
+
+/// `kubepods.slice/…`, as the kubelet names the pod's container.
+fn below_root(scene: &Scene, pod: &Pod) -> anyhow::Result<PathBuf> {
+    Ok(pod.container.strip_prefix(&scene.lab.node.place.cgroups.root)?.to_owned())
+}
+
+fn program() -> String {
+    get(POD_IDENTITY.ip(), PROGRAM, "")
+}

@@ -1,0 +1,123 @@
+//! One attack's row: what was tried, what came of it with podgate's defences and without, and the verdict.
+//!
+//! Owns the verdict; never runs anything.
+
+use agent_common::defence::Defence;
+use comfy_table::Cell;
+use serde::Serialize;
+
+use super::scene::Outcome;
+use crate::report;
+
+/// One row.
+#[derive(Debug, Serialize)]
+pub(super) struct Row {
+    attack: &'static str,
+    tried: &'static str,
+    got: String,
+    without: Vec<&'static str>,
+    control: String,
+    is_withstood: bool,
+    verdict: String,
+    seconds: f64,
+}
+
+// === impl Row ===
+
+impl Row {
+    pub(super) fn new(
+        (attack, tried): (&'static str, &'static str),
+        without: &[Defence],
+        defended: anyhow::Result<Outcome>,
+        control: anyhow::Result<Outcome>,
+        seconds: f64,
+    ) -> Self {
+        let (is_withstood, verdict) = judge(&defended, &control);
+        let say = |outcome: anyhow::Result<Outcome>| match outcome {
+            Ok(outcome) => outcome.got,
+            Err(error) => format!("error: {error:#}"),
+        };
+        Self {
+            attack,
+            tried,
+            got: say(defended),
+            without: without.iter().map(|defence| defence.label()).collect(),
+            control: say(control),
+            is_withstood,
+            verdict,
+            seconds,
+        }
+    }
+
+    pub(super) fn is_withstood(&self) -> bool {
+        self.is_withstood
+    }
+
+    /// One line, for those who wait.
+    pub(super) fn line(&self) -> String {
+        let verdict =
+            if self.is_withstood { report::success(&self.verdict) } else { report::failure(&self.verdict) };
+        format!("{:<22} {verdict} ({:.1} s)", self.attack, self.seconds)
+    }
+}
+
+/// Prints the table and one line of verdict.
+pub(super) fn print(rows: &[Row]) {
+    let mut table =
+        report::table(&["attack", "what was tried", "what it got", "control: without …, it got", "verdict"]);
+    for row in rows {
+        table.add_row([
+            Cell::new(row.attack),
+            Cell::new(row.tried),
+            Cell::new(&row.got),
+            Cell::new(format!("{}: {}", row.without.join(", "), row.control)),
+            report::verdict(row.is_withstood, &row.verdict),
+        ]);
+    }
+    println!("{table}");
+    let failed = rows.iter().filter(|row| !row.is_withstood).count();
+    if failed == 0 {
+        println!(
+            "{}",
+            report::success(format!("all {} attacks fail, and work without the defence", rows.len()))
+        );
+    } else {
+        println!("{}", report::failure(format!("{failed} of {} rows are not as they should be", rows.len())));
+    }
+}
+
+/// An attack that would not work anyway proves nothing.
+fn judge(defended: &anyhow::Result<Outcome>, control: &anyhow::Result<Outcome>) -> (bool, String) {
+    let (is_withstood, verdict) = match (defended, control) {
+        (Ok(Outcome { is_harm: true, .. }), _) => (false, "the attack works"),
+        (Err(_), _) => (false, "not run: the attack could not be carried out"),
+        (Ok(_), Ok(Outcome { is_harm: true, .. })) => (true, "withstood"),
+        (Ok(_), _) => (false, "not run: the control fails"),
+    };
+    (is_withstood, verdict.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    #[test]
+    fn an_attack_is_withstood_only_if_it_fails_and_its_control_works() {
+        let harm = || Ok(Outcome::harm("a role"));
+        let nothing = || Ok(Outcome::nothing("HTTP 403"));
+        let error = || Err(anyhow!("no"));
+        for (defended, control, is_withstood) in [
+            (nothing(), harm(), true),
+            (nothing(), nothing(), false),
+            (nothing(), error(), false),
+            (harm(), harm(), false),
+            (harm(), nothing(), false),
+            (error(), harm(), false),
+        ] {
+            let case = format!("{defended:?}, {control:?}");
+            assert_eq!(judge(&defended, &control).0, is_withstood, "{case}");
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! Where an attack happens: a simulated node with the agent on it, its pods, and what the simulated AWS side knows.
+//!
+//! Owns the verdict on what an attacker holds: whose it is, by the records of who issued it. Never acts by itself.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    time::Duration,
+};
+
+use agent_common::defence::Defence;
+use anyhow::{Context as _, bail};
+use lab::{
+    AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter,
+    lab::{NODE_ACCESS_KEY_ID, NODE_ROLE},
+};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+    sync::Mutex,
+    time::timeout,
+};
+
+use super::{
+    POD_IDENTITY, PROGRAM,
+    attacker::{self, Act, Got},
+    get,
+};
+
+/// The environment of `podgate-undefended` that switches defences off.
+const WITHOUT: &str = "PODGATE_WITHOUT";
+/// Longer than any attacker takes.
+const PATIENCE: Duration = Duration::from_mins(2);
+/// An SDK waits no longer.
+const SDK_MILLISECONDS: u64 = 1_000;
+
+/// A node under attack.
+pub(super) struct Scene {
+    pub(super) lab: Lab,
+    spec: AgentSpec,
+    agent: Mutex<Option<AgentProcess>>,
+}
+
+/// Where an attacker is.
+#[derive(Clone, Copy)]
+pub(super) enum Place<'a> {
+    /// In a pod.
+    In(&'a Pod),
+    /// A process of the first pod in the second one's network.
+    Through(&'a Pod, &'a Pod),
+    /// In a pod's network, but in no pod.
+    Beside(&'a Pod),
+}
+
+/// An attacker that stays until it is told to go on.
+pub(super) struct Running {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+/// What came of an attack.
+#[derive(Clone, Debug)]
+pub(super) struct Outcome {
+    /// What the attacker got, or did.
+    pub(super) got: String,
+    /// Whether it must not have.
+    pub(super) is_harm: bool,
+}
+
+// === impl Outcome ===
+
+impl Outcome {
+    pub(super) fn harm(got: impl Into<String>) -> Self {
+        Self { got: got.into(), is_harm: true }
+    }
+
+    pub(super) fn nothing(got: impl Into<String>) -> Self {
+        Self { got: got.into(), is_harm: false }
+    }
+
+    /// The same with what the attacker says of it first.
+    pub(super) fn after(self, said: &str) -> Self {
+        Self { got: format!("{said}; {}", self.got), ..self }
+    }
+}
+
+// === impl Scene ===
+
+impl Scene {
+    /// A node without an agent yet.
+    pub(super) fn up(binary: &Path, flags: &[&str], without: &[Defence]) -> anyhow::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("attack-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+        let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
+        let mut spec = AgentSpec::new(binary, flags);
+        if !without.is_empty() {
+            let labels: Vec<_> = without.iter().map(|defence| defence.label()).collect();
+            spec.env.insert(WITHOUT.to_owned(), labels.join(","));
+        }
+        Ok(Self { lab, spec, agent: Mutex::default() })
+    }
+
+    /// Starts the agent, in the place of the one before it if there was one.
+    pub(super) async fn start_agent(&self) -> anyhow::Result<()> {
+        *self.agent.lock().await = Some(self.lab.start_agent(&self.spec).await?);
+        Ok(())
+    }
+
+    /// Does something to the agent.
+    pub(super) async fn agent<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut AgentProcess) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        work(self.agent.lock().await.as_mut().context("BUG: there is no agent")?).await
+    }
+
+    /// Takes everything down.
+    pub(super) async fn down(self) -> anyhow::Result<()> {
+        if let Some(mut agent) = self.agent.into_inner() {
+            agent.kill().await?;
+        }
+        self.lab.down()
+    }
+
+    /// The end of the agent's log.
+    pub(super) async fn log_tail(&self) -> String {
+        self.agent.lock().await.as_ref().map(AgentProcess::log_tail).unwrap_or_default()
+    }
+
+    /// A pod of the namespace `shop` that others are after, with a role of its own.
+    pub(super) fn victim(&self) -> anyhow::Result<Pod> {
+        self.lab.add_pod(&PodSpec::new("shop", "victim").role("victim-role"))
+    }
+
+    /// A pod of the namespace `evil`, with a role of its own.
+    pub(super) fn attacker(&self) -> anyhow::Result<Pod> {
+        self.lab.add_pod(&attacker())
+    }
+
+    /// A file that pods on this node share, as by a hostPath.
+    pub(super) fn shared_file(&self, name: &str) -> PathBuf {
+        let lab = self.lab.node.place.directory.file_name().unwrap_or_default();
+        std::env::temp_dir().join(format!("podgate-{}-{name}", lab.display()))
+    }
+
+    /// Lets an attacker do something to its end.
+    pub(super) async fn act(&self, place: Place<'_>, act: &Act) -> anyhow::Result<Got> {
+        let mut running = self.spawn(place, act)?;
+        let line = running.line().await?;
+        serde_json::from_str(&line).with_context(|| format!("an attacker printed {line:?}"))
+    }
+
+    /// Lets an attacker do something until it stays; what it got if it does not.
+    pub(super) async fn begin(&self, place: Place<'_>, act: &Act) -> anyhow::Result<Result<Running, Got>> {
+        let mut running = self.spawn(place, act)?;
+        match running.line().await? {
+            line if line == attacker::READY => Ok(Ok(running)),
+            line => Ok(Err(serde_json::from_str(&line)?)),
+        }
+    }
+
+    /// The same for what must stay.
+    pub(super) async fn must_begin(&self, place: Place<'_>, act: &Act) -> anyhow::Result<Running> {
+        match self.begin(place, act).await? {
+            Ok(running) => Ok(running),
+            Err(got) => bail!("an attacker could not begin: {got:?}"),
+        }
+    }
+
+    fn spawn(&self, place: Place<'_>, act: &Act) -> anyhow::Result<Running> {
+        let act = serde_json::to_string(act)?;
+        let command = [enter::OWN_EXECUTABLE, attacker::SUBCOMMAND, &act];
+        let command = match place {
+            Place::In(pod) => self.lab.exec(pod, EnvKind::None, &command),
+            Place::Through(pod, network_of) => self.lab.exec_through(pod, network_of, &command),
+            Place::Beside(pod) => self.lab.exec_outside(pod, &command),
+        };
+        Running::spawn(command?)
+    }
+
+    /// Whose the access key is that an attacker holds, if it holds one. `own` is the pod whose key it may.
+    pub(super) fn loot(&self, got: &Got, own: Option<&Pod>) -> Outcome {
+        let Some(key) = access_key(&got.said) else { return Outcome::nothing(refusal(got)) };
+        if key == NODE_ACCESS_KEY_ID {
+            return Outcome::harm(format!("the node's role, {NODE_ROLE}"));
+        }
+        match self.lab.eks_auth.issued(key) {
+            None => Outcome::harm(format!("the access key {key}, which nobody has issued")),
+            Some(issued) if own.is_some_and(|own| own.uid == issued.pod_uid) => {
+                Outcome::nothing("its own role")
+            }
+            Some(issued) => {
+                Outcome::harm(format!("the role of {}/{}", issued.namespace, issued.service_account))
+            }
+        }
+    }
+
+    /// Whether a pod that has done nothing is served as usual, in the time that SDKs allow.
+    pub(super) async fn is_served(&self, pod: &Pod) -> anyhow::Result<Result<(), String>> {
+        let request = get(POD_IDENTITY.ip(), PROGRAM, "");
+        let got = self.act(Place::In(pod), &ask(POD_IDENTITY, &request)).await?;
+        let key = access_key(&got.said).and_then(|key| self.lab.eks_auth.issued(key));
+        Ok(match key {
+            Some(issued) if issued.pod_uid != pod.uid => Err("another pod's role".to_owned()),
+            Some(_) if got.milliseconds > SDK_MILLISECONDS => Err(format!("{} ms", got.milliseconds)),
+            Some(_) => Ok(()),
+            None => Err(refusal(&got)),
+        })
+    }
+
+    /// Whether a victim has noticed anything.
+    pub(super) async fn unharmed(&self, victim: &Pod) -> anyhow::Result<Outcome> {
+        Ok(match self.is_served(victim).await? {
+            Ok(()) => Outcome::nothing("another pod is served as usual"),
+            Err(why) => Outcome::harm(format!("another pod gets {why}")),
+        })
+    }
+}
+
+// === impl Running ===
+
+impl Running {
+    fn spawn(mut command: Command) -> anyhow::Result<Self> {
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("cannot start an attacker")?;
+        let stdout = child.stdout.take().context("BUG: the attacker's output is not a pipe")?;
+        Ok(Self { child, lines: BufReader::new(stdout).lines() })
+    }
+
+    /// Lets it go on to its end.
+    pub(super) async fn finish(mut self) -> anyhow::Result<Got> {
+        if let Some(mut stdin) = self.child.stdin.take() {
+            // One that has ended by itself takes no more.
+            let _ = stdin.write_all(b"\n").await;
+        }
+        let line = self.line().await?;
+        serde_json::from_str(&line).with_context(|| format!("an attacker printed {line:?}"))
+    }
+
+    async fn line(&mut self) -> anyhow::Result<String> {
+        let line = timeout(PATIENCE, self.lines.next_line()).await.context("an attacker hangs")??;
+        let Some(line) = line else {
+            let stderr = self.child.stderr.take().context("BUG: the attacker's errors are not a pipe")?;
+            let mut errors = BufReader::new(stderr).lines();
+            let first = errors.next_line().await?.unwrap_or_default();
+            bail!("an attacker could not do what it was to: {first}");
+        };
+        Ok(line)
+    }
+}
+
+/// The attacker's pod.
+pub(super) fn attacker() -> PodSpec {
+    PodSpec::new("evil", "attacker").role("attacker-role")
+}
+
+/// A pod on the host's network with this annotation.
+pub(super) fn on_host_network(spec: PodSpec, annotation: (&str, &str)) -> PodSpec {
+    PodSpec { host_network: true, ..spec.annotation(annotation.0, annotation.1) }
+}
+
+/// One request on a connection of its own.
+pub(super) fn ask(to: SocketAddr, request: &str) -> Act {
+    Act::Ask { dial: to.into(), request: request.to_owned() }
+}
+
+/// The IPv4 address of a pod.
+pub(super) fn address(pod: &Pod) -> anyhow::Result<Ipv4Addr> {
+    pod.addresses.v4.context("BUG: the lab's pods have IPv4 addresses")
+}
+
+/// The first access key in a text.
+fn access_key(text: &str) -> Option<&str> {
+    let at = text.find("\"AccessKeyId\"")?;
+    let value = text[at..].split('"').nth(3)?;
+    Some(value)
+}
+
+/// What an attacker without loot was told.
+fn refusal(got: &Got) -> String {
+    match (&got.error, got.status()) {
+        (Some(error), _) => error.clone(),
+        (None, 0) if got.said.is_empty() => "no answer".to_owned(),
+        (None, 0) => got.said.chars().take(60).collect(),
+        (None, status) => format!("HTTP {status}"),
+    }
+}
+
+/// An address of this family and port 80.
+pub(super) const fn http(ip: IpAddr) -> SocketAddr {
+    SocketAddr::new(ip, 80)
+}
