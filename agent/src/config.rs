@@ -1,23 +1,20 @@
 //! What the operator asked for: flags and environment, checked as a whole.
 //!
-//! Owns names, defaults and limits of every setting; never reads a file or asks a service.
+//! Owns the names and defaults of every setting, and that all that is wrong is said at once; never reads a file or asks a service.
 
 use std::{
     fmt,
     net::{SocketAddr, SocketAddrV4, SocketAddrV6},
     path::PathBuf,
-    str::FromStr,
     time::Duration,
 };
 
 use clap::Args;
 use serde::Serialize;
-use tracing_subscriber::EnvFilter;
 
-use crate::{
-    identity::DaemonSetRef,
-    policy::{Defaults, ImdsMode},
-};
+use crate::{identity::DaemonSetRef, policy::Defaults};
+
+mod rules;
 
 /// The settings of `podgate run` as text. They are parsed by [`Config::parse`] and not by clap, which would
 /// stop at the first bad one.
@@ -212,27 +209,27 @@ impl Config {
     /// All that is wrong, not the first of it.
     pub fn parse(flags: &Flags) -> Result<Self, Vec<Problem>> {
         let mut problems = Problems::default();
-        let node_name = problems.check("node-name", &flags.node_name, node_name);
-        let cluster_name = problems.check("cluster-name", &flags.cluster_name, cluster_name);
-        let cgroup_root = problems.check("cgroup-root", &flags.cgroup_root, absolute);
-        let kubelet_root = problems.check("kubelet-root", &flags.kubelet_root, absolute);
-        let bpffs = problems.check("bpffs", &flags.bpffs, absolute);
-        let imds = problems.check("imds", &flags.imds, imds_mode);
-        let imds_floor = problems.check("imds-floor", &flags.imds_floor, imds_mode);
-        let imds_v1 = problems.check("imds-v1", &flags.imds_v1, allow_or_deny);
-        let guard = problems.check("guard", &flags.guard, auto_or_off);
-        let target = problems.check("target", &flags.target, target_mode);
-        let target_v4 = problems.check("target-v4", &flags.target_v4, target_v4);
-        let target_v6 = problems.check("target-v6", &flags.target_v6, target_v6);
-        let stock_agent = problems.check("stock-agent", &flags.stock_agent, stock_agent);
-        let when_down = problems.check("when-down", &flags.when_down, when_down);
-        let link = problems.check("link", &flags.link, link_name);
-        let kube_identity = problems.check("kube-identity", &flags.kube_identity, kube_identity);
-        let admin = problems.check("admin", &flags.admin, socket_addr);
-        let socket = problems.check("socket", &flags.socket, absolute);
-        let drain = problems.check("drain-secs", &flags.drain_secs, seconds);
-        let log_format = problems.check("log-format", &flags.log_format, log_format);
-        let log_filter = problems.check("log-filter", &flags.log_filter, log_filter);
+        let node_name = problems.check("node-name", &flags.node_name, rules::node_name);
+        let cluster_name = problems.check("cluster-name", &flags.cluster_name, rules::cluster_name);
+        let cgroup_root = problems.check("cgroup-root", &flags.cgroup_root, rules::absolute);
+        let kubelet_root = problems.check("kubelet-root", &flags.kubelet_root, rules::absolute);
+        let bpffs = problems.check("bpffs", &flags.bpffs, rules::absolute);
+        let imds = problems.check("imds", &flags.imds, rules::imds_mode);
+        let imds_floor = problems.check("imds-floor", &flags.imds_floor, rules::imds_mode);
+        let imds_v1 = problems.check("imds-v1", &flags.imds_v1, rules::allow_or_deny);
+        let guard = problems.check("guard", &flags.guard, rules::auto_or_off);
+        let target = problems.check("target", &flags.target, rules::target_mode);
+        let target_v4 = problems.check("target-v4", &flags.target_v4, rules::target_v4);
+        let target_v6 = problems.check("target-v6", &flags.target_v6, rules::target_v6);
+        let stock_agent = problems.check("stock-agent", &flags.stock_agent, rules::stock_agent);
+        let when_down = problems.check("when-down", &flags.when_down, rules::when_down);
+        let link = problems.check("link", &flags.link, rules::link_name);
+        let kube_identity = problems.check("kube-identity", &flags.kube_identity, rules::kube_identity);
+        let admin = problems.check("admin", &flags.admin, rules::socket_addr);
+        let socket = problems.check("socket", &flags.socket, rules::absolute);
+        let drain = problems.check("drain-secs", &flags.drain_secs, rules::seconds);
+        let log_format = problems.check("log-format", &flags.log_format, rules::log_format);
+        let log_filter = problems.check("log-filter", &flags.log_filter, rules::log_filter);
         let has_no_pair = target_v4 == Some(None) && target_v6 == Some(None);
         if has_no_pair && target != Some(TargetMode::PodIdentity) {
             problems.add("target-v4", "is \"none\", and so is target-v6: pods' dials need one of the two");
@@ -296,288 +293,5 @@ impl Problems {
     }
 }
 
-// === the rules, one per kind of value ===
-
-fn node_name(value: &str) -> Result<String, String> {
-    let ok = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
-    match value {
-        "" => Err("is missing: the DaemonSet sets it from spec.nodeName".into()),
-        _ if value.len() <= 253 && value.chars().all(ok) => Ok(value.to_owned()),
-        _ => Err(format!("is {value:?}: a Kubernetes node's name has lower-case letters, digits, - and .")),
-    }
-}
-
-/// The pattern of `clusterName` in the EKS Auth model.
-fn cluster_name(value: &str) -> Result<String, String> {
-    let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
-    match value {
-        "" => Err("is missing: the name of the EKS cluster".into()),
-        _ if value.len() <= 100
-            && value.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && value.chars().all(ok) =>
-        {
-            Ok(value.to_owned())
-        }
-        _ => Err(format!("is {value:?}: at most 100 letters, digits, - and _, the first a letter or digit")),
-    }
-}
-
-fn absolute(value: &str) -> Result<PathBuf, String> {
-    let path = PathBuf::from(value);
-    if path.is_absolute() { Ok(path) } else { Err(format!("is {value:?}: must be an absolute path")) }
-}
-
-fn imds_mode(value: &str) -> Result<ImdsMode, String> {
-    ImdsMode::from_str(value).map_err(|()| format!("is {value:?}: one of off, audit, intercept, deny"))
-}
-
-fn allow_or_deny(value: &str) -> Result<bool, String> {
-    match value {
-        "allow" => Ok(true),
-        "deny" => Ok(false),
-        _ => Err(format!("is {value:?}: allow or deny")),
-    }
-}
-
-fn auto_or_off(value: &str) -> Result<bool, String> {
-    match value {
-        "auto" => Ok(true),
-        "off" => Ok(false),
-        _ => Err(format!("is {value:?}: auto or off")),
-    }
-}
-
-fn target_mode(value: &str) -> Result<TargetMode, String> {
-    match value {
-        "auto" => Ok(TargetMode::Auto),
-        "pod-identity" => Ok(TargetMode::PodIdentity),
-        "own" => Ok(TargetMode::Own),
-        _ => Err(format!("is {value:?}: auto, pod-identity or own")),
-    }
-}
-
-fn target_v4(value: &str) -> Result<Option<SocketAddrV4>, String> {
-    if value == "none" {
-        return Ok(None);
-    }
-    let target: SocketAddrV4 = value
-        .parse()
-        .map_err(|_| format!("is {value:?}: an IPv4 address and port as 169.254.175.1:80, or none"))?;
-    // AWS's services are in the first three; NodeLocal DNSCache and the VPC CNI's gateway have one each.
-    let is_taken = match target.ip().octets() {
-        [169, 254, 169 | 170 | 172, _] | [169, 254, 20, 10] | [169, 254, 1, 1] => true,
-        [first, second, ..] => (first, second) != (169, 254),
-    };
-    if is_taken {
-        return Err(format!(
-            "is {value:?}: must be link-local (169.254.0.0/16), and none that AWS or common add-ons use (169.254.169.0/24, \
-             169.254.170.0/24, 169.254.172.0/24, 169.254.20.10, 169.254.1.1)"
-        ));
-    }
-    nonzero(target.port()).map(|()| Some(target))
-}
-
-fn target_v6(value: &str) -> Result<Option<SocketAddrV6>, String> {
-    if value == "none" {
-        return Ok(None);
-    }
-    let target: SocketAddrV6 = value.parse().map_err(|_| {
-        format!("is {value:?}: an IPv6 address and port as [fd70:6f64:6761:7465::1]:80, or none")
-    })?;
-    let is_aws_s = matches!(target.ip().segments(), [0xfd00, 0xec2, ..]);
-    if !target.ip().is_unique_local() || is_aws_s {
-        return Err(format!(
-            "is {value:?}: must be unique local (fc00::/7), and not in AWS's fd00:ec2::/32; connect cannot be \
-             redirected to a link-local IPv6 address"
-        ));
-    }
-    nonzero(target.port()).map(|()| Some(target))
-}
-
-fn stock_agent(value: &str) -> Result<Option<DaemonSetRef>, String> {
-    let is_name = |name: &str| node_name(name).is_ok();
-    match value.split_once('/') {
-        None if value == "none" => Ok(None),
-        Some((namespace, name)) if is_name(namespace) && is_name(name) => {
-            Ok(Some(DaemonSetRef { namespace: namespace.to_owned(), name: name.to_owned() }))
-        }
-        _ => Err(format!("is {value:?}: a DaemonSet as kube-system/eks-pod-identity-agent, or none")),
-    }
-}
-
-fn when_down(value: &str) -> Result<WhenDown, String> {
-    match value {
-        "auto" => Ok(WhenDown::Auto),
-        "deny" => Ok(WhenDown::Deny),
-        _ => Err(format!("is {value:?}: auto or deny")),
-    }
-}
-
-fn nonzero(port: u16) -> Result<(), String> {
-    if port == 0 { Err("has port 0: pods need one that does not change".into()) } else { Ok(()) }
-}
-
-/// `IFNAMSIZ` leaves 15 bytes.
-fn link_name(value: &str) -> Result<String, String> {
-    let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if (1..=15).contains(&value.len()) && value.chars().all(ok) && value != "." && value != ".." {
-        Ok(value.to_owned())
-    } else {
-        Err(format!("is {value:?}: 1 to 15 letters, digits, -, _ and ."))
-    }
-}
-
-fn kube_identity(value: &str) -> Result<KubeIdentity, String> {
-    match value {
-        "associated-node" => Ok(KubeIdentity::AssociatedNode),
-        "own" => Ok(KubeIdentity::Own),
-        _ => Err(format!("is {value:?}: associated-node or own")),
-    }
-}
-
-fn socket_addr(value: &str) -> Result<SocketAddr, String> {
-    value.parse().map_err(|_| format!("is {value:?}: an address and port as 127.0.0.1:9163"))
-}
-
-fn seconds(value: &str) -> Result<Duration, String> {
-    match value.parse() {
-        Ok(seconds @ 0..=600) => Ok(Duration::from_secs(seconds)),
-        _ => Err(format!("is {value:?}: whole seconds, 0 to 600")),
-    }
-}
-
-fn log_format(value: &str) -> Result<LogFormat, String> {
-    match value {
-        "json" => Ok(LogFormat::Json),
-        "text" => Ok(LogFormat::Text),
-        _ => Err(format!("is {value:?}: json or text")),
-    }
-}
-
-fn log_filter(value: &str) -> Result<String, String> {
-    match EnvFilter::builder().parse(value) {
-        Ok(_) => Ok(value.to_owned()),
-        Err(error) => Err(format!("is {value:?}: {error}")),
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        flags: Flags,
-    }
-
-    fn parse(args: &[&str]) -> Result<Config, Vec<Problem>> {
-        let args = [&["podgate", "--node-name=n1", "--cluster-name=c1"], args].concat();
-        Config::parse(&Cli::parse_from(args).flags)
-    }
-
-    #[test]
-    fn the_defaults_are_valid() {
-        let config = parse(&[]).unwrap();
-        assert_eq!(
-            config.defaults,
-            Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false }
-        );
-        assert_eq!((config.target, config.when_down), (TargetMode::Auto, WhenDown::Auto));
-        assert_eq!(config.target_v4.unwrap().to_string(), "169.254.175.1:80");
-        assert_eq!(config.target_v6.unwrap().to_string(), "[fd70:6f64:6761:7465::1]:80");
-        assert_eq!(config.stock_agent.unwrap().to_string(), "kube-system/eks-pod-identity-agent");
-        assert_eq!(config.kube_identity, KubeIdentity::AssociatedNode);
-        assert!(config.guard && !config.audit_paths);
-    }
-
-    #[test]
-    fn the_guard_and_the_audit_are_switched_by_their_flags() {
-        let config = parse(&["--guard=off", "--audit-paths"]).unwrap();
-        assert!(!config.guard && config.audit_paths);
-    }
-
-    #[test]
-    fn every_bad_value_is_named_at_once() {
-        let problems = parse(&[
-            "--cgroup-root=kubepods",
-            "--imds=maybe",
-            "--imds-floor=low",
-            "--imds-v1=yes",
-            "--guard=on",
-            "--target=both",
-            "--target-v4=10.0.0.1:80",
-            "--target-v6=[fe80::1]:80",
-            "--stock-agent=eks-pod-identity-agent",
-            "--when-down=pass",
-            "--link=a-name-that-is-too-long",
-            "--kube-identity=admin",
-            "--admin=9163",
-            "--drain-secs=-1",
-            "--log-format=xml",
-            "--log-filter=a=b=c",
-        ])
-        .unwrap_err();
-        let flags: Vec<_> = problems.iter().map(|problem| problem.flag).collect();
-        assert_eq!(
-            flags,
-            [
-                "cgroup-root",
-                "imds",
-                "imds-floor",
-                "imds-v1",
-                "guard",
-                "target",
-                "target-v4",
-                "target-v6",
-                "stock-agent",
-                "when-down",
-                "link",
-                "kube-identity",
-                "admin",
-                "drain-secs",
-                "log-format",
-                "log-filter"
-            ]
-        );
-    }
-
-    #[test]
-    fn an_address_that_others_use_is_not_podgate_s_own() {
-        for taken in ["169.254.169.254", "169.254.170.23", "169.254.172.9", "169.254.20.10", "169.254.1.1"] {
-            assert!(parse(&[&format!("--target-v4={taken}:80")]).is_err(), "{taken}");
-        }
-        for taken in ["fd00:ec2::254", "fd00:ec2::23", "fd00:ec2:1::1", "fe80::1", "2001:db8::1"] {
-            assert!(parse(&[&format!("--target-v6=[{taken}]:80")]).is_err(), "{taken}");
-        }
-        for free in ["--target-v4=169.254.171.23:8080", "--target-v6=[fd0d:6a7e::23]:80"] {
-            assert!(parse(&[free]).is_ok(), "{free}");
-        }
-    }
-
-    #[test]
-    fn podgate_has_addresses_of_its_own_unless_it_always_has_pod_identity_s() {
-        let none = ["--target-v4=none", "--target-v6=none"];
-        for (target, is_valid) in [("auto", false), ("own", false), ("pod-identity", true)] {
-            let target = format!("--target={target}");
-            assert_eq!(parse(&[&none[..], &[&target]].concat()).is_ok(), is_valid, "{target}");
-        }
-    }
-
-    #[test]
-    fn a_node_may_be_without_a_stock_agent() {
-        assert_eq!(parse(&["--stock-agent=none"]).unwrap().stock_agent, None);
-        for bad in ["--stock-agent=", "--stock-agent=a/b/c", "--stock-agent=/agent", "--stock-agent=aws/"] {
-            assert!(parse(&[bad]).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_missing_name_is_a_problem_and_not_a_panic() {
-        let cli = Cli::parse_from(["podgate", "--node-name=", "--cluster-name="]);
-        let problems = Config::parse(&cli.flags).unwrap_err();
-        assert_eq!(problems.iter().map(|p| p.flag).collect::<Vec<_>>(), ["node-name", "cluster-name"]);
-    }
-}
+mod tests;

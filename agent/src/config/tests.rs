@@ -1,0 +1,118 @@
+use clap::Parser;
+
+use super::*;
+use crate::policy::ImdsMode;
+
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    flags: Flags,
+}
+
+fn parse(args: &[&str]) -> Result<Config, Vec<Problem>> {
+    let args = [&["podgate", "--node-name=n1", "--cluster-name=c1"], args].concat();
+    Config::parse(&Cli::parse_from(args).flags)
+}
+
+#[test]
+fn the_defaults_are_valid() {
+    let config = parse(&[]).unwrap();
+    assert_eq!(
+        config.defaults,
+        Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false }
+    );
+    assert_eq!((config.target, config.when_down), (TargetMode::Auto, WhenDown::Auto));
+    assert_eq!(config.target_v4.unwrap().to_string(), "169.254.175.1:80");
+    assert_eq!(config.target_v6.unwrap().to_string(), "[fd70:6f64:6761:7465::1]:80");
+    assert_eq!(config.stock_agent.unwrap().to_string(), "kube-system/eks-pod-identity-agent");
+    assert_eq!(config.kube_identity, KubeIdentity::AssociatedNode);
+    assert!(config.guard && !config.audit_paths);
+}
+
+#[test]
+fn the_guard_and_the_audit_are_switched_by_their_flags() {
+    let config = parse(&["--guard=off", "--audit-paths"]).unwrap();
+    assert!(!config.guard && config.audit_paths);
+}
+
+#[test]
+fn every_bad_value_is_named_at_once() {
+    let problems = parse(&[
+        "--cgroup-root=kubepods",
+        "--imds=maybe",
+        "--imds-floor=low",
+        "--imds-v1=yes",
+        "--guard=on",
+        "--target=both",
+        "--target-v4=10.0.0.1:80",
+        "--target-v6=[fe80::1]:80",
+        "--stock-agent=eks-pod-identity-agent",
+        "--when-down=pass",
+        "--link=a-name-that-is-too-long",
+        "--kube-identity=admin",
+        "--admin=9163",
+        "--drain-secs=-1",
+        "--log-format=xml",
+        "--log-filter=a=b=c",
+    ])
+    .unwrap_err();
+    let flags: Vec<_> = problems.iter().map(|problem| problem.flag).collect();
+    assert_eq!(
+        flags,
+        [
+            "cgroup-root",
+            "imds",
+            "imds-floor",
+            "imds-v1",
+            "guard",
+            "target",
+            "target-v4",
+            "target-v6",
+            "stock-agent",
+            "when-down",
+            "link",
+            "kube-identity",
+            "admin",
+            "drain-secs",
+            "log-format",
+            "log-filter"
+        ]
+    );
+}
+
+#[test]
+fn an_address_that_others_use_is_not_podgate_s_own() {
+    for taken in ["169.254.169.254", "169.254.170.23", "169.254.172.9", "169.254.20.10", "169.254.1.1"] {
+        assert!(parse(&[&format!("--target-v4={taken}:80")]).is_err(), "{taken}");
+    }
+    for taken in ["fd00:ec2::254", "fd00:ec2::23", "fd00:ec2:1::1", "fe80::1", "2001:db8::1"] {
+        assert!(parse(&[&format!("--target-v6=[{taken}]:80")]).is_err(), "{taken}");
+    }
+    for free in ["--target-v4=169.254.171.23:8080", "--target-v6=[fd0d:6a7e::23]:80"] {
+        assert!(parse(&[free]).is_ok(), "{free}");
+    }
+}
+
+#[test]
+fn podgate_has_addresses_of_its_own_unless_it_always_has_pod_identity_s() {
+    let none = ["--target-v4=none", "--target-v6=none"];
+    for (target, is_valid) in [("auto", false), ("own", false), ("pod-identity", true)] {
+        let target = format!("--target={target}");
+        assert_eq!(parse(&[&none[..], &[&target]].concat()).is_ok(), is_valid, "{target}");
+    }
+}
+
+#[test]
+fn a_node_may_be_without_a_stock_agent() {
+    assert_eq!(parse(&["--stock-agent=none"]).unwrap().stock_agent, None);
+    for bad in ["--stock-agent=", "--stock-agent=a/b/c", "--stock-agent=/agent", "--stock-agent=aws/"] {
+        assert!(parse(&[bad]).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_missing_name_is_a_problem_and_not_a_panic() {
+    let cli = Cli::parse_from(["podgate", "--node-name=", "--cluster-name="]);
+    let problems = Config::parse(&cli.flags).unwrap_err();
+    assert_eq!(problems.iter().map(|p| p.flag).collect::<Vec<_>>(), ["node-name", "cluster-name"]);
+}
