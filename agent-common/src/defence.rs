@@ -50,6 +50,8 @@ defences! {
     OutermostPod = "outermost-pod",
     /// A static pod has no service account. Without: that of the pod that names its hash.
     StaticPods = "static-pods",
+    /// AWS's own agent, which no policy applies to, is a `DaemonSet` of one namespace. Without: of any.
+    StockAgentNamespace = "stock-agent-namespace",
     /// A dial must come from the pod's own network.
     OwnNetwork = "own-network",
     /// Packets that no dial stands for are stopped.

@@ -108,6 +108,12 @@ impl CallerResolver {
         let found = path.as_deref().and_then(cgroup::parse).ok_or(Error::NotAPod { cgroup_id })?;
         match found.owner {
             Owner::Pod(uid) => Ok(Dialler { uid, cgroup: found.pod }),
+            #[cfg(feature = "undefended")]
+            Owner::StaticPod(ref config_hash)
+                if let Some(uid) = crate::undefended::mirror_of(&self.pods, config_hash) =>
+            {
+                Ok(Dialler { uid, cgroup: found.pod })
+            }
             Owner::StaticPod(config_hash) => Err(Error::StaticPod { config_hash }),
         }
     }

@@ -21,10 +21,12 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::identity::Dialler;
+use crate::identity::{Dialler, PodUid, Pods};
 
 /// Which defences are off: labels, separated by commas.
 const VARIABLE: &str = "PODGATE_WITHOUT";
+/// The annotation by which the kubelet ties a static pod to its mirror pod.
+const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
 /// Who was first known at an address.
 static KNOWN: LazyLock<Mutex<HashMap<IpAddr, (Origin, Dialler)>>> = LazyLock::new(Mutex::default);
@@ -60,6 +62,11 @@ pub(crate) fn known_at(peer: IpAddr, own: Option<(Origin, Dialler)>) -> Option<(
         Some(own) => Some(known.entry(peer).or_insert(own).clone()),
         None => known.get(&peer).cloned(),
     }
+}
+
+/// The pod that says of itself that it stands for a static pod.
+pub(crate) fn mirror_of(pods: &Pods, config_hash: &str) -> Option<PodUid> {
+    if holds(Defence::StaticPods) { None } else { pods.annotated(CONFIG_HASH, config_hash) }
 }
 
 // === impl Unframed ===

@@ -21,7 +21,7 @@ use agent_common::{
     defence::Defence,
     net::{IMDS_V4, IMDS_V6, POD_IDENTITY_V4},
 };
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -30,7 +30,7 @@ use self::{
     row::Row,
     scene::{Outcome, Scene},
 };
-use crate::{ebpf, report};
+use crate::{ebpf, report, vm};
 
 /// EKS Pod Identity, and its only path.
 const POD_IDENTITY: std::net::SocketAddr = scene::http(IpAddr::V4(POD_IDENTITY_V4));
@@ -46,6 +46,9 @@ pub(crate) struct Arguments {
     /// Run attacks only whose name contains this.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
+    /// Run them in a virtual machine with this kernel.
+    #[arg(long, value_enum, value_name = "KERNEL")]
+    vm: Option<vm::Kernel>,
     /// Print the rows as JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -58,8 +61,6 @@ pub(crate) struct Arguments {
 struct Attack {
     name: &'static str,
     tried: &'static str,
-    /// The agent's flags.
-    flags: &'static [&'static str],
     /// What is switched off for the control.
     without: &'static [Defence],
     /// Whether it begins before the agent is there.
@@ -78,6 +79,23 @@ struct Builds {
 
 /// Builds both agents, runs the attacks, prints the table. Fails unless every attack is withstood.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let rows = match arguments.vm {
+        Some(kernel) => {
+            serde_json::from_str(&vm::attack(kernel, arguments.only.as_deref().unwrap_or_default())?)
+                .context("BUG: the virtual machine has printed other rows than ours")?
+        }
+        None => run_here(arguments)?,
+    };
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+    } else {
+        row::print(&rows);
+    }
+    let is_withstood = rows.iter().all(Row::is_withstood);
+    Ok(if is_withstood { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_here(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
     report::require_root("the attacks")?;
     let builds = match arguments.agents.as_deref() {
         Some([release, undefended]) => Builds { release: release.clone(), undefended: undefended.clone() },
@@ -90,21 +108,14 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         bail!("no attack's name contains {only:?}; there are {}", names.join(", "));
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let rows = runtime.block_on(async {
+    runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         tokio::select! {
             rows = run_all(&attacks, &builds) => Ok(rows),
             _ = tokio::signal::ctrl_c() => bail!("interrupted; the simulated nodes are gone"),
             _ = terminate.recv() => bail!("terminated; the simulated nodes are gone"),
         }
-    })?;
-    if arguments.json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
-    } else {
-        row::print(&rows);
-    }
-    let is_withstood = rows.iter().all(Row::is_withstood);
-    Ok(if is_withstood { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    })
 }
 
 async fn run_all(attacks: &[&Attack], builds: &Builds) -> Vec<Row> {
@@ -128,7 +139,7 @@ async fn run_all(attacks: &[&Attack], builds: &Builds) -> Vec<Row> {
 
 impl Attack {
     async fn run_on(&self, binary: &std::path::Path, without: &[Defence]) -> anyhow::Result<Outcome> {
-        let scene = Scene::up(binary, self.flags, without)?;
+        let scene = Scene::up(binary, without)?;
         if !self.is_early {
             scene.start_agent().await?;
         }

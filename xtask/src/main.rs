@@ -72,6 +72,9 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Do nothing until killed.
+    #[command(name = ::lab::enter::PAUSE, hide = true)]
+    LabPause,
     /// Run a lab until told to stop.
     #[command(hide = true)]
     LabServe(lab::ServeArguments),
@@ -114,6 +117,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::LabEnter { entry, command } => {
             match ::lab::enter::enter(&serde_json::from_str(&entry)?, &command)? {}
         }
+        Command::LabPause => ::lab::enter::pause(),
         Command::LabServe(arguments) => lab::serve(&arguments)?,
         Command::Attacker { act } => attack::act(&act)?,
         Command::BenchServer(arguments) => bench::serve(&arguments)?,

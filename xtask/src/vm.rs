@@ -1,4 +1,4 @@
-//! The kernel tests on other kernels: Debian's cloud kernels in QEMU, without an installed system.
+//! The kernel tests and the attacks on other kernels: Debian's cloud kernels in QEMU, without an installed system.
 //!
 //! Owns the virtual machine: its kernel, its initramfs, its command line. What happens inside is `guest`'s; who runs
 //! it, watches it and counts the tests is the caller.
@@ -9,14 +9,16 @@ mod image;
 use std::{
     collections::BTreeSet,
     env, fs,
+    io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 
 pub(crate) use self::guest::{GuestArguments, SUCCESS, run as run_guest};
+use self::image::Image;
 use crate::{
     apt, bpftool, cmd,
     ebpf::{self, Counts},
@@ -35,6 +37,10 @@ const INIT_COMMAND: &str = "vm-init";
 
 /// How long a machine may take that runs no tests, in seconds.
 const MEASURE_SECONDS: &str = "60";
+/// How long all attacks may take on an emulated machine, in seconds.
+const ATTACK_SECONDS: &str = "1800";
+/// What Debian's kernels have no link of a simulated node without.
+const MODULES: [&str; 2] = ["drivers/net/veth", "drivers/net/dummy"];
 
 /// A kernel to test on: Amazon Linux 2023 has both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -47,11 +53,8 @@ pub(crate) enum Kernel {
     V6_12,
 }
 
-/// The programs of the machine, linked statically.
-struct Binaries {
-    init: PathBuf,
-    tests: PathBuf,
-}
+/// A file of the machine: where it is there, and where it is here.
+type File = (PathBuf, PathBuf);
 
 // === impl Kernel ===
 
@@ -79,12 +82,13 @@ impl Kernel {
 /// Gets everything that the machine needs; the command that boots it, runs the kernel tests and powers it off. Its
 /// console is the command's standard output, and has the line [`SUCCESS`] if all is well.
 pub(crate) fn prepare_tests(kernel: Kernel) -> anyhow::Result<Command> {
-    prepare(kernel, "")
+    let image = image(kernel)?;
+    boot(kernel, &image, &test_files()?, "")
 }
 
 /// Asks the kernel's verifier how many instructions it goes through for each program.
 pub(crate) fn measure(kernel: Kernel) -> anyhow::Result<Counts> {
-    let qemu = prepare(kernel, guest::MEASURE)?;
+    let qemu = boot(kernel, &image(kernel)?, &test_files()?, guest::MEASURE)?;
     eprintln!("  kernel {} …", kernel.series());
     let mut limited = Command::new("timeout");
     let console = cmd::ask(limited.arg(MEASURE_SECONDS).arg(qemu.get_program()).args(qemu.get_args()))?;
@@ -94,7 +98,42 @@ pub(crate) fn measure(kernel: Kernel) -> anyhow::Result<Counts> {
     Ok(guest::measured(&console))
 }
 
-fn prepare(kernel: Kernel, arguments: &str) -> anyhow::Result<Command> {
+/// Runs the attacks whose names contain `only` in a virtual machine, which shows its progress; the rows as JSON.
+pub(crate) fn attack(kernel: Kernel, only: &str) -> anyhow::Result<String> {
+    let image = image(kernel)?;
+    let mut files = attack_files()?;
+    for module in MODULES {
+        let file = image.module(module)?;
+        let name = file.file_name().map(PathBuf::from).unwrap_or_default();
+        files.push((Path::new(guest::MODULES).join(name), file));
+    }
+    let qemu = boot(kernel, &image, &files, &format!("{}={only}", guest::ATTACK))?;
+    let mut limited = Command::new("timeout");
+    let mut machine = limited
+        .arg(ATTACK_SECONDS)
+        .arg(qemu.get_program())
+        .args(qemu.get_args())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start the virtual machine")?;
+    let console = machine.stdout.take().context("BUG: the console is not a pipe")?;
+    let mut rows = None;
+    for line in BufReader::new(console).lines() {
+        let line = line.context("cannot read the console")?;
+        match line.trim_end().strip_prefix(guest::ATTACKED) {
+            Some(found) => rows = Some(found.to_owned()),
+            None => eprintln!("{line}"),
+        }
+    }
+    machine.wait()?;
+    rows.with_context(|| {
+        format!("the virtual machine with kernel {} did not finish the attacks", kernel.series())
+    })
+}
+
+/// Gets the kernel, and what emulates a machine for it.
+fn image(kernel: Kernel) -> anyhow::Result<Image> {
     if env::consts::ARCH != "x86_64" {
         bail!(
             "the virtual machine's kernels and tests are for x86-64, and this machine is {}",
@@ -110,36 +149,62 @@ fn prepare(kernel: Kernel, arguments: &str) -> anyhow::Result<Command> {
         }
         apt::install("the virtual machine", &[QEMU_PACKAGE])?;
     }
-    let image = image::get(kernel.package(), &directory)?;
-    let object = ebpf::build_object()?.path;
-    let binaries = build_binaries(&object)?;
-    let initramfs = directory.join(format!("{}.cpio", kernel.series()));
-    fs::write(&initramfs, pack(&binaries, &object)?)
-        .with_context(|| format!("cannot write {}", initramfs.display()))?;
-    Ok(boot(&image, &initramfs, arguments))
+    image::get(kernel.package(), &directory)
 }
 
-/// Builds the kernel tests and this program for a machine without libraries. In a directory of their own: with
-/// other flags, everything else would be built anew each time.
-fn build_binaries(object: &Path) -> anyhow::Result<Binaries> {
+/// The kernel tests, and what they need.
+fn test_files() -> anyhow::Result<Vec<File>> {
+    let object = ebpf::build_object()?.path;
+    let tests = ["--package", "agent", "--features", "agent/kernel-tests", "--test", "kernel"];
+    let xtask = ["--package", "xtask", "--bin", "xtask"];
+    let messages = build("static kernel tests", &[&tests[..], &xtask].concat(), &object)?;
+    let own = [
+        (guest::INIT, executable(&messages, "xtask")?),
+        (guest::TESTS, executable(&messages, "kernel")?),
+        (guest::OBJECT, object),
+        (guest::BUDGET, ebpf::root().join(ebpf::BUDGET)),
+    ];
+    let own = own.map(|(name, path)| (name.into(), path));
+    let mut files = Vec::from(own);
+    for path in bpftool::files()? {
+        // Where they are here.
+        files.push((path.strip_prefix("/").unwrap_or(&path).to_owned(), path));
+    }
+    Ok(files)
+}
+
+/// Both builds of the agent, and this program.
+fn attack_files() -> anyhow::Result<Vec<File>> {
+    let agent = ["--package", "agent", "--bin", "podgate", "--package", "xtask", "--bin", "xtask"];
+    let messages = build("static podgate", &agent, &ebpf::build_object()?.path)?;
+    let init = executable(&messages, "xtask")?;
+    let release = executable(&messages, "podgate")?;
+    let undefended = ["--package", "agent", "--features", "undefended", "--bin", "podgate-undefended"];
+    let messages = build("static podgate-undefended", &undefended, &ebpf::build_undefended_object()?.path)?;
+    let undefended = executable(&messages, "podgate-undefended")?;
+    let files = [(guest::INIT, init), (guest::RELEASE, release), (guest::UNDEFENDED, undefended)];
+    Ok(files.map(|(name, path)| (name.into(), path)).into())
+}
+
+/// Builds something for a machine without libraries; cargo's messages. In a directory of its own: with other flags,
+/// everything else would be built anew each time.
+fn build(what: &str, arguments: &[&str], object: &Path) -> anyhow::Result<String> {
     let directory = ebpf::target_directory().join("vm-build");
     let build = || {
         let mut build = ebpf::cargo();
         build
             .args(["build", "--target", TARGET, "--target-dir"])
             .arg(&directory)
-            .args(["--package", "agent", "--features", "agent/kernel-tests", "--test", "kernel"])
-            .args(["--package", "xtask", "--bin", "xtask"])
+            .args(arguments)
             .env("RUSTFLAGS", RUSTFLAGS)
             // The machine holds its files in memory.
             .env("CARGO_PROFILE_DEV_DEBUG", "false")
             .env(ebpf::OBJECT_VARIABLE, object);
         build
     };
-    cmd::run("static kernel tests", &mut build())?;
+    cmd::run(what, &mut build())?;
     // Nothing is left to do but to say where everything is.
-    let messages = cmd::ask(build().args(["--quiet", "--message-format", "json"]))?;
-    Ok(Binaries { init: executable(&messages, "xtask")?, tests: executable(&messages, "kernel")? })
+    cmd::ask(build().args(["--quiet", "--message-format", "json"]))
 }
 
 /// The program of the target `name` in cargo's messages.
@@ -152,19 +217,7 @@ fn executable(messages: &str, name: &str) -> anyhow::Result<PathBuf> {
     executables.next_back().with_context(|| format!("BUG: cargo has built no {name}"))
 }
 
-fn pack(binaries: &Binaries, object: &Path) -> anyhow::Result<Vec<u8>> {
-    let budget = ebpf::root().join(ebpf::BUDGET);
-    let bpftool = bpftool::files()?;
-    let own = [
-        (guest::INIT, &*binaries.init),
-        (guest::TESTS, &*binaries.tests),
-        (guest::OBJECT, object),
-        (guest::BUDGET, &*budget),
-    ];
-    let own = own.map(|(name, path)| (Path::new(name), path));
-    // Where they are here.
-    let bpftool = bpftool.iter().filter_map(|path| Some((path.strip_prefix("/").ok()?, &**path)));
-    let files: Vec<_> = own.into_iter().chain(bpftool).collect();
+fn pack(files: &[File]) -> anyhow::Result<Vec<u8>> {
     let parents = files.iter().flat_map(|(name, _)| name.ancestors().skip(1));
     // Sorted: each after the one it is in.
     let directories: BTreeSet<_> = parents.chain(guest::DIRECTORIES.map(Path::new)).collect();
@@ -181,7 +234,9 @@ fn pack(binaries: &Binaries, object: &Path) -> anyhow::Result<Vec<u8>> {
 
 /// A kernel that gets stuck or finds itself broken panics; a panic is a reboot, and a reboot ends QEMU. What the kernel
 /// does not know, it gives to the first process: `NAME=VALUE` as environment, and what comes after `--` as arguments.
-fn boot(image: &Path, initramfs: &Path, arguments: &str) -> Command {
+fn boot(kernel: Kernel, image: &Image, files: &[File], arguments: &str) -> anyhow::Result<Command> {
+    let initramfs = ebpf::target_directory().join(format!("vm/{}.cpio", kernel.series()));
+    fs::write(&initramfs, pack(files)?).with_context(|| format!("cannot write {}", initramfs.display()))?;
     let mut qemu = Command::new(QEMU);
     let append = format!(
         "console=ttyS0 quiet oops=panic softlockup_panic=1 hung_task_panic=1 panic=-1 rdinit=/{} \
@@ -192,11 +247,11 @@ fn boot(image: &Path, initramfs: &Path, arguments: &str) -> Command {
         // Emulated: hardware virtualisation within virtual machines is not to be relied on.
         .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"])
         .arg("-kernel")
-        .arg(image)
+        .arg(&image.kernel)
         .arg("-initrd")
         .arg(initramfs)
         .args(["-append", &append]);
-    qemu
+    Ok(qemu)
 }
 
 #[cfg(test)]

@@ -10,7 +10,10 @@ use std::{
     time::Instant,
 };
 
-use agent_common::net::{POD_IDENTITY_V4, POD_IDENTITY_V6};
+use agent_common::{
+    defence::{Defence, holds},
+    net::{POD_IDENTITY_V4, POD_IDENTITY_V6},
+};
 use futures::{StreamExt as _, pin_mut};
 use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::{
@@ -92,7 +95,9 @@ impl fmt::Display for ServiceAccountRef {
 impl DaemonSetRef {
     /// Whether the pod is one of this `DaemonSet`'s: by its controller, not by a name or label that another pod can have.
     pub fn controls(&self, pod: &Pod) -> bool {
-        pod.service_account.namespace == self.namespace && pod.daemon_set.as_ref() == Some(&self.name)
+        let is_in_namespace =
+            pod.service_account.namespace == self.namespace || !holds(Defence::StockAgentNamespace);
+        is_in_namespace && pod.daemon_set.as_ref() == Some(&self.name)
     }
 }
 
@@ -130,7 +135,7 @@ impl Pod {
                 .map(|owner| owner.name.clone()),
             ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
             annotations: annotations
-                .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
+                .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX) || !holds(Defence::StaticPods))
                 .map(|(key, value)| (key.clone(), value.clone()))
                 .collect(),
         })
@@ -183,8 +188,16 @@ impl Pods {
         own.map(Arc::clone).collect()
     }
 
+    /// The pod with this annotation.
+    #[cfg(feature = "undefended")]
+    pub(crate) fn annotated(&self, annotation: &str, value: &str) -> Option<PodUid> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let found = table.values().find(|pod| pod.annotations.get(annotation).is_some_and(|is| is == value));
+        found.map(|pod| pod.uid)
+    }
+
     /// Remembers a pod. Whether anything about it is new.
-    pub(crate) fn insert(&self, pod: &Arc<Pod>) -> bool {
+    pub fn insert(&self, pod: &Arc<Pod>) -> bool {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let known = table.insert(pod.uid, Arc::clone(pod));
         drop(table);

@@ -25,6 +25,9 @@ use crate::{cgroup, netns::NetNs};
 /// The name of xtask's hidden subcommand: `xtask lab-enter ENTRY -- COMMAND…`.
 pub const SUBCOMMAND: &str = "lab-enter";
 
+/// The name of xtask's hidden subcommand that calls [`pause`].
+pub const PAUSE: &str = "lab-pause";
+
 /// The running executable, even after a build has put another one in its place.
 pub const OWN_EXECUTABLE: &str = "/proc/self/exe";
 
@@ -48,6 +51,13 @@ pub enum RunDirectory {
     Host,
     /// An empty one with these directories bound into it, by where they appear below `/run`.
     Own(BTreeMap<PathBuf, PathBuf>),
+}
+
+/// Does nothing until killed: keeps a network namespace and a cgroup busy, as a pod's pause container does.
+pub fn pause() -> ! {
+    loop {
+        std::thread::park();
+    }
 }
 
 /// Turns this process into `command` in the place that `entry` describes. Returns only an error.

@@ -117,7 +117,13 @@ impl Lab {
     /// the servers.
     pub fn up(spec: LabSpec) -> anyhow::Result<Self> {
         let (claim, mut state) = Claim::take(&spec.name, spec.served)?;
-        let node = Node::up(&spec.name, &state::directory(&spec.name), spec.driver, spec.routing)?;
+        let node = Node::up(
+            &spec.name,
+            &state::directory(&spec.name),
+            spec.driver,
+            spec.routing,
+            spec.helper.clone(),
+        )?;
         state.node = Some(node.place.clone());
 
         let faults = Faults::default();

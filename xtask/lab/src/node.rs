@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     cgroup::{self, CgroupDriver, NodeCgroups},
-    enter::{Entry, RunDirectory},
+    enter::{self, Entry, RunDirectory},
     netns::{NetNs, Routing, wire_node},
     pod::base_environment,
     process::Process,
@@ -46,6 +46,7 @@ pub struct Node {
     pub netns: NetNs,
     /// How it routes its pods.
     pub routing: Routing,
+    helper: PathBuf,
     keeper: Child,
 }
 
@@ -105,11 +106,12 @@ impl Node {
         directory: &Path,
         driver: CgroupDriver,
         routing: Routing,
+        helper: PathBuf,
     ) -> anyhow::Result<Self> {
         let cgroups = NodeCgroups::create(name, driver)?;
         let netns = NetNs::create()?;
         wire_node(&netns, routing)?;
-        let keeper = keep(&netns, &cgroups.system())?;
+        let keeper = keep(&helper, &netns, &cgroups.system())?;
         let place = NodePlace { directory: directory.to_owned(), cgroups, keeper: Process::of(keeper.id())? };
         fs::create_dir(place.kubelet())?;
         fs::DirBuilder::new().mode(0o700).create(place.agent_run())?;
@@ -117,7 +119,12 @@ impl Node {
         fs::create_dir(&bpffs)?;
         mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
             .context("cannot mount a bpffs: the kernel needs CONFIG_BPF_SYSCALL, and this root")?;
-        Ok(Self { place, netns, routing, keeper })
+        Ok(Self { place, netns, routing, helper, keeper })
+    }
+
+    /// Starts a process that keeps `netns` and `cgroup` busy.
+    pub(crate) fn keep(&self, netns: &NetNs, cgroup: &Path) -> anyhow::Result<Child> {
+        keep(&self.helper, netns, cgroup)
     }
 
     /// Fetches `http://ADDRESS/PATH` from the node, outside any pod.
@@ -156,12 +163,11 @@ impl Drop for Node {
     }
 }
 
-/// Starts a process that keeps `netns` and `cgroup` busy, as a pod's pause container does.
-pub(crate) fn keep(netns: &NetNs, cgroup: &Path) -> anyhow::Result<Child> {
+fn keep(helper: &Path, netns: &NetNs, cgroup: &Path) -> anyhow::Result<Child> {
     cgroup::create(cgroup)?;
     let child = netns.run(|| {
-        Command::new("sleep")
-            .arg("infinity")
+        Command::new(helper)
+            .arg(enter::PAUSE)
             .env_clear()
             .envs(base_environment())
             .current_dir("/")

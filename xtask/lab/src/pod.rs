@@ -17,7 +17,7 @@ use crate::{
     cgroup::{self, Qos},
     enter::{Entry, RunDirectory},
     netns::{NetNs, PodAddresses, wire_pod},
-    node::{Node, keep},
+    node::Node,
     process::Process,
 };
 
@@ -166,12 +166,12 @@ impl Pod {
         let cgroup = cgroups.pod(spec.qos, &uid);
         let sandbox_cgroup = cgroups.container(&cgroup, &container_id());
         let (sandbox, addresses) = if spec.host_network {
-            (keep(&node.netns, &sandbox_cgroup)?, PodAddresses::of_host_network(node.routing))
+            (node.keep(&node.netns, &sandbox_cgroup)?, PodAddresses::of_host_network(node.routing))
         } else {
             let netns = NetNs::create()?;
             wire_pod(&node.netns, &netns, index, node.routing)
                 .with_context(|| format!("cannot connect the pod {}/{}", spec.namespace, spec.name))?;
-            (keep(&netns, &sandbox_cgroup)?, PodAddresses::of_pod(index, node.routing))
+            (node.keep(&netns, &sandbox_cgroup)?, PodAddresses::of_pod(index, node.routing))
         };
         let container = cgroups.container(&cgroup, &container_id());
         cgroup::create(&container)?;

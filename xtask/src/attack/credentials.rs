@@ -24,14 +24,14 @@ pub(super) async fn forged_token(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn stolen_token(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let got =
         scene.act(Place::In(&attacker), &ask(POD_IDENTITY, &with_token(&token(scene, &victim)))).await?;
     Ok(scene.loot(&got, Some(&attacker)))
 }
 
 pub(super) async fn joined_listener(scene: &Scene) -> anyhow::Result<Outcome> {
-    let victim = scene.victim()?;
+    let victim = scene.victim().await?;
     let attacker = scene.lab.add_pod(&on_host_network(attacker(), ("podgate.dev/imds", "off")))?;
     let listener = match scene.begin(Place::In(&attacker), &Act::Join { at: POD_IDENTITY }).await? {
         Ok(listener) => listener,

@@ -4,15 +4,11 @@ use agent_common::defence::Defence;
 
 use super::{Attack, credentials, lifetime, network, packets, pods, requests};
 
-/// Pods are kept from the node's role.
-const INTERCEPT: &[&str] = &["--imds", "intercept"];
-
 macro_rules! attacks {
     ($($name:literal, $tried:literal, [$($without:ident),+], $run:path $(, $early:ident)?;)+) => {
         &[$(Attack {
             name: $name,
             tried: $tried,
-            flags: INTERCEPT,
             without: &[$(Defence::$without),+],
             is_early: attacks!(@early $($early)?),
             run: |scene| Box::pin($run(scene)),
@@ -23,68 +19,72 @@ macro_rules! attacks {
 }
 
 pub(super) const ATTACKS: &[Attack] = attacks! {
-    "guessed ticket", "a handshake by hand, with every ticket that the time suggests, while another pod's dial is under way",
+    "guessed-ticket", "a handshake by hand, with every ticket that the time suggests, while another pod's dial is under way",
         [UnguessableTickets], packets::guessed_ticket;
-    "replayed ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner was served",
+    "replayed-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner was served",
         [SingleUse], packets::replayed_ticket;
-    "absent ticket", "a dial without a ticket, from an address shared with another pod",
+    "absent-ticket", "a dial without a ticket, from an address shared with another pod",
         [IdentityByTicket], network::absent_ticket;
-    "source port reuse", "the same from the very port that the other pod has just used",
+    "source-port-reuse", "the same from the very port that the other pod has just used",
         [IdentityByTicket], network::reused_port;
-    "IP reuse", "a new pod with the address of one that has completed asks for credentials",
+    "ip-reuse", "a new pod with the address of one that has completed asks for credentials",
         [IdentityByTicket], network::reused_address;
-    "another namespace", "a process of the node, in no pod, dials through a pod's network",
+    "another-namespace", "a process of the node, in no pod, dials through a pod's network",
         [IdentityByTicket], network::beside_a_pod;
-    "foreign network", "a process of one pod dials through another pod's network, as a node-wide mesh proxy does",
+    "foreign-network", "a process of one pod dials through another pod's network, as a node-wide mesh proxy does",
         [OwnNetwork], network::foreign_network;
-    "SYN flood", "20,000 handshakes begun by hand, so that the node answers with SYN cookies",
+    "syn-flood", "20,000 handshakes begun by hand, so that the node answers with SYN cookies",
         [TicketInAck], packets::syn_flood;
-    "half-open dials", "50,000 dials that never end, to use up the room for tickets",
+    "half-open-dials", "50,000 dials that never end, to use up the room for tickets",
         [TicketLimit], packets::half_open_dials;
-    "held connections", "3,000 idle connections to an agent that may have 2,048 files open",
+    "held-connections", "3,000 idle connections to an agent that may have 2,048 files open",
         [ConnectionLimit], packets::held_connections;
-    "raw TCP to IMDS", "a whole HTTP exchange with the real IMDS by raw packets",
+    "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
         [Guard], packets::raw_tcp;
-    "UDP to IMDS", "a datagram to the real IMDS",
+    "udp-to-imds", "a datagram to the real IMDS",
         [Guard], packets::datagram;
-    "ICMP to IMDS", "a ping to the real IMDS",
+    "icmp-to-imds", "a ping to the real IMDS",
         [Guard], packets::ping;
-    "IPv6 to IMDS", "IMDSv2 at fd00:ec2::254",
+    "ipv6-to-imds", "IMDSv2 at fd00:ec2::254",
         [Ipv6, Guard], network::ipv6;
-    "v4-mapped to IMDS", "IMDSv2 at ::ffff:169.254.169.254",
+    "v4-mapped-to-imds", "IMDSv2 at ::ffff:169.254.169.254",
         [Ipv6, Guard], network::mapped;
-    "socket passed on", "a socket that another pod has dialled is passed on and dialled again",
+    "socket-passed-on", "a socket that another pod has dialled is passed on and dialled again",
         [OriginOfEveryDial], pods::passed_socket;
-    "earlier socket", "a connection to the real IMDS from before podgate came is used after",
+    "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
         [Guard], pods::earlier_socket, early;
-    "lookalike cgroup", "a cgroup named like another pod's outside kubepods, and a pod's socket",
+    "lookalike-cgroup", "a cgroup named like another pod's outside kubepods, and a pod's socket",
         [BelowKubepods, OwnNetwork], pods::lookalike_cgroup;
-    "nested pod cgroup", "a cgroup named like another pod's below one's own container",
+    "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
         [OutermostPod, OwnNetwork], pods::nested_cgroup;
-    "pod not known yet", "IMDSv2 from a pod that the API server does not show yet",
+    "static-pod-s-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
+        [StaticPods, OwnNetwork], pods::static_pod;
+    "claimed-owner", "a tenant's pod that says to be of AWS's own agent, which is left alone",
+        [StockAgentNamespace], pods::claimed_owner;
+    "pod-not-known-yet", "IMDSv2 from a pod that the API server does not show yet",
         [UnknownPods], pods::unknown_pod;
-    "loosening annotation", "a tenant's pod with podgate.dev/imds: off",
+    "loosening-annotation", "a tenant's pod with podgate.dev/imds: off",
         [PodsOnlyTighten], pods::loosening_annotation;
-    "forged token", "a token of another pod's name with a signature of one's own, while the pod's credentials are cached",
+    "forged-token", "a token of another pod's name with a signature of one's own, while the pod's credentials are cached",
         [AcceptedTokens], credentials::forged_token;
-    "stolen token", "another pod's token, sent by a pod",
+    "stolen-token", "another pod's token, sent by a pod",
         [TokenOfCaller], credentials::stolen_token;
-    "joined listener", "a root pod on the host's network listens where the agent does, and takes its connections",
+    "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
         [BindGuard], credentials::joined_listener;
-    "agent killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
+    "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
         [RefusalWhenDown, Guard], lifetime::killed;
-    "agent stopped", "the same while it is stopped",
+    "agent-stopped", "the same while it is stopped",
         [RefusalWhenDown, Guard], lifetime::stopped;
-    "agent hung", "the same while it hangs",
+    "agent-hung", "the same while it hangs",
         [RefusalWhenDown, Guard], lifetime::hung;
-    "rebound name", "a page in a pod's browser whose name resolves to the endpoint",
+    "rebound-name", "a page in a pod's browser whose name resolves to the endpoint",
         [HostHeader], requests::rebound_name;
-    "open proxy", "a server in a pod that fetches URLs for others, and says for whom",
+    "open-proxy", "a server in a pod that fetches URLs for others, and says for whom",
         [Forwarding], requests::open_proxy;
-    "tricked server", "a server in a pod that can be made to fetch a URL with GET",
+    "tricked-server", "a server in a pod that can be made to fetch a URL with GET",
         [ImdsV1], requests::tricked_server;
-    "smuggled request", "two requests in one segment: a proxy's, with another one in its body",
+    "smuggled-request", "two requests in one segment: a proxy's, with another one in its body",
         [Framing], requests::smuggled_request;
-    "absolute form", "a page in a pod's browser, with the endpoint in the request line and another name in Host",
+    "absolute-form", "a page in a pod's browser, with the endpoint in the request line and another name in Host",
         [HostHeader], requests::absolute_form;
 };

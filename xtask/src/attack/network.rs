@@ -19,9 +19,8 @@ use super::{
 
 /// The port that two pods on the host's network use one after the other.
 const PORT: u16 = 40_000;
-/// How long the node may take to hear of a pod, or to be rid of one.
-const PATIENCE: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(100);
+/// Longer than the node takes to be rid of a pod's link.
+const CLEARED: Duration = Duration::from_millis(500);
 
 pub(super) async fn absent_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let (_victim, attacker) = on_one_address(scene).await?;
@@ -42,25 +41,23 @@ pub(super) async fn reused_port(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn reused_address(scene: &Scene) -> anyhow::Result<Outcome> {
-    let victim = scene.victim()?;
-    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let victim = scene.victim().await?;
     scene.lab.complete_pod(&victim)?;
     // The link of the pod that has ended goes a moment later.
-    sleep(PAUSE * 5).await;
+    sleep(CLEARED).await;
     let heir = scene.lab.add_pod_at(&attacker(), &victim)?;
     let got = scene.act(Place::In(&heir), &ask(POD_IDENTITY, &program())).await?;
     Ok(scene.loot(&got, Some(&heir)))
 }
 
 pub(super) async fn beside_a_pod(scene: &Scene) -> anyhow::Result<Outcome> {
-    let victim = scene.victim()?;
-    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let victim = scene.victim().await?;
     let got = scene.act(Place::Beside(&victim), &ask(POD_IDENTITY, &program())).await?;
     Ok(scene.loot(&got, None))
 }
 
 pub(super) async fn foreign_network(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (application, proxy) = (scene.victim()?, scene.attacker()?);
+    let (application, proxy) = (scene.victim().await?, scene.attacker()?);
     let got = scene.act(Place::Through(&proxy, &application), &ask(POD_IDENTITY, &program())).await?;
     // The proxy's own role would be the application's, for which it dials.
     Ok(scene.loot(&got, None))
@@ -86,14 +83,7 @@ pub(super) async fn on_one_address(scene: &Scene) -> anyhow::Result<(Pod, Pod)> 
     let victim = PodSpec::new("shop", "victim").role("victim-role");
     let victim = scene.lab.add_pod(&on_host_network(victim, ("podgate.dev/imds", "intercept")))?;
     let attacker = scene.lab.add_pod(&on_host_network(attacker(), ("podgate.dev/pod-identity", "off")))?;
-    let mut waited = Duration::ZERO;
-    while let Err(why) = scene.is_served(&victim).await? {
-        if waited > PATIENCE {
-            bail!("the victim is not served: {why}");
-        }
-        sleep(PAUSE).await;
-        waited += PAUSE;
-    }
+    scene.until_served(&victim).await?;
     Ok((victim, attacker))
 }
 

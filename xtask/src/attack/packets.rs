@@ -23,9 +23,7 @@ const TICKS: u64 = 40;
 const AGENT_FILES: u64 = 2_048;
 
 pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, deaf_attacker(scene)?);
-    // Its credentials are there when they are asked for.
-    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
     scene.lab.netns(&victim)?.mute()?;
     let dial = Act::BeginDials { to: vec![POD_IDENTITY], count: 1 };
     let under_way = scene.must_begin(Place::In(&victim), &dial).await?;
@@ -38,10 +36,9 @@ pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, deaf_attacker(scene)?);
+    let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
     let sniffer = PodSpec { host_network: true, ..PodSpec::new("evil", "sniffer") };
     let sniffer = scene.lab.add_pod(&sniffer)?;
-    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
     let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
     let request = get(POD_IDENTITY.ip(), PROGRAM, "");
     let dial = Act::AskLater { to: POD_IDENTITY, request };
@@ -53,8 +50,7 @@ pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn syn_flood(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, deaf_attacker(scene)?);
-    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
     let flood = Act::FloodHandshakes { from: address(&attacker)?, to: POD_IDENTITY_V4, count: 20_000 };
     let flood = scene.must_begin(Place::In(&attacker), &flood).await?;
     let outcome = scene.unharmed(&victim).await;
@@ -63,8 +59,7 @@ pub(super) async fn syn_flood(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn half_open_dials(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
-    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     scene.lab.netns(&attacker)?.mute()?;
     let act = Act::BeginDials { to: vec![POD_IDENTITY, http(POD_IDENTITY_V6.into())], count: 12_500 };
     let mut dials = Vec::new();
@@ -80,8 +75,7 @@ pub(super) async fn half_open_dials(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn held_connections(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
-    scene.is_served(&victim).await?.map_err(anyhow::Error::msg)?;
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     scene
         .agent(async |agent| {
             let pid =

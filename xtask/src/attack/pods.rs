@@ -3,21 +3,28 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use lab::{Pod, lab::NODE_ROLE};
+use lab::{
+    Pod, PodSpec,
+    cgroup::{self, Qos},
+    lab::NODE_ROLE,
+    stock_agent::DAEMON_SET,
+};
 use tokio::time::sleep;
 
 use super::{
     IMDS, POD_IDENTITY, PROGRAM, ROLES,
     attacker::{Act, Dial},
     get,
-    scene::{Outcome, Place, Scene, attacker},
+    scene::{Outcome, Place, Scene, ask, attacker},
 };
 
 /// Longer than the node takes to hear of a pod.
 const NEWS: Duration = Duration::from_millis(500);
+/// A static pod's.
+const CONFIG_HASH: &str = "fc407168c6823ed1e0a61410d6621724";
 
 pub(super) async fn passed_socket(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let path = scene.shared_file("socket");
     let give = Act::GiveSocket { path: path.clone(), to: POD_IDENTITY };
     let giver = scene.must_begin(Place::In(&victim), &give).await?;
@@ -37,13 +44,13 @@ pub(super) async fn earlier_socket(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn lookalike_cgroup(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let elsewhere = scene.lab.node.place.cgroups.root.join("elsewhere");
     from_cgroup(scene, &attacker, elsewhere.join(below_root(scene, &victim)?)).await
 }
 
 pub(super) async fn nested_cgroup(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim()?, scene.attacker()?);
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let nested = attacker.container.join(below_root(scene, &victim)?);
     from_cgroup(scene, &attacker, nested).await
 }
@@ -57,6 +64,29 @@ pub(super) async fn loosening_annotation(scene: &Scene) -> anyhow::Result<Outcom
     let attacker = scene.lab.add_pod(&attacker().annotation("podgate.dev/imds", "off"))?;
     sleep(NEWS).await;
     imds(scene, &attacker).await
+}
+
+pub(super) async fn claimed_owner(scene: &Scene) -> anyhow::Result<Outcome> {
+    let claims = PodSpec { daemon_set: Some(DAEMON_SET.to_owned()), ..attacker() };
+    let attacker = scene.lab.add_pod(&claims)?;
+    sleep(NEWS).await;
+    imds(scene, &attacker).await
+}
+
+pub(super) async fn static_pod(scene: &Scene) -> anyhow::Result<Outcome> {
+    let tenant = attacker().annotation("kubernetes.io/config.hash", CONFIG_HASH);
+    let tenant = tenant.annotation("kubernetes.io/config.mirror", CONFIG_HASH);
+    scene.lab.add_pod(&tenant)?;
+    sleep(NEWS).await;
+    // The kubelet names a static pod's cgroup by the hash. Such a pod is not the API server's.
+    let started = scene.lab.start_unannounced(&PodSpec::new("kube-system", "static"))?;
+    let cgroups = &scene.lab.node.place.cgroups;
+    let cgroup = cgroups.pod(Qos::Burstable, CONFIG_HASH);
+    let container = cgroups.container(&cgroup, &"5".repeat(64));
+    cgroup::create(&container)?;
+    let static_pod = Pod { cgroup, container, ..started };
+    let got = scene.act(Place::In(&static_pod), &ask(POD_IDENTITY, &program())).await?;
+    Ok(scene.loot(&got, None))
 }
 
 async fn imds(scene: &Scene, attacker: &Pod) -> anyhow::Result<Outcome> {

@@ -27,7 +27,7 @@ pub(super) async fn absolute_form(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn open_proxy(scene: &Scene) -> anyhow::Result<Outcome> {
-    let victim = scene.victim()?;
+    let victim = scene.victim().await?;
     let got = scene.act(Place::In(&victim), &Act::Imds { to: IMDS, headers: FORWARDED.to_owned() }).await?;
     let by_imds = scene.loot(&got, None);
     if by_imds.is_harm {
@@ -39,7 +39,7 @@ pub(super) async fn open_proxy(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn tricked_server(scene: &Scene) -> anyhow::Result<Outcome> {
-    let victim = scene.victim()?;
+    let victim = scene.victim().await?;
     let request = get(IMDS.ip(), &format!("{ROLES}victim-role"), "");
     let got = scene.act(Place::In(&victim), &ask(IMDS, &request)).await?;
     Ok(scene.loot(&got, None))
@@ -57,7 +57,7 @@ pub(super) async fn smuggled_request(scene: &Scene) -> anyhow::Result<Outcome> {
 
 /// Whether a pod that is made to send one of these gets credentials.
 async fn one_of(scene: &Scene, requests: &[String]) -> anyhow::Result<Outcome> {
-    let victim = scene.victim()?;
+    let victim = scene.victim().await?;
     let mut outcome = Outcome::nothing("nothing was tried");
     for request in requests {
         let got = scene.act(Place::In(&victim), &ask(POD_IDENTITY, request)).await?;

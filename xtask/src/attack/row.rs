@@ -4,18 +4,18 @@
 
 use agent_common::defence::Defence;
 use comfy_table::Cell;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::scene::Outcome;
 use crate::report;
 
 /// One row.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Row {
-    attack: &'static str,
-    tried: &'static str,
+    attack: String,
+    tried: String,
     got: String,
-    without: Vec<&'static str>,
+    without: Vec<String>,
     control: String,
     is_withstood: bool,
     verdict: String,
@@ -26,7 +26,7 @@ pub(super) struct Row {
 
 impl Row {
     pub(super) fn new(
-        (attack, tried): (&'static str, &'static str),
+        (attack, tried): (&str, &str),
         without: &[Defence],
         defended: anyhow::Result<Outcome>,
         control: anyhow::Result<Outcome>,
@@ -38,10 +38,10 @@ impl Row {
             Err(error) => format!("error: {error:#}"),
         };
         Self {
-            attack,
-            tried,
+            attack: attack.to_owned(),
+            tried: tried.to_owned(),
             got: say(defended),
-            without: without.iter().map(|defence| defence.label()).collect(),
+            without: without.iter().map(|defence| defence.label().to_owned()).collect(),
             control: say(control),
             is_withstood,
             verdict,
@@ -67,8 +67,8 @@ pub(super) fn print(rows: &[Row]) {
         report::table(&["attack", "what was tried", "what it got", "control: without …, it got", "verdict"]);
     for row in rows {
         table.add_row([
-            Cell::new(row.attack),
-            Cell::new(row.tried),
+            Cell::new(&row.attack),
+            Cell::new(&row.tried),
             Cell::new(&row.got),
             Cell::new(format!("{}: {}", row.without.join(", "), row.control)),
             report::verdict(row.is_withstood, &row.verdict),

@@ -20,7 +20,7 @@ use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdout, Command},
     sync::Mutex,
-    time::timeout,
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -31,8 +31,13 @@ use super::{
 
 /// The environment of `podgate-undefended` that switches defences off.
 const WITHOUT: &str = "PODGATE_WITHOUT";
+/// Pods are kept from the node's role.
+const FLAGS: [&str; 2] = ["--imds", "intercept"];
 /// Longer than any attacker takes.
 const PATIENCE: Duration = Duration::from_mins(2);
+/// How long it may take until a pod is served for the first time, on an emulated machine too.
+const SET_UP: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_millis(50);
 /// An SDK waits no longer.
 const SDK_MILLISECONDS: u64 = 1_000;
 
@@ -90,11 +95,11 @@ impl Outcome {
 
 impl Scene {
     /// A node without an agent yet.
-    pub(super) fn up(binary: &Path, flags: &[&str], without: &[Defence]) -> anyhow::Result<Self> {
+    pub(super) fn up(binary: &Path, without: &[Defence]) -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("attack-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
         let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
-        let mut spec = AgentSpec::new(binary, flags);
+        let mut spec = AgentSpec::new(binary, &FLAGS);
         if !without.is_empty() {
             let labels: Vec<_> = without.iter().map(|defence| defence.label()).collect();
             spec.env.insert(WITHOUT.to_owned(), labels.join(","));
@@ -129,9 +134,12 @@ impl Scene {
         self.agent.lock().await.as_ref().map(AgentProcess::log_tail).unwrap_or_default()
     }
 
-    /// A pod of the namespace `shop` that others are after, with a role of its own.
-    pub(super) fn victim(&self) -> anyhow::Result<Pod> {
-        self.lab.add_pod(&PodSpec::new("shop", "victim").role("victim-role"))
+    /// A pod of the namespace `shop` that others are after, with a role of its own. It is served already: its credentials
+    /// are cached, and its address is known.
+    pub(super) async fn victim(&self) -> anyhow::Result<Pod> {
+        let victim = self.lab.add_pod(&PodSpec::new("shop", "victim").role("victim-role"))?;
+        self.until_served(&victim).await?;
+        Ok(victim)
     }
 
     /// A pod of the namespace `evil`, with a role of its own.
@@ -195,6 +203,18 @@ impl Scene {
                 Outcome::harm(format!("the role of {}/{}", issued.namespace, issued.service_account))
             }
         }
+    }
+
+    /// Waits until a pod is served: the agent hears of pods, and first asks EKS Auth, in its own time.
+    pub(super) async fn until_served(&self, pod: &Pod) -> anyhow::Result<()> {
+        let deadline = Instant::now() + SET_UP;
+        while let Err(why) = self.is_served(pod).await? {
+            if Instant::now() > deadline {
+                bail!("{} is not served: {why}", pod.full_name());
+            }
+            sleep(PAUSE).await;
+        }
+        Ok(())
     }
 
     /// Whether a pod that has done nothing is served as usual, in the time that SDKs allow.
@@ -288,7 +308,7 @@ fn refusal(got: &Got) -> String {
     }
 }
 
-/// An address of this family and port 80.
+/// Where HTTP is served at this address.
 pub(super) const fn http(ip: IpAddr) -> SocketAddr {
     SocketAddr::new(ip, 80)
 }

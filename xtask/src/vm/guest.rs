@@ -5,7 +5,7 @@
 use std::{
     convert::Infallible,
     fs,
-    process::{self, Command},
+    process::{self, Command, Stdio},
 };
 
 use anyhow::{Context as _, bail};
@@ -30,6 +30,10 @@ pub(super) const INIT: &str = "init";
 pub(super) const TESTS: &str = "kernel-tests";
 pub(super) const OBJECT: &str = "podgate-ebpf";
 pub(super) const BUDGET: &str = "ebpf-budget.toml";
+/// And for attacks: both builds of the agent, and the directory of the kernel's modules, in the order of their names.
+pub(super) const RELEASE: &str = "podgate";
+pub(super) const UNDEFENDED: &str = "podgate-undefended";
+pub(super) const MODULES: &str = "modules";
 
 /// Where programs of this machine are in the virtual one: where they are here.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
@@ -38,6 +42,13 @@ const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 pub(super) const MEASURE: &str = "--measure";
 /// Begins the console's lines of such a machine: a program's name and its instructions follow.
 const MEASURED: &str = "measured: ";
+
+/// The argument of a machine that runs attacks: [`GuestArguments::attack`].
+pub(super) const ATTACK: &str = "--attack";
+/// Begins the console's line with the rows of attacks, in JSON.
+pub(super) const ATTACKED: &str = "attacked: ";
+/// `MODULE_INIT_COMPRESSED_FILE` of `include/uapi/linux/module.h`: the kernel decompresses it itself, since Linux 5.17.
+const COMPRESSED: i32 = 4;
 
 /// What is mounted, in this order: type and place.
 const MOUNTS: [(&str, &str); 7] = [
@@ -56,6 +67,9 @@ pub(crate) struct GuestArguments {
     /// Say how many instructions the verifier goes through, and run no tests.
     #[arg(long)]
     measure: bool,
+    /// Run the attacks whose names contain this, and no tests.
+    #[arg(long)]
+    attack: Option<String>,
 }
 
 /// Runs the machine from its start to its end.
@@ -81,6 +95,9 @@ fn work(arguments: &GuestArguments) -> anyhow::Result<()> {
         mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("cannot mount {kind} at {place}"))?;
     }
+    if let Some(only) = &arguments.attack {
+        return attack(only);
+    }
     let read = |name: &str| fs::read(format!("/{name}")).with_context(|| format!("cannot read {name}"));
     let object = read(OBJECT)?;
     if arguments.measure {
@@ -99,6 +116,27 @@ fn work(arguments: &GuestArguments) -> anyhow::Result<()> {
         bail!("the tests ended with {status}");
     }
     within_budget
+}
+
+/// Runs attacks on both builds of the agent. That there are rows is all that counts here: the caller reads them.
+fn attack(only: &str) -> anyhow::Result<()> {
+    let mut modules: Vec<_> = fs::read_dir(format!("/{MODULES}"))?.collect::<Result<_, _>>()?;
+    modules.sort_by_key(fs::DirEntry::file_name);
+    for module in modules {
+        let path = module.path();
+        let flags = if path.extension().is_some_and(|suffix| suffix == "xz") { COMPRESSED } else { 0 };
+        let loaded = fs::File::open(&path).map(|file| rustix::system::finit_module(file, c"", flags));
+        loaded?.with_context(|| format!("cannot load {}", path.display()))?;
+    }
+    let [release, undefended] = [RELEASE, UNDEFENDED].map(|name| format!("/{name}"));
+    let mut attacks = Command::new(format!("/{INIT}"));
+    attacks.args(["attack", "--json", "--only", only, "--agents", &release, &undefended]);
+    let output =
+        attacks.env("PATH", PATH).stderr(Stdio::inherit()).output().context("cannot run the attacks")?;
+    let rows: serde_json::Value =
+        serde_json::from_slice(&output.stdout).context("the attacks have printed no rows")?;
+    println!("{ATTACKED}{rows}");
+    Ok(())
 }
 
 #[cfg(test)]

@@ -12,8 +12,25 @@ use anyhow::{Context as _, bail};
 
 use crate::{apt, cmd};
 
+/// A kernel, unpacked.
+pub(super) struct Image {
+    pub(super) kernel: PathBuf,
+    modules: PathBuf,
+}
+
+// === impl Image ===
+
+impl Image {
+    /// The file of a module, by its path below the kernel's modules without a suffix; newer ones are compressed.
+    pub(super) fn module(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let files = ["ko", "ko.xz"].map(|suffix| self.modules.join(format!("{name}.{suffix}")));
+        let found = files.into_iter().find(|file| file.is_file());
+        found.with_context(|| format!("there is no module {name} in {}", self.modules.display()))
+    }
+}
+
 /// The image of the kernel that `package` stands for.
-pub(super) fn get(package: &str, directory: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn get(package: &str, directory: &Path) -> anyhow::Result<Image> {
     if !cmd::is_in_path("apt-cache") {
         let missing =
             format!("the kernel of Debian's package {package} is fetched with apt, which is not here");
@@ -32,11 +49,11 @@ pub(super) fn get(package: &str, directory: &Path) -> anyhow::Result<PathBuf> {
         fetch(&package, directory, &unpacked)?;
     }
     let version = package.trim_start_matches("linux-image-");
-    let image = unpacked.join(format!("boot/vmlinuz-{version}"));
-    if !image.is_file() {
-        bail!("the package {package} has no {}", image.display());
+    let kernel = unpacked.join(format!("boot/vmlinuz-{version}"));
+    if !kernel.is_file() {
+        bail!("the package {package} has no {}", kernel.display());
     }
-    Ok(image)
+    Ok(Image { kernel, modules: unpacked.join(format!("lib/modules/{version}/kernel")) })
 }
 
 /// The image that the package `meta` depends on.
