@@ -25,6 +25,7 @@ pub mod drain;
 pub mod enforce;
 pub mod error;
 pub mod identity;
+pub mod instance;
 pub mod intercept;
 pub mod link;
 pub mod maps;
