@@ -1,7 +1,10 @@
 //! The HTTP contracts that SDKs speak: what a request asks for, and how an answer reads.
 //!
 //! Owns everything that is seen on the wire; pure functions of a request's head and an outcome. Never does IO,
-//! never decides who the caller is or what it may have.
+//! never decides who the caller is or what it may have. The page below has every difference from what podgate stands in
+//! for.
+//!
+#![doc = include_str!("../dialects.md")]
 
 use std::{borrow::Cow, net::IpAddr};
 

@@ -7,11 +7,8 @@ use hyper::{StatusCode, http::request::Parts};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{
-    Refusal, Response, must_read,
-    pod_identity::{self, SentToken},
-};
-use crate::credentials::Credentials;
+use super::{Refusal, Response, imds::whole_seconds, must_read, pod_identity};
+use crate::credentials::{Credentials, jwt::SentToken};
 
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -26,6 +23,7 @@ struct Body<'a> {
 /// What a request asks: always for credentials, with the token it sent, if any. Whatever follows the path is
 /// the client's own.
 pub fn ask(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
+    pod_identity::check_framing(head)?;
     let path = head.uri.path();
     let below = path.strip_prefix(pod_identity::PATH);
     if !below.is_some_and(|below| below.is_empty() || below.starts_with('/')) {
@@ -45,7 +43,7 @@ pub fn credentials(credentials: &Credentials) -> Response {
             access_key_id: &credentials.access_key_id,
             secret_access_key: credentials.secret_access_key.expose(),
             token: credentials.session_token.expose(),
-            expiration: credentials.expiration.to_string(),
+            expiration: whole_seconds(credentials.expiration),
         },
     )
 }

@@ -1,23 +1,29 @@
-//! The EC2 instance metadata service, v1 and v2, as far as credentials go.
+//! The EC2 instance metadata service, v1 and v2, as far as credentials go and what SDKs must know besides.
 //!
-//! Serves the caller's own role and nothing of the node's: user-data, signatures and the instance's identity
-//! do not exist here.
+//! Serves the caller's own role, and of the instance an exact list of paths: user-data, signatures, addresses and the
+//! instance's own identity do not exist here.
 
 use hyper::{
     HeaderMap, Method, StatusCode,
-    header::{HeaderName, HeaderValue, SERVER},
+    header::{EXPECT, HeaderName, HeaderValue, SERVER},
     http::request::Parts,
 };
 use serde::Serialize;
 
 use super::{Refusal, Response, forwarded, is_forwarded, must_read, respond, wrong_method};
-use crate::credentials::Credentials;
+use crate::{credentials::Credentials, instance::Instance};
+
+mod path;
+
+pub use self::path::{Fact, ReadPath};
 
 const TOKEN_PATH: &str = "/latest/api/token";
 const TTL_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token-ttl-seconds");
 const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
 /// Six hours.
 const TTL_MAX: u32 = 21_600;
+/// IAM gives no such id.
+const NO_PROFILE_ID: &str = "AIPAAAAAAAAAAAAAAAAAA";
 
 /// What a request asks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,21 +42,10 @@ pub enum Ask<'a> {
     },
 }
 
-/// What a read is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReadPath<'a> {
-    /// The list of roles.
-    Roles,
-    /// A role's credentials.
-    Role(&'a str),
-    /// Anything else.
-    Other,
-}
-
-/// EC2 separates key and value by ` : `; the order of fields is its own too.
+/// The order of fields is EC2's, too.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct Body<'a> {
+struct Role<'a> {
     code: &'static str,
     last_updated: String,
     r#type: &'static str,
@@ -60,8 +55,40 @@ struct Body<'a> {
     expiration: String,
 }
 
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Info {
+    code: &'static str,
+    last_updated: String,
+    instance_profile_arn: String,
+    instance_profile_id: &'static str,
+}
+
+/// What of EC2's document SDKs and agents in pods read; the rest is the node's own affair.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Document<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    architecture: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    availability_zone: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instance_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instance_type: Option<&'a str>,
+    region: &'a str,
+    version: &'static str,
+}
+
 /// Reads a request's head.
 pub fn ask(head: &Parts) -> Result<Ask<'_>, Refusal> {
+    if head.headers.get(EXPECT).is_some_and(|expect| !expect.is_empty()) {
+        return Err(Refusal::new(
+            StatusCode::EXPECTATION_FAILED,
+            "ExpectationFailed",
+            "nothing is expected here: send the request without an Expect header",
+        ));
+    }
     let path = head.uri.path();
     if path == TOKEN_PATH {
         if head.method != Method::PUT {
@@ -76,7 +103,7 @@ pub fn ask(head: &Parts) -> Result<Ask<'_>, Refusal> {
     let session = head.headers.get(TOKEN_HEADER);
     // A header that is not text is a token that is not valid.
     let session = session.map(|token| token.to_str().unwrap_or(""));
-    Ok(Ask::Read { session, path: read_path(path) })
+    Ok(Ask::Read { session, path: ReadPath::parse(path) })
 }
 
 /// A session token.
@@ -86,17 +113,23 @@ pub fn token(token: String, ttl_secs: u32) -> Response {
     response
 }
 
-/// The list of roles: the one, and no newline, which the Rust SDK would take for part of the name.
-pub fn roles(credentials: &Credentials) -> Response {
-    served("text/plain", credentials.role.name.clone())
+/// What a path has for whoever has these credentials. 404 for a role that is not the caller's.
+pub fn own(path: ReadPath<'_>, credentials: &Credentials) -> Result<Response, Refusal> {
+    let name = &credentials.role.name;
+    match path {
+        // The one, and no newline, which the Rust SDK would take for part of the name.
+        ReadPath::Roles => Ok(served("text/plain", name.clone())),
+        ReadPath::Role(asked) if asked == name => Ok(role(credentials)),
+        ReadPath::Role(_) => Err(Refusal::not_found(format!("the role of this pod is {name}"))),
+        ReadPath::Iam => Ok(listing(path::IAM)),
+        ReadPath::Info => Ok(info(credentials)),
+        ReadPath::Fact(_) | ReadPath::Listing(_) | ReadPath::Other => Err(nothing()),
+    }
 }
 
-/// A role's credentials, in the very form that EC2 prints. 404 for a role that is not the caller's.
-pub fn role(role: &str, credentials: &Credentials) -> Result<Response, Refusal> {
-    if role != credentials.role.name {
-        return Err(Refusal::not_found(format!("the role of this pod is {}", credentials.role.name)));
-    }
-    let body = Body {
+/// A role's credentials, in the very form that EC2 prints.
+fn role(credentials: &Credentials) -> Response {
+    let body = Role {
         code: "Success",
         last_updated: whole_seconds(credentials.obtained_at),
         r#type: "AWS-HMAC",
@@ -105,14 +138,65 @@ pub fn role(role: &str, credentials: &Credentials) -> Result<Response, Refusal> 
         token: credentials.session_token.expose(),
         expiration: whole_seconds(credentials.expiration),
     };
-    let body = pretty(&body);
-    // EC2 prints a space before each colon; no value has a quote before a colon in it.
-    Ok(served("text/plain", body.replace("\": \"", "\" : \"")))
+    served("text/plain", pretty(&body))
+}
+
+/// The profile by which an instance has its role. Here there is none: it is named after the role, as is usual.
+fn info(credentials: &Credentials) -> Response {
+    let role = &credentials.role;
+    let info = Info {
+        code: "Success",
+        last_updated: whole_seconds(credentials.obtained_at),
+        instance_profile_arn: format!(
+            "arn:{}:iam::{}:instance-profile/{}",
+            role.partition, role.account_id, role.name
+        ),
+        instance_profile_id: NO_PROFILE_ID,
+    };
+    served("text/plain", pretty(&info))
+}
+
+/// What there is in a directory.
+pub fn listing(names: &'static str) -> Response {
+    served("text/plain", names.to_owned())
+}
+
+/// Something of the instance. 404 for what the agent has no copy of.
+pub fn fact(fact: Fact, instance: &Instance) -> Result<Response, Refusal> {
+    let text = match fact {
+        Fact::Region => instance.region.clone(),
+        Fact::Zone => instance.zone.clone(),
+        Fact::ZoneId => instance.zone_id.clone(),
+        Fact::InstanceId => instance.id.clone(),
+        Fact::InstanceType => instance.instance_type.clone(),
+        Fact::Domain => instance.domain.clone(),
+        Fact::Partition => instance.partition.clone(),
+        Fact::Document => document(instance),
+    };
+    match text {
+        Some(text) => Ok(served("text/plain", text)),
+        None => Err(Refusal::not_found(
+            "podgate does not know this of the instance: the node's IMDS has not told; AWS_REGION on podgate sets the \
+             region",
+        )),
+    }
+}
+
+fn document(instance: &Instance) -> Option<String> {
+    let document = Document {
+        architecture: instance.architecture.as_deref(),
+        availability_zone: instance.zone.as_deref(),
+        instance_id: instance.id.as_deref(),
+        instance_type: instance.instance_type.as_deref(),
+        region: instance.region.as_deref()?,
+        version: "2017-09-30",
+    };
+    Some(pretty(&document))
 }
 
 /// Nothing is at this path.
 pub fn nothing() -> Refusal {
-    Refusal::not_found("podgate serves credentials here, and nothing of the node's own metadata")
+    Refusal::not_found("podgate serves credentials here, the region, and little else of the node's metadata")
 }
 
 /// The session token is not, or no longer, this pod's.
@@ -161,9 +245,11 @@ pub(super) fn refuse(refusal: &Refusal) -> Response {
     response
 }
 
+/// JSON as EC2 prints it, with a space before each colon. No value has a quote before a colon in it.
 #[expect(clippy::expect_used, reason = "a struct of strings always serializes")]
-fn pretty(body: &Body<'_>) -> String {
-    serde_json::to_string_pretty(body).expect("BUG: strings always serialize")
+fn pretty(body: &impl Serialize) -> String {
+    let body = serde_json::to_string_pretty(body).expect("BUG: strings always serialize");
+    body.replace("\": \"", "\" : \"")
 }
 
 fn served(content_type: &'static str, body: String) -> Response {
@@ -173,7 +259,8 @@ fn served(content_type: &'static str, body: String) -> Response {
 }
 
 fn ttl(headers: &HeaderMap) -> Result<u32, Refusal> {
-    let ttl = headers.get(TTL_HEADER).and_then(|ttl| ttl.to_str().ok()).and_then(|ttl| ttl.parse().ok());
+    let ttl = headers.get(TTL_HEADER).and_then(|ttl| ttl.to_str().ok());
+    let ttl = ttl.filter(|ttl| ttl.bytes().all(|byte| byte.is_ascii_digit())).and_then(|ttl| ttl.parse().ok());
     ttl.filter(|ttl| (1..=TTL_MAX).contains(ttl)).ok_or_else(|| {
         Refusal::new(
             StatusCode::BAD_REQUEST,
@@ -183,34 +270,8 @@ fn ttl(headers: &HeaderMap) -> Result<u32, Refusal> {
     })
 }
 
-fn read_path(path: &str) -> ReadPath<'_> {
-    let Some((version, path)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else {
-        return ReadPath::Other;
-    };
-    if !is_version(version) {
-        return ReadPath::Other;
-    }
-    match path.strip_prefix("meta-data/iam/security-credentials") {
-        Some("" | "/") => ReadPath::Roles,
-        Some(role) => role.strip_prefix('/').map_or(ReadPath::Other, ReadPath::Role),
-        None => ReadPath::Other,
-    }
-}
-
-/// `latest`, `1.0` or a date.
-fn is_version(version: &str) -> bool {
-    let date = |version: &str| {
-        version.len() == 10
-            && version.bytes().enumerate().all(|(place, byte)| match place {
-                4 | 7 => byte == b'-',
-                _ => byte.is_ascii_digit(),
-            })
-    };
-    matches!(version, "latest" | "1.0") || date(version)
-}
-
 /// boto 2 and botocore's strptime take no fraction.
-fn whole_seconds(at: jiff::Timestamp) -> String {
+pub(super) fn whole_seconds(at: jiff::Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
@@ -262,29 +323,9 @@ mod tests {
         assert_eq!(session(&[("X-aws-ec2-metadata-token", "")]), Some(String::new()));
     }
 
-    #[test]
-    fn every_spelling_of_the_credential_paths_is_known_and_nothing_else() {
-        let cases = [
-            ("/latest/meta-data/iam/security-credentials", ReadPath::Roles),
-            ("/latest/meta-data/iam/security-credentials/", ReadPath::Roles),
-            ("/2024-04-11/meta-data/iam/security-credentials/", ReadPath::Roles),
-            ("/1.0/meta-data/iam/security-credentials/web", ReadPath::Role("web")),
-            ("/latest/meta-data/iam/security-credentials/a/b", ReadPath::Role("a/b")),
-            ("/latest/meta-data/iam/security-credentialsx", ReadPath::Other),
-            ("/next/meta-data/iam/security-credentials/", ReadPath::Other),
-            ("//latest/meta-data/iam/security-credentials/", ReadPath::Other),
-            ("/latest/user-data", ReadPath::Other),
-            ("/latest/meta-data/identity-credentials/ec2/security-credentials/ec2-instance", ReadPath::Other),
-            ("/", ReadPath::Other),
-        ];
-        for (path, expected) in cases {
-            assert_eq!(read_path(path), expected, "{path}");
-        }
-    }
-
     #[tokio::test]
     async fn credentials_read_as_ec2_prints_them() {
-        let response = role("web", &some_credentials()).unwrap();
+        let response = own(ReadPath::Role("web"), &some_credentials()).unwrap();
         assert_eq!(response.headers()["content-type"], "text/plain");
         assert_eq!(response.headers()["server"], "EC2ws");
         let expected = r#"{
@@ -297,8 +338,40 @@ mod tests {
   "Expiration" : "2026-03-17T22:27:34Z"
 }"#;
         assert_eq!(text(response).await, expected);
-        assert_eq!(text(roles(&some_credentials())).await, "web");
-        assert_eq!(role("other", &some_credentials()).unwrap_err().status, StatusCode::NOT_FOUND);
+    }
+
+    #[tokio::test]
+    async fn the_role_is_named_and_there_is_no_other() {
+        let own = |path| own(path, &some_credentials());
+        assert_eq!(text(own(ReadPath::Roles).unwrap()).await, "web");
+        assert_eq!(text(own(ReadPath::Iam).unwrap()).await, "info\nsecurity-credentials/");
+        let info = r#"{
+  "Code" : "Success",
+  "LastUpdated" : "2026-03-17T16:27:34Z",
+  "InstanceProfileArn" : "arn:aws:iam::123456789012:instance-profile/web",
+  "InstanceProfileId" : "AIPAAAAAAAAAAAAAAAAAA"
+}"#;
+        assert_eq!(text(own(ReadPath::Info).unwrap()).await, info);
+        for role in ["other", "Web", "web/", ""] {
+            assert_eq!(own(ReadPath::Role(role)).unwrap_err().status, StatusCode::NOT_FOUND, "{role:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn of_the_instance_only_what_is_known_is_said() {
+        let mut instance = Instance::in_region(Some("us-west-2".into()));
+        let read = |path, instance: &Instance| fact(path, instance).map_err(|refusal| refusal.status.as_u16());
+        assert_eq!(text(read(Fact::Region, &instance).unwrap()).await, "us-west-2");
+        assert_eq!(read(Fact::Zone, &instance).unwrap_err(), 404);
+        let document = text(read(Fact::Document, &instance).unwrap()).await;
+        assert_eq!(document, "{\n  \"region\" : \"us-west-2\",\n  \"version\" : \"2017-09-30\"\n}");
+
+        instance.zone = Some("us-west-2a".into());
+        instance.id = Some("i-0".into());
+        assert_eq!(text(read(Fact::Zone, &instance).unwrap()).await, "us-west-2a");
+        let document = text(read(Fact::Document, &instance).unwrap()).await;
+        assert!(document.contains("\"availabilityZone\" : \"us-west-2a\",\n  \"instanceId\" : \"i-0\""), "{document}");
+        assert_eq!(read(Fact::Document, &Instance::default()).unwrap_err(), 404);
     }
 
     #[tokio::test]

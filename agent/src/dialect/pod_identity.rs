@@ -1,7 +1,4 @@
-//! EKS Pod Identity, as eks-pod-identity-agent 0.1.37 speaks it.
-//!
-//! Where podgate differs: GET and HEAD only; errors are JSON `{"code", "message"}`, which lets the Go SDK v1 ask
-//! once instead of four times and the Java SDK v1 show the message; a caller without a token may be served.
+//! EKS Pod Identity, as eks-pod-identity-agent 0.1.37 speaks it; `dialects.md` has every difference, and why.
 
 use core::net::IpAddr;
 
@@ -10,7 +7,7 @@ use agent_common::{
     net::{POD_IDENTITY_V4, POD_IDENTITY_V6},
 };
 use hyper::{
-    StatusCode,
+    StatusCode, Version,
     header::{AUTHORIZATION, HOST, HeaderName, HeaderValue},
     http::{request::Parts, uri::Authority},
 };
@@ -21,22 +18,13 @@ use super::{Refusal, Response, must_read, respond};
 use crate::{
     credentials::{
         Credentials,
-        jwt::{self, Claims},
+        jwt::{self, SentToken},
     },
     secret::Secret,
 };
 
 /// The only path.
 pub const PATH: &str = "/v1/credentials";
-
-/// A token that a caller sent, read but not verified.
-#[derive(Clone, Debug)]
-pub struct SentToken {
-    /// The token.
-    pub token: Secret,
-    /// What it says of itself.
-    pub claims: Claims,
-}
 
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -56,6 +44,7 @@ struct ErrorBody<'a> {
 
 /// What a request asks: always for credentials, with the token it sent, if any.
 pub fn ask(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
+    check_framing(head)?;
     if head.uri.path() != PATH {
         return Err(Refusal::not_found("404 page not found"));
     }
@@ -71,10 +60,10 @@ pub(super) fn sent_token(head: &Parts, now: Timestamp) -> Result<Option<SentToke
     else {
         return Ok(None);
     };
-    // What is not text is no token either: the empty segment says so in the stock agent's words.
-    let token = value.to_str().unwrap_or(".").trim_ascii();
-    let claims = jwt::read(token, now).map_err(|error| bad_token(&error))?;
-    Ok(Some(SentToken { token: Secret::from(token), claims }))
+    // What is not text is no token either; the reader says where that begins.
+    let token = String::from_utf8_lossy(value.as_bytes().trim_ascii());
+    let claims = jwt::read(&token, now).map_err(|error| bad_token(&error))?;
+    Ok(Some(SentToken { token: Secret::from(&*token), claims }))
 }
 
 /// The refusal of a request without a token that must have one.
@@ -117,24 +106,37 @@ fn bad_token(error: &jwt::Error) -> Refusal {
     Refusal::new(StatusCode::BAD_REQUEST, "InvalidToken", error.to_string())
 }
 
+/// A request must name one host, and nothing that is none: the rules of Go's server, which the stock agent is made with.
+pub(super) fn check_framing(head: &Parts) -> Result<(), Refusal> {
+    let mut hosts = head.headers.get_all(HOST).iter();
+    let wrong = match (hosts.next(), hosts.next()) {
+        (None, _) if head.version == Version::HTTP_11 => "missing required Host header",
+        (Some(_), Some(_)) => "too many Host headers",
+        (Some(host), None) if !host.as_bytes().iter().all(|byte| is_of_host(*byte)) => "malformed Host header",
+        _ => return Ok(()),
+    };
+    Err(Refusal::new(StatusCode::BAD_REQUEST, "BadRequest", format!("400 Bad Request: {wrong}")))
+}
+
+fn is_of_host(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!$%&'()*+,-.:;=[]_~".contains(&byte)
+}
+
 /// A page on the web whose name resolves to our address must not reach us with the browser's help. The stock
 /// agent compares text: no other spelling of an address is taken.
 pub(super) fn check_host(head: &Parts, addresses: &[IpAddr]) -> Result<(), Refusal> {
-    // One in the request line and one in the header, or two headers, must both be right: others may read the other.
-    let headers = head.headers.get_all(HOST).iter().map(|host| host.to_str().unwrap_or(""));
-    let mut hosts = head.uri.authority().map(Authority::as_str).into_iter().chain(headers).peekable();
-    if hosts.peek().is_none() {
+    // One in the request line and one in the header must both be right: others may read the other.
+    let header = head.headers.get(HOST).map(|host| host.to_str().unwrap_or(""));
+    let line = head.uri.authority().map(Authority::as_str);
+    if line.is_none() && header.is_none() {
         return check_name("", addresses);
     }
-    hosts.try_for_each(|host| check_name(host, addresses))
+    line.into_iter().chain(header).try_for_each(|host| check_name(host, addresses))
 }
 
 fn check_name(host: &str, addresses: &[IpAddr]) -> Result<(), Refusal> {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) && !is_bare_ip6(name) => name,
-        _ => host,
-    };
-    let name = name.trim_matches(['[', ']']);
+    let name = without_port(host);
+    let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
     if addresses.iter().any(|address| address == name) || !holds(Defence::HostHeader) {
         return Ok(());
@@ -149,8 +151,16 @@ fn check_name(host: &str, addresses: &[IpAddr]) -> Result<(), Refusal> {
     ))
 }
 
-fn is_bare_ip6(name: &str) -> bool {
-    name.contains(':') && !name.ends_with(']')
+/// What is before the port, whatever that says; all of it where Go's `SplitHostPort` would find no port.
+fn without_port(host: &str) -> &str {
+    let split = match host.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').and_then(|(name, port)| Some((name, port.strip_prefix(':')?))),
+        None => host.split_once(':'),
+    };
+    match split {
+        Some((name, port)) if !name.contains(['[', ']']) && !port.contains([':', '[', ']']) => name,
+        _ => host,
+    }
 }
 
 #[cfg(test)]
@@ -165,13 +175,14 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_checks_is_path_method_host_token() {
-        let good = ("host", "169.254.170.23");
+    fn the_order_of_checks_is_hosts_path_method_host_token() {
+        let (good, evil) = (("host", "169.254.170.23"), ("host", "evil"));
         let bad_token = ("authorization", "x");
         let cases = [
-            (head("POST", "/v1/credentials/", &[bad_token]), 404, "404 page not found"),
-            (head("POST", "/v1/credentials", &[bad_token]), 405, "only GET, HEAD here"),
-            (head("GET", "/v1/credentials", &[("host", "evil"), bad_token]), 403, "not evil"),
+            (head("POST", "/v1/credentials/", &[bad_token]), 400, "missing required Host header"),
+            (head("POST", "/v1/credentials/", &[evil, bad_token]), 404, "404 page not found"),
+            (head("POST", "/v1/credentials", &[evil, bad_token]), 405, "only GET, HEAD here"),
+            (head("GET", "/v1/credentials", &[evil, bad_token]), 403, "not evil"),
             (head("GET", "/v1/credentials", &[good, bad_token]), 400, "invalid number of segments"),
         ];
         for (head, status, text) in cases {
@@ -182,38 +193,79 @@ mod tests {
     }
 
     #[test]
-    fn the_host_is_one_of_two_addresses_however_written_by_clients() {
-        let ask = |host| ask(&head("GET", PATH, &[("host", host)]), Timestamp::UNIX_EPOCH).is_ok();
-        for host in
-            ["169.254.170.23", "169.254.170.23:80", "fd00:ec2::23", "[fd00:ec2::23]", "[fd00:ec2::23]:80"]
-        {
-            assert!(ask(host), "{host}");
+    fn the_host_is_one_of_two_addresses_as_the_stock_agent_reads_it() {
+        let status = |host| match ask(&head("GET", PATH, &[("host", host)]), Timestamp::UNIX_EPOCH) {
+            Ok(_) => 200,
+            Err(refusal) => refusal.status.as_u16(),
+        };
+        for host in [
+            "169.254.170.23",
+            "169.254.170.23:80",
+            "169.254.170.23:",
+            "169.254.170.23:http",
+            "[169.254.170.23]",
+            "fd00:ec2::23",
+            "[fd00:ec2::23]",
+            "[fd00:ec2::23]:80",
+        ] {
+            assert_eq!(status(host), 200, "{host}");
         }
-        for host in
-            ["", "169.254.170.23.", "169.254.169.254", "[FD00:EC2::23]", "localhost", "fd00:ec2:0::23"]
-        {
-            assert!(!ask(host), "{host}");
+        for host in [
+            "",
+            "169.254.170.23.",
+            "169.254.169.254",
+            "169.254.170.23:80:80",
+            "[169.254.170.23",
+            "169.254.170.23]:80",
+            "[169.254.170.23]]:80",
+            "[FD00:EC2::23]",
+            "fd00:ec2:0::23",
+            "fd00:ec2::23:80",
+            "localhost",
+        ] {
+            assert_eq!(status(host), 403, "{host}");
+        }
+        for host in ["169.254.170.23 ,evil", "169.254.170.23/", "\u{e9}"] {
+            assert_eq!(status(host), 400, "{host}");
         }
     }
 
     #[test]
     fn every_host_that_a_request_names_must_be_right() {
         let (own, evil) = ("169.254.170.23", "evil");
-        for (line, hosts, is_right) in [
-            (Some(own), &[][..], true),
-            (Some(own), &[own], true),
-            (Some(own), &[evil], false),
-            (Some(evil), &[own], false),
-            (None, &[own, own], true),
-            (None, &[own, evil], false),
-            (None, &[evil, own], false),
-            (None, &[], false),
+        for (line, hosts, status) in [
+            (Some(own), &[own][..], 200),
+            (Some(own), &[evil], 403),
+            (Some(evil), &[own], 403),
+            (Some(own), &[], 400),
+            (None, &[own, own], 400),
+            (None, &[own, evil], 400),
+            (None, &[], 400),
         ] {
             let uri = line.map_or_else(|| PATH.to_owned(), |line| format!("http://{line}{PATH}"));
             let headers: Vec<_> = hosts.iter().map(|host| ("host", *host)).collect();
-            let head = head("GET", &uri, &headers);
-            assert_eq!(ask(&head, Timestamp::UNIX_EPOCH).is_ok(), is_right, "{line:?} {hosts:?}");
+            let mut head = head("GET", &uri, &headers);
+            let answer = |head: &Parts| match ask(head, Timestamp::UNIX_EPOCH) {
+                Ok(_) => 200,
+                Err(refusal) => refusal.status.as_u16(),
+            };
+            assert_eq!(answer(&head), status, "{line:?} {hosts:?}");
+            // HTTP/1.0 need not name one, and is refused for it later.
+            head.version = Version::HTTP_10;
+            let status = match (line, hosts) {
+                (Some(_), []) => 200,
+                (None, []) => 403,
+                _ => status,
+            };
+            assert_eq!(answer(&head), status, "HTTP/1.0 {line:?} {hosts:?}");
         }
+    }
+
+    #[test]
+    fn a_token_that_is_not_text_is_refused_where_that_begins() {
+        let mut head = head("GET", PATH, &[("host", "169.254.170.23")]);
+        head.headers.insert(AUTHORIZATION, HeaderValue::from_bytes(b"e30\xff.e30.").unwrap());
+        assert!(refusal(&head).1.ends_with("illegal base64 data at input byte 3"), "{:?}", refusal(&head));
     }
 
     #[tokio::test]
