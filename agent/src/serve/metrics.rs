@@ -1,6 +1,6 @@
 //! Counts requests.
 //!
-//! Owns the labels, which are closed sets; never a label from outside.
+//! Owns the labels, which are closed sets or name what runs on this node; never a label from a request.
 
 use hyper::StatusCode;
 use prometheus_client::{
@@ -9,12 +9,13 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::dialect::Dialect;
+use crate::{dialect::Dialect, identity::ServiceAccountRef};
 
 /// Counts requests, and connections that get none.
 #[derive(Clone, Debug, Default)]
 pub struct RequestMetrics {
     requests: Family<RequestLabels, Counter>,
+    imds_v1: Family<V1Labels, Counter>,
     /// Connections beyond what a caller may have open.
     pub refused_connections: Counter,
 }
@@ -25,6 +26,13 @@ struct RequestLabels {
     status: u16,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct V1Labels {
+    namespace: String,
+    service_account: String,
+    answer: &'static str,
+}
+
 // === impl RequestMetrics ===
 
 impl RequestMetrics {
@@ -32,6 +40,11 @@ impl RequestMetrics {
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         registry.register("podgate_requests", "Requests answered (unstable)", metrics.requests.clone());
+        registry.register(
+            "podgate_imds_v1_requests",
+            "Requests to IMDS without a session token, by who is to move to IMDSv2 (unstable)",
+            metrics.imds_v1.clone(),
+        );
         registry.register(
             "podgate_refused_connections",
             "Connections beyond what a caller may have open (unstable)",
@@ -44,5 +57,15 @@ impl RequestMetrics {
     pub fn count(&self, dialect: Dialect, status: StatusCode) {
         let labels = RequestLabels { dialect: dialect.label(), status: status.as_u16() };
         self.requests.get_or_create(&labels).inc();
+    }
+
+    /// Counts one use of IMDSv1.
+    pub fn count_v1(&self, whose: &ServiceAccountRef, is_served: bool) {
+        let labels = V1Labels {
+            namespace: whose.namespace.clone(),
+            service_account: whose.name.clone(),
+            answer: if is_served { "served" } else { "refused" },
+        };
+        self.imds_v1.get_or_create(&labels).inc();
     }
 }
