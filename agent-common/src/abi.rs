@@ -19,6 +19,8 @@ pub const ABI_VERSION: u32 = 1;
 /// Directory of all pins below the bpffs mount. Each ABI has one of its own in it, `v1` for version 1: a dot in a bpffs
 /// name is `EPERM`.
 pub const PIN_DIRECTORY: &str = "podgate";
+/// Directory in it of what every ABI shares.
+pub const SHARED_DIRECTORY: &str = "shared";
 
 /// TCP option kind for experiments, RFC 4727.
 pub const TICKET_OPTION_KIND: u8 = 254;
@@ -43,6 +45,10 @@ pub const TICKETS_PER_POD: u32 = 64;
 pub const TICKETS_MAX: u32 = PODS_MAX * TICKETS_PER_POD;
 /// Most pods with a policy, and most with a count of tickets: cgroups outlive their pod for some seconds.
 pub const POLICIES_MAX: u32 = 4_096;
+/// A value of `EXEMPT`: a pod of podgate's.
+pub const EXEMPT_PODGATE: u64 = 0;
+/// A value of `EXEMPT`: a pod of AWS's own agent.
+pub const EXEMPT_STOCK_AGENT: u64 = 1;
 /// Most cgroups that are exempt at a time: pods of podgate and of AWS's own agent, those that were killed included.
 pub const EXEMPT_MAX: u32 = 64;
 /// Most listeners of one generation: an IPv4 and an IPv6 one at podgate's own pair of addresses, and at EKS Pod
@@ -75,13 +81,14 @@ pub mod program {
     pub const BIND6: &str = "bind6";
     /// `cgroup_skb/egress` on kubepods, while it is needed.
     pub const EGRESS: &str = "egress";
-    /// `sk_reuseport` on the agent's listeners.
-    pub const STEER: &str = "steer";
-    /// The programs on kubepods that stay when the agent is gone, in the order in which they are attached.
-    pub const PERMANENT: [&str; 7] = [BIND4, BIND6, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6];
+    /// `sk_lookup` on the host's network.
+    pub const LOOKUP: &str = "lookup";
+    /// The programs that stay when the agent is gone, in the order in which they are attached.
+    pub const PERMANENT: [&str; 8] =
+        [BIND4, BIND6, LOOKUP, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6];
     /// Every program.
     pub const ALL: [&str; 10] =
-        [PASSIVE, BIND4, BIND6, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, EGRESS, STEER];
+        [PASSIVE, BIND4, BIND6, LOOKUP, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, EGRESS];
 }
 
 /// Names of the maps; the kernel keeps 15 characters.
@@ -99,12 +106,15 @@ pub mod map {
     /// Two [`crate::policy::PodPolicy`]: what a pod gets that has none yet, by [`crate::policy::UNKNOWN_IN_POD_NETWORK`]
     /// and [`crate::policy::UNKNOWN_ON_HOST_NETWORK`].
     pub const UNKNOWN_POD: &str = "UNKNOWN_POD";
-    /// Pod cgroup ids that no policy applies to: podgate's own and AWS's own agent. The value says nothing.
+    /// Pod cgroup id to `u64`: pods that no policy applies to, [`super::EXEMPT_PODGATE`] or [`super::EXEMPT_STOCK_AGENT`].
     pub const EXEMPT: &str = "EXEMPT";
-    /// One `u64`: when the agent has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 when it has stopped.
+    /// One `u64`: which generation of the agent is in charge of the node; counts up. The same for every ABI.
+    pub const GENERATION: &str = "GENERATION";
+    /// One `u64`: when it has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 when it has stopped. The same for every
+    /// ABI.
     pub const HEARTBEAT: &str = "HEARTBEAT";
-    /// The listeners of the generation that the map belongs to, in no order.
-    pub const LISTENERS: &str = "LISTENERS";
+    /// Listening sockets: a half for generations with even numbers, and one for those with odd ones.
+    pub const SERVERS: &str = "SERVERS";
     /// [`crate::net::Endpoint`] to `u32`: where nobody but exempt pods may listen. 1 once podgate has made sure that nobody
     /// else did before, else 0.
     pub const GUARDED: &str = "GUARDED";
@@ -164,7 +174,6 @@ const _: () = {
 
     assert!(size_of::<PodPolicy>() == 8 && align_of::<PodPolicy>() == 4);
 
-    assert!(size_of::<Target>() == 56 && align_of::<Target>() == 8);
-    assert!(offset_of!(Target, when_down) == 48);
-    assert!(offset_of!(Target, v4) == 8 && offset_of!(Target, v6) == 28);
+    assert!(size_of::<Target>() == 48 && align_of::<Target>() == 8);
+    assert!(offset_of!(Target, v6) == 20 && offset_of!(Target, when_down) == 40);
 };

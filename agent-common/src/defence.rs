@@ -58,6 +58,8 @@ defences! {
     Guard = "guard",
     /// Nobody else listens where the agent does.
     BindGuard = "bind-guard",
+    /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds.
+    OwnListeners = "own-listeners",
     /// Without an agent dials are refused. Without: left alone.
     RefusalWhenDown = "refusal-when-down",
     /// Pods that are not known yet are treated like the strictest. Without: left alone.

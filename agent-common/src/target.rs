@@ -6,8 +6,6 @@ use crate::net::Endpoint;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Which running agent listens there; counts up with each one.
-    pub generation: u64,
     /// IPv4 address and port, or [`Endpoint::NONE`].
     pub v4: Endpoint,
     /// IPv6 address and port, or [`Endpoint::NONE`]. Never link-local: `connect6` cannot set a scope.

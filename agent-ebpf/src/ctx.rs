@@ -20,9 +20,10 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockOpsContext},
 };
 
+mod lookup;
 mod packet;
 
-pub(crate) use self::packet::Packet;
+pub(crate) use self::{lookup::Lookup, packet::Packet};
 
 /// `IPPROTO_TCP`. MPTCP needs no word of its own: the hooks run for its subflows, which are TCP.
 const IPPROTO_TCP: u32 = 6;

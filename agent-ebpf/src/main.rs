@@ -11,8 +11,8 @@
 #![expect(clippy::inline_always, reason = "structs do not fit BPF's registers, so calls must vanish")]
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, sk_reuseport, sock_ops},
-    programs::{SkBuffContext, SkReuseportContext, SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock_addr, sk_lookup, sock_ops},
+    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext},
 };
 
 use crate::ctx::{Dial, Handshake, Packet};
@@ -28,9 +28,9 @@ mod events;
 mod globals;
 mod limit;
 mod log;
+mod lookup;
 mod maps;
 mod peername;
-mod steer;
 mod storage;
 mod target;
 mod ticket;
@@ -40,9 +40,6 @@ const SOCK_OPS_OK: u32 = 1;
 
 /// The only answer that the verifier allows `getpeername` programs.
 const PEERNAME_OK: i32 = 1;
-
-/// What a `sk_reuseport` program answers: the connection is welcome, at the listener that was selected or at any.
-const SK_PASS: u32 = 1;
 
 /// `cgroup/bind4` on kubepods.
 #[cgroup_sock_addr(bind4)]
@@ -56,11 +53,10 @@ fn bind6(ctx: SockAddrContext) -> i32 {
     bind::bind6(&Dial::new(ctx)).code()
 }
 
-/// `sk_reuseport` on the agent's listeners.
-#[sk_reuseport]
-fn steer(ctx: SkReuseportContext) -> u32 {
-    steer::steer(&ctx);
-    SK_PASS
+/// `sk_lookup` on the host's network.
+#[sk_lookup]
+fn lookup(ctx: SkLookupContext) -> u32 {
+    lookup::lookup(&ctx).code()
 }
 
 /// `cgroup/connect4` on kubepods.

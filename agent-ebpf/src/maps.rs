@@ -11,7 +11,7 @@ use agent_common::{
     target::Target,
 };
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, PerCpuArray, ReusePortSockArray, RingBuf, SkStorage},
+    btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SkStorage, SockMap},
     macros::btf_map,
 };
 
@@ -43,13 +43,17 @@ pub(crate) static UNKNOWN_POD: Array<PodPolicy, 2> = Array::new();
 #[btf_map]
 pub(crate) static EXEMPT: HashMap<u64, u64, { EXEMPT_MAX as usize }> = HashMap::new();
 
+/// Which generation of the agent is in charge.
+#[btf_map]
+pub(crate) static GENERATION: Array<u64, 1> = Array::new();
+
 /// When the agent has last beaten.
 #[btf_map]
 pub(crate) static HEARTBEAT: Array<u64, 1> = Array::new();
 
-/// This generation's listeners. Those that are closed leave by themselves.
+/// The listeners of this generation and of the one before it. Those that are closed leave by themselves.
 #[btf_map]
-pub(crate) static LISTENERS: ReusePortSockArray<{ LISTENERS_MAX as usize }> = ReusePortSockArray::new();
+pub(crate) static SERVERS: SockMap<{ 2 * LISTENERS_MAX as usize }> = SockMap::new();
 
 /// Where nobody but exempt pods may listen, written by the agent before it listens there.
 #[btf_map]

@@ -6,7 +6,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr, TcpListener as StdListener},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     pin::pin,
     sync::Arc,
     time::Duration,
@@ -37,22 +37,20 @@ pub struct Accepted {
     pub peer: IpAddr,
 }
 
-/// Makes sure that nobody listens at an address.
-///
-/// # Errors
-/// When somebody does, or the address cannot be bound at all.
-pub fn check_free(address: SocketAddr) -> io::Result<()> {
-    let socket = socket(address)?;
-    Ok(rustix::net::bind(&socket, &address)?)
-}
-
 /// Makes a listener whose accepted sockets can carry an origin, beside those that other agents may have there.
 ///
 /// # Errors
 /// When the address cannot be bound, or the kernel refuses an option that identity depends on.
 pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
-    let socket = socket(address)?;
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    // Plain TCP: an MPTCP listener has no saved SYN.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
     sockopt::set_socket_reuseport(&socket, true)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
     rustix::net::bind(&socket, &address)?;
     // The ticket is looked for in the SYN; without it every caller would be anonymous.
     set_tcp_option(socket.as_fd(), libc::TCP_SAVE_SYN, 1)?;
@@ -61,18 +59,6 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     // ticket.
     set_tcp_option(socket.as_fd(), libc::TCP_FASTOPEN, 0)?;
     Ok(StdListener::from(socket))
-}
-
-fn socket(address: SocketAddr) -> io::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    // Plain TCP: an MPTCP listener has no saved SYN.
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    if address.is_ipv6() {
-        sockopt::set_ipv6_v6only(&socket, true)?;
-    }
-    Ok(socket)
 }
 
 /// Accepts until `drain` begins, and hands each connection to `serve`: at the end those too whose handshake is under way

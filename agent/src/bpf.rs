@@ -1,4 +1,4 @@
-//! What `bpf(2)` does that aya does not: links of cgroup programs that are pinned, found again and given another program.
+//! What `bpf(2)` does that aya does not: links that are pinned, found again and given another program.
 //!
 //! Owns the system calls; never decides which link is whose.
 #![expect(unsafe_code, reason = "bpf(2) is no safe function")]
@@ -15,9 +15,9 @@ use std::{
 
 use aya_obj::generated::{bpf_attach_type, bpf_cmd};
 
-/// A link of a cgroup program, in the kernel as long as it is open or pinned.
+/// A link of a program to a cgroup or a network namespace, in the kernel as long as it is open or pinned.
 #[derive(Debug)]
-pub(crate) struct CgroupLink(OwnedFd);
+pub(crate) struct Link(OwnedFd);
 
 /// `link_create` of `union bpf_attr`.
 #[repr(C)]
@@ -53,7 +53,7 @@ struct Info {
     info: u64,
 }
 
-/// The beginning of `struct bpf_link_info`, of a cgroup link.
+/// The beginning of `struct bpf_link_info`, of a link to a cgroup or a network namespace.
 #[repr(C)]
 #[derive(Default)]
 struct LinkInfo {
@@ -61,26 +61,28 @@ struct LinkInfo {
     id: u32,
     prog_id: u32,
     _pad: u32,
-    cgroup_id: u64,
-    attach_type: u32,
-    _end: u32,
+    /// The cgroup's id; or the namespace's inode in the lower half, and the type of attachment in the other.
+    target: u64,
+    _end: u64,
 }
 
 /// `BPF_LINK_TYPE_CGROUP`.
 const CGROUP: u32 = 3;
+/// `BPF_LINK_TYPE_NETNS`.
+const NETNS: u32 = 5;
 
-// === impl CgroupLink ===
+// === impl Link ===
 
-impl CgroupLink {
-    /// Attaches a program to a cgroup, beside those that others have attached.
+impl Link {
+    /// Attaches a program to a cgroup or a network namespace, beside those that others have attached.
     pub(crate) fn create(
         program: BorrowedFd<'_>,
-        cgroup: impl AsFd,
+        target: impl AsFd,
         attach_type: bpf_attach_type,
     ) -> io::Result<Self> {
         let mut attr = LinkCreate {
             prog_fd: raw(program),
-            target_fd: raw(cgroup.as_fd()),
+            target_fd: raw(target.as_fd()),
             attach_type: attach_type as u32,
             flags: 0,
         };
@@ -111,12 +113,8 @@ impl CgroupLink {
 
     /// Puts another program in the place of the link's, at once: there is no moment in which none runs.
     pub(crate) fn replace(&self, program: BorrowedFd<'_>) -> io::Result<()> {
-        let mut attr = LinkUpdate {
-            link_fd: raw(self.0.as_fd()),
-            new_prog_fd: raw(program),
-            flags: 0,
-            old_prog_fd: 0,
-        };
+        let mut attr =
+            LinkUpdate { link_fd: raw(self.0.as_fd()), new_prog_fd: raw(program), flags: 0, old_prog_fd: 0 };
         // SAFETY: this command takes such a record.
         unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop) }
     }
@@ -128,8 +126,8 @@ impl CgroupLink {
         unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut link_fd).map(drop) }
     }
 
-    /// The cgroup that it is attached to; 0 when that is gone.
-    pub(crate) fn cgroup_id(&self) -> io::Result<u64> {
+    /// What it is attached to: a cgroup's id, or a network namespace's inode; 0 when that is gone.
+    pub(crate) fn target(&self) -> io::Result<u64> {
         let mut info = LinkInfo::default();
         let mut attr = Info {
             bpf_fd: raw(self.0.as_fd()),
@@ -138,10 +136,11 @@ impl CgroupLink {
         };
         // SAFETY: this command takes such a record; the kernel writes no more than `info_len` bytes.
         unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)? };
-        if info.link_type != CGROUP {
-            return Err(io::Error::other("it is no link to a cgroup"));
+        match info.link_type {
+            CGROUP => Ok(info.target),
+            NETNS => Ok(info.target & u64::from(u32::MAX)),
+            _ => Err(io::Error::other("it is a link of another kind")),
         }
-        Ok(info.cgroup_id)
     }
 }
 

@@ -7,15 +7,15 @@
 //! generation says whose word counts.
 
 use std::{
-    collections::HashMap,
-    fmt, io,
+    collections::{HashMap, HashSet},
+    fmt,
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use agent_common::{
-    abi::{LISTENERS_MAX, program},
+    abi::{EXEMPT_PODGATE, EXEMPT_STOCK_AGENT, program},
     counter::Counter,
     net::Endpoint,
     policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
@@ -38,8 +38,10 @@ pub use self::{
     log::DebugLog,
     origins::{OriginLookup, SocketOrigins},
 };
-use self::{links::Cgroups, object::Object, pins::Pins};
-use crate::bpf::CgroupLink;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) use self::events::decode;
+use self::{links::Hooks, object::Object, pins::{Lock, Pins}};
+use crate::bpf::Link;
 
 /// What the programs need to know for as long as they live.
 #[derive(Debug)]
@@ -72,16 +74,14 @@ pub struct TicketKey([u64; 2]);
 /// The loaded programs and their maps.
 pub struct Interceptor {
     object: Object,
-    cgroups: Cgroups,
+    hooks: Hooks,
     pins: Pins,
     /// Which generation this agent was when it last took over; 0 before that.
     generation: u64,
     wanted: Wanted,
     guard: bool,
     audit_paths: bool,
-    /// Whether the program on outgoing packets is attached, as far as this agent has seen to it.
-    egress: bool,
-    _passive: CgroupLink,
+    _passive: Link,
 }
 
 /// What is to be in the maps as soon as this agent is in charge, and as long as it is.
@@ -90,6 +90,8 @@ struct Wanted {
     policies: HashMap<u64, PodPolicy>,
     unknown_in_pod_network: Option<PodPolicy>,
     unknown_on_host_network: Option<PodPolicy>,
+    /// Pods of AWS's own agent.
+    stock_agents: HashSet<u64>,
 }
 
 /// Whose word counts on this node.
@@ -97,7 +99,9 @@ struct Wanted {
 pub enum Standing {
     /// This agent's.
     InCharge,
-    /// That of another, which took over and has not beaten for so long.
+    /// Nobody's: `podgate detach` has removed the programs.
+    Detached,
+    /// That of another, which took over and has not beaten for so long; or nobody's.
     Succeeded {
         /// Since its last beat; for ever, if it has stopped.
         silent: Duration,
@@ -136,72 +140,64 @@ impl Interceptor {
     /// Loads the programs into the kernel, with the maps that an agent before this has left, and attaches the one that
     /// redeems tickets to the agent's own cgroup. Nothing changes for pods before [`take_over`](Self::take_over).
     pub fn load(settings: &Settings) -> Result<Self, Error> {
-        let cgroups = Cgroups::open(&settings.kubepods, &settings.agent_cgroup)?;
+        let hooks = Hooks::open(&settings.kubepods, &settings.agent_cgroup)?;
         let pins = Pins::open(&settings.bpffs)?;
-        let _alone = pins.lock()?;
-        let object = Object::load(settings, &pins.maps())?;
-        let passive = cgroups.attach_passive(&object)?;
+        let object = Object::load(settings, &pins)?;
+        let passive = hooks.attach_passive(&object)?;
         Ok(Self {
             object,
-            cgroups,
+            hooks,
             pins,
             generation: 0,
             wanted: Wanted::default(),
             guard: settings.guard,
             audit_paths: settings.audit_paths,
-            egress: false,
             _passive: passive,
         })
     }
 
-    /// Applies no policy to a pod from now on, whoever is in charge: its dials are left alone, and it may listen where
-    /// the agent does.
+    /// Applies no policy to a pod of podgate's from now on, whoever is in charge: its dials are left alone, and it may
+    /// listen where the agent does.
     pub fn exempt(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
-        self.object.exempt(pod_cgroup_id)
+        self.object.exempt(pod_cgroup_id, EXEMPT_PODGATE)
     }
 
-    /// Applies policies to it again.
-    pub fn unexempt(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
-        self.object.unexempt(pod_cgroup_id)
-    }
-
-    /// The pods that no policy applies to, those of former agents included.
-    pub fn exempted(&self) -> Result<Vec<u64>, Error> {
-        self.object.exempted()
-    }
-
-    /// Keeps pods from listening at `address` from now on, and calls `listen` to do it, with whether somebody else may
-    /// listen there already: then it has to make sure that nobody does. No other agent does the same meanwhile.
-    pub fn claim<L>(
-        &mut self,
-        address: SocketAddr,
-        listen: impl FnOnce(bool) -> io::Result<L>,
-    ) -> Result<io::Result<L>, Error> {
-        let _alone = self.pins.lock()?;
-        let endpoint = Endpoint::new(address.ip(), address.port());
-        let mut guarded = self.object.guarded(&endpoint)?;
-        if guarded.is_none() {
-            self.object.guard(endpoint, false)?;
+    /// The same for a pod of AWS's own agent; or no more.
+    pub fn set_stock_agent(&mut self, pod_cgroup_id: u64, is_one: bool) -> Result<(), Error> {
+        if is_one {
+            self.wanted.stock_agents.insert(pod_cgroup_id);
+            self.object.exempt(pod_cgroup_id, EXEMPT_STOCK_AGENT)
+        } else {
+            self.wanted.stock_agents.remove(&pod_cgroup_id);
+            self.object.unexempt(pod_cgroup_id)
         }
-        for name in [program::BIND4, program::BIND6] {
-            if !self.cgroups.is_attached(&self.pins, name) {
-                self.cgroups.attach(&self.object, &self.pins, name)?;
-                guarded = None;
+    }
+
+    /// Applies policies to those again whose cgroup is gone.
+    pub fn forget_exempt(&mut self, is_gone: impl Fn(u64) -> bool) -> Result<(), Error> {
+        for (pod, _) in self.object.exempted()? {
+            if is_gone(pod) {
+                self.object.unexempt(pod)?;
             }
         }
-        let listened = listen(guarded != Some(true));
-        if listened.is_ok() {
-            self.object.guard(endpoint, true)?;
+        Ok(())
+    }
+
+    /// Keeps others from listening at an address, and from what is dialled there, from now on.
+    pub fn guard(&mut self, address: SocketAddr) -> Result<(), Error> {
+        let _alone = self.pins.lock()?;
+        self.object.guard(Endpoint::new(address.ip(), address.port()))?;
+        for name in [program::BIND4, program::BIND6] {
+            if !self.hooks.is_attached(&self.pins, name) {
+                self.hooks.attach(&self.object, &self.pins, name)?;
+            }
         }
-        Ok(listened)
+        Ok(())
     }
 
     /// Guards no other address than these any more, if this agent is in charge.
     pub fn guard_only(&mut self, addresses: &[SocketAddr]) -> Result<(), Error> {
-        let _alone = self.pins.lock()?;
-        if !self.is_in_charge()? {
-            return Ok(());
-        }
+        let Some(_alone) = self.charge()? else { return Ok(()) };
         let kept = |endpoint: &Endpoint| {
             addresses.iter().any(|kept| Endpoint::new(kept.ip(), kept.port()).same(endpoint))
         };
@@ -214,58 +210,58 @@ impl Interceptor {
     }
 
     /// Takes charge of this node, from nobody or from another agent: its programs are replaced by this agent's, its
-    /// policies by those that were set here, and dials are sent to `target`.
+    /// policies by those that were set here, and dials are sent to `target`, and there to these listeners, at most
+    /// [`agent_common::abi::LISTENERS_MAX`].
     ///
-    /// Repeated when charge was lost and is wanted back. The target's generation is chosen here.
-    pub fn take_over(&mut self, target: Target) -> Result<(), Error> {
+    /// Repeated when charge was lost and is wanted back. When it fails, charge is nobody's, and it is to be repeated.
+    pub fn take_over(&mut self, target: Target, listeners: &[&TcpListener]) -> Result<(), Error> {
         let _alone = self.pins.lock()?;
-        self.generation = self.object.target()?.generation + 1;
-        self.object.set_target(Target { generation: self.generation, ..target })?;
+        self.generation = 0;
+        let generation = self.object.generation()? + 1;
+        self.object.set_servers(generation, listeners)?;
+        self.object.set_target(target)?;
+        self.object.set_generation(generation)?;
         self.object.set_heartbeat(now()?)?;
         self.reconcile()?;
         for name in program::PERMANENT {
-            self.cgroups.attach(&self.object, &self.pins, name)?;
+            self.hooks.attach(&self.object, &self.pins, name)?;
         }
         self.set_egress(self.needs_egress())?;
-        self.pins.remove_others()
+        self.pins.remove_others()?;
+        self.generation = generation;
+        Ok(())
     }
 
-    /// Makes new connections to this agent's listeners, at most [`LISTENERS_MAX`], come to them, and not to those of
-    /// another that listens there. They are given in the same order each time.
-    pub fn steer(&mut self, listeners: &[&TcpListener]) -> Result<(), Error> {
-        for (slot, &listener) in (0..LISTENERS_MAX).zip(listeners) {
-            self.object.steer(slot, listener)?;
-            let steering = self.object.steering()?;
-            steering.attach(listener).map_err(|source| Error::Steer { source: source.into() })?;
-        }
-        Ok(())
+    /// Makes these the listeners that new connections come to, if this agent is in charge.
+    pub fn set_listeners(&mut self, listeners: &[&TcpListener]) -> Result<(), Error> {
+        let Some(_alone) = self.charge()? else { return Ok(()) };
+        self.object.set_servers(self.generation, listeners)
     }
 
     /// Says that this agent is alive, if it is in charge: otherwise whoever is has to. Due several times in
     /// [`HEARTBEAT_LIMIT_NS`](agent_common::target::HEARTBEAT_LIMIT_NS).
     pub fn beat(&mut self) -> Result<Standing, Error> {
         let now = now()?;
-        if self.is_in_charge()? {
-            self.object.set_heartbeat(now)?;
-            return Ok(Standing::InCharge);
+        if !self.is_in_charge()? {
+            let silent = Duration::from_nanos(now.saturating_sub(self.object.heartbeat()?));
+            return Ok(Standing::Succeeded { silent });
         }
-        Ok(Standing::Succeeded { silent: Duration::from_nanos(now.saturating_sub(self.object.heartbeat()?)) })
+        self.object.set_heartbeat(now)?;
+        let is_attached = self.hooks.is_attached(&self.pins, program::CONNECT4);
+        Ok(if is_attached { Standing::InCharge } else { Standing::Detached })
     }
 
     /// Says that this agent serves no more: dials are refused at once, until another takes over. Nothing happens when
     /// another has.
     pub fn stop(&mut self) -> Result<(), Error> {
-        if self.is_in_charge()? { self.object.set_heartbeat(0) } else { Ok(()) }
+        let Some(_alone) = self.charge()? else { return Ok(()) };
+        self.object.set_heartbeat(0)
     }
 
     /// Sends intercepted dials to `target` from now on, if this agent is in charge.
     pub fn set_target(&mut self, target: Target) -> Result<(), Error> {
-        // Whoever took over meanwhile would otherwise lose charge again.
-        let _alone = self.pins.lock()?;
-        if !self.is_in_charge()? {
-            return Ok(());
-        }
-        self.object.set_target(Target { generation: self.generation, ..target })
+        let Some(_alone) = self.charge()? else { return Ok(()) };
+        self.object.set_target(target)
     }
 
     /// What pods get that have no policy of their own yet: those that dial through a socket in a pod's network, and
@@ -277,9 +273,7 @@ impl Interceptor {
     ) -> Result<(), Error> {
         self.wanted.unknown_in_pod_network = Some(in_pod_network);
         self.wanted.unknown_on_host_network = Some(on_host_network);
-        if !self.is_in_charge()? {
-            return Ok(());
-        }
+        let Some(_alone) = self.charge()? else { return Ok(()) };
         self.apply_unknown_pods()?;
         self.attach_egress_where_needed()
     }
@@ -287,9 +281,7 @@ impl Interceptor {
     /// Gives `policy` to the pod with this cgroup, from its next dial on.
     pub fn set_policy(&mut self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), Error> {
         self.wanted.policies.insert(pod_cgroup_id, policy);
-        if !self.is_in_charge()? {
-            return Ok(());
-        }
+        let Some(_alone) = self.charge()? else { return Ok(()) };
         self.object.set_policy(pod_cgroup_id, policy)?;
         self.attach_egress_where_needed()
     }
@@ -297,9 +289,11 @@ impl Interceptor {
     /// Forgets the pod with this cgroup, which is gone. One that is not known is fine.
     pub fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
         self.wanted.policies.remove(&pod_cgroup_id);
+        self.wanted.stock_agents.remove(&pod_cgroup_id);
+        let Some(_alone) = self.charge()? else { return Ok(()) };
         self.object.remove_policy(pod_cgroup_id)?;
         self.object.unexempt(pod_cgroup_id)?;
-        if self.is_in_charge()? { self.attach_egress_where_needed() } else { Ok(()) }
+        self.attach_egress_where_needed()
     }
 
     /// The key of IMDS tokens, the same for every agent on this node since it was started.
@@ -315,7 +309,16 @@ impl Interceptor {
 
     /// Another may take over at any time: the kernel knows best.
     fn is_in_charge(&self) -> Result<bool, Error> {
-        Ok(self.generation != 0 && self.object.target()?.generation == self.generation)
+        Ok(self.generation != 0 && self.object.generation()? == self.generation)
+    }
+
+    /// If this agent is in charge, sees to it that it stays so as long as the lock is held.
+    fn charge(&self) -> Result<Option<Lock>, Error> {
+        if !self.is_in_charge()? {
+            return Ok(None);
+        }
+        let lock = self.pins.lock()?;
+        Ok(self.is_in_charge()?.then_some(lock))
     }
 
     /// Makes the maps what this agent wants in them.
@@ -327,6 +330,11 @@ impl Interceptor {
         for pod in self.object.policies()? {
             if !self.wanted.policies.contains_key(&pod) {
                 self.object.remove_policy(pod)?;
+            }
+        }
+        for (pod, why) in self.object.exempted()? {
+            if why == EXEMPT_STOCK_AGENT && !self.wanted.stock_agents.contains(&pod) {
+                self.object.unexempt(pod)?;
             }
         }
         Ok(())
@@ -345,9 +353,12 @@ impl Interceptor {
         Ok(())
     }
 
-    fn attach_egress_where_needed(&mut self) -> Result<(), Error> {
+    fn attach_egress_where_needed(&self) -> Result<(), Error> {
         let is_needed = self.needs_egress();
-        if is_needed == self.egress { Ok(()) } else { self.set_egress(is_needed) }
+        if is_needed == self.hooks.is_attached(&self.pins, program::EGRESS) {
+            return Ok(());
+        }
+        self.set_egress(is_needed)
     }
 
     /// Having a program on outgoing packets costs every packet of every pod some 100 ns, so it is there only while some
@@ -360,14 +371,12 @@ impl Interceptor {
         })
     }
 
-    fn set_egress(&mut self, is_needed: bool) -> Result<(), Error> {
+    fn set_egress(&self, is_needed: bool) -> Result<(), Error> {
         if is_needed {
-            self.cgroups.attach(&self.object, &self.pins, program::EGRESS)?;
+            self.hooks.attach(&self.object, &self.pins, program::EGRESS)
         } else {
-            self.cgroups.detach(&self.pins, program::EGRESS)?;
+            self.hooks.detach(&self.pins, program::EGRESS)
         }
-        self.egress = is_needed;
-        Ok(())
     }
 
     /// The origins of accepted sockets. Works on its own, also after the programs are gone.
@@ -407,7 +416,7 @@ impl fmt::Debug for Interceptor {
     /// Leaves the object out: the ticket key is in it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Interceptor")
-            .field("cgroups", &self.cgroups)
+            .field("hooks", &self.hooks)
             .field("generation", &self.generation)
             .finish_non_exhaustive()
     }
@@ -432,6 +441,8 @@ fn now() -> Result<u64, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use agent_common::abi::TICKET_LIFE;
 
     use super::*;

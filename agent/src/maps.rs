@@ -96,14 +96,6 @@ pub enum Error {
         /// What the kernel says.
         source: io::Error,
     },
-    /// An entry cannot be read.
-    #[error("cannot read an entry of the map {map}: {source}")]
-    Value {
-        /// Name of the map.
-        map: String,
-        /// What the kernel says.
-        source: io::Error,
-    },
     /// What was read cannot be printed.
     #[error("cannot print: {0}")]
     Output(#[from] io::Error),
@@ -138,4 +130,16 @@ pub fn show(bpffs: &Path, name: &str, format: Format, out: impl io::Write) -> Re
 /// map without any, and fails.
 pub fn dump(bpffs: &Path, name: &str, format: Format, out: impl io::Write) -> Result<(), Error> {
     print::dump(&Directory::open(bpffs)?.map(name)?, format, out)
+}
+
+/// Prints a value by type information that comes with it.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn print_value(types: &[u8], number: u32, data: &[u8], out: impl io::Write) -> io::Result<()> {
+    let Some(types) = btf::Btf::parse(types) else { return Ok(()) };
+    let mut secret = vec![false; data.len()];
+    value::mark(&types, number, &["ticket"], &mut secret);
+    let mut json = json::Json::new(out, false);
+    let bytes = value::Bytes { data, secret: &secret };
+    let printed = value::Printer { btf: &types, json: &mut json, plain: false }.print(number, bytes);
+    printed.or_else(value::Stop::io)
 }

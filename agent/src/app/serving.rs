@@ -148,9 +148,13 @@ impl<'a> Serving<'a> {
         let mut beats = interval(BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            // Charge is not left for one failure: what pods get without a heartbeat is a refusal.
-            if let Err(error) = self.beat().await {
-                error!(%error, "cannot tell the kernel that this agent is alive; its pods are refused after 2 s");
+            match self.beat().await {
+                Err(Error::Detached) => return Err(Error::Detached),
+                // Charge is not left for one failure: what pods get without a heartbeat is a refusal.
+                Err(error) => {
+                    error!(%error, "cannot tell the kernel that this agent is alive; pods are refused after 2 s");
+                }
+                Ok(()) => {}
             }
             if let Err(error) = self.follow_stock_agent(tasks).await {
                 error!(%error, "cannot send pods where they are to be sent; trying again");
@@ -168,6 +172,7 @@ impl<'a> Serving<'a> {
         let standing = self.interceptor().beat()?;
         match standing {
             Standing::InCharge => {}
+            Standing::Detached => return Err(Error::Detached),
             Standing::Succeeded { silent } if silent >= TAKE_BACK_AFTER => {
                 warn!(?silent, "the podgate that took over is silent: taking charge again");
                 self.take_charge().await?;
@@ -185,8 +190,7 @@ impl<'a> Serving<'a> {
         let target = self.target();
         self.add_addresses(self.place()).await?;
         let mut interceptor = self.interceptor();
-        interceptor.take_over(target)?;
-        interceptor.steer(&self.listeners())?;
+        interceptor.take_over(target, &self.listeners())?;
         drop(interceptor);
         self.in_force = Some(target);
         self.in_charge.send_replace(true);
@@ -215,6 +219,8 @@ impl<'a> Serving<'a> {
         info!("AWS's own agent is on the node: EKS Pod Identity's addresses are left to it");
         // Connections that are under way are finished.
         self.pod_identity = None;
+        let own: Vec<_> = self.own.iter().flat_map(Place::addresses).collect();
+        self.interceptor().guard_only(&own)?;
         self.tidy_later();
         Ok(())
     }
@@ -231,7 +237,7 @@ impl<'a> Serving<'a> {
                 return Ok(());
             }
         }
-        self.interceptor().steer(&self.listeners())?;
+        self.interceptor().set_listeners(&self.listeners())?;
         info!("AWS's own agent is not on the node: podgate has EKS Pod Identity's addresses");
         Ok(())
     }
@@ -253,11 +259,11 @@ impl<'a> Serving<'a> {
         self.target_at(self.place())
     }
 
-    /// The target as the programs read it; its generation is chosen when it comes into force.
+    /// The target as the programs read it.
     fn target_at(&self, place: Option<&Place>) -> Target {
         let (v4, v6) = place.map_or((Endpoint::NONE, Endpoint::NONE), Place::endpoints);
         let when_down = if self.stock_agent.answers() { WHEN_DOWN_PASS } else { WHEN_DOWN_DENY };
-        Target { generation: 0, v4, v6, when_down }
+        Target { v4, v6, when_down }
     }
 
     fn put_in_force(&mut self, target: Target) -> Result<(), Error> {

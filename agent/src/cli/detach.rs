@@ -3,12 +3,16 @@
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use serde::Serialize;
 
 use super::fail;
 use crate::{config, intercept, link};
+
+/// Some of a running agent's beats.
+const BEATS: Duration = Duration::from_millis(750);
 
 /// What to remove, and from where.
 #[derive(Debug, clap::Args)]
@@ -62,6 +66,10 @@ async fn detach(args: &Args) -> Result<(), String> {
     for pin in &found.pins {
         problems.extend(intercept::unpin(pin).err().map(|error| error.to_string()));
     }
+    // An agent that runs notices with its next beat, and ends: until then it would restore its rules.
+    if !found.pins.is_empty() {
+        tokio::time::sleep(BEATS).await;
+    }
     problems.extend(link::remove(&args.link).await.err().map(|error| error.to_string()));
     if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }
 }
@@ -79,7 +87,8 @@ impl Found {
         let verb = if dry_run { "would remove" } else { "removing" };
         let pins = self.pins.iter().map(|pin| format!("{verb} {}\n", pin.display()));
         let rules = self.rules.iter().map(|rule| format!("{verb} the rule {rule}\n"));
-        let link = self.link.iter().map(|link| format!("{verb} the network link {link} with its addresses\n"));
+        let link =
+            self.link.iter().map(|link| format!("{verb} the network link {link} with its addresses\n"));
         let lines: String = pins.chain(rules).chain(link).collect();
         if lines.is_empty() { "nothing of podgate's is on this node\n".to_owned() } else { lines }
     }

@@ -52,25 +52,25 @@ pub enum Error {
     },
     /// A program cannot be attached.
     #[error(
-        "attaching the eBPF program {program} to the cgroup {}: {source}; it must be on a cgroup2 mount, and no other \
-         program may be attached there or above exclusively (`bpftool cgroup tree` shows them)",
-        cgroup.display()
+        "attaching the eBPF program {program} to {}: {source}; a cgroup must be on a cgroup2 mount, and no other program \
+         may be attached there or above exclusively (`bpftool cgroup tree` shows them)",
+        to.display()
     )]
     Attach {
         /// Name of the program.
         program: &'static str,
-        /// The cgroup's directory.
-        cgroup: PathBuf,
+        /// The cgroup, or the host's network.
+        to: PathBuf,
         /// The kernel's error.
         source: io::Error,
     },
     /// A program cannot be detached.
-    #[error("detaching the eBPF program {program} from the cgroup {}: {source}", cgroup.display())]
+    #[error("detaching the eBPF program {program} from {}: {source}", from.display())]
     Detach {
         /// Name of the program.
         program: &'static str,
         /// The cgroup's directory.
-        cgroup: PathBuf,
+        from: PathBuf,
         /// The kernel's error.
         source: io::Error,
     },
@@ -97,12 +97,6 @@ pub enum Error {
     Shape {
         /// The pin.
         path: PathBuf,
-    },
-    /// The program that steers new connections cannot be attached.
-    #[error("steering new connections to this agent's listeners: {}", chain(source.as_ref()))]
-    Steer {
-        /// What aya says.
-        source: Box<dyn StdError + Send + Sync>,
     },
     /// The clock cannot be read.
     #[error("BUG: CLOCK_MONOTONIC is out of range")]

@@ -54,7 +54,7 @@ impl fmt::Debug for Events {
 
 /// The record, if it is one and of a kind that this agent knows.
 #[expect(unsafe_code, reason = "the record comes as bytes")]
-fn decode(record: &[u8]) -> Option<(Counter, Event)> {
+pub(crate) fn decode(record: &[u8]) -> Option<(Counter, Event)> {
     if record.len() != size_of::<Event>() {
         return None;
     }

@@ -1,6 +1,7 @@
-//! Attaching the programs to the cgroups, and putting new ones in the place of an earlier agent's.
+//! Attaching the programs, to the cgroups and to the host's network, and putting new ones in the place of an earlier
+//! agent's.
 //!
-//! Owns the cgroups' file descriptors and the pinned links; never touches a map.
+//! Owns what they are attached to, held open, and the pinned links; never touches a map.
 
 use std::{
     fs::{self, File},
@@ -17,70 +18,92 @@ use super::{
     object::Object,
     pins::{self, Pins},
 };
-use crate::bpf::CgroupLink;
+use crate::bpf::Link;
 
-/// The cgroups that programs are attached to, held open.
+/// The host's network, as the thread that opens it sees it: the agent's.
+const HOST_NETWORK: &str = "/proc/thread-self/ns/net";
+
+/// What programs are attached to, held open.
 #[derive(Debug)]
-pub(super) struct Cgroups {
-    kubepods: Cgroup,
-    agent: Cgroup,
+pub(super) struct Hooks {
+    kubepods: Hook,
+    agent: Hook,
+    network: Hook,
 }
 
+/// A cgroup, or a network namespace.
 #[derive(Debug)]
-struct Cgroup {
+struct Hook {
     path: PathBuf,
-    directory: File,
+    file: File,
+    /// The cgroup's id or the namespace's inode.
     id: u64,
 }
 
-// === impl Cgroups ===
+// === impl Hooks ===
 
-impl Cgroups {
-    /// Opens both directories.
+impl Hooks {
+    /// Opens both cgroups and the network.
     pub(super) fn open(kubepods: &Path, agent: &Path) -> Result<Self, Error> {
-        Ok(Self { kubepods: Cgroup::open(kubepods)?, agent: Cgroup::open(agent)? })
+        let network = Hook::open(Path::new(HOST_NETWORK))?;
+        Ok(Self { kubepods: Hook::open(kubepods)?, agent: Hook::open(agent)?, network })
     }
 
     /// Attaches the program that redeems tickets to the agent's own cgroup, as long as the link lives.
-    pub(super) fn attach_passive(&self, object: &Object) -> Result<CgroupLink, Error> {
+    pub(super) fn attach_passive(&self, object: &Object) -> Result<Link, Error> {
         let name = program::PASSIVE;
         let program = object.program(name)?;
-        CgroupLink::create(program, &self.agent.directory, attach_type(name))
+        Link::create(program, &self.agent.file, attach_type(name))
             .map_err(cannot_attach(name, &self.agent))
     }
 
-    /// Attaches a program to kubepods for good, or puts it in the place of the one that an agent before has left: at
-    /// once, there is no moment in which neither runs.
+    /// Attaches a program for good, or puts it in the place of the one that an agent before has left: at once, there is
+    /// no moment in which neither runs.
     pub(super) fn attach(&self, object: &Object, pins: &Pins, name: &'static str) -> Result<(), Error> {
         let program = object.program(name)?;
-        self.put(program, &pins.links(), name).map_err(cannot_attach(name, &self.kubepods))
+        let hook = self.of(name);
+        hook.put(program, &pins.links(), name).map_err(cannot_attach(name, hook))
     }
 
-    /// Whether a program of this ABI is attached to kubepods.
+    /// Whether a program of this ABI is attached.
     pub(super) fn is_attached(&self, pins: &Pins, name: &str) -> bool {
-        let id = CgroupLink::open(&pins.links().join(name)).and_then(|link| link.cgroup_id());
-        id.is_ok_and(|id| id == self.kubepods.id)
+        let id = Link::open(&pins.links().join(name)).and_then(|link| link.target());
+        id.is_ok_and(|id| id == self.of(name).id)
     }
 
-    /// Detaches a program from kubepods, if it is attached.
+    /// Detaches a program, if it is attached.
     pub(super) fn detach(&self, pins: &Pins, name: &'static str) -> Result<(), Error> {
-        pins::remove(&pins.links().join(name)).map_err(|source| Error::Detach {
-            program: name,
-            cgroup: self.kubepods.path.clone(),
-            source,
-        })
+        let removed = pins::remove(&pins.links().join(name));
+        removed.map_err(|source| Error::Detach { program: name, from: self.of(name).path.clone(), source })
+    }
+
+    fn of(&self, name: &str) -> &Hook {
+        if name == program::LOOKUP { &self.network } else { &self.kubepods }
+    }
+}
+
+// === impl Hook ===
+
+impl Hook {
+    fn open(path: &Path) -> Result<Self, Error> {
+        let open = || {
+            let file = File::open(path)?;
+            let id = file.metadata()?.ino();
+            Ok(Self { path: path.to_owned(), file, id })
+        };
+        open().map_err(|source| Error::Cgroup { path: path.to_owned(), source })
     }
 
     fn put(&self, program: BorrowedFd<'_>, links: &Path, name: &str) -> io::Result<()> {
         let path = links.join(name);
-        match CgroupLink::open(&path) {
-            Ok(link) if link.cgroup_id()? == self.kubepods.id => return link.replace(program),
+        match Link::open(&path) {
+            Ok(link) if link.target()? == self.id => return link.replace(program),
             // Of a kubepods that is gone and was made anew.
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        let link = CgroupLink::create(program, &self.kubepods.directory, attach_type(name))?;
+        let link = Link::create(program, &self.file, attach_type(name))?;
         // By way of another name, because a pin cannot take the place of one.
         let next = links.join(format!("{name}-next"));
         match fs::remove_file(&next) {
@@ -89,19 +112,6 @@ impl Cgroups {
         }
         link.pin(&next)?;
         fs::rename(next, path)
-    }
-}
-
-// === impl Cgroup ===
-
-impl Cgroup {
-    fn open(path: &Path) -> Result<Self, Error> {
-        let open = || {
-            let directory = File::open(path)?;
-            let id = directory.metadata()?.ino();
-            Ok(Self { path: path.to_owned(), directory, id })
-        };
-        open().map_err(|source| Error::Cgroup { path: path.to_owned(), source })
     }
 }
 
@@ -114,10 +124,11 @@ fn attach_type(program: &str) -> bpf_attach_type {
         program::GETPEERNAME4 => bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
         program::GETPEERNAME6 => bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
         program::EGRESS => bpf_attach_type::BPF_CGROUP_INET_EGRESS,
+        program::LOOKUP => bpf_attach_type::BPF_SK_LOOKUP,
         _ => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
     }
 }
 
-fn cannot_attach(program: &'static str, cgroup: &Cgroup) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Attach { program, cgroup: cgroup.path.clone(), source }
+fn cannot_attach(program: &'static str, to: &Hook) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Attach { program, to: to.path.clone(), source }
 }

@@ -4,12 +4,13 @@
 
 use std::{
     fs,
-    os::fd::{AsFd as _, AsRawFd, BorrowedFd},
+    net::TcpListener,
+    os::fd::{AsFd as _, BorrowedFd},
     path::Path,
 };
 
 use agent_common::{
-    abi::{self, EXEMPT_MAX, GUARDED_MAX, POLICIES_MAX, TICKETS_MAX, global, map, program},
+    abi::{self, EXEMPT_MAX, GUARDED_MAX, LISTENERS_MAX, POLICIES_MAX, TICKETS_MAX, global, map, program},
     counter::Counter,
     egress::{JOB_AUDIT_PATHS, JOB_GUARD},
     net::Endpoint,
@@ -20,15 +21,16 @@ use agent_common::{
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{
-        Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, ReusePortSockArray, RingBuf, SkStorage,
+        Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage, SockMap,
     },
-    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SkReuseport, SockOps},
+    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps},
     sys::SyscallError,
 };
 
 use super::{
     Error, Settings,
     log::{self, DebugLog},
+    pins::Pins,
 };
 
 /// The object, or nothing where the build had none.
@@ -41,7 +43,7 @@ const BPF_NOEXIST: u64 = 1;
 const LOG_TAIL_LINES: usize = 20;
 
 /// The maps that outlive the agent, with the sizes of a key and a value, and how many there are.
-const PINNED: [(&str, usize, usize, u32); 12] = [
+const PINNED: [(&str, usize, usize, u32); 14] = [
     (map::ORIGINS, size_of::<u32>(), size_of::<Dialled>(), 0),
     (map::TICKETS, size_of::<u64>(), size_of::<Dialled>(), TICKETS_MAX),
     (map::POD_TICKETS, size_of::<u64>(), size_of::<u64>(), POLICIES_MAX),
@@ -50,7 +52,9 @@ const PINNED: [(&str, usize, usize, u32); 12] = [
     (map::EXEMPT, size_of::<u64>(), size_of::<u64>(), EXEMPT_MAX),
     (map::TARGETS, size_of::<u32>(), size_of::<Target>(), 2),
     (map::TARGET_INDEX, size_of::<u32>(), size_of::<u32>(), 1),
+    (map::GENERATION, size_of::<u32>(), size_of::<u64>(), 1),
     (map::HEARTBEAT, size_of::<u32>(), size_of::<u64>(), 1),
+    (map::SERVERS, size_of::<u32>(), size_of::<u32>(), 2 * LISTENERS_MAX),
     (map::GUARDED, size_of::<Endpoint>(), size_of::<u32>(), GUARDED_MAX),
     (map::COUNTERS, size_of::<u32>(), size_of::<u64>(), abi::COUNTERS_MAX),
     (map::IMDS_KEY, size_of::<u32>(), size_of::<ImdsKey>(), 1),
@@ -69,7 +73,8 @@ pub(super) struct Object {
     unknown_pod: Array<MapData, PodPolicy>,
     exempt: HashMap<MapData, u64, u64>,
     heartbeat: Array<MapData, u64>,
-    listeners: ReusePortSockArray<MapData>,
+    generation: Array<MapData, u64>,
+    servers: SockMap<MapData>,
     guarded: HashMap<MapData, Endpoint, u32>,
     imds_key: Array<MapData, ImdsKey>,
     targets: Array<MapData, Target>,
@@ -81,16 +86,18 @@ pub(super) struct Object {
 // === impl Object ===
 
 impl Object {
-    /// Loads the programs, with the maps that are pinned in `maps`; those that are not there yet are made.
-    pub(super) fn load(settings: &Settings, maps: &Path) -> Result<Self, Error> {
+    /// Loads the programs, with the maps that are pinned; those that are not there yet are made.
+    pub(super) fn load(settings: &Settings, pins: &Pins) -> Result<Self, Error> {
         if OBJECT.is_empty() {
             return Err(Error::NoObject);
         }
         let ticket_life = u64::try_from(settings.ticket_life.as_nanos()).unwrap_or(u64::MAX);
         let (log_level, log_bytes) = log::level();
+        // Not held while the programs are verified, which takes its time.
+        let alone = pins.lock()?;
         let mut loader = EbpfLoader::new();
         for (name, key, value, entries) in PINNED {
-            let path = maps.join(name);
+            let path = pins.map(name);
             check_shape(&path, name, (key, value, entries))?;
             loader.map_pin_path(name, path);
         }
@@ -108,6 +115,7 @@ impl Object {
             .map_max_entries(map::LOG, log_bytes)
             .load(OBJECT)
             .map_err(|source| Error::Load { source: source.into() })?;
+        drop(alone);
         for name in program::ALL {
             load_program(&mut ebpf, name)?;
         }
@@ -124,7 +132,8 @@ impl Object {
             unknown_pod: take(&mut ebpf, map::UNKNOWN_POD)?,
             exempt: take(&mut ebpf, map::EXEMPT)?,
             heartbeat: take(&mut ebpf, map::HEARTBEAT)?,
-            listeners: take(&mut ebpf, map::LISTENERS)?,
+            generation: take(&mut ebpf, map::GENERATION)?,
+            servers: take(&mut ebpf, map::SERVERS)?,
             guarded: take(&mut ebpf, map::GUARDED)?,
             imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
@@ -141,11 +150,6 @@ impl Object {
         Ok(fd.ok_or(Error::Mismatch { what: name })?.as_fd())
     }
 
-    /// The target in force; of a node on which no agent has run before, one without addresses.
-    pub(super) fn target(&self) -> Result<Target, Error> {
-        self.targets.get(&self.target_index()?, 0).map_err(reading(map::TARGETS))
-    }
-
     /// Puts a target into force. Programs see the former one or this one, never a mixture.
     pub(super) fn set_target(&mut self, target: Target) -> Result<(), Error> {
         let slot = 1 - self.target_index()?.min(1);
@@ -155,6 +159,16 @@ impl Object {
 
     fn target_index(&self) -> Result<u32, Error> {
         self.target_index.get(&0, 0).map_err(reading(map::TARGET_INDEX))
+    }
+
+    /// Which generation is in charge; 0 where none has been.
+    pub(super) fn generation(&self) -> Result<u64, Error> {
+        self.generation.get(&0, 0).map_err(reading(map::GENERATION))
+    }
+
+    /// Puts a generation in charge.
+    pub(super) fn set_generation(&mut self, generation: u64) -> Result<(), Error> {
+        self.generation.set(0, generation, 0).map_err(writing(map::GENERATION))
     }
 
     /// When an agent has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 for stopped.
@@ -167,26 +181,24 @@ impl Object {
         self.heartbeat.set(0, at_ns, 0).map_err(writing(map::HEARTBEAT))
     }
 
-    /// Puts a listener among those that new connections are steered to. One that is there already stays.
-    pub(super) fn steer(&mut self, slot: u32, listener: &impl AsRawFd) -> Result<(), Error> {
-        match self.listeners.set(slot, listener, 0) {
-            // A socket is in one such map at most, and this one is in no other.
-            Err(error) if errno(&error) == Some(libc::EBUSY) => Ok(()),
-            result => result.map_err(writing(map::LISTENERS)),
+    /// Makes these the listeners of a generation, in place of those that it has, or one two before it had.
+    pub(super) fn set_servers(&mut self, generation: u64, listeners: &[&TcpListener]) -> Result<(), Error> {
+        let half = if generation.is_multiple_of(2) { 0 } else { LISTENERS_MAX };
+        let mut listeners = listeners.iter();
+        for slot in half..half + LISTENERS_MAX {
+            let changed = match listeners.next() {
+                Some(&listener) => self.servers.set(slot, listener, 0),
+                None => absent_is_fine(self.servers.clear_index(&slot)),
+            };
+            changed.map_err(writing(map::SERVERS))?;
         }
+        Ok(())
     }
 
-    /// Whether nobody but exempt pods may listen at an address; and if so, whether nobody else did before.
-    pub(super) fn guarded(&self, address: &Endpoint) -> Result<Option<bool>, Error> {
-        match self.guarded.get(address, 0) {
-            Err(MapError::KeyNotFound) => Ok(None),
-            result => result.map(|value| Some(value != 0)).map_err(reading(map::GUARDED)),
-        }
-    }
-
-    /// Guards an address from now on.
-    pub(super) fn guard(&mut self, address: Endpoint, nobody_before: bool) -> Result<(), Error> {
-        self.guarded.insert(address, u32::from(nobody_before), 0).map_err(writing(map::GUARDED))
+    /// Guards an address from now on: nobody but exempt pods may listen there, and podgate's listeners alone get what
+    /// is dialled there.
+    pub(super) fn guard(&mut self, address: Endpoint) -> Result<(), Error> {
+        self.guarded.insert(address, 0, 0).map_err(writing(map::GUARDED))
     }
 
     /// Guards an address no more.
@@ -199,12 +211,6 @@ impl Object {
         self.guarded.keys().collect::<Result<_, _>>().map_err(reading(map::GUARDED))
     }
 
-    /// The program that steers.
-    pub(super) fn steering(&self) -> Result<&SkReuseport, Error> {
-        let program = self.programs.program(program::STEER).and_then(|program| program.try_into().ok());
-        program.ok_or(Error::Mismatch { what: program::STEER })
-    }
-
     /// The key of IMDS tokens; all zero where none was made yet.
     pub(super) fn imds_key(&self) -> Result<ImdsKey, Error> {
         self.imds_key.get(&0, 0).map_err(reading(map::IMDS_KEY))
@@ -215,9 +221,9 @@ impl Object {
         self.imds_key.set(0, key, 0).map_err(writing(map::IMDS_KEY))
     }
 
-    /// Applies no policy to a pod.
-    pub(super) fn exempt(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
-        self.exempt.insert(pod_cgroup_id, 0, 0).map_err(writing(map::EXEMPT))
+    /// Applies no policy to a pod, for the reason of one of `agent_common::abi`'s `EXEMPT_*`.
+    pub(super) fn exempt(&mut self, pod_cgroup_id: u64, why: u64) -> Result<(), Error> {
+        self.exempt.insert(pod_cgroup_id, why, 0).map_err(writing(map::EXEMPT))
     }
 
     /// Applies policies to it again.
@@ -225,9 +231,9 @@ impl Object {
         remove(&mut self.exempt, pod_cgroup_id).map_err(writing(map::EXEMPT))
     }
 
-    /// The pods that no policy applies to.
-    pub(super) fn exempted(&self) -> Result<Vec<u64>, Error> {
-        self.exempt.keys().collect::<Result<_, _>>().map_err(reading(map::EXEMPT))
+    /// The pods that no policy applies to, and why.
+    pub(super) fn exempted(&self) -> Result<Vec<(u64, u64)>, Error> {
+        self.exempt.iter().collect::<Result<_, _>>().map_err(reading(map::EXEMPT))
     }
 
     /// The pods that have a policy.
@@ -354,7 +360,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
         Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
         Program::SockOps(program) => SockOps::load(program),
         Program::CgroupSkb(program) => CgroupSkb::load(program),
-        Program::SkReuseport(program) => SkReuseport::load(program),
+        Program::SkLookup(program) => SkLookup::load(program),
         _ => return Err(Error::Mismatch { what: name }),
     };
     result.map_err(|error| match error {
@@ -390,6 +396,14 @@ where
     M: TryFrom<Map, Error = MapError>,
 {
     ebpf.take_map(name).and_then(|map| map.try_into().ok()).ok_or(Error::Mismatch { what: name })
+}
+
+/// Removing what is not there has done its work.
+fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(error) if matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
+        result => result,
+    }
 }
 
 /// Removes an entry, if it is there.

@@ -13,17 +13,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY};
+use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, SHARED_DIRECTORY, map};
 use rustix::fs::{FlockOperation, flock};
 
 use super::Error;
-use crate::bpf::CgroupLink;
+use crate::bpf::Link;
 
-/// How long another agent may take to change the pins.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long another agent may take to change the pins: less than the time between two beats that the programs allow.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 /// The directory of an ABI's links.
 const LINKS: &str = "links";
+/// The directory of its maps.
+const MAPS: &str = "maps";
+/// Maps that agents of all ABIs share, by which they know who is in charge.
+const SHARED: [&str; 2] = [map::GENERATION, map::HEARTBEAT];
 
 /// This ABI's pins.
 #[derive(Debug)]
@@ -46,7 +50,9 @@ impl Pins {
         let root = bpffs.join(PIN_DIRECTORY);
         let own = root.join(format!("v{ABI_VERSION}"));
         let pins = Self { root, own };
-        for directory in [&pins.root, &pins.own, &pins.maps(), &pins.links()] {
+        let shared = pins.root.join(SHARED_DIRECTORY);
+        let maps = [pins.own.join(MAPS), shared.join(MAPS)];
+        for directory in [&pins.root, &pins.own, &shared, &maps[0], &maps[1], &pins.links()] {
             make(directory).map_err(|source| Error::Pin { path: directory.clone(), source })?;
         }
         Ok(pins)
@@ -69,9 +75,10 @@ impl Pins {
         Ok(Lock { _directory: directory })
     }
 
-    /// Where the maps are.
-    pub(super) fn maps(&self) -> PathBuf {
-        self.own.join("maps")
+    /// Where a map is.
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        let directory = if SHARED.contains(&name) { self.root.join(SHARED_DIRECTORY) } else { self.own.clone() };
+        directory.join(MAPS).join(name)
     }
 
     /// Where the links are.
@@ -82,7 +89,7 @@ impl Pins {
     /// Removes what programs of other ABIs have left, and so detaches them.
     pub(super) fn remove_others(&self) -> Result<(), Error> {
         for path in children(&self.root).map_err(|source| Error::Pin { path: self.root.clone(), source })? {
-            if path != self.own {
+            if path != self.own && !path.ends_with(SHARED_DIRECTORY) {
                 // Programs first: none is to run beside this agent's for longer than it takes.
                 let links = path.join(LINKS);
                 let removed =
@@ -99,7 +106,7 @@ impl Pins {
 pub(super) fn all(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
     let root = bpffs.join(PIN_DIRECTORY);
     let mut found = Vec::new();
-    for part in [LINKS, "maps"] {
+    for part in [LINKS, MAPS] {
         for abi in children(&root)? {
             found.extend(children(&abi.join(part))?);
             found.extend(Some(abi.join(part)).filter(|path| path.exists()));
@@ -116,7 +123,7 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
         return gone(fs::remove_dir(path));
     }
     if path.parent().is_some_and(|parent| parent.ends_with(LINKS)) {
-        gone(CgroupLink::open(path).and_then(|link| link.detach()))?;
+        gone(Link::open(path).and_then(|link| link.detach()))?;
     }
     gone(fs::remove_file(path))
 }

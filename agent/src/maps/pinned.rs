@@ -3,11 +3,12 @@
 //! Owns where the pins are, which of them are maps, and what of a map is secret; never prints.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
 
-use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, map};
+use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, SHARED_DIRECTORY, map};
 
 use super::{
     Error,
@@ -27,7 +28,8 @@ const SECRET_MEMBERS: [&str; 1] = ["ticket"];
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
-    names: Vec<String>,
+    /// The pins of its ABI, and of all ABIs, by name.
+    pins: BTreeMap<String, PathBuf>,
 }
 
 /// One map, open for reading.
@@ -65,27 +67,32 @@ impl Directory {
     /// Looks what is pinned below the mount of bpffs, by an agent with this program's kernel interface.
     pub(super) fn open(bpffs: &Path) -> Result<Self, Error> {
         let path = bpffs.join(PIN_DIRECTORY).join(format!("v{ABI_VERSION}/maps"));
-        let names = names(&path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => Error::NothingPinned { path: path.clone() },
-            _ => Error::Directory { path: path.clone(), source },
-        })?;
-        Ok(Self { path, names })
+        let shared = bpffs.join(PIN_DIRECTORY).join(SHARED_DIRECTORY).join("maps");
+        let mut pins = BTreeMap::new();
+        for directory in [&path, &shared] {
+            let names = names(directory).map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => Error::NothingPinned { path: directory.clone() },
+                _ => Error::Directory { path: directory.clone(), source },
+            })?;
+            pins.extend(names.into_iter().map(|name| (name.clone(), directory.join(name))));
+        }
+        Ok(Self { path, pins })
     }
 
     /// The map that is pinned under that name.
     pub(super) fn map(&self, name: &str) -> Result<Pinned, Error> {
         // Only what is listed: a name with a slash in it would lead elsewhere.
-        if !self.names.iter().any(|known| known == name) {
-            let (directory, names) = (self.path.clone(), self.names.join(", "));
+        let Some(path) = self.pins.get(name).cloned() else {
+            let names: Vec<_> = self.pins.keys().map(String::as_str).collect();
+            let (directory, names) = (self.path.clone(), names.join(", "));
             return Err(Error::UnknownMap { name: name.to_owned(), directory, names });
-        }
-        let path = self.path.join(name);
+        };
         Pinned::open(&path, name).map_err(|source| Error::Open { path, source })
     }
 
     /// Every map, in the order in which the kernel made them.
     pub(super) fn maps(&self) -> Result<Vec<Pinned>, Error> {
-        let mut maps = self.names.iter().map(|name| self.map(name)).collect::<Result<Vec<_>, _>>()?;
+        let mut maps = self.pins.keys().map(|name| self.map(name)).collect::<Result<Vec<_>, _>>()?;
         maps.sort_by_key(|map| map.info().id);
         Ok(maps)
     }
@@ -116,8 +123,8 @@ impl Pinned {
     }
 
     /// The values at `key`; `None` where it has gone.
-    pub(super) fn values(&self, key: &[u8]) -> Result<Option<Vec<Vec<u8>>>, Error> {
-        self.map.values(key).map_err(|source| Error::Value { map: self.name.clone(), source })
+    pub(super) fn values(&self, key: &[u8]) -> io::Result<Option<Vec<Vec<u8>>>> {
+        self.map.values(key)
     }
 
     /// Fetches the map's type information from the kernel.

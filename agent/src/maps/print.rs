@@ -175,18 +175,22 @@ pub(super) fn dump(map: &Pinned, format: Format, mut out: impl io::Write) -> Res
     match (&layout.types, format) {
         (None, Format::Plain) => {
             let mut count = 0;
-            each(map, &layout, keys, |entry| {
-                count += 1;
-                entry.plain(&mut out)
+            each(map, &layout, keys, |key, entry| match entry {
+                Ok(entry) => {
+                    count += 1;
+                    entry.plain(&mut out)
+                }
+                Err(reason) => unread_plain(key, reason, &mut out),
             })?;
             writeln!(out, "Found {count} element{}", if count == 1 { "" } else { "s" })?;
         }
         (types, format) => {
             let mut json = Json::new(out, format != Format::Json);
             json.begin('[')?;
-            each(map, &layout, keys, |entry| match types {
-                Some(types) if format == Format::Plain => entry.typed(types, true, &mut json),
-                _ => entry.json(&mut json),
+            each(map, &layout, keys, |key, entry| match (entry, types) {
+                (Ok(entry), Some(types)) if format == Format::Plain => entry.typed(types, true, &mut json),
+                (Ok(entry), _) => entry.json(&mut json),
+                (Err(reason), _) => unread_json(key, reason, &mut json),
             })?;
             json.end(']')?;
             json.finish()?;
@@ -201,19 +205,48 @@ pub(super) fn dump(map: &Pinned, format: Format, mut out: impl io::Write) -> Res
     }
 }
 
-/// Prints the entries at these keys. What has gone since they were listed is no entry.
+/// Prints the entries at these keys, or why the kernel does not tell one: it tells no socket. What has gone since they
+/// were listed is no entry.
 fn each(
     map: &Pinned,
     layout: &Layout,
     keys: &[Vec<u8>],
-    mut print: impl FnMut(&Entry<'_>) -> io::Result<()>,
+    mut print: impl FnMut(Bytes<'_>, Result<&Entry<'_>, &str>) -> io::Result<()>,
 ) -> Result<(), Error> {
     for key in keys {
-        if let Some(values) = map.values(key)? {
-            print(&Entry { key, values: &values, is_per_cpu: map.is_per_cpu(), layout })?;
+        let bytes = Bytes { data: key, secret: &layout.key_secret };
+        match map.values(key) {
+            Ok(None) => {}
+            Ok(Some(values)) => {
+                print(bytes, Ok(&Entry { key, values: &values, is_per_cpu: map.is_per_cpu(), layout }))?;
+            }
+            Err(error) => {
+                // The C library's words alone.
+                let reason = error.to_string();
+                print(bytes, Err(reason.split(" (os error").next().unwrap_or_default()))?;
+            }
         }
     }
     Ok(())
+}
+
+fn unread_plain(key: Bytes<'_>, reason: &str, out: &mut impl io::Write) -> io::Result<()> {
+    let is_long = key.data.len() > LINE || reason.len() > LINE;
+    let between = if !is_long && key.data.len() + reason.len() <= SHARED_LINE { "  " } else { "\n" };
+    let after = after_name(is_long);
+    writeln!(out, "key:{after}{}{between}value:{after}{reason}", hex(key))
+}
+
+fn unread_json(key: Bytes<'_>, reason: &str, json: &mut Json<impl io::Write>) -> io::Result<()> {
+    json.begin('{')?;
+    json.name("key")?;
+    hex_json(key, json)?;
+    json.name("value")?;
+    json.begin('{')?;
+    json.name("error")?;
+    json.string(reason)?;
+    json.end('}')?;
+    json.end('}')
 }
 
 fn kind(number: u32) -> String {

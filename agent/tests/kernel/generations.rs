@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::unix::fs::PermissionsExt as _,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -10,13 +10,13 @@ use std::{
 };
 
 use agent::{
-    accept::{check_free, listen},
+    accept::listen,
     intercept::{Interceptor, Settings, Standing, pinned},
 };
 use agent_common::{
     abi::ABI_VERSION,
     counter::Counter,
-    net::{Endpoint, POD_IDENTITY_V4, POD_IDENTITY_V6},
+    net::{POD_IDENTITY_V4, POD_IDENTITY_V6},
     policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
     target::{Target, WHEN_DOWN_PASS},
 };
@@ -121,7 +121,7 @@ fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
         drop(former);
         node.set_heartbeat(0);
         assert!(is_eperm(&pod.dial(IMDS)));
-        assert_eq!(links(node), 8, "seven programs, and the one on outgoing packets");
+        assert_eq!(links(node), 9, "eight programs, and the one on outgoing packets");
 
         // Whoever has not taken over changes nothing.
         node.interceptor
@@ -132,11 +132,11 @@ fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
         assert!(matches!(node.interceptor.beat().unwrap(), Standing::Succeeded { .. }));
         assert!(is_eperm(&pod.dial(IMDS)));
 
-        node.interceptor.take_over(own_pair()).unwrap();
+        node.interceptor.take_over(own_pair(), &[]).unwrap();
         assert_eq!(node.interceptor.beat().unwrap(), Standing::InCharge);
         pod.dial(IMDS).unwrap();
         real.accept();
-        assert_eq!(links(node), 7, "no pod is guarded any more");
+        assert_eq!(links(node), 8, "no pod is guarded any more");
     });
 }
 
@@ -146,7 +146,7 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let mut successor = successor(node);
         successor.set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_OFF, ..INTERCEPT }).unwrap();
-        successor.take_over(own_pair()).unwrap();
+        successor.take_over(own_pair(), &[]).unwrap();
         let real = RealService::listen(IMDS);
         pod.dial(IMDS).unwrap();
         real.accept();
@@ -159,7 +159,7 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
         real.accept();
 
         let agent = node.agent();
-        node.interceptor.take_over(own_pair()).unwrap();
+        node.interceptor.take_over(own_pair(), &[]).unwrap();
         assert!(matches!(successor.beat().unwrap(), Standing::Succeeded { .. }));
         pod.dial(IMDS).unwrap();
         assert!(agent.accept().is_some(), "its own policies are in force again");
@@ -186,7 +186,7 @@ fn programs_are_replaced_without_a_moment_in_which_none_runs() {
                 for _ in 0..10 {
                     let mut successor = successor(node);
                     successor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
-                    successor.take_over(own_pair()).unwrap();
+                    successor.take_over(own_pair(), &[]).unwrap();
                     node.set_heartbeat(now_ns() + 3600 * SECOND);
                 }
                 done.store(true, Ordering::Relaxed);
@@ -209,15 +209,15 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let root = node.bpffs().join("podgate");
         let (own, other) = (root.join(format!("v{ABI_VERSION}")), root.join("v0"));
+        node.interceptor.guard((AGENT_V4, 80).into()).unwrap();
         fs::rename(&own, &other).unwrap();
         let former_links = fs::read_dir(other.join("links")).unwrap().count();
-        assert_eq!(former_links, 8);
+        assert_eq!(former_links, 9);
 
         let mut successor = successor(node);
         assert!(is_eperm_at_target(node), "its address is still guarded, by the other's programs");
         successor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
-        assert!(others_may_listen(&mut successor, AGENT_V4), "it cannot know what the other guards");
-        successor.take_over(own_pair()).unwrap();
+        successor.take_over(own_pair(), &[]).unwrap();
         assert!(!other.exists() && own.join("links/connect4").exists());
 
         let real = RealService::listen(IMDS);
@@ -229,6 +229,16 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
         assert_eq!(count(&successor, Counter::Redirected), redirected + 1);
         // The former agent's maps are no part of it any more.
         assert_eq!(node.count(Counter::Redirected), 0);
+
+        // It knows that it was succeeded, and when its successor falls silent.
+        node.set_heartbeat(now_ns() - SECOND);
+        let Standing::Succeeded { silent } = node.interceptor.beat().unwrap() else { panic!("it was") };
+        assert!(silent >= Duration::from_secs(1));
+        node.interceptor.take_over(own_pair(), &[&listener]).unwrap();
+        assert!(matches!(successor.beat().unwrap(), Standing::Succeeded { .. }));
+        pod.dial(IMDS).unwrap();
+        accept(&listener);
+        assert_eq!(node.count(Counter::Redirected), 1);
     });
 }
 
@@ -254,6 +264,9 @@ fn nobody_else_may_listen_where_the_agent_does() {
         let agent = node.agent();
         let mapped = format!("[::ffff:{AGENT_V4}]:80");
         let taken: [SocketAddr; 3] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into(), mapped.parse().unwrap()];
+        for address in &taken[..2] {
+            node.interceptor.guard(*address).unwrap();
+        }
         for pod in [&host_network, &unknown] {
             for address in taken {
                 // With the option that lets them share the port: `listen` sets it.
@@ -278,36 +291,44 @@ fn nobody_else_may_listen_where_the_agent_does() {
     });
 }
 
-/// Claims an address and says whether somebody else may be there.
-fn others_may_listen(interceptor: &mut Interceptor, address: Ipv4Addr) -> bool {
-    interceptor.claim((address, 80).into(), Ok).unwrap().unwrap()
-}
-
 #[test]
-fn somebody_who_listens_there_before_the_programs_are_attached_is_found() {
+fn whoever_listens_there_besides_gets_no_connection_while_the_agent_lives_and_after() {
     Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let squatter = node.unknown_pod("squatter");
+        // Before the programs are there: at the agent's own address, and at every address.
         node.detach();
-        let address: SocketAddr = (AGENT_V4, 80).into();
-        let listener = squatter.run(|| listen(address)).unwrap();
-        let agent = node.agent_cgroup();
-        let mut claim = || {
-            let claimed = agent.run(|| {
-                node.interceptor.claim(address, |others_may_listen| {
-                    if others_may_listen { check_free(address).map(|()| true) } else { Ok(false) }
-                })
-            });
-            claimed.unwrap().map_err(|error| error.kind())
+        let (address, v6): (SocketAddr, SocketAddr) = ((AGENT_V4, 80).into(), (AGENT_V6, 80).into());
+        let everywhere = [SocketAddr::from(([0, 0, 0, 0], 80)), ([0_u16; 8], 80).into()];
+        let squatting = squatter.run(|| [address, v6, everywhere[0], everywhere[1]].map(|at| listen(at).unwrap()));
+        let own = node.as_agent(|| [address, v6].map(|at| listen(at).unwrap()));
+        let waiting = |listeners: &[TcpListener]| {
+            listeners.iter().flat_map(|listener| std::iter::from_fn(|| listener.accept().ok())).count()
         };
-        // However often: an agent that finds somebody may be started again.
-        for _ in 0..2 {
-            assert_eq!(claim(), Err(io::ErrorKind::AddrInUse));
-            assert!(is_eperm(&squatter.run(|| listen(address))), "no other may join it");
+
+        // The control: the kernel shares connections among all who listen there.
+        node.interceptor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
+        node.attach();
+        let dial_20 = |address: &str| (0..20).filter(|_| pod.dial(address).is_ok()).count();
+        assert_eq!(dial_20(IMDS) + dial_20(IMDS_V6), 40);
+        assert!(waiting(&squatting) > 0);
+        waiting(&own);
+
+        for at in [address, v6] {
+            node.interceptor.guard(at).unwrap();
         }
-        drop(listener);
-        assert_eq!(claim(), Ok(true), "it is looked for until it is gone");
-        assert_eq!(claim(), Ok(false), "and nobody came since");
-        assert!(others_may_listen(&mut node.interceptor, POD_IDENTITY_V4), "another address was not guarded");
+        node.interceptor.set_listeners(&own.each_ref()).unwrap();
+        assert_eq!(dial_20(IMDS) + dial_20(IMDS_V6), 40);
+        assert_eq!((waiting(&own), waiting(&squatting)), (40, 0));
+        drop(own);
+        for dialled in [IMDS, IMDS_V6] {
+            let refused = pod.dial(dialled).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "at once, before the heartbeat is stale");
+        }
+        assert_eq!(waiting(&squatting), 0);
+        // Elsewhere everybody gets what is theirs.
+        pod.dial("127.0.0.1:80").unwrap();
+        assert_eq!(waiting(&squatting), 1);
     });
 }
 
@@ -318,9 +339,12 @@ fn addresses_are_guarded_whether_dials_are_sent_there_or_not_until_they_are_give
         let own: [SocketAddr; 2] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()];
         let pod_identity: [SocketAddr; 2] = [(POD_IDENTITY_V4, 80).into(), (POD_IDENTITY_V6, 80).into()];
         let refused = |address| is_eperm(&pod.run(|| TcpListener::bind(address)));
+        for address in own {
+            node.interceptor.guard(address).unwrap();
+        }
         assert!(own.iter().all(refused) && !pod_identity.iter().any(refused));
         for address in pod_identity {
-            node.interceptor.claim(address, |_| Ok(())).unwrap().unwrap();
+            node.interceptor.guard(address).unwrap();
         }
         // Before, while and after they are the target.
         let taken = Target { v4: endpoint(POD_IDENTITY), v6: endpoint(crate::POD_IDENTITY_V6), ..own_pair() };
@@ -340,43 +364,35 @@ fn addresses_are_guarded_whether_dials_are_sent_there_or_not_until_they_are_give
 }
 
 #[test]
-fn new_connections_go_to_the_agent_in_charge_and_to_the_other_when_it_listens_no_more() {
+fn new_connections_go_to_the_agent_in_charge_and_to_the_one_before_when_it_listens_no_more() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        // Both pairs, all at a time: at each the listener of the generation that was steered to last.
-        let addresses: [SocketAddr; 4] = [
-            (AGENT_V4, 80).into(),
-            (AGENT_V6, 80).into(),
-            (POD_IDENTITY_V4, 80).into(),
-            (POD_IDENTITY_V6, 80).into(),
-        ];
+        let addresses: [SocketAddr; 2] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()];
+        for address in addresses {
+            node.interceptor.guard(address).unwrap();
+        }
         let generation = || addresses.map(|address| listen(address).unwrap());
-        let (first, second) = node.as_agent(|| (generation(), generation()));
-        let target = |is_own: bool| {
-            let pair = if is_own { &addresses[..2] } else { &addresses[2..] };
-            let [v4, v6] = [0, 1].map(|family| Endpoint::new(pair[family].ip(), 80));
-            Target { v4, v6, ..own_pair() }
+        let mut agents = node.as_agent(|| vec![generation(), generation(), generation()]);
+        let waiting = |listeners: &[TcpListener; 2]| {
+            listeners.each_ref().map(|listener| std::iter::from_fn(|| listener.accept().ok()).count())
         };
-        let dial_20 = |node: &mut Node, address: SocketAddr| {
-            let is_own = addresses[..2].contains(&address);
-            node.interceptor.set_target(target(is_own)).unwrap();
-            let dialled = if address.is_ipv4() { IMDS } else { IMDS_V6 };
-            (0..20).for_each(|_| drop(pod.dial(dialled).unwrap()));
-        };
-        let waiting = |listener: &TcpListener| std::iter::from_fn(|| listener.accept().ok()).count();
-        // Steered to a second time as well: an agent that takes charge again does that.
-        for (steered, other) in [(&first, &second), (&first, &second), (&second, &first), (&first, &second)] {
-            node.interceptor.steer(&steered.each_ref()).unwrap();
-            for (place, address) in addresses.into_iter().enumerate() {
-                dial_20(node, address);
-                assert_eq!((waiting(&steered[place]), waiting(&other[place])), (20, 0), "{address}");
+        let dial_20 = |address: &str| (0..20).for_each(|_| drop(pod.dial(address).unwrap()));
+        // One takes over from the other, and charge back, as often as they like.
+        for in_charge in [0, 1, 0, 1, 2] {
+            node.interceptor.take_over(own_pair(), &agents[in_charge].each_ref()).unwrap();
+            dial_20(IMDS);
+            dial_20(IMDS_V6);
+            for (number, listeners) in agents.iter().enumerate() {
+                let expected = if number == in_charge { [20, 20] } else { [0, 0] };
+                assert_eq!(waiting(listeners), expected, "agent {number} while {in_charge} is in charge");
             }
         }
-        drop(first);
-        for (place, address) in addresses.into_iter().enumerate() {
-            dial_20(node, address);
-            assert_eq!(waiting(&second[place]), 20, "{address}");
-        }
+        drop(agents.pop());
+        dial_20(IMDS);
+        assert_eq!(waiting(&agents[1]), [20, 0], "the one before stands by");
+        agents.pop();
+        assert_eq!(pod.dial(IMDS).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(waiting(&agents[0]), [0, 0]);
     });
 }
 
@@ -390,10 +406,10 @@ fn pins_that_are_not_root_s_alone_or_of_another_shape_are_refused() {
         fs::set_permissions(&own, fs::Permissions::from_mode(0o700)).unwrap();
 
         let maps = own.join("maps");
-        fs::remove_file(maps.join("HEARTBEAT")).unwrap();
-        fs::rename(maps.join("POLICIES"), maps.join("HEARTBEAT")).unwrap();
+        fs::remove_file(maps.join("TARGETS")).unwrap();
+        fs::rename(maps.join("POLICIES"), maps.join("TARGETS")).unwrap();
         let refusal = Interceptor::load(&of_successor(node)).unwrap_err().to_string();
-        assert!(refusal.contains("HEARTBEAT") && refusal.contains("podgate detach"), "{refusal}");
+        assert!(refusal.contains("TARGETS") && refusal.contains("podgate detach"), "{refusal}");
     });
 }
 
@@ -423,7 +439,7 @@ fn a_kubepods_cgroup_that_was_made_anew_gets_programs_of_its_own() {
         let pod = kubepods.path.join("burstable/podc/container");
         let pod = Cgroup::create(pod);
         node.interceptor.set_unknown_pods(INTERCEPT, PodPolicy::EXEMPT).unwrap();
-        node.interceptor.take_over(own_pair()).unwrap();
+        node.interceptor.take_over(own_pair(), &[]).unwrap();
         node.interceptor.stop().unwrap();
         assert!(is_eperm(&pod.run(|| dial(IMDS))));
     });

@@ -22,7 +22,7 @@ use rustix::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
-    node::{own_pair, AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside, soon},
+    node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside, own_pair, soon},
     redial, tcp_socket,
 };
 

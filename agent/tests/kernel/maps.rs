@@ -59,6 +59,7 @@ impl Bpffs {
             mount(Some("bpf"), directory.path(), Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
             let pins = directory.path().join(PIN_DIRECTORY).join(format!("v{ABI_VERSION}/maps"));
             fs::create_dir_all(&pins).unwrap();
+            fs::create_dir_all(directory.path().join(PIN_DIRECTORY).join("shared/maps")).unwrap();
             test(&Self { mount: directory, pins });
         });
         if let Err(panic) = thread.join() {

@@ -20,7 +20,7 @@ use agent::{
     netns,
 };
 use agent_common::{
-    abi::{ABI_VERSION, TICKET_LIFE, map},
+    abi::{TICKET_LIFE, map},
     counter::Counter,
     net::{ECS_V4, Endpoint, IMDS_V4, IMDS_V6, POD_IDENTITY_V4, POD_IDENTITY_V6},
     origin::Origin,
@@ -169,11 +169,6 @@ impl Node {
         Agent { origins: Arc::clone(&self.origins), listeners }
     }
 
-    /// Where the agent is.
-    pub(crate) fn agent_cgroup(&self) -> Cgroup {
-        self.agent.clone()
-    }
-
     /// Something that the agent itself does.
     pub(crate) fn as_agent<T>(&self, work: impl FnOnce() -> T) -> T {
         self.agent.run(work)
@@ -191,10 +186,7 @@ impl Node {
     /// Attaches the programs, as the agent does when it starts, with one beat that lasts for the whole test.
     pub(crate) fn attach(&mut self) {
         self.interceptor.exempt(self.agent.id).unwrap();
-        for address in [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()] {
-            self.interceptor.claim(address, |_| Ok(())).unwrap().unwrap();
-        }
-        self.interceptor.take_over(own_pair()).unwrap();
+        self.interceptor.take_over(own_pair(), &[]).unwrap();
         self.set_heartbeat(now_ns() + 3600 * 1_000_000_000);
         self.origins = Arc::new(self.interceptor.origins().unwrap());
     }
@@ -274,7 +266,7 @@ impl Bpffs {
     }
 
     fn map(&self, name: &str) -> PathBuf {
-        self.0.join(format!("podgate/v{ABI_VERSION}/maps/{name}"))
+        self.0.join("podgate/shared/maps").join(name)
     }
 }
 
@@ -410,7 +402,6 @@ fn settings(
 /// The agent's own pair of addresses as a target.
 pub(crate) fn own_pair() -> Target {
     Target {
-        generation: 0,
         v4: Endpoint::new(AGENT_V4.into(), 80),
         v6: Endpoint::new(AGENT_V6.into(), 80),
         when_down: WHEN_DOWN_DENY,
