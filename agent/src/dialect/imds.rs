@@ -26,7 +26,7 @@ const TTL_MAX: u32 = 21_600;
 const NO_PROFILE_ID: &str = "AIPAAAAAAAAAAAAAAAAAA";
 
 /// What a request asks.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ask<'a> {
     /// A session token, good for so many seconds.
     Token {
@@ -260,7 +260,8 @@ fn served(content_type: &'static str, body: String) -> Response {
 
 fn ttl(headers: &HeaderMap) -> Result<u32, Refusal> {
     let ttl = headers.get(TTL_HEADER).and_then(|ttl| ttl.to_str().ok());
-    let ttl = ttl.filter(|ttl| ttl.bytes().all(|byte| byte.is_ascii_digit())).and_then(|ttl| ttl.parse().ok());
+    let ttl =
+        ttl.filter(|ttl| ttl.bytes().all(|byte| byte.is_ascii_digit())).and_then(|ttl| ttl.parse().ok());
     ttl.filter(|ttl| (1..=TTL_MAX).contains(ttl)).ok_or_else(|| {
         Refusal::new(
             StatusCode::BAD_REQUEST,
@@ -360,7 +361,8 @@ mod tests {
     #[tokio::test]
     async fn of_the_instance_only_what_is_known_is_said() {
         let mut instance = Instance::in_region(Some("us-west-2".into()));
-        let read = |path, instance: &Instance| fact(path, instance).map_err(|refusal| refusal.status.as_u16());
+        let read =
+            |path, instance: &Instance| fact(path, instance).map_err(|refusal| refusal.status.as_u16());
         assert_eq!(text(read(Fact::Region, &instance).unwrap()).await, "us-west-2");
         assert_eq!(read(Fact::Zone, &instance).unwrap_err(), 404);
         let document = text(read(Fact::Document, &instance).unwrap()).await;
@@ -370,7 +372,10 @@ mod tests {
         instance.id = Some("i-0".into());
         assert_eq!(text(read(Fact::Zone, &instance).unwrap()).await, "us-west-2a");
         let document = text(read(Fact::Document, &instance).unwrap()).await;
-        assert!(document.contains("\"availabilityZone\" : \"us-west-2a\",\n  \"instanceId\" : \"i-0\""), "{document}");
+        assert!(
+            document.contains("\"availabilityZone\" : \"us-west-2a\",\n  \"instanceId\" : \"i-0\""),
+            "{document}"
+        );
         assert_eq!(read(Fact::Document, &Instance::default()).unwrap_err(), 404);
     }
 

@@ -112,7 +112,9 @@ pub(super) fn check_framing(head: &Parts) -> Result<(), Refusal> {
     let wrong = match (hosts.next(), hosts.next()) {
         (None, _) if head.version == Version::HTTP_11 => "missing required Host header",
         (Some(_), Some(_)) => "too many Host headers",
-        (Some(host), None) if !host.as_bytes().iter().all(|byte| is_of_host(*byte)) => "malformed Host header",
+        (Some(host), None) if !host.as_bytes().iter().all(|byte| is_of_host(*byte)) => {
+            "malformed Host header"
+        }
         _ => return Ok(()),
     };
     Err(Refusal::new(StatusCode::BAD_REQUEST, "BadRequest", format!("400 Bad Request: {wrong}")))

@@ -89,7 +89,7 @@ impl Namespaces {
     }
 
     /// Remembers a namespace's annotations. Whether they are new.
-    pub(crate) fn insert(&self, name: &str, annotations: BTreeMap<String, String>) -> bool {
+    pub fn insert(&self, name: &str, annotations: BTreeMap<String, String>) -> bool {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let known = table.get(name).is_some_and(|known| **known == annotations);
         if !known {
