@@ -124,11 +124,21 @@ fn spinner(what: &str) -> ProgressBar {
     spinner
 }
 
-fn open_log(what: &str) -> anyhow::Result<(PathBuf, File)> {
-    let directory = ebpf::target_directory().join("xtask");
-    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+/// What the last run that did `what` has written.
+pub(crate) fn log_of(what: &str) -> anyhow::Result<String> {
+    let path = log_path(what);
+    fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn log_path(what: &str) -> PathBuf {
     let name: String = what.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-    let path = directory.join(format!("{name}.log"));
+    ebpf::target_directory().join("xtask").join(format!("{name}.log"))
+}
+
+fn open_log(what: &str) -> anyhow::Result<(PathBuf, File)> {
+    let path = log_path(what);
+    let directory = path.parent().context("BUG: a log is in a directory")?;
+    fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     Ok((path, log))
 }

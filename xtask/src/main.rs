@@ -11,6 +11,7 @@ mod clients;
 mod cmd;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod initramfs;
 mod lab;
 mod report;
@@ -59,6 +60,8 @@ enum Command {
         #[arg(long, value_enum, value_name = "KERNEL", conflicts_with = "tier")]
         vm: Option<vm::Kernel>,
     },
+    /// Give every parser of what comes from outside inputs that nobody has thought of.
+    Fuzz(fuzz::Arguments),
     /// Start, enter and stop simulated nodes.
     #[command(subcommand)]
     Lab(lab::Command),
@@ -112,6 +115,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Demo { json } => return demo::run(json),
         Command::Attack(arguments) => return attack::run(&arguments),
         Command::Test { tier, vm } => return test::run(tier.or(vm.map(test::Tier::from))),
+        Command::Fuzz(arguments) => return fuzz::run(&arguments),
         Command::Lab(command) => lab::run(command)?,
         Command::Bench(command) => bench::run(&command)?,
         Command::LabEnter { entry, command } => {

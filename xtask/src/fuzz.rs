@@ -1,0 +1,185 @@
+//! `cargo xtask fuzz`: everything that parses a byte from outside gets bytes that nobody has thought of.
+//!
+//! Owns building the targets of `agent/fuzz` and running each for its time; never decides what must hold, which is the
+//! agent's `testing::outside`. What was found to be of interest is kept below `target/fuzz` for the next run.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use anyhow::Context as _;
+use clap::Args;
+
+use crate::{
+    cmd,
+    ebpf::{cargo, root, target_directory},
+    report,
+};
+
+/// Version of cargo-fuzz.
+const CARGO_FUZZ_VERSION: &str = "0.13.2";
+/// Where the targets are, in the workspace.
+const DIRECTORY: &str = "agent/fuzz";
+/// Longest input, in bytes: more than the longest head that is read at once.
+const INPUT_MAX: u32 = 8192;
+/// Seconds after which an input counts as one that never ends.
+const HANGS_AFTER: u32 = 10;
+
+/// How to fuzz.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Seconds that each target runs.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    time: u32,
+    /// Run this target only.
+    #[arg(long, value_name = "NAME")]
+    target: Option<String>,
+}
+
+/// What a target has done.
+struct Outcome {
+    executions: Option<String>,
+    coverage: Option<String>,
+    error: Option<String>,
+}
+
+/// Builds and runs every target.
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let targets = targets(arguments.target.as_deref())?;
+    let programs = build()?;
+    let mut table = report::table(&["target", "inputs", "coverage", "result"]);
+    let mut failed = 0;
+    for target in &targets {
+        let outcome = fuzz(target, &programs.join(target), arguments.time)?;
+        failed += usize::from(outcome.error.is_some());
+        if let Some(error) = &outcome.error {
+            eprintln!("{} {error}", report::failure("✗"));
+        }
+        let unknown = || "?".to_owned();
+        table.add_row([
+            target.into(),
+            outcome.executions.unwrap_or_else(unknown).into(),
+            outcome.coverage.unwrap_or_else(unknown).into(),
+            report::verdict(outcome.error.is_none(), if outcome.error.is_none() { "ok" } else { "failed" }),
+        ]);
+    }
+    println!("{table}");
+    println!("{} passed, {failed} failed", targets.len() - failed);
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The names of the targets, or the one that is asked for.
+fn targets(only: Option<&str>) -> anyhow::Result<Vec<String>> {
+    let directory = root().join(DIRECTORY).join("fuzz_targets");
+    let entries = fs::read_dir(&directory).with_context(|| format!("cannot list {}", directory.display()))?;
+    let mut names = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            names.push(path.file_stem().unwrap_or_default().to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    if let Some(only) = only {
+        let all = names.join(", ");
+        names.retain(|name| name == only);
+        anyhow::ensure!(!names.is_empty(), "there is no target {only}; there are: {all}");
+    }
+    Ok(names)
+}
+
+/// Builds the programs and tells where they are. cargo-fuzz sets the flags that sanitizer and coverage need, which stable
+/// Rust has but does not offer.
+fn build() -> anyhow::Result<PathBuf> {
+    let tools = target_directory().join("tools");
+    let program = tools.join("bin/cargo-fuzz");
+    if !program.is_file() {
+        cmd::run(
+            &format!("cargo-fuzz {CARGO_FUZZ_VERSION}"),
+            cargo()
+                .args(["install", "cargo-fuzz", "--version", CARGO_FUZZ_VERSION, "--locked", "--root"])
+                .arg(&tools),
+        )?;
+    }
+    let host = cmd::ask(Command::new("rustc").args(["--print", "host-tuple"]))?;
+    let mut command = Command::new(program);
+    command.args(["build", "--fuzz-dir", ".", "--target", &host, "--target-dir"]).arg(directory());
+    cmd::run("fuzz targets", command.current_dir(root().join(DIRECTORY)).env("RUSTC_BOOTSTRAP", "1"))?;
+    Ok(directory().join(host).join("release"))
+}
+
+/// Runs one target for so many seconds.
+fn fuzz(target: &str, program: &Path, seconds: u32) -> anyhow::Result<Outcome> {
+    let corpus = kept("corpus", target)?;
+    let artifacts = kept("artifacts", target)?;
+    let sources = root().join(DIRECTORY);
+    let mut command = Command::new(program);
+    command
+        .arg(format!("-max_total_time={seconds}"))
+        .arg(format!("-max_len={INPUT_MAX}"))
+        .arg(format!("-timeout={HANGS_AFTER}"))
+        .arg(format!("-artifact_prefix={}/", artifacts.display()))
+        .args(["-print_final_stats=1", "-use_value_profile=1"]);
+    let dictionary = sources.join(format!("{target}.dict"));
+    if dictionary.is_file() {
+        command.arg(format!("-dict={}", dictionary.display()));
+    }
+    command.arg(corpus).arg(sources.join("seeds").join(target));
+    let what = format!("fuzz {target}");
+    let result = cmd::run(&what, &mut command);
+    let log = cmd::log_of(&what)?;
+    let error = result
+        .err()
+        .map(|error| format!("{error:#}\nagain: {} {}/crash-…", program.display(), artifacts.display()));
+    Ok(Outcome {
+        executions: after(&log, "stat::number_of_executed_units: "),
+        coverage: coverage(&log),
+        error,
+    })
+}
+
+fn directory() -> PathBuf {
+    target_directory().join("fuzz")
+}
+
+/// A directory of this target's that stays.
+fn kept(what: &str, target: &str) -> anyhow::Result<PathBuf> {
+    let path = directory().join(what).join(target);
+    fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    Ok(path)
+}
+
+/// The rest of the last line with this in it.
+fn after(log: &str, what: &str) -> Option<String> {
+    log.lines().rev().find_map(|line| Some(line.split_once(what)?.1.trim().to_owned()))
+}
+
+/// The last word on the edges that were reached: `#1024 DONE cov: 312 ft: …`.
+fn coverage(log: &str) -> Option<String> {
+    after(log, " cov: ")?.split(' ').next().map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libfuzzer_s_last_word_is_read() {
+        let log = "#2\tINITED cov: 10 ft: 11 corp: 1/1b\n#77\tDONE   cov: 312 ft: 900 corp: 5/9b\n\
+                   stat::number_of_executed_units: 77\nstat::average_exec_per_sec:     7\n";
+        assert_eq!(coverage(log).as_deref(), Some("312"));
+        assert_eq!(after(log, "stat::number_of_executed_units: ").as_deref(), Some("77"));
+        assert_eq!(after(log, "absent"), None);
+    }
+
+    #[test]
+    fn every_target_has_seeds() {
+        for target in targets(None).unwrap() {
+            let seeds = root().join(DIRECTORY).join("seeds").join(&target);
+            assert!(fs::read_dir(&seeds).unwrap().count() > 0, "{target}");
+        }
+        assert!(targets(Some("absent")).is_err());
+    }
+}
