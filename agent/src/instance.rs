@@ -59,9 +59,13 @@ impl Instance {
     }
 }
 
+/// The node's IMDS, asked once and not again: whoever asks tries again by itself.
+pub fn imds() -> Client {
+    Client::builder().max_attempts(1).build()
+}
+
 /// Keeps the copy up to date for ever. While the node's IMDS is away, what is known stays.
-pub async fn follow(copy: watch::Sender<Instance>) {
-    let imds = Client::builder().max_attempts(1).build();
+pub async fn follow(imds: Client, copy: watch::Sender<Instance>) {
     let mut pause = FIRST_PAUSE;
     loop {
         match fetch(&imds).await {

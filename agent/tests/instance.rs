@@ -1,0 +1,61 @@
+//! The copy of what the instance is, from the lab's IMDS.
+#![expect(clippy::unwrap_used, reason = "test code")]
+
+use std::{net::TcpListener, time::Duration};
+
+use agent::instance::{self, Instance};
+use aws_config::imds::client::Client;
+use lab::{
+    faults::{Fault, Faults, Service},
+    imds::{Imds, ImdsConfig, NodeCredentials},
+};
+use tokio::{sync::watch, time::timeout};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn serve(faults: &Faults) -> Imds {
+    let config = ImdsConfig {
+        region: "eu-west-1".into(),
+        zone: "eu-west-1b".into(),
+        zone_id: "euw1-az2".into(),
+        instance_id: "i-0".into(),
+        role_name: "node-role".into(),
+        credentials: NodeCredentials {
+            access_key_id: "ASIANODE".into(),
+            secret_access_key: "secret".into(),
+            session_token: "token".into(),
+        },
+        account: "111122223333".into(),
+    };
+    let imds = Imds::serve(vec![TcpListener::bind("127.0.0.1:0").unwrap()], config, faults.clone()).unwrap();
+    imds.v2_required(true);
+    imds
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_node_s_imds_says_is_copied_once_it_is_there_and_nothing_of_its_role() {
+    let faults = Faults::default();
+    let imds = serve(&faults);
+    faults.set(Service::Imds, Fault::Drop);
+    let client = Client::builder().max_attempts(1).endpoint(format!("http://{}", imds.address()));
+    let (copy, mut known) = watch::channel(Instance::in_region(Some("us-west-2".into())));
+    tokio::spawn(instance::follow(client.unwrap().build(), copy));
+
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(*known.borrow(), Instance::in_region(Some("us-west-2".into())), "the IMDS is away");
+    faults.clear(Service::Imds);
+    timeout(PATIENCE, known.changed()).await.unwrap().unwrap();
+    let expected = Instance {
+        region: Some("eu-west-1".into()),
+        zone: Some("eu-west-1b".into()),
+        zone_id: Some("euw1-az2".into()),
+        id: Some("i-0".into()),
+        instance_type: Some("m7i.large".into()),
+        architecture: Some("x86_64".into()),
+        domain: Some("amazonaws.com".into()),
+        partition: Some("aws".into()),
+    };
+    assert_eq!(*known.borrow(), expected);
+    assert_eq!(imds.credential_reads(), 0);
+    assert!(imds.requests().iter().all(|request| !request.path.contains("iam")), "{:?}", imds.requests());
+}
