@@ -69,3 +69,26 @@ impl RequestMetrics {
         self.imds_v1.get_or_create(&labels).inc();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_uses_imds_v1_is_counted_apart() {
+        let mut registry = Registry::default();
+        let metrics = RequestMetrics::register(&mut registry);
+        let account = |name: &str| ServiceAccountRef { namespace: "app".into(), name: name.into() };
+        for (name, is_served) in [("web", false), ("web", false), ("web", true), ("old", true)] {
+            metrics.count_v1(&account(name), is_served);
+        }
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for (name, answer, count) in [("web", "refused", 2), ("web", "served", 1), ("old", "served", 1)] {
+            let line = format!(
+                "podgate_imds_v1_requests_total{{namespace=\"app\",service_account=\"{name}\",answer=\"{answer}\"}} {count}"
+            );
+            assert!(text.contains(&line), "{line} is not in {text}");
+        }
+    }
+}
