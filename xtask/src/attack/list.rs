@@ -70,7 +70,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "stolen-token", "another pod's token, sent by a pod",
         [TokenOfCaller], credentials::stolen_token;
     "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
-        [BindGuard], credentials::joined_listener;
+        [BindGuard, OwnListeners], credentials::joined_listener;
     "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
         [RefusalWhenDown, Guard], lifetime::killed;
     "agent-stopped", "the same while it is stopped",
