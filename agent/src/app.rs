@@ -3,12 +3,14 @@
 //! Owns that order; never parses a setting, never decides for a pod.
 
 use std::{
+    hash::{BuildHasher as _, RandomState},
     io,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
 use aws_config::SdkConfig;
+use jiff::Timestamp;
 use kube::Api;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
@@ -29,9 +31,12 @@ use crate::{
     config::Config,
     credentials::{
         aws,
-        cache::{Engine, NodeSource},
         eks_auth::EksAuth,
+        engine::{self, Engine},
+        issuer::Issuer,
         kube_identity::{self, Clients},
+        metrics::EngineMetrics,
+        source::NodeSource,
         token::Tokens,
     },
     dialect::imds_token::ImdsTokens,
@@ -42,6 +47,7 @@ use crate::{
         network::Networks,
         tree,
     },
+    instance::{self, Instance},
     intercept::{self, Interceptor, OriginLookup},
     link::{self, Link},
     observe,
@@ -59,6 +65,9 @@ pub enum Error {
     /// The node's cgroups are not as they must be.
     #[error(transparent)]
     Cgroup(#[from] cgroupfs::Error),
+    /// AWS cannot be spoken to.
+    #[error(transparent)]
+    Aws(#[from] aws::Error),
     /// A cgroup that was just there cannot be read.
     #[error("cannot read cgroup {path}: {source}")]
     CgroupRead {
@@ -129,6 +138,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
     intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
     let (in_charge, is_in_charge) = watch::channel(false);
+    let engine_metrics = EngineMetrics::register(&mut registry);
     tasks.spawn("the probes' server", admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge));
     let whois = Whois {
         kubepods: Arc::clone(&node.kubepods),
@@ -140,14 +150,22 @@ pub async fn run(config: Config) -> Result<(), Error> {
     serve_commands(&config, &probes, whois, &mut tasks)?;
 
     let kube = kube_identity::clients(config.kube_identity, &config.node_name).await?;
-    let aws = aws::config().await;
+    let aws = aws::config().await?;
     aws::check(&aws).await;
     let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
     let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
-    let tokens = Tokens::new(&config.kubelet_root, kube.node.clone());
+    let (instance, of_instance) = watch::channel(Instance::in_region(aws.region().map(ToString::to_string)));
+    tasks.spawn("the copy of the instance's metadata", instance::follow(instance::imds(), instance));
     let imds_tokens = ImdsTokens::new(&lock(&interceptor).imds_key()?);
-    let policies = known.policies.clone();
-    let server = Arc::new(server(&config, policies, resolver, tokens, &aws, imds_tokens, request_metrics));
+    let server = Arc::new(Server {
+        policies: known.policies.clone(),
+        resolver,
+        engine: engine(&config, &kube, &aws, of_instance.clone(), engine_metrics),
+        imds_tokens,
+        instance: of_instance,
+        connections: ConnectionLimit::default(),
+        metrics: request_metrics,
+    });
     let events = lock(&interceptor).events()?;
     tasks.spawn("the kernel's events", observe::run(events, Arc::clone(&server)));
     if let Some(log) = lock(&interceptor).debug_log()? {
@@ -167,6 +185,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
     };
     let mut is_synced = follow(&config, &node, kube, known, enforcer, &mut tasks)?;
     // Existing pods have their policies before the first of their dials is decided. Without the API server this agent
+        prefetch: config.prefetch,
     // does not take charge, and is not ready; the one before it goes on as it can.
     tokio::select! {
         Ok(_) = is_synced.wait_for(|synced| *synced) => {}
@@ -205,19 +224,21 @@ fn follow(
     Ok(is_synced)
 }
 
-/// Builds the stages behind an accepted connection.
-pub fn server(
+/// Builds what gives pods their credentials.
+pub fn engine(
     config: &Config,
-    policies: Policies,
-    resolver: CallerResolver,
-    tokens: Tokens,
+    kube: &Clients,
     aws: &SdkConfig,
-    imds_tokens: ImdsTokens,
-    metrics: RequestMetrics,
-) -> Server<NodeSource> {
-    let eks_auth = EksAuth::new(aws, &config.cluster_name, &config.node_name);
-    let engine = Arc::new(Engine::new(NodeSource { tokens, eks_auth }));
-    Server { policies, resolver, engine, imds_tokens, connections: ConnectionLimit::default(), metrics }
+    instance: watch::Receiver<Instance>,
+    metrics: EngineMetrics,
+) -> Arc<Engine<NodeSource>> {
+    let issuer = Arc::new(Issuer::new(kube.own.clone()));
+    let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), Arc::clone(&issuer));
+    let eks_auth = EksAuth::new(aws, &config.cluster_name, &config.node_name, instance);
+    let source = NodeSource { issuer, tokens, eks_auth };
+    // Chances that differ between nodes are enough.
+    let seed = RandomState::new().hash_one(&config.node_name);
+    Engine::start(source, engine::BUDGET, Arc::new(Timestamp::now), seed, metrics)
 }
 
 /// Loads the kernel side. Nothing changes for pods yet.

@@ -69,6 +69,9 @@ pub struct Flags {
     /// else a refusal) or deny. Dials to the instance metadata service are always refused then.
     #[arg(long, env = "PODGATE_WHEN_DOWN", default_value = "auto")]
     pub when_down: String,
+    /// Whether the credentials of pods that are known to want them are fetched before they ask: auto or off.
+    #[arg(long, env = "PODGATE_PREFETCH", default_value = "auto")]
+    pub prefetch: String,
     /// Name of the network link that carries these addresses.
     #[arg(long, env = "PODGATE_LINK", default_value = DEFAULT_LINK)]
     pub link: String,
@@ -132,6 +135,8 @@ pub struct Config {
     pub stock_agent: Option<DaemonSetRef>,
     /// What dials to EKS Pod Identity get while no podgate is alive.
     pub when_down: WhenDown,
+    /// Whether credentials are fetched before pods ask.
+    pub prefetch: bool,
     /// Name of podgate's network link.
     pub link: String,
     /// Who the agent is at the API server.
@@ -223,6 +228,7 @@ impl Config {
         let target_v6 = problems.check("target-v6", &flags.target_v6, rules::target_v6);
         let stock_agent = problems.check("stock-agent", &flags.stock_agent, rules::stock_agent);
         let when_down = problems.check("when-down", &flags.when_down, rules::when_down);
+        let prefetch = problems.check("prefetch", &flags.prefetch, rules::auto_or_off);
         let link = problems.check("link", &flags.link, rules::link_name);
         let kube_identity = problems.check("kube-identity", &flags.kube_identity, rules::kube_identity);
         let admin = problems.check("admin", &flags.admin, rules::socket_addr);
@@ -249,6 +255,7 @@ impl Config {
                 target_v6: target_v6?,
                 stock_agent: stock_agent?,
                 when_down: when_down?,
+                prefetch: prefetch?,
                 link: link?,
                 kube_identity: kube_identity?,
                 admin: admin?,

@@ -7,13 +7,22 @@ use std::{fmt, time::Duration};
 use jiff::Timestamp;
 
 pub mod aws;
-pub mod cache;
 pub mod eks_auth;
+pub mod engine;
+pub mod issuer;
 pub mod jwt;
 pub mod kube_identity;
+pub mod metrics;
+mod plan;
 pub mod schedule;
+pub mod source;
 pub mod token;
 
+pub use self::plan::Budget;
+use self::{
+    plan::Outcome,
+    schedule::{Failure, Life},
+};
 use crate::secret::Secret;
 
 /// Temporary credentials of a pod's role.
@@ -68,6 +77,12 @@ pub enum Error {
         /// What failed underneath.
         reason: String,
     },
+    /// The caller's token is not one of this cluster's for EKS Auth.
+    #[error("the token is not good: {reason}")]
+    BadToken {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The answer is not one.
     #[error("EKS Auth's answer cannot be used: {reason}")]
     BadAnswer {
@@ -77,6 +92,9 @@ pub enum Error {
     /// It takes too long. The call goes on, and whoever asks again shares its result.
     #[error("no token or no answer from EKS Auth after {} ms; try again", .0.as_millis())]
     Slow(Duration),
+    /// Nobody vouches for the caller, and there are too many like it.
+    #[error("too many requests with tokens that nobody has verified yet; try again")]
+    Busy,
 }
 
 /// An error as EKS Auth gives it.
@@ -90,6 +108,49 @@ pub struct ServiceError {
     pub message: String,
     /// AWS's id of the request.
     pub request_id: String,
+    /// How long AWS asks to wait.
+    pub retry_after: Option<Duration>,
+}
+
+// === impl Credentials ===
+
+impl Credentials {
+    /// When they begin and end.
+    pub fn life(&self) -> Life {
+        Life { obtained_at: self.obtained_at, expiration: self.expiration }
+    }
+}
+
+// === impl Error ===
+
+impl Error {
+    /// What it means for the next attempt.
+    fn outcome(&self) -> Outcome {
+        let failure = match self {
+            Self::Service(error) if error.is_throttling() => return Outcome::Throttled(error.retry_after),
+            Self::Service(error) if error.status >= 500 => Failure::Outage,
+            Self::Service(_) | Self::BadAnswer { .. } => Failure::Refused,
+            Self::Token { .. } | Self::BadToken { .. } | Self::Busy => Failure::NoToken,
+            Self::Unreachable { .. } | Self::NodeCredentials { .. } | Self::Slow(_) => Failure::Outage,
+        };
+        Outcome::Failed(failure)
+    }
+
+    /// Its name in metrics.
+    pub(crate) const fn label(&self) -> &'static str {
+        match self {
+            Self::Service(error) if error.is_throttling() => "throttled",
+            Self::Service(error) if error.status >= 500 => "service_error",
+            Self::Service(_) => "refused",
+            Self::Unreachable { .. } => "unreachable",
+            Self::NodeCredentials { .. } => "node_credentials",
+            Self::Token { .. } => "no_token",
+            Self::BadToken { .. } => "bad_token",
+            Self::BadAnswer { .. } => "bad_answer",
+            Self::Slow(_) => "slow",
+            Self::Busy => "busy",
+        }
+    }
 }
 
 // === impl Role ===
@@ -119,6 +180,17 @@ impl Role {
 }
 
 // === impl ServiceError ===
+
+impl ServiceError {
+    const fn is_throttling(&self) -> bool {
+        self.status == 429
+    }
+
+    /// Whether it is the token that EKS Auth does not take.
+    fn is_about_the_token(&self) -> bool {
+        matches!(self.code.as_str(), "ExpiredTokenException" | "InvalidTokenException")
+    }
+}
 
 impl fmt::Display for ServiceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    credentials::cache::{CredentialSource, Engine},
+    credentials::{engine::Engine, source::CredentialSource},
     identity::{
         DaemonSetRef, Pod, PodUid, Pods,
         network::Networks,
@@ -45,13 +45,15 @@ pub trait PolicyMap: Send + 'static {
     ) -> Result<(), intercept::Error>;
 }
 
-/// Drops a pod's credentials.
+/// What pods' coming and going means to their credentials.
 pub trait Forget: Send + Sync + 'static {
     /// The pod is gone.
     fn forget(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
 }
 
 /// Applies what happens to pods, namespaces and cgroups.
+    /// The pod is going to ask.
+    fn prefetch(&self, pod: &Arc<Pod>);
 #[derive(Debug)]
 pub struct Enforcer<M, S> {
     /// What pods get.
@@ -73,6 +75,8 @@ pub struct Enforcer<M, S> {
 }
 
 /// What is known of the pods.
+    /// Whether those are fetched before the pods ask.
+    pub prefetch: bool,
 #[derive(Default)]
 struct State {
     cgroups: HashMap<PodUid, u64>,
@@ -127,6 +131,10 @@ impl<S: CredentialSource> Forget for Engine<S> {
 // === impl Enforcer ===
 
 impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
+
+    fn prefetch(&self, pod: &Arc<Pod>) {
+        Self::prefetch(self, pod);
+    }
     /// Follows both streams for ever. `first` are the cgroups that exist already; `synced` learns when every pod
     /// that was there at the beginning has its policy.
     pub async fn run(
@@ -208,6 +216,9 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 self.on_deleted(state, uid).await;
             }
             ClusterEvent::PodsSynced => state.pods_synced = true,
+                if self.prefetch && will_ask(&pod) {
+                    self.engine.prefetch(&pod);
+                }
             ClusterEvent::NamespaceChanged(name) => {
                 if let Some(annotations) = self.policies.namespaces.get(&name) {
                     report(&annotations, Place::Namespace, &name);
@@ -304,3 +315,9 @@ fn report(annotations: &policy::Annotations, place: Place, whose: &str) {
 
 #[cfg(test)]
 mod tests;
+/// Whether a pod is known to want credentials: the EKS webhook gave it what it takes, or its annotation asks for them.
+fn will_ask(pod: &Pod) -> bool {
+    let is_annotated = pod.annotations.get(policy::ANNOTATION_IMDS).is_some_and(|mode| mode == "intercept");
+    !pod.finished && (pod.injected || pod.token_volume || is_annotated)
+}
+

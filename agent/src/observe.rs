@@ -14,7 +14,7 @@ use agent_common::{counter::Counter, event::Event};
 use tracing::{error, info, warn};
 
 use crate::{
-    credentials::cache::CredentialSource,
+    credentials::source::CredentialSource,
     identity::{Pod, PodUid},
     intercept::{DebugLog, Events},
     serve::{self, Server},

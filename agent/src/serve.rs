@@ -20,6 +20,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 mod limit;
@@ -30,19 +31,14 @@ pub use self::limit::ConnectionLimit;
 use self::{limit::Whose, metrics::RequestMetrics};
 use crate::{
     accept::Accepted,
-    credentials::{
-        Credentials,
-        cache::{CredentialSource, Engine, Proof},
-    },
+    credentials::{Credentials, engine::Engine, jwt::SentToken, schedule::Floor, source::CredentialSource},
     dialect::{
-        Dialect, Refusal, Response, ecs, forwarded, imds,
-        imds::ReadPath,
-        imds_token::ImdsTokens,
-        is_forwarded,
-        pod_identity::{self, SentToken},
+        Dialect, Refusal, Response, ecs, forwarded, imds, imds::ReadPath, imds_token::ImdsTokens,
+        is_forwarded, pod_identity,
     },
     drain::DrainWatch,
     identity::{CallerResolver, Dialler, Pod, PodUid},
+    instance::Instance,
     policies::Policies,
     policy::{ImdsMode, Policy},
 };
@@ -65,6 +61,8 @@ pub struct Server<S> {
     pub engine: Arc<Engine<S>>,
     /// The session tokens of IMDSv2.
     pub imds_tokens: ImdsTokens,
+    /// What is known of the instance.
+    pub instance: watch::Receiver<Instance>,
     /// How many connections each caller has open.
     pub connections: ConnectionLimit,
     /// What is counted.
@@ -97,11 +95,7 @@ impl<S: CredentialSource> Server<S> {
         let stream = crate::undefended::Unframed(stream);
         let service =
             service_fn(|request| async { Ok::<_, Infallible>(self.request(&connection, request).await) });
-        let served = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
-            .max_buf_size(HEAD_MAX)
-            .serve_connection(TokioIo::new(stream), service);
+        let served = protocol().serve_connection(TokioIo::new(stream), service);
         let mut served = std::pin::pin!(served);
         let result = tokio::select! {
             result = served.as_mut() => result,
@@ -183,16 +177,17 @@ impl<S: CredentialSource> Server<S> {
             None => None,
             Some(origin) => self.vouched(connection, origin, sent.as_ref(), deadline).await?,
         };
-        let (proof, pod) = match (vouched, sent) {
+        if let Some(pod) = &vouched
+            && !self.policy(pod, deadline).await?.pod_identity
+        {
+            return Err(refusal::pod_identity_is_off());
+        }
+        let (pod, sent) = match (vouched, sent) {
             (None, None) => return Err(pod_identity::no_token("")),
-            (None, Some(SentToken { token, claims })) => {
-                let answer = self.engine.for_token(token, claims, deadline).await;
-                return answer.map_err(|error| refusal::credentials(&error, None));
-            }
-            (Some(pod), Some(sent)) if sent.claims.pod == Some(pod.uid) => (Proof::Own(sent.token), pod),
-            (Some(_), Some(SentToken { token, claims })) if !holds(Defence::TokenOfCaller) => {
-                let answer = self.engine.for_token(token, claims, deadline).await;
-                return answer.map_err(|error| refusal::credentials(&error, None));
+            (None, Some(sent)) => return self.anonymous(connection, sent, deadline).await,
+            (Some(pod), Some(sent)) if sent.claims.pod == Some(pod.uid) => (pod, Some(sent)),
+            (Some(_), Some(sent)) if !holds(Defence::TokenOfCaller) => {
+                return self.anonymous(connection, sent, deadline).await;
             }
             (Some(_), Some(_)) => return Err(refusal::somebody_else_s_token()),
             (Some(pod), None) => {
@@ -202,11 +197,22 @@ impl<S: CredentialSource> Server<S> {
                 if is_forwarded(&head.headers) {
                     return Err(forwarded());
                 }
-                (Proof::OnBehalf(Arc::clone(&pod)), pod)
+                (pod, None)
             }
         };
-        let answer = self.engine.for_pod(pod.uid, proof, deadline).await;
+        let answer = self.engine.for_pod(&pod, sent, Floor::Container, deadline).await;
         answer.map_err(|error| refusal::credentials(&error, Some(&pod)))
+    }
+
+    /// A caller of whom nobody knows more than its token.
+    async fn anonymous(
+        &self,
+        connection: &Connection,
+        sent: SentToken,
+        deadline: Instant,
+    ) -> Result<Arc<Credentials>, Refusal> {
+        let answer = self.engine.for_token(sent, connection.peer, deadline).await;
+        answer.map_err(|error| refusal::credentials(&error, None))
     }
 
     async fn imds(
@@ -231,20 +237,43 @@ impl<S: CredentialSource> Server<S> {
         {
             return Err(imds::bad_session());
         }
+        let answer = self.imds_read(connection, origin, head, path, session.is_some(), deadline).await;
+        if session.is_none()
+            && let Some(pod) = self.resolver.known(uid)
+        {
+            self.metrics.count_v1(&pod.service_account, answer.is_ok());
+        }
+        answer
+    }
+
+    /// What a path has for the pod that dialled. A session was valid, or there is none.
+    async fn imds_read(
+        &self,
+        connection: &Connection,
+        origin: &Origin,
+        head: &Parts,
+        path: ReadPath<'_>,
+        has_session: bool,
+        deadline: Instant,
+    ) -> Result<Response, Refusal> {
+        // Of use to whoever asks, and nothing to anybody else: not even the pod need be known.
+        if let ReadPath::Fact(fact) = path
+            && (has_session || (fact.is_place() && !is_forwarded(&head.headers)))
+        {
+            return imds::fact(fact, &self.instance.borrow());
+        }
         let vouched = self.vouched(connection, origin, None, deadline).await?;
         let pod = vouched.ok_or_else(refusal::anonymous)?;
-        allow_read(self.policy(&pod, deadline).await?, head, session.is_some())?;
-        let asked = match path {
-            ReadPath::Roles => None,
-            ReadPath::Role(role) => Some(role),
+        allow_read(self.policy(&pod, deadline).await?, head, has_session)?;
+        match path {
+            ReadPath::Fact(fact) => return imds::fact(fact, &self.instance.borrow()),
+            ReadPath::Listing(names) => return Ok(imds::listing(names)),
             ReadPath::Other => return Err(imds::nothing()),
-        };
-        let answer = self.engine.for_pod(uid, Proof::OnBehalf(Arc::clone(&pod)), deadline).await;
-        let credentials = answer.map_err(|error| refusal::credentials(&error, Some(&pod)))?;
-        match asked {
-            None => Ok(imds::roles(&credentials)),
-            Some(role) => imds::role(role, &credentials),
+            ReadPath::Roles | ReadPath::Role(_) | ReadPath::Iam | ReadPath::Info => {}
         }
+        let answer = self.engine.for_pod(&pod, None, Floor::Imds, deadline).await;
+        let credentials = answer.map_err(|error| refusal::credentials(&error, Some(&pod)))?;
+        imds::own(path, &credentials)
     }
 
     async fn policy(&self, pod: &Pod, deadline: Instant) -> Result<Policy, Refusal> {
@@ -331,6 +360,17 @@ impl Connection {
         let origin = self.origin.as_ref()?;
         if origin.orig_dst.same(&origin.target) { None } else { origin.orig_dst.service() }
     }
+}
+
+/// HTTP/1.1 as every connection speaks it. Names of headers are written as EC2 and the stock agent write them.
+pub fn protocol() -> http1::Builder {
+    let mut protocol = http1::Builder::new();
+    protocol
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(HEAD_MAX)
+        .title_case_headers(true);
+    protocol
 }
 
 /// Whether the pod may read from IMDS here and now. The kernel has asked this when it dialled; it may have changed.

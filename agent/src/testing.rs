@@ -18,6 +18,9 @@ use crate::{
     intercept::{self, OriginLookup},
 };
 
+pub mod outside;
+pub mod upstream;
+
 /// A pod with a fresh UID; its service account is `name` in `namespace`.
 pub fn pod(namespace: &str, name: &str) -> Pod {
     Pod {
@@ -28,6 +31,7 @@ pub fn pod(namespace: &str, name: &str) -> Pod {
         token_volume: false,
         injected: false,
         daemon_set: None,
+        finished: false,
         ips: vec![],
         annotations: BTreeMap::new(),
     }
@@ -44,7 +48,7 @@ pub fn pod_uid() -> PodUid {
 
 /// What a token bound to this pod says.
 pub fn claims(pod: PodUid) -> Claims {
-    Claims { pod: Some(pod) }
+    Claims { pod: Some(pod), issuer: None, audiences: vec![], expiration: None }
 }
 
 /// Stands in for cgroup2: the test says which id has which path, and which pod which network.

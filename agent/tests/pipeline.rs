@@ -183,7 +183,62 @@ async fn a_forged_token_without_an_origin_never_gets_what_is_kept_for_its_pod() 
     assert_eq!(answer.status, 400, "{answer:?}");
     assert!(answer.message().contains("InvalidTokenException"), "{answer:?}");
     assert_eq!(get(&genuine).await.status, 200);
-    assert_eq!(node.eks_auth.calls(), 2, "the forged token itself went to EKS Auth, the genuine one once");
+    assert_eq!(node.eks_auth.calls(), 1, "its signature was verified here");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nobody_can_verify_a_token_it_goes_to_eks_auth_itself() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = injected(&node);
+    let genuine = pod.token(&node);
+    node.faults.set(Service::KubeApi, Fault::Drop);
+    node.dial_anonymously();
+    for _ in 0..2 {
+        let answer = node.get("/v1/credentials", &[("Authorization", &genuine)]).await;
+        assert_eq!(node.role_of(&answer), "web-role for web-0");
+    }
+    assert_eq!(node.eks_auth.calls(), 1);
+    let (signed, _signature) = genuine.rsplit_once('.').unwrap();
+    let forged = format!("{signed}.Zm9yZ2Vk");
+    for _ in 0..3 {
+        let answer = node.get("/v1/credentials", &[("Authorization", &forged)]).await;
+        assert_eq!(answer.status, 400, "{answer:?}");
+        assert!(answer.message().contains("InvalidTokenException"), "{answer:?}");
+    }
+    assert_eq!(node.eks_auth.calls(), 2, "and once is enough");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = injected(&node);
+    let life = Duration::from_hours(1);
+    let audience = node.cluster.mint_pod_token("app", "web-0", &["sts.amazonaws.com"], life);
+    let mut claims = node.cluster.pod_claims("app", "web-0", &["pods.eks.amazonaws.com"], life);
+    let forged = node.cluster.signing_key().forge().sign(&claims);
+    let other_key = lab::jwt::SigningKey::generate().sign(&claims);
+    claims.iss = "https://oidc.test.invalid/id/OTHER".into();
+    let issuer = node.cluster.sign(&claims);
+    claims.iss = node.cluster.issuer().into();
+    claims.kubernetes.pod = None;
+    let unbound = node.cluster.sign(&claims);
+    for (token, reason) in [
+        (audience, "its audience is not pods.eks.amazonaws.com"),
+        (forged, "its signature is wrong"),
+        (other_key, "a key that is not the cluster's"),
+        (issuer, "its issuer is not this cluster"),
+        (unbound, "it is not bound to a pod"),
+    ] {
+        node.dial_anonymously();
+        let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
+        assert_eq!(answer.status, 400, "{answer:?}");
+        assert!(answer.message().contains(reason), "{answer:?}");
+        // Nor does the kernel's word help a token that is known to be bad.
+        node.dial_as(&pod, POD_IDENTITY);
+        let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
+        assert!((400..=403).contains(&answer.status), "{answer:?}");
+    }
+    assert_eq!(node.eks_auth.calls(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -360,8 +415,12 @@ async fn a_slow_call_goes_on_without_its_caller_and_serves_the_next_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_of_eks_auth_keep_their_status_and_text() {
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), POD_IDENTITY);
+    let dial = |name: &str| {
+        node.eks_auth.associate("app", "web", "web-role");
+        node.dial_as(&node.pod(name, "web", |_| {}), POD_IDENTITY);
+    };
     for (status, code) in [(400, "AccessDeniedException"), (503, "ServiceUnavailableException")] {
+        dial(code.to_lowercase().as_str());
         let fault = Fault::Error { status, code: code.into(), message: "words of AWS".into() };
         node.faults.set(Service::EksAuth, fault);
         let answer = node.get("/v1/credentials", &[]).await;
@@ -369,8 +428,36 @@ async fn refusals_of_eks_auth_keep_their_status_and_text() {
         assert_eq!(answer.json()["code"], code);
         assert!(answer.message().contains(&format!("({code}): words of AWS, fault: ")), "{answer:?}");
     }
+    dial("throttled");
     node.faults.set(Service::EksAuth, Fault::Throttle { retry_after: None });
     assert_eq!(node.get("/v1/credentials", &[]).await.status, 429);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_is_remembered_for_its_pod_alone() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let first = node.pod("web-0", "lonely", |_| {});
+    node.dial_as(&first, POD_IDENTITY);
+    for _ in 0..20 {
+        assert_eq!(node.get("/v1/credentials", &[]).await.status, 404);
+    }
+    assert_eq!(node.eks_auth.calls(), 1);
+    node.eks_auth.associate("app", "lonely", "web-role");
+    node.dial_as(&node.pod("web-1", "lonely", |_| {}), POD_IDENTITY);
+    assert_eq!(node.get("/v1/credentials", &[]).await.status, 200, "a new pod starts clean");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn node_credentials_that_aws_does_not_take_are_named() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), POD_IDENTITY);
+    let (code, message) = ("ExpiredTokenException", "The security token included in the request is expired");
+    node.faults
+        .set(Service::EksAuth, Fault::Error { status: 403, code: code.into(), message: message.into() });
+    let answer = node.get("/v1/credentials", &[]).await;
+    assert_eq!(answer.status, 500, "{answer:?}");
+    assert!(answer.message().contains("the node has no AWS credentials"), "{answer:?}");
+    assert!(answer.message().contains(message), "{answer:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::{Error, lock, tasks::Tasks};
 use crate::{
     accept,
-    credentials::cache::NodeSource,
+    credentials::source::NodeSource,
     drain::{Drain, drain},
     intercept::{Interceptor, OriginLookup},
     link::Link,

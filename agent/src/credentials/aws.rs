@@ -1,8 +1,9 @@
-//! How the agent itself speaks to AWS: region, endpoint and the node's own credentials.
+//! How the agent itself speaks to AWS: region, endpoint, connections and the node's own credentials.
 //!
-//! Owns the credential chain, which has no container provider in it: that would lead back to podgate itself.
+//! Owns the credential chain, in which nothing leads back to podgate itself: no container provider, nor a profile that
+//! names one. Endpoints (`AWS_ENDPOINT_URL_EKS_AUTH`, FIPS, dual stack) are the SDK's own settings.
 
-use std::time::Duration;
+use std::{env, fs, io, path::PathBuf, time::Duration};
 
 use aws_config::{
     BehaviorVersion, SdkConfig, environment::EnvironmentVariableCredentialsProvider,
@@ -10,7 +11,18 @@ use aws_config::{
     profile::ProfileFileCredentialsProvider, retry::RetryConfig, timeout::TimeoutConfig,
     web_identity_token::WebIdentityTokenCredentialsProvider,
 };
-use aws_credential_types::provider::ProvideCredentials as _;
+use aws_credential_types::provider::{
+    self, ProvideCredentials, error::CredentialsError, future::ProvideCredentials as Provided,
+};
+use aws_smithy_http_client::{
+    pool::{Client, ConnectionPool},
+    proxy::ProxyConfig,
+    tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
+};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
 use tracing::warn;
 
 use crate::error::chain;
@@ -18,20 +30,45 @@ use crate::error::chain;
 /// A connection takes a millisecond within a region.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A whole call. Callers are answered sooner; this bounds the call that goes on without them.
-const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+const CALL_TIMEOUT: Duration = Duration::from_secs(4);
+/// Connections are kept as long as EKS Auth keeps them: a pod's first request should not wait for TLS.
+const IDLE_TIMEOUT: Duration = Duration::from_hours(1);
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// PEM file of the authorities to trust instead of the system's.
+const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
+
+/// Why AWS cannot be spoken to.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The authorities to trust cannot be read.
+    #[error("cannot read the certificates in {path}, which {CA_BUNDLE} names: {source}")]
+    CaBundle {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The HTTP client cannot be made.
+    #[error("cannot make an HTTPS client: {0}")]
+    Client(String),
+}
+
+/// What a profile gets that wants credentials from a container's endpoint.
+#[derive(Debug)]
+struct NotFromContainer;
 
 /// The configuration of every AWS client of the agent. The region is `AWS_REGION`'s, the shared
 /// configuration's, or the instance's.
-pub async fn config() -> SdkConfig {
+pub async fn config() -> Result<SdkConfig, Error> {
     let timeouts =
         TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).operation_timeout(CALL_TIMEOUT).build();
-    aws_config::defaults(BehaviorVersion::latest())
+    let config = aws_config::defaults(BehaviorVersion::latest())
+        .http_client(http_client()?)
         .credentials_provider(node_credentials())
         .timeout_config(timeouts)
-        // Whoever asked asks again, and shares the call with the other callers of its pod.
-        .retry_config(RetryConfig::disabled())
-        .load()
-        .await
+        // The engine tries again, when that does no harm.
+        .retry_config(RetryConfig::disabled());
+    Ok(config.load().await)
 }
 
 /// Asks once for what every call needs, and says what is missing: better now than to the first pod. What is
@@ -50,10 +87,92 @@ pub async fn check(config: &SdkConfig) {
     }
 }
 
+/// Connections through `HTTPS_PROXY` but for `NO_PROXY`, to who has a certificate of the system's authorities or of those
+/// in `AWS_CA_BUNDLE`.
+fn http_client() -> Result<Client, Error> {
+    let roots = match env::var_os(CA_BUNDLE).filter(|path| !path.is_empty()) {
+        None => TrustStore::default(),
+        Some(path) => {
+            let path = PathBuf::from(path);
+            let bundle = ca_bundle(&path).map_err(|source| Error::CaBundle { path, source })?;
+            TrustStore::empty().with_pem_certificate(bundle)
+        }
+    };
+    let failed = |error: &dyn std::error::Error| Error::Client(error.to_string());
+    let tls = TlsContext::builder().with_trust_store(roots).build().map_err(|error| failed(&error))?;
+    let pool = ConnectionPool::builder()
+        .proxy_config(ProxyConfig::from_env())
+        .idle_timeout(IDLE_TIMEOUT)
+        .tcp_keepalive(KEEPALIVE)
+        .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
+        .tls_context(tls)
+        .build_https()
+        .map_err(|error| failed(&error))?;
+    Client::new(&pool).map_err(|error| failed(&error))
+}
+
+/// The file, once it is known to be all certificates: the SDK panics on others.
+fn ca_bundle(path: &std::path::Path) -> io::Result<Vec<u8>> {
+    let pem = fs::read(path)?;
+    let invalid =
+        |error: &dyn std::error::Error| io::Error::new(io::ErrorKind::InvalidData, error.to_string());
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        roots.add(certificate.map_err(|error| invalid(&error))?).map_err(|error| invalid(&error))?;
+    }
+    if roots.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it has no certificate"));
+    }
+    Ok(pem)
+}
+
 /// The node's credentials: environment, shared files (hybrid nodes), web identity, instance role.
 fn node_credentials() -> CredentialsProviderChain {
+    let profile =
+        ProfileFileCredentialsProvider::builder().with_custom_provider("EcsContainer", NotFromContainer);
     CredentialsProviderChain::first_try("Environment", EnvironmentVariableCredentialsProvider::new())
-        .or_else("Profile", ProfileFileCredentialsProvider::builder().build())
+        .or_else("Profile", profile.build())
         .or_else("WebIdentityToken", WebIdentityTokenCredentialsProvider::builder().build())
         .or_else("Ec2InstanceMetadata", ImdsCredentialsProvider::builder().build())
+}
+
+// === impl NotFromContainer ===
+
+impl ProvideCredentials for NotFromContainer {
+    fn provide_credentials<'a>(&'a self) -> Provided<'a>
+    where
+        Self: 'a,
+    {
+        let reason = "the profile has credential_source = EcsContainer, which is podgate itself";
+        let refused: provider::Result = Err(CredentialsError::invalid_configuration(reason));
+        Provided::ready(refused)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn a_bundle_of_authorities_is_read_whole_or_refused() {
+        let bundle = |text: &str| {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+            ca_bundle(file.path())
+        };
+        let pem = |name: &str| rcgen::generate_simple_self_signed([name.to_owned()]).unwrap().cert.pem();
+        assert!(bundle(&(pem("a") + &pem("b"))).is_ok());
+        let bad = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        for text in [String::new(), "no PEM".into(), bad.into(), pem("a") + bad] {
+            assert!(bundle(&text).is_err(), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_profile_that_leads_back_to_podgate_gives_the_reason() {
+        let refused = NotFromContainer.provide_credentials().await.unwrap_err();
+        assert!(chain(&refused).contains("podgate itself"), "{refused:?}");
+    }
 }

@@ -2,6 +2,8 @@
 //!
 //! Owns the call and what its failures mean; never caches, never tries twice.
 
+use std::time::Duration;
+
 use aws_config::SdkConfig;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_eksauth::{
@@ -14,9 +16,13 @@ use aws_sdk_eksauth::{
 };
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use jiff::Timestamp;
+use tokio::sync::watch;
 
 use super::{Credentials, Error, Role, ServiceError};
-use crate::{error::chain, identity::ServiceAccountRef, secret::Secret};
+use crate::{error::chain, identity::ServiceAccountRef, instance::Instance, secret::Secret};
+
+/// Nobody is asked to wait longer than that.
+const RETRY_AFTER_MAX: Duration = Duration::from_mins(5);
 
 /// Exchanges tokens for credentials.
 #[derive(Clone, Debug)]
@@ -24,6 +30,7 @@ pub struct EksAuth {
     client: Client,
     cluster_name: String,
     node_name: String,
+    instance: watch::Receiver<Instance>,
 }
 
 /// What EKS Auth answered: whose token it was, and the credentials.
@@ -38,18 +45,25 @@ pub struct Assumed {
 // === impl EksAuth ===
 
 impl EksAuth {
-    /// Calls on behalf of this node of this cluster.
-    pub fn new(config: &SdkConfig, cluster_name: &str, node_name: &str) -> Self {
+    /// Calls on behalf of this node of this cluster, on this instance.
+    pub fn new(
+        config: &SdkConfig,
+        cluster_name: &str,
+        node_name: &str,
+        instance: watch::Receiver<Instance>,
+    ) -> Self {
         Self {
             client: Client::new(config),
             cluster_name: cluster_name.to_owned(),
             node_name: node_name.to_owned(),
+            instance,
         }
     }
 
     /// Exchanges one token.
     pub async fn assume_role(&self, token: &Secret) -> Result<Assumed, Error> {
-        let call = self.client.assume_role_for_pod_identity();
+        let Instance { id, zone_id, .. } = self.instance.borrow().clone();
+        let call = self.client.assume_role_for_pod_identity().set_instance_id(id).set_zone(zone_id);
         let call = call.cluster_name(&self.cluster_name).token(token.expose()).eks_node_name(&self.node_name);
         let answer = call.send().await.map_err(|error| failure(&error))?;
         assumed(&answer, Timestamp::now()).map_err(|reason| Error::BadAnswer { reason: reason.to_owned() })
@@ -77,17 +91,23 @@ fn assumed(answer: &AssumeRoleForPodIdentityOutput, now: Timestamp) -> Result<As
     })
 }
 
-/// That the node's credentials are what is missing shows only as a cause of a failure to construct or dispatch.
+/// That the node's credentials are what is missing shows only as a cause of a failure to construct or dispatch; that they
+/// are bad, in AWS's common errors.
 fn failure(error: &SdkError<AssumeRoleForPodIdentityError, HttpResponse>) -> Error {
     match error {
         // An error in a successful answer is one that could not be read.
         SdkError::ServiceError(answer) if !answer.raw().status().is_success() => {
-            Error::Service(ServiceError {
+            let error = ServiceError {
                 status: answer.raw().status().as_u16(),
                 code: answer.err().code().unwrap_or("UnknownError").to_owned(),
                 message: answer.err().message().unwrap_or_default().to_owned(),
                 request_id: answer.err().request_id().unwrap_or_default().to_owned(),
-            })
+                retry_after: retry_after(answer.raw()),
+            };
+            if is_about_signature(&error) {
+                return Error::NodeCredentials { reason: format!("EKS Auth does not take them: {error}") };
+            }
+            Error::Service(error)
         }
         SdkError::ServiceError(_) | SdkError::ResponseError(_) => {
             Error::BadAnswer { reason: "it does not read as one".to_owned() }
@@ -95,6 +115,26 @@ fn failure(error: &SdkError<AssumeRoleForPodIdentityError, HttpResponse>) -> Err
         SdkError::TimeoutError(_) => Error::Unreachable { reason: "no answer in time".to_owned() },
         _ if is_about_credentials(error) => Error::NodeCredentials { reason: chain(error) },
         _ => Error::Unreachable { reason: chain(error) },
+    }
+}
+
+/// In whole seconds; a date is not worth a clock that may be wrong.
+fn retry_after(answer: &HttpResponse) -> Option<Duration> {
+    let seconds = answer.headers().get("retry-after")?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
+}
+
+/// Whether it is the node's signature that AWS does not take. `ExpiredTokenException` is about the pod's token where it
+/// is a 400, as the service's own errors are.
+fn is_about_signature(error: &ServiceError) -> bool {
+    match error.code.as_str() {
+        "UnrecognizedClientException"
+        | "InvalidClientTokenId"
+        | "InvalidSignatureException"
+        | "IncompleteSignatureException"
+        | "MissingAuthenticationTokenException" => true,
+        "ExpiredTokenException" | "ExpiredToken" | "RequestExpired" => error.status == 403,
+        _ => false,
     }
 }
 
@@ -143,6 +183,27 @@ mod tests {
         assert_eq!(assumed.credentials.role.name, "web");
         assert_eq!(assumed.credentials.expiration, Timestamp::from_second(1_000_000).unwrap());
         assert!(!format!("{assumed:?}").contains("secret\""), "secrets do not print");
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_node_s_signature_is_not_the_pod_s_fault() {
+        for (status, code, of_node) in [
+            (403, "UnrecognizedClientException", true),
+            (403, "InvalidSignatureException", true),
+            (403, "ExpiredTokenException", true),
+            (400, "ExpiredTokenException", false),
+            (400, "AccessDeniedException", false),
+            (404, "ResourceNotFoundException", false),
+        ] {
+            let error = ServiceError {
+                status,
+                code: code.into(),
+                message: String::new(),
+                request_id: String::new(),
+                retry_after: None,
+            };
+            assert_eq!(is_about_signature(&error), of_node, "{status} {code}");
+        }
     }
 
     #[test]

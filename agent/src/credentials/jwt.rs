@@ -1,7 +1,7 @@
 //! Reads a service-account token: is it one, whose is it, is its time right?
 //!
 //! Owns the checks that need nothing but the token, in the words of the stock agent (eks-pod-identity-agent
-//! 0.1.37), which SDK users search the web for. Never verifies a signature: EKS Auth does.
+//! 0.1.37), which SDK users search the web for. Signatures are `signature`'s; never fetches a key.
 
 use base64::{
     Engine as _, alphabet,
@@ -11,7 +11,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use crate::identity::PodUid;
+pub mod signature;
+
+use crate::{identity::PodUid, secret::Secret};
 
 /// Longest token that is looked at, in bytes. Real ones have 1 to 2 kB.
 pub const MAX_LEN: usize = 16 * 1024;
@@ -35,6 +37,21 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 pub struct Claims {
     /// The pod it is bound to.
     pub pod: Option<PodUid>,
+    /// Who issued it.
+    pub issuer: Option<String>,
+    /// For whom it is.
+    pub audiences: Vec<String>,
+    /// When it ends; some do not.
+    pub expiration: Option<Timestamp>,
+}
+
+/// A token that a caller sent, read but not verified.
+#[derive(Clone, Debug)]
+pub struct SentToken {
+    /// The token.
+    pub token: Secret,
+    /// What it says of itself.
+    pub claims: Claims,
 }
 
 /// Why a token is refused. The texts are the stock agent's.
@@ -53,14 +70,12 @@ pub enum Error {
 
 #[derive(Deserialize)]
 struct Payload {
-    #[serde(rename = "iss")]
-    _iss: Option<String>,
+    iss: Option<String>,
     #[serde(rename = "sub")]
     _sub: Option<String>,
     #[serde(rename = "jti")]
     _jti: Option<String>,
-    #[serde(rename = "aud")]
-    _aud: Option<Audience>,
+    aud: Option<Audience>,
     #[serde(default, deserialize_with = "seconds")]
     exp: Option<i64>,
     #[serde(default, deserialize_with = "seconds")]
@@ -74,8 +89,8 @@ struct Payload {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Audience {
-    One(#[expect(dead_code, reason = "only its type is checked")] String),
-    Many(#[expect(dead_code, reason = "only its type is checked")] Vec<String>),
+    One(String),
+    Many(Vec<String>),
 }
 
 /// Reads a token and checks its times.
@@ -110,7 +125,13 @@ pub fn read(token: &str, now: Timestamp) -> Result<Claims, Error> {
     match (expired, early) {
         (false, false) => {
             let pod = payload.kubernetes.pointer("/pod/uid").and_then(Value::as_str);
-            Ok(Claims { pod: pod.and_then(PodUid::parse) })
+            let audiences = match payload.aud {
+                None => vec![],
+                Some(Audience::One(audience)) => vec![audience],
+                Some(Audience::Many(audiences)) => audiences,
+            };
+            let expiration = payload.exp.and_then(|exp| Timestamp::from_second(exp).ok());
+            Ok(Claims { pod: pod.and_then(PodUid::parse), issuer: payload.iss, audiences, expiration })
         }
         (true, false) => Err(Error::Invalid("token is expired")),
         (false, true) => Err(Error::Invalid("token is not valid yet")),
@@ -118,14 +139,13 @@ pub fn read(token: &str, now: Timestamp) -> Result<Claims, Error> {
     }
 }
 
+/// Decodes a segment. What is wrong is said as Go says it: the first byte that is none of the alphabet, else the last one
+/// where it would begin a group of its own.
 fn decode(segment: &str) -> Result<Vec<u8>, String> {
-    // Go counts the position in the input, as base64 does.
-    BASE64.decode(segment).map_err(|error| {
-        let at = match error {
-            base64::DecodeError::InvalidByte(at, _)
-            | base64::DecodeError::InvalidLastSymbol { offset: at, .. } => at,
-            _ => segment.len(),
-        };
+    BASE64.decode(segment).map_err(|_| {
+        let is_digit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+        let at = segment.bytes().position(|byte| !is_digit(byte));
+        let at = at.unwrap_or_else(|| segment.len().saturating_sub(1));
         format!("illegal base64 data at input byte {at}")
     })
 }
@@ -178,6 +198,8 @@ mod tests {
         });
         let claims = read(&token(&json!({"alg": "RS256"}), &payload), now()).unwrap();
         assert_eq!(claims.pod, PodUid::parse(UID));
+        assert_eq!(claims.issuer.as_deref(), Some("https://oidc"));
+        assert_eq!(claims.audiences, ["pods.eks.amazonaws.com"]);
     }
 
     #[test]
@@ -217,9 +239,10 @@ mod tests {
         assert!(refusal(&token(&rs256, &json!({"exp": "soon"}))).contains(claim));
         assert!(refusal(&token(&rs256, &json!([]))).contains(claim));
         assert!(refusal("W10.e30.").contains("could not JSON decode header"));
-        assert!(
-            refusal("e30.!.").contains("could not base64 decode claim: illegal base64 data at input byte 0")
-        );
+        for (segment, at) in [("!", 0), ("e30=", 3), ("e", 0), ("e30e3", 4), ("e3+e3", 2), ("e30e30é", 6)] {
+            let text = format!("could not base64 decode claim: illegal base64 data at input byte {at}");
+            assert!(refusal(&format!("e30.{segment}.")).ends_with(&text), "{segment}");
+        }
     }
 
     #[test]

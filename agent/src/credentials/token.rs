@@ -7,6 +7,7 @@ use std::{
     fs::File,
     io::{self, Read as _},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,7 +21,10 @@ use moka::future::Cache;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tracing::debug;
 
-use super::{jwt, schedule};
+use super::{
+    issuer::{Issuer, Verdict},
+    jwt, schedule,
+};
 use crate::{
     identity::{Pod, PodUid, pods::TOKEN_VOLUME},
     secret::Secret,
@@ -41,6 +45,7 @@ const REQUESTED_MAX: u64 = 1024;
 pub struct Tokens {
     kubelet_pods: PathBuf,
     kube: Client,
+    issuer: Arc<Issuer>,
     requested: Cache<PodUid, (Secret, Timestamp)>,
 }
 
@@ -75,10 +80,11 @@ pub enum Error {
 // === impl Tokens ===
 
 impl Tokens {
-    /// Tokens from the kubelet whose `--root-dir` is `kubelet_root`, and from the API server.
-    pub fn new(kubelet_root: &Path, kube: Client) -> Self {
+    /// Tokens from the kubelet whose `--root-dir` is `kubelet_root`, as far as `issuer` takes them for good, and from the
+    /// API server.
+    pub fn new(kubelet_root: &Path, kube: Client, issuer: Arc<Issuer>) -> Self {
         let requested = Cache::builder().max_capacity(REQUESTED_MAX).build();
-        Self { kubelet_pods: kubelet_root.join("pods"), kube, requested }
+        Self { kubelet_pods: kubelet_root.join("pods"), kube, issuer, requested }
     }
 
     /// A token bound to this pod, good now.
@@ -114,15 +120,28 @@ impl Tokens {
         let read = tokio::task::spawn_blocking(move || read_projected(&volume)).await;
         let read = read.unwrap_or_else(|join| Err(io::Error::other(join)));
         match read {
-            Ok(token) => match jwt::read(token.expose(), Timestamp::now()) {
-                Ok(claims) if claims.pod == Some(pod.uid) => Ok(Some(token)),
-                _ => {
-                    debug!(pod.uid = %pod.uid, "the kubelet's token is not good: asking the API server");
+            Ok(token) => match self.fault(&token, pod).await {
+                None => Ok(Some(token)),
+                Some(reason) => {
+                    debug!(pod.uid = %pod.uid, reason, "the kubelet's token is not good: asking the API server");
                     Ok(None)
                 }
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(Error::File { pod: pod.full_name(), source }),
+        }
+    }
+
+    /// What is wrong with a token of this pod, as far as one can tell here.
+    async fn fault(&self, token: &Secret, pod: &Pod) -> Option<String> {
+        let claims = match jwt::read(token.expose(), Timestamp::now()) {
+            Ok(claims) if claims.pod == Some(pod.uid) => claims,
+            Ok(_) => return Some("it is not bound to the pod".to_owned()),
+            Err(error) => return Some(error.to_string()),
+        };
+        match self.issuer.judge(token, &claims).await {
+            Verdict::Good | Verdict::Unknown => None,
+            Verdict::Bad(reason) => Some(reason),
         }
     }
 
@@ -178,7 +197,7 @@ fn lags(status: &kube::core::Status) -> bool {
 
 /// Reads a projected token. The volume's files are symlinks (`..data`) that the kubelet switches, on a
 /// directory that the pod may share with a container of its own making: the kernel keeps us inside it.
-fn read_projected(volume: &Path) -> io::Result<Secret> {
+pub(crate) fn read_projected(volume: &Path) -> io::Result<Secret> {
     let directory = File::open(volume)?;
     let file = rustix::fs::openat2(
         &directory,

@@ -18,7 +18,10 @@ struct Kernel {
 }
 
 #[derive(Default)]
-struct FakeEngine(Mutex<Vec<PodUid>>);
+struct FakeEngine {
+    forgotten: Mutex<Vec<PodUid>>,
+    prefetched: Mutex<Vec<PodUid>>,
+}
 
 impl PolicyMap for FakeMap {
     fn set(&self, id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
@@ -51,7 +54,11 @@ impl PolicyMap for FakeMap {
 
 impl Forget for FakeEngine {
     async fn forget(&self, uid: PodUid) {
-        self.0.lock().unwrap().push(uid);
+        self.forgotten.lock().unwrap().push(uid);
+    }
+
+    fn prefetch(&self, pod: &Arc<Pod>) {
+        self.prefetched.lock().unwrap().push(pod.uid);
     }
 }
 
@@ -77,6 +84,7 @@ impl Node {
             pods: Arc::default(),
             networks: Arc::new(Networks::new(0)),
             engine: Arc::default(),
+            prefetch: true,
         };
         Self { map, enforcer, state: State::default() }
     }
@@ -180,10 +188,10 @@ async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
     node.appears(pod.uid, 10).await;
     node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
     assert!(node.enforcer.pods.get(pod.uid).is_some() && node.imds(10).is_some());
-    assert!(node.enforcer.engine.0.lock().unwrap().is_empty());
+    assert!(node.enforcer.engine.forgotten.lock().unwrap().is_empty());
     node.goes(pod.uid, 10).await;
     assert!(node.enforcer.pods.get(pod.uid).is_none() && node.imds(10).is_none());
-    assert_eq!(*node.enforcer.engine.0.lock().unwrap(), [pod.uid]);
+    assert_eq!(*node.enforcer.engine.forgotten.lock().unwrap(), [pod.uid]);
 }
 
 #[tokio::test]
@@ -239,4 +247,27 @@ async fn a_pod_that_its_daemon_set_has_let_go_of_is_one_like_any_other() {
     assert!(!*node.enforcer.stock_agent_is_here.borrow());
     assert!(node.map.0.lock().unwrap().exempt.is_empty());
     assert_eq!(node.imds(10), Some(IMDS_AUDIT));
+}
+
+#[tokio::test]
+async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
+    let mut node = Node::new();
+    let annotated = |mode: &str| [(ANNOTATION_IMDS.to_owned(), mode.to_owned())].into();
+    for (pod, will_ask) in [
+        (pod("app", "web"), false),
+        (Pod { injected: true, ..pod("app", "web") }, true),
+        (Pod { token_volume: true, ..pod("app", "web") }, true),
+        (Pod { annotations: annotated("intercept"), ..pod("app", "web") }, true),
+        (Pod { annotations: annotated("deny"), ..pod("app", "web") }, false),
+        (Pod { injected: true, finished: true, ..pod("app", "web") }, false),
+    ] {
+        let pod = Arc::new(pod);
+        node.pod(&pod).await;
+        let prefetched = node.enforcer.engine.prefetched.lock().unwrap().contains(&pod.uid);
+        assert_eq!(prefetched, will_ask, "{pod:?}");
+    }
+    node.enforcer.prefetch = false;
+    let off = Arc::new(Pod { injected: true, ..pod("app", "web") });
+    node.pod(&off).await;
+    assert!(!node.enforcer.engine.prefetched.lock().unwrap().contains(&off.uid));
 }

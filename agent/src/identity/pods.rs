@@ -54,6 +54,7 @@ pub struct DaemonSetRef {
 
 /// What podgate remembers of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Pod {
     /// Its UID.
     pub uid: PodUid,
@@ -69,6 +70,8 @@ pub struct Pod {
     pub injected: bool,
     /// The name of the `DaemonSet` of its namespace that controls it.
     pub daemon_set: Option<String>,
+    /// Whether all its containers have ended for good.
+    pub finished: bool,
     /// Its addresses, once it has them.
     pub ips: Vec<IpAddr>,
     /// Its annotations that concern podgate.
@@ -116,6 +119,7 @@ impl Pod {
         let metadata = &pod.metadata;
         let spec = pod.spec.as_ref()?;
         let annotations = metadata.annotations.iter().flatten();
+        let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
         let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref()).into_iter().flatten();
         Some(Self {
             uid: PodUid::parse(metadata.uid.as_deref()?)?,
@@ -133,6 +137,7 @@ impl Pod {
                 .flatten()
                 .find(|owner| is_daemon_set(owner))
                 .map(|owner| owner.name.clone()),
+            finished: matches!(phase, Some("Succeeded" | "Failed")),
             ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
             annotations: annotations
                 .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX) || !holds(Defence::StaticPods))
@@ -179,6 +184,11 @@ impl Pods {
             }
         };
         tokio::time::timeout_at(deadline.into(), seen).await.ok()
+    }
+
+    /// Every pod.
+    pub fn all(&self) -> Vec<Arc<Pod>> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).values().map(Arc::clone).collect()
     }
 
     /// The pods of a namespace.

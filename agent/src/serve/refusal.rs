@@ -45,8 +45,16 @@ pub(super) fn credentials(error: &CredentialsError, pod: Option<&Pod>) -> Refusa
         CredentialsError::Token { .. } => {
             Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "NoToken", format!("{error}{whose}"))
         }
+        CredentialsError::BadToken { .. } => Refusal::new(
+            StatusCode::BAD_REQUEST,
+            "InvalidTokenException",
+            format!("[]: (InvalidTokenException): {error}, fault: client{whose}"),
+        ),
         CredentialsError::Slow(_) => {
             Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "Slow", format!("{error}{whose}"))
+        }
+        CredentialsError::Busy => {
+            Refusal::new(StatusCode::TOO_MANY_REQUESTS, "TooManyRequests", error.to_string())
         }
     }
 }
@@ -54,6 +62,15 @@ pub(super) fn credentials(error: &CredentialsError, pod: Option<&Pod>) -> Refusa
 /// The token and the kernel name different pods.
 pub(super) fn somebody_else_s_token() -> Refusal {
     Refusal::new(StatusCode::FORBIDDEN, "AccessDenied", "the token is not bound to the pod that sent it")
+}
+
+/// The pod is left to AWS's own agent, and came here all the same.
+pub(super) fn pod_identity_is_off() -> Refusal {
+    Refusal::new(
+        StatusCode::FORBIDDEN,
+        "AccessDenied",
+        "podgate does not serve EKS Pod Identity to this pod: podgate.dev/pod-identity is off for it",
+    )
 }
 
 /// Nobody vouches for the caller.
@@ -109,10 +126,17 @@ fn service_status(error: &ServiceError) -> StatusCode {
 
 /// The stock agent's text: `[request id]: (Code): message, fault: client`.
 fn service_text(error: &ServiceError) -> String {
+    // By the service's model.
     let fault = match error.code.as_str() {
-        "UnknownError" => "unknown",
+        "AccessDeniedException"
+        | "ExpiredTokenException"
+        | "InvalidParameterException"
+        | "InvalidRequestException"
+        | "InvalidTokenException"
+        | "ResourceNotFoundException"
+        | "ThrottlingException" => "client",
         "InternalServerException" | "ServiceUnavailableException" => "server",
-        _ => "client",
+        _ => "unknown",
     };
     format!("[{}]: ({}): {}, fault: {fault}", error.request_id, error.code, error.message)
 }
@@ -142,6 +166,7 @@ mod tests {
             code: code.into(),
             message: "m".into(),
             request_id: "r1".into(),
+            retry_after: None,
         })
     }
 

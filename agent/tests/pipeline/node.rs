@@ -13,14 +13,15 @@ use std::{
 use agent::{
     accept, app,
     config::{Config, KubeIdentity, LogFormat, TargetMode, WhenDown},
-    credentials::{cache::NodeSource, token::Tokens},
+    credentials::{kube_identity::Clients, metrics::EngineMetrics, source::NodeSource},
     dialect::imds_token::ImdsTokens,
     drain::{Drain, drain},
     identity::{CallerResolver, PodUid, Pods, network::Networks},
+    instance::Instance,
     intercept::OriginLookup,
     policies::Policies,
     policy::{Defaults, ImdsMode},
-    serve::{Server, metrics::RequestMetrics},
+    serve::{ConnectionLimit, Server, metrics::RequestMetrics},
     testing::{FakeCgroups, FakeOrigins},
 };
 use agent_common::{
@@ -40,7 +41,7 @@ use lab::{
     imds::NodeCredentials,
     kube_api::{KubeApi, KubeUser},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 pub(crate) const CLUSTER: &str = "lab";
 const NODE: &str = "n1";
@@ -103,13 +104,20 @@ impl Node {
         let resolver = CallerResolver::new(Arc::clone(&cgroups), Arc::clone(&pods), networks);
         let policies = Policies { defaults: config.defaults, namespaces: Arc::default() };
         let namespaces = Arc::clone(&policies.namespaces);
-        let tokens = Tokens::new(kubelet.path(), kube.0.clone());
-        let metrics = RequestMetrics::default();
-        let server = app::server(&config, policies, resolver, tokens, &aws, ImdsTokens::new(&[7; 32]), metrics);
+        let (_, instance) = watch::channel(Instance::default());
+        let server = Server {
+            policies,
+            resolver,
+            engine: app::engine(&config, &kube, &aws, instance.clone(), EngineMetrics::default()),
+            imds_tokens: ImdsTokens::new(&[7; 32]),
+            instance,
+            connections: ConnectionLimit::default(),
+            metrics: RequestMetrics::default(),
+        };
         let (events, mut received) = mpsc::channel(64);
         let of_namespaces = events.clone();
-        tokio::spawn(async move { pods.follow(Api::all(kube.0), NODE, events).await });
-        tokio::spawn(async move { namespaces.follow(Api::all(kube.1), of_namespaces).await });
+        tokio::spawn(async move { pods.follow(Api::all(kube.node), NODE, events).await });
+        tokio::spawn(async move { namespaces.follow(Api::all(kube.own), of_namespaces).await });
         tokio::spawn(async move { while received.recv().await.is_some() {} });
         let origins = Arc::<FakeOrigins>::default();
         let (address, drain) = serve(Arc::new(server), Arc::clone(&origins));
@@ -302,6 +310,7 @@ fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
         target_v6: None,
         stock_agent: None,
         when_down: WhenDown::Deny,
+        prefetch: true,
         link: "podgate0".into(),
         kube_identity: KubeIdentity::AssociatedNode,
         admin: "127.0.0.1:0".parse().unwrap(),
@@ -327,14 +336,14 @@ fn aws(url: &str, node: &NodeCredentials) -> SdkConfig {
 }
 
 /// As the node, and as the agent itself.
-async fn clients(kube_api: &KubeApi) -> (Client, Client) {
+async fn clients(kube_api: &KubeApi) -> Clients {
     let user = KubeUser::Pod { namespace: "kube-system".into(), name: "podgate-0".into() };
     let kubeconfig = Kubeconfig::from_yaml(&kube_api.kubeconfig(&user)).unwrap();
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
     let mut config = config.unwrap();
     let own = Client::try_from(config.clone()).unwrap();
     config.auth_info.impersonate = Some(format!("system:node:{NODE}"));
-    (Client::try_from(config).unwrap(), own)
+    Clients { node: Client::try_from(config).unwrap(), own }
 }
 
 fn origin(cgroup_id: u64, address: &str) -> Origin {

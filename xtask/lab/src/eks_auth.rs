@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use hyper::{Method, StatusCode};
@@ -85,7 +85,7 @@ struct State {
     session: Duration,
     associations: HashMap<(String, String), Association>,
     issued: HashMap<String, Issued>,
-    calls: u64,
+    arrivals: Vec<Instant>,
     accepted: u64,
     refusals: Vec<String>,
 }
@@ -157,7 +157,12 @@ impl EksAuth {
 
     /// Requests that arrived, whatever became of them.
     pub fn calls(&self) -> u64 {
-        self.service.state().calls
+        self.service.state().arrivals.len() as u64
+    }
+
+    /// When they arrived, oldest first.
+    pub fn arrivals(&self) -> Vec<Instant> {
+        self.service.state().arrivals.clone()
     }
 
     /// Requests that were answered with credentials.
@@ -168,7 +173,8 @@ impl EksAuth {
     /// Counts from zero again.
     pub fn reset_calls(&self) {
         let mut state = self.service.state();
-        (state.calls, state.accepted) = (0, 0);
+        state.arrivals.clear();
+        state.accepted = 0;
         state.refusals.clear();
     }
 
@@ -194,7 +200,7 @@ impl Handler for AuthService {
     const SERVICE: Service = Service::EksAuth;
 
     fn arrived(&self, _request: &http::Request) {
-        self.state().calls += 1;
+        self.state().arrivals.push(Instant::now());
     }
 
     async fn handle(&self, request: http::Request) -> Response {

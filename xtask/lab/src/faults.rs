@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
@@ -22,7 +22,7 @@ pub enum Service {
 }
 
 /// What happens to a request instead of its proper answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
     /// The answer comes this much later. Combines with any other fault.
     Latency(Duration),
@@ -39,6 +39,11 @@ pub enum Fault {
     Throttle {
         /// Value of `Retry-After`, in whole seconds.
         retry_after: Option<Duration>,
+    },
+    /// More requests than this many a second are throttled: a token bucket with room for one.
+    Limit {
+        /// Requests a second.
+        per_second: f64,
     },
     /// The connection is closed without an answer; at ratio 1 every open connection is closed as well.
     Drop,
@@ -77,6 +82,8 @@ struct Switch {
     fault: Fault,
     ratio: f64,
     owed: f64,
+    /// The bucket of a limit, and when it was filled.
+    bucket: (f64, Instant),
 }
 
 // === impl Faults ===
@@ -94,7 +101,12 @@ impl Faults {
             if fault == Fault::Drop && ratio >= 1.0 {
                 switches.cuts += 1;
             }
-            let switch = Some(Switch { ratio: ratio.clamp(0.0, 1.0), owed: 0.0, fault });
+            let switch = Some(Switch {
+                ratio: ratio.clamp(0.0, 1.0),
+                owed: 0.0,
+                fault,
+                bucket: (1.0, Instant::now()),
+            });
             match switch {
                 Some(Switch { fault: Fault::Latency(_), .. }) => switches.latency = switch,
                 _ => switches.failure = switch,
@@ -163,7 +175,22 @@ impl Switch {
         if hit {
             self.owed -= 1.0;
         }
-        hit.then(|| self.fault.clone())
+        match self.fault {
+            Fault::Limit { per_second } => {
+                let throttled = hit && !self.take(per_second);
+                throttled.then_some(Fault::Throttle { retry_after: None })
+            }
+            _ => hit.then(|| self.fault.clone()),
+        }
+    }
+
+    fn take(&mut self, per_second: f64) -> bool {
+        let (tokens, filled_at) = &mut self.bucket;
+        *tokens = (*tokens + filled_at.elapsed().as_secs_f64() * per_second).min(1.0);
+        *filled_at = Instant::now();
+        let is_there = *tokens >= 1.0;
+        *tokens -= f64::from(u8::from(is_there));
+        is_there
     }
 }
 
@@ -183,6 +210,15 @@ mod tests {
             assert_eq!(hits(&faults, 20), expected, "{ratio}");
             assert!(faults.next(Service::KubeApi).fault.is_none());
         }
+    }
+
+    #[test]
+    fn a_limit_lets_so_many_a_second_through() {
+        let faults = Faults::default();
+        faults.set(Service::EksAuth, Fault::Limit { per_second: 20.0 });
+        assert_eq!(hits(&faults, 10), 9);
+        std::thread::sleep(Duration::from_millis(60));
+        assert_eq!(hits(&faults, 10), 9);
     }
 
     #[test]

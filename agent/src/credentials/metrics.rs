@@ -1,0 +1,69 @@
+//! Counts what the engine does.
+//!
+//! Owns the labels, which are closed sets; never a label from outside.
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+use super::{Error, plan::Class};
+
+/// What the engine counts.
+#[derive(Clone, Debug, Default)]
+pub struct EngineMetrics {
+    fetches: Family<FetchLabels, Counter>,
+    /// Answers with credentials that have little life left, because fresher ones could not be had.
+    pub below_floor: Counter,
+    /// Fetches that wait for their turn or are under way.
+    pub(super) flights: Gauge,
+    /// Whether EKS Auth does not answer.
+    pub(super) service_away: Gauge,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FetchLabels {
+    class: &'static str,
+    outcome: &'static str,
+}
+
+// === impl EngineMetrics ===
+
+impl EngineMetrics {
+    /// Counters that `registry` knows.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register(
+            "podgate_credentials_fetches",
+            "Attempts to fetch a pod's credentials, by why and with what result (unstable)",
+            metrics.fetches.clone(),
+        );
+        registry.register(
+            "podgate_credentials_below_floor",
+            "Answers with credentials of little life because fresher ones could not be had (unstable)",
+            metrics.below_floor.clone(),
+        );
+        registry.register(
+            "podgate_credentials_flights",
+            "Fetches that wait for their turn or are under way (unstable)",
+            metrics.flights.clone(),
+        );
+        registry.register(
+            "podgate_credentials_service_away",
+            "1 while EKS Auth gives no answer (unstable)",
+            metrics.service_away.clone(),
+        );
+        metrics
+    }
+
+    pub(super) fn fetched(&self, class: Class, error: Option<&Error>) {
+        let class = match class {
+            Class::Foreground => "foreground",
+            Class::Refresh => "refresh",
+            Class::Prefetch => "prefetch",
+        };
+        let outcome = error.map_or("ok", Error::label);
+        self.fetches.get_or_create(&FetchLabels { class, outcome }).inc();
+    }
+}

@@ -1,0 +1,377 @@
+//! Decides what is fetched when, and in which order: the engine without its hands.
+//!
+//! Owns the state of every pod's credentials but for the credentials themselves. It is told what happens and what time it
+//! is; it never waits, calls nobody, reads no clock and draws its chances from a seed.
+
+use std::{
+    collections::{HashMap, hash_map},
+    time::Duration,
+};
+
+use aws_lc_rs::digest::SHA256_OUTPUT_LEN;
+use jiff::{SignedDuration, Timestamp};
+
+#[cfg(test)]
+use super::engine::planted::{Bug, planted};
+use super::schedule::{Failure, Life};
+use crate::identity::PodUid;
+
+mod pace;
+mod queue;
+mod service;
+mod steps;
+mod timers;
+
+pub use self::pace::Budget;
+pub(crate) use self::queue::{Class, Payer};
+use self::{
+    pace::Pace,
+    queue::{Queue, Rank},
+    service::Service,
+    timers::{Chances, Timer, Timers},
+};
+
+/// Fetches for one address that wait or are under way, where nobody vouches for the callers.
+const FLIGHTS_PER_ADDRESS: usize = 4;
+/// Tokens that nobody vouches for and that are remembered.
+const TOKENS_MAX: usize = 512;
+/// Clocks of two threads differ by less; what is more was set back.
+const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(1);
+
+/// SHA-256 of a token.
+pub(crate) type TokenDigest = [u8; SHA256_OUTPUT_LEN];
+
+/// What has one fetch at a time.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Key {
+    /// A pod.
+    Pod(PodUid),
+    /// A token that EKS Auth has yet to judge.
+    Token(TokenDigest),
+}
+
+/// What a caller can expect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// A fetch is under way, or waits for its turn. Without `hope` it will take longer than a caller waits.
+    Joined { hope: bool },
+    /// The last failure still counts.
+    Refused,
+    /// Too many wait already at the same address.
+    Busy,
+}
+
+/// What is to be done now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Fetch.
+    Fetch(Key, Class),
+    /// Nothing is left to serve, and nobody asks.
+    Drop(Key),
+}
+
+/// How a fetch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// With credentials.
+    Got(Life),
+    /// EKS Auth throttles.
+    Throttled(Option<Duration>),
+    /// With nothing.
+    Failed(Failure),
+}
+
+/// What becomes of a fetch's callers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Landing {
+    /// They have their answer.
+    Over,
+    /// It is tried again at once or when it may be; they may wait.
+    GoesOn,
+}
+
+/// The plan.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    entries: HashMap<Key, Entry>,
+    queue: Queue,
+    timers: Timers,
+    running: usize,
+    pace: Pace,
+    service: Service,
+    now: Timestamp,
+    chances: Chances,
+}
+
+#[derive(Debug)]
+struct Entry {
+    payer: Payer,
+    phase: Phase,
+    timer: Option<Timer>,
+    life: Option<Life>,
+    refresh_at: Timestamp,
+    /// Whether anybody has asked for what there is.
+    asked: bool,
+    /// Whether anybody waits for what is being fetched.
+    waits: bool,
+    /// Whether it was begun before anybody asked.
+    prefetch: bool,
+    /// Answers lost by what is being fetched.
+    lost: u32,
+    failed: Option<Failed>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    Idle,
+    Queued(Rank),
+    /// Back in the queue when the timer ends.
+    Delayed(Rank),
+    Running(Rank, Timestamp),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Failed {
+    failure: Failure,
+    times: u32,
+    /// Until then callers without credentials are refused.
+    until: Timestamp,
+}
+
+// === impl Plan ===
+
+impl Plan {
+    pub(crate) fn new(budget: Budget, seed: u64, now: Timestamp) -> Self {
+        Self {
+            entries: HashMap::new(),
+            queue: Queue::default(),
+            timers: Timers::default(),
+            running: 0,
+            pace: Pace::new(budget, now),
+            service: Service::new(),
+            now,
+            chances: Chances::new(seed),
+        }
+    }
+
+    /// Somebody asks for whom nothing fresh enough is at hand.
+    pub(crate) fn ask(&mut self, key: Key, payer: Payer, now: Timestamp) -> Answer {
+        let now = self.tick(now);
+        if let Key::Token(_) = key
+            && !self.entries.contains_key(&key)
+            && !self.has_room(payer)
+        {
+            return Answer::Busy;
+        }
+        let entry = self.entries.entry(key).or_insert_with(|| Entry::new(payer, now));
+        (entry.asked, entry.prefetch) = (true, false);
+        if let (Phase::Idle, Some(failed)) = (entry.phase, entry.failed)
+            && now < failed.until
+        {
+            return Answer::Refused;
+        }
+        entry.waits = true;
+        let tried_in_vain = entry.failed.is_some_and(|failed| failed.times >= 2);
+        match entry.phase {
+            Phase::Idle => self.enqueue(key, Class::Foreground, now),
+            Phase::Queued(rank) if rank.class != Class::Foreground => self.promote(key, rank, now),
+            #[cfg(test)]
+            Phase::Running(..) if planted(Bug::TwoFlights) => self.enqueue(key, Class::Foreground, now),
+            Phase::Queued(_) | Phase::Delayed(_) | Phase::Running(..) => {}
+        }
+        Answer::Joined { hope: !tried_in_vain && self.service.probe_at().is_none() }
+    }
+
+    /// Somebody was served for the first time from what there is.
+    pub(crate) fn asked(&mut self, key: Key, now: Timestamp) {
+        let now = self.tick(now);
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        entry.asked = true;
+        let has_lapsed = entry.life.is_some() && entry.failed.is_none() && now >= entry.refresh_at;
+        if has_lapsed && matches!(entry.phase, Phase::Idle) {
+            self.enqueue(key, Class::Refresh, now);
+        }
+    }
+
+    /// Somebody is going to ask.
+    pub(crate) fn prefetch(&mut self, uid: PodUid, now: Timestamp) {
+        let now = self.tick(now);
+        let key = Key::Pod(uid);
+        if let hash_map::Entry::Vacant(vacant) = self.entries.entry(key) {
+            vacant.insert(Entry { prefetch: true, ..Entry::new(Payer::Pod(uid), now) });
+            self.enqueue(key, Class::Prefetch, now);
+        }
+    }
+
+    /// A pod's credentials have come in another way: with a token that EKS Auth has accepted.
+    pub(crate) fn learn(&mut self, uid: PodUid, life: Life, now: Timestamp) {
+        let now = self.tick(now);
+        self.entries.entry(Key::Pod(uid)).or_insert_with(|| Entry::new(Payer::Pod(uid), now));
+        self.keep(Key::Pod(uid), life, true);
+    }
+
+    /// What is to be done now; to be asked until there is nothing.
+    pub(crate) fn next(&mut self, now: Timestamp) -> Option<Action> {
+        let now = self.tick(now);
+        while let Some(key) = self.timers.ended(now) {
+            if self.ring(key, now) {
+                self.forget(key);
+                return Some(Action::Drop(key));
+            }
+        }
+        let class = self.queue.first()?;
+        if self.running >= self.service.limit() || !self.may_call(class, now) {
+            return None;
+        }
+        let (rank, key) = self.queue.pop()?;
+        self.set_timer(key, None);
+        self.entry(key).phase = Phase::Running(rank, now);
+        self.running += 1;
+        Some(Action::Fetch(key, rank.class))
+    }
+
+    /// When there may be something to be done again, if nothing happens before.
+    pub(crate) fn wake_at(&self) -> Option<Timestamp> {
+        let class = self.queue.first().filter(|_| self.running < self.service.limit());
+        let call = class.map(|class| {
+            self.service.probe_at().unwrap_or_else(|| self.pace.ready_at(class != Class::Foreground))
+        });
+        [self.timers.next_at(), call].into_iter().flatten().min()
+    }
+
+    /// A fetch has ended.
+    pub(crate) fn landed(&mut self, key: Key, outcome: Outcome, now: Timestamp) -> Landing {
+        let now = self.tick(now);
+        let Some(&Entry { phase: Phase::Running(rank, begun_at), .. }) = self.entries.get(&key) else {
+            return Landing::Over;
+        };
+        self.running -= 1;
+        self.entry(key).phase = Phase::Idle;
+        match outcome {
+            Outcome::Got(life) => {
+                self.pace.answered();
+                self.service_answers(now);
+                let entry = self.entry(key);
+                let waits = std::mem::take(&mut entry.waits);
+                (entry.failed, entry.lost) = (None, 0);
+                self.keep(key, life, waits);
+            }
+            Outcome::Throttled(retry_after) => {
+                let chance = self.chances.draw();
+                self.pace.throttled(begun_at, retry_after, now, chance);
+                self.service_answers(now);
+                // Its turn has not been served.
+                self.queue_again(key, rank);
+                return Landing::GoesOn;
+            }
+            Outcome::Failed(failure) => {
+                match failure {
+                    Failure::Refused => {
+                        self.pace.answered();
+                        self.service_answers(now);
+                    }
+                    Failure::NoToken => self.pace.give_back(),
+                    // What began before EKS Auth was back says nothing of it: it goes again.
+                    Failure::Outage if begun_at < self.service.back_at() => {
+                        self.queue_again(key, rank);
+                        return Landing::GoesOn;
+                    }
+                    Failure::Outage => {
+                        let chance = self.chances.draw();
+                        self.service.is_silent(key, now, chance);
+                        if self.try_again(key, rank, now) {
+                            return Landing::GoesOn;
+                        }
+                    }
+                }
+                self.fail(key, failure, now);
+            }
+        }
+        Landing::Over
+    }
+
+    /// The pod is gone, or the token of no interest any more.
+    pub(crate) fn forget(&mut self, key: Key) {
+        self.set_timer(key, None);
+        self.service.forget(key);
+        match self.entries.remove(&key).map(|entry| entry.phase) {
+            Some(Phase::Queued(rank)) => self.queue.remove(rank),
+            Some(Phase::Running(..)) => self.running -= 1,
+            Some(Phase::Idle | Phase::Delayed(_)) | None => {}
+        }
+    }
+
+    /// How many fetches wait for their turn or are under way.
+    pub(crate) fn flights(&self) -> usize {
+        self.entries.values().filter(|entry| !matches!(entry.phase, Phase::Idle)).count()
+    }
+
+    /// Whether EKS Auth does not answer.
+    pub(crate) fn service_is_away(&self) -> bool {
+        self.service.probe_at().is_some()
+    }
+
+    #[expect(clippy::expect_used, reason = "an invariant")]
+    fn entry(&mut self, key: Key) -> &mut Entry {
+        self.entries.get_mut(&key).expect("BUG: what is in the queue or has a timer has an entry")
+    }
+
+    fn set_timer(&mut self, key: Key, at: Option<Timestamp>) {
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        if let Some(timer) = entry.timer.take() {
+            self.timers.cancel(timer);
+        }
+        entry.timer = at.map(|at| self.timers.set(at, key));
+    }
+
+    /// The time, which does not run backwards. A clock that was set back takes everything planned with it.
+    fn tick(&mut self, now: Timestamp) -> Timestamp {
+        let back = self.now.duration_since(now);
+        if back > CLOCK_SKEW {
+            self.timers.bring_forward(back);
+            for entry in self.entries.values_mut() {
+                entry.timer = entry.timer.map(|timer| timer.brought_forward(back));
+                entry.refresh_at -= back;
+                entry.failed.iter_mut().for_each(|failed| failed.until -= back);
+            }
+            self.pace.clock_set_back(now);
+            self.service.clock_set_back(now);
+            self.now = now;
+        }
+        self.now = self.now.max(now);
+        self.now
+    }
+}
+
+// === impl Key ===
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Pod(uid) => uid.fmt(f),
+            Self::Token(_) => f.write_str("a token"),
+        }
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    fn new(payer: Payer, now: Timestamp) -> Self {
+        Self {
+            payer,
+            phase: Phase::Idle,
+            timer: None,
+            life: None,
+            refresh_at: now,
+            asked: false,
+            waits: false,
+            prefetch: false,
+            lost: 0,
+            failed: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,322 @@
+use std::collections::{BTreeMap, HashSet};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{credentials::schedule, testing::pod_uid};
+
+const START: Timestamp = Timestamp::UNIX_EPOCH;
+const BUDGET: Budget = Budget { per_second: 10.0, burst: 20.0 };
+
+fn secs(seconds: i64) -> SignedDuration {
+    SignedDuration::from_secs(seconds)
+}
+
+/// The plan, and a world in which fetches take their time and end as the test says.
+struct World {
+    plan: Plan,
+    now: Timestamp,
+    takes: SignedDuration,
+    ends: Box<dyn FnMut(Key, Timestamp) -> Outcome>,
+    under_way: BTreeMap<(Timestamp, u64), Key>,
+    begun: Vec<(Timestamp, Key, Class)>,
+    lives: HashMap<Key, Life>,
+    dropped: HashSet<Key>,
+}
+
+impl World {
+    fn new(ends: impl FnMut(Key, Timestamp) -> Outcome + 'static) -> Self {
+        Self {
+            plan: Plan::new(BUDGET, 7, START),
+            now: START,
+            takes: SignedDuration::from_millis(50),
+            ends: Box::new(ends),
+            under_way: BTreeMap::new(),
+            begun: Vec::new(),
+            lives: HashMap::new(),
+            dropped: HashSet::new(),
+        }
+    }
+
+    fn ask(&mut self, uid: PodUid) -> Answer {
+        let answer = self.plan.ask(Key::Pod(uid), Payer::Pod(uid), self.now);
+        self.act();
+        answer
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.plan.next(self.now) {
+            match action {
+                Action::Fetch(key, class) => {
+                    assert!(!self.under_way.values().any(|other| *other == key), "two flights for {key:?}");
+                    self.begun.push((self.now, key, class));
+                    self.under_way.insert((self.now + self.takes, self.begun.len() as u64), key);
+                }
+                Action::Drop(key) => {
+                    self.dropped.insert(key);
+                }
+            }
+        }
+    }
+
+    /// Lets the time pass, with everything that happens meanwhile.
+    fn pass(&mut self, time: SignedDuration) {
+        let until = self.now + time;
+        loop {
+            let landing = self.under_way.first_key_value().map(|((at, _), _)| *at);
+            let wake_at = self.plan.wake_at().map(|at| at.max(self.now));
+            let Some(next) = [landing, wake_at].into_iter().flatten().min().filter(|at| *at <= until) else {
+                break;
+            };
+            self.now = next;
+            while let Some(flight) = self.under_way.first_entry()
+                && flight.key().0 <= self.now
+            {
+                let key = flight.remove();
+                let outcome = (self.ends)(key, self.now);
+                if let Outcome::Got(life) = outcome {
+                    self.lives.insert(key, life);
+                }
+                self.plan.landed(key, outcome, self.now);
+            }
+            self.act();
+        }
+        self.now = until;
+    }
+
+    fn calls_of(&self, uid: PodUid) -> usize {
+        self.begun.iter().filter(|(_, key, _)| *key == Key::Pod(uid)).count()
+    }
+}
+
+fn lives(minutes: i64) -> impl FnMut(Key, Timestamp) -> Outcome {
+    move |_, now| {
+        Outcome::Got(Life { obtained_at: now, expiration: now + SignedDuration::from_mins(minutes) })
+    }
+}
+
+#[test]
+fn what_is_asked_for_is_refreshed_and_what_is_not_lapses() {
+    let mut world = World::new(lives(360));
+    let [busy, idle] = [pod_uid(), pod_uid()];
+    world.ask(busy);
+    world.ask(idle);
+    for _ in 0..96 {
+        world.pass(SignedDuration::from_mins(15));
+        world.plan.asked(Key::Pod(busy), world.now);
+    }
+    // The one who asked once has one set more, and then no more.
+    assert_eq!(world.calls_of(idle), 2);
+    assert!(world.dropped.contains(&Key::Pod(idle)) && !world.dropped.contains(&Key::Pod(busy)));
+    let calls = world.calls_of(busy);
+    assert!((5..=9).contains(&calls), "a day of six-hour credentials: {calls}");
+}
+
+#[test]
+fn who_comes_back_after_a_lapse_is_refreshed_again() {
+    let mut world = World::new(lives(360));
+    let uid = pod_uid();
+    world.ask(uid);
+    world.pass(SignedDuration::from_mins(500));
+    let before = world.calls_of(uid);
+    assert_eq!(before, 2, "refreshed once, and lapsing");
+    world.plan.asked(Key::Pod(uid), world.now);
+    world.act();
+    assert_eq!(world.begun.last().map(|(_, _, class)| *class), Some(Class::Refresh));
+}
+
+#[test]
+fn refusals_are_remembered_longer_and_longer() {
+    let mut world = World::new(|_, _| Outcome::Failed(Failure::Refused));
+    let uid = pod_uid();
+    let mut after = Vec::new();
+    for _ in 0..36_000 {
+        world.ask(uid);
+        world.pass(SignedDuration::from_millis(100));
+        after.push(world.calls_of(uid));
+    }
+    assert!(after[599] <= 4, "in the first minute: {}", after[599]);
+    let (half, hour) = (after[17_999], after[35_999]);
+    assert!(hour - half <= 8, "in the second half hour: {}", hour - half);
+    // Another pod starts clean, whatever its service account.
+    assert!(matches!(world.ask(pod_uid()), Answer::Joined { hope: true }));
+}
+
+#[test]
+fn one_lost_answer_is_tried_again_before_anybody_is_told() {
+    let mut calls = 0;
+    let mut world = World::new(move |_, now| {
+        calls += 1;
+        if calls == 1 { Outcome::Failed(Failure::Outage) } else { lives(360)(Key::Pod(pod_uid()), now) }
+    });
+    let uid = pod_uid();
+    world.ask(uid);
+    world.pass(SignedDuration::from_millis(250));
+    assert!(world.lives.contains_key(&Key::Pod(uid)));
+    assert_eq!(world.calls_of(uid), 2);
+}
+
+#[test]
+fn while_eks_auth_is_away_it_is_asked_once_in_two_seconds() {
+    let mut world = World::new(|_, _| Outcome::Failed(Failure::Outage));
+    let pods: Vec<_> = (0..50).map(|_| pod_uid()).collect();
+    for _ in 0..600 {
+        for uid in &pods {
+            world.ask(*uid);
+        }
+        world.pass(SignedDuration::from_millis(100));
+    }
+    assert!(world.plan.service_is_away());
+    let late = world.begun.iter().filter(|(at, ..)| *at > START + secs(30)).count();
+    assert!((15..=21).contains(&late), "in thirty seconds: {late}");
+    assert!(matches!(world.ask(pod_uid()), Answer::Joined { hope: false }));
+}
+
+#[test]
+fn pods_without_a_token_spoil_nothing_for_others() {
+    let good = pod_uid();
+    let mut world = World::new(move |key, now| {
+        if key == Key::Pod(good) { lives(360)(key, now) } else { Outcome::Failed(Failure::NoToken) }
+    });
+    for _ in 0..200 {
+        for _ in 0..5 {
+            world.ask(pod_uid());
+        }
+        world.pass(SignedDuration::from_millis(100));
+    }
+    assert!(!world.plan.service_is_away());
+    world.ask(good);
+    world.pass(SignedDuration::from_millis(200));
+    assert!(world.lives.contains_key(&Key::Pod(good)));
+}
+
+#[test]
+fn a_prefetch_waits_for_everybody_and_gives_way_to_its_own_pod() {
+    let mut world = World::new(lives(360));
+    world.takes = secs(1);
+    let pods: Vec<_> = (0..40).map(|_| pod_uid()).collect();
+    for uid in &pods {
+        world.plan.prefetch(*uid, world.now);
+    }
+    world.act();
+    let last = pods[39];
+    world.ask(last);
+    assert_eq!(world.begun.last(), Some(&(START, Key::Pod(last), Class::Foreground)));
+    world.pass(secs(60));
+    assert!(pods.iter().all(|uid| world.calls_of(*uid) == 1));
+}
+
+#[test]
+fn an_address_without_a_pod_has_few_flights_and_others_have_theirs() {
+    let mut plan = Plan::new(BUDGET, 7, START);
+    let mut ask = |digest: u8, last: u8| {
+        plan.ask(Key::Token([digest; 32]), Payer::Address([10, 0, 0, last].into()), START)
+    };
+    let answers: Vec<_> = (0..10).map(|digest| ask(digest, 1)).collect();
+    assert_eq!(answers.iter().filter(|answer| **answer == Answer::Busy).count(), 10 - FLIGHTS_PER_ADDRESS);
+    assert!(matches!(ask(99, 2), Answer::Joined { .. }));
+    assert!(matches!(ask(0, 1), Answer::Joined { .. }), "the same token again");
+}
+
+#[test]
+fn a_clock_that_is_set_back_takes_the_plan_along() {
+    let mut world = World::new(lives(60));
+    let uid = pod_uid();
+    world.ask(uid);
+    world.pass(secs(10));
+    world.now -= SignedDuration::from_hours(5);
+    world.plan.asked(Key::Pod(uid), world.now);
+    world.act();
+    world.pass(SignedDuration::from_mins(25));
+    assert_eq!(world.calls_of(uid), 2, "the refresh has come in its time");
+    world.ask(pod_uid());
+    assert_eq!(world.begun.len(), 3, "and the budget was not stopped");
+}
+
+#[test]
+fn nothing_is_left_of_a_pod_that_is_gone() {
+    let mut world = World::new(lives(60));
+    let uids: Vec<_> = (0..30).map(|_| pod_uid()).collect();
+    for uid in &uids {
+        world.ask(*uid);
+    }
+    for uid in &uids {
+        world.plan.forget(Key::Pod(*uid));
+    }
+    let plan = &world.plan;
+    assert!(plan.entries.is_empty() && plan.timers.next_at().is_none() && plan.queue.first().is_none());
+    assert_eq!((plan.running, plan.flights(), plan.wake_at()), (0, 0, None));
+}
+
+/// As many as an address may have.
+#[expect(clippy::cast_possible_truncation, reason = "a small constant")]
+const MOST: u8 = FLIGHTS_PER_ADDRESS as u8;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// However many pods there are within the budget, however long their credentials live and whatever was due at once:
+    /// nothing that is in use ends before its successor is there.
+    #[test]
+    fn nothing_in_use_expires_while_there_is_budget(
+        pods in 1_usize..400,
+        minutes in 30_i64..400,
+        seed in any::<u64>(),
+        together in any::<bool>(),
+    ) {
+        let mut world = World::new(lives(minutes));
+        world.plan = Plan::new(BUDGET, seed, START);
+        let uids: Vec<_> = (0..pods).map(|_| pod_uid()).collect();
+        for (n, uid) in uids.iter().enumerate() {
+            world.ask(*uid);
+            if !together {
+                world.pass(secs(7));
+                uids[..n].iter().for_each(|uid| world.plan.asked(Key::Pod(*uid), world.now));
+            }
+        }
+        world.pass(secs(60));
+        for _ in 0..40 {
+            world.pass(SignedDuration::from_mins(minutes) / 12);
+            for uid in &uids {
+                world.plan.asked(Key::Pod(*uid), world.now);
+                let life = world.lives[&Key::Pod(*uid)];
+                prop_assert!(world.now < life.expiration);
+                let floor = life.good_until(schedule::Floor::Imds);
+                prop_assert!(world.now < floor, "below the floor");
+            }
+            world.act();
+        }
+    }
+
+    /// Whoever waits is served in the order of its turns: nobody twice before everybody once.
+    #[test]
+    fn turns_are_fair(mut weights in proptest::collection::vec(1..=MOST, 2..8), seed in any::<u64>()) {
+        weights.sort_unstable();
+        let mut plan = Plan::new(Budget { per_second: 1.0, burst: 0.0 }, seed, START);
+        for (payer, weight) in (0_u8..).zip(&weights) {
+            for flight in 0..*weight {
+                let address = [10, 0, 0, payer].into();
+                let key = Key::Token([payer * 32 + flight; 32]);
+                let answer = plan.ask(key, Payer::Address(address), START);
+                let joined = matches!(answer, Answer::Joined { .. });
+                prop_assert!(joined);
+            }
+        }
+        let mut served = vec![0; weights.len()];
+        let mut now = START;
+        while let Some(at) = plan.wake_at() {
+            now = now.max(at);
+            let Some(Action::Fetch(Key::Token(digest), _)) = plan.next(now) else { continue };
+            let payer = usize::from(digest[0] / 32);
+            for (other, times) in served.iter().enumerate() {
+                let has_more = *times < weights[other];
+                prop_assert!(!has_more || *times >= served[payer], "{served:?}");
+            }
+            served[payer] += 1;
+            if served.iter().zip(&weights).all(|(a, b)| a == b) {
+                break;
+            }
+        }
+        prop_assert!(served.iter().all(|times| *times > 0));
+    }
+}

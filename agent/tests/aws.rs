@@ -1,0 +1,186 @@
+//! How the agent reaches EKS Auth, with the settings that operators give by environment: each test is a process of its
+//! own, so that it has one of its own.
+#![expect(clippy::unwrap_used, reason = "test code")]
+
+use std::{env, io::Write as _, process::Command, sync::Arc, time::Duration};
+
+use agent::{
+    credentials::{Error, aws, eks_auth::EksAuth},
+    instance::Instance,
+    secret::Secret,
+};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, watch},
+};
+use tokio_rustls::{TlsAcceptor, rustls};
+
+/// Set in the process that makes the calls.
+const CHILD: &str = "PODGATE_TEST_CALLS";
+
+/// Makes two calls as this process's environment says, and prints how they end.
+async fn calls() {
+    let config = match aws::config().await {
+        Ok(config) => config,
+        Err(error) => return println!("outcome: {error}"),
+    };
+    let (_, instance) = watch::channel(Instance::default());
+    let eks_auth = EksAuth::new(&config, "lab", "n1", instance);
+    for _ in 0..2 {
+        match eks_auth.assume_role(&Secret::from("a.b.c")).await {
+            Err(Error::Service(error)) => println!("outcome: {error}"),
+            Err(error) => println!("outcome: {error}"),
+            Ok(_) => println!("outcome: credentials"),
+        }
+        // A connection is free for the next call once its answer has been read to the end.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Runs this very test again as a process with this environment and nothing else of AWS in it, and tells the outcomes of
+/// its calls.
+async fn outcomes(test: &'static str, variables: &[(&str, &str)]) -> Vec<String> {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture"]);
+    let foreign =
+        |name: &str| name.starts_with("AWS_") || name.to_lowercase().ends_with("_proxy") || name == "HOME";
+    for (inherited, _) in env::vars().filter(|(name, _)| foreign(name)) {
+        command.env_remove(inherited);
+    }
+    command.env(CHILD, "1").env("HOME", "/nonexistent").env("AWS_REGION", "us-west-2");
+    command.env("AWS_EC2_METADATA_DISABLED", "true");
+    command.envs(variables.iter().copied());
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let outcomes = printed.split("outcome: ").skip(1).map(|rest| rest.lines().next().unwrap().to_owned());
+    outcomes.collect()
+}
+
+const STATIC: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "ASIANODE"), ("AWS_SECRET_ACCESS_KEY", "secret")];
+
+/// A proxy that is at the same time every host behind it, with certificates of an authority of its own. It answers each
+/// request with an error, and tells of each `CONNECT`.
+struct Proxy {
+    url: String,
+    authority: tempfile::NamedTempFile,
+    connects: mpsc::UnboundedReceiver<String>,
+}
+
+impl Proxy {
+    async fn start() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::new([]).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let mut authority = tempfile::NamedTempFile::new().unwrap();
+        authority.write_all(parameters.self_signed(&key).unwrap().pem().as_bytes()).unwrap();
+        let issuer = Arc::new(rcgen::Issuer::new(parameters, key));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (tell, connects) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(Self::serve(stream, Arc::clone(&issuer), tell.clone()));
+            }
+        });
+        Self { url, authority, connects }
+    }
+
+    async fn serve(
+        stream: TcpStream,
+        issuer: Arc<rcgen::Issuer<'static, KeyPair>>,
+        tell: mpsc::UnboundedSender<String>,
+    ) {
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        stream.read_line(&mut line).await.unwrap();
+        let host = line.split(' ').nth(1).unwrap().to_owned();
+        while line != "\r\n" {
+            line.clear();
+            stream.read_line(&mut line).await.unwrap();
+        }
+        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+        tell.send(host.clone()).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let name = host.split(':').next().unwrap().to_owned();
+        let certificate = CertificateParams::new([name]).unwrap().signed_by(&key, &issuer).unwrap();
+        let config = rustls::ServerConfig::builder_with_provider(Arc::new(
+            rustls::crypto::aws_lc_rs::default_provider(),
+        ));
+        let config = config.with_safe_default_protocol_versions().unwrap().with_no_client_auth();
+        let key = rustls::pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        let config = config.with_single_cert(vec![certificate.der().clone()], key).unwrap();
+        // A client that does not trust the certificate ends here.
+        let Ok(mut tls) = TlsAcceptor::from(Arc::new(config)).accept(stream).await else { return };
+        let mut buffer = [0; 4096];
+        let body = r#"{"__type":"ResourceNotFoundException","message":"none"}"#;
+        while tls.read(&mut buffer).await.is_ok_and(|read| read > 0) {
+            let answer = format!("HTTP/1.1 404 Not Found\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            tls.write_all(answer.as_bytes()).await.unwrap();
+        }
+    }
+
+    fn connects(&mut self) -> Vec<String> {
+        std::iter::from_fn(|| self.connects.try_recv().ok()).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_proxy_the_authorities_and_the_endpoint_are_the_operator_s() {
+    const TEST: &str = "the_proxy_the_authorities_and_the_endpoint_are_the_operator_s";
+    if env::var_os(CHILD).is_some() {
+        return calls().await;
+    }
+    let mut proxy = Proxy::start().await;
+    let bundle = proxy.authority.path().to_str().unwrap().to_owned();
+    let url = proxy.url.clone();
+    let through = [&STATIC[..], &[("HTTPS_PROXY", &*url), ("AWS_CA_BUNDLE", &*bundle)]].concat();
+    let fips = [("AWS_USE_FIPS_ENDPOINT", "true")];
+    let own = [("AWS_ENDPOINT_URL_EKS_AUTH", "https://vpce-1.example.internal")];
+    let dual = [("AWS_USE_DUALSTACK_ENDPOINT", "true"), ("AWS_REGION", "cn-north-1")];
+    for (more, host) in [
+        (&[][..], "eks-auth.us-west-2.api.aws:443"),
+        (&fips[..], "eks-auth-fips.us-west-2.api.aws:443"),
+        (&dual[..], "eks-auth.cn-north-1.api.amazonwebservices.com.cn:443"),
+        (&own[..], "vpce-1.example.internal:443"),
+    ] {
+        let outcomes = outcomes(TEST, &[&through, more].concat()).await;
+        assert_eq!(outcomes, ["ResourceNotFoundException: none"; 2], "{host}");
+        assert_eq!(proxy.connects(), [host], "two calls, one connection");
+    }
+    let untrusted = outcomes(TEST, &[&STATIC[..], &[("HTTPS_PROXY", &*url)]].concat()).await;
+    assert!(untrusted.iter().all(|outcome| outcome.contains("cannot be reached")), "{untrusted:?}");
+    assert!(!proxy.connects().is_empty());
+    let around = [("NO_PROXY", "eks-auth.us-west-2.api.aws"), ("AWS_ENDPOINT_URL_EKS_AUTH", "")];
+    outcomes(TEST, &[&through, &around[..1]].concat()).await;
+    assert!(proxy.connects().is_empty(), "NO_PROXY");
+    let missing = outcomes(TEST, &[("AWS_CA_BUNDLE", "/nonexistent/ca.pem")]).await;
+    assert!(missing[0].contains("/nonexistent/ca.pem, which AWS_CA_BUNDLE names"), "{missing:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn missing_node_credentials_are_named_and_none_come_from_podgate_itself() {
+    const TEST: &str = "missing_node_credentials_are_named_and_none_come_from_podgate_itself";
+    if env::var_os(CHILD).is_some() {
+        return calls().await;
+    }
+    let itself = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uri = format!("http://{}/v1/credentials", itself.local_addr().unwrap());
+    let mut profile = tempfile::NamedTempFile::new().unwrap();
+    let text = "[profile p]\nrole_arn = arn:aws:iam::1:role/r\ncredential_source = EcsContainer\n";
+    profile.write_all(text.as_bytes()).unwrap();
+    let profile = profile.path().to_str().unwrap().to_owned();
+    let leads_back = [("AWS_CONTAINER_CREDENTIALS_FULL_URI", &*uri)];
+    let by_profile = [("AWS_CONFIG_FILE", &*profile), ("AWS_PROFILE", "p")];
+    let endpoint = [("AWS_ENDPOINT_URL_EKS_AUTH", "http://127.0.0.1:9")];
+    for variables in [&[][..], &leads_back[..], &[&leads_back[..], &by_profile].concat()] {
+        let outcomes = outcomes(TEST, &[&endpoint[..], variables].concat()).await;
+        for outcome in &outcomes {
+            assert!(outcome.contains("the node has no AWS credentials"), "{variables:?}: {outcome}");
+        }
+        assert_eq!(outcomes.len(), 2);
+    }
+    let dialled = tokio::time::timeout(Duration::from_millis(100), itself.accept()).await;
+    assert!(dialled.is_err(), "podgate was asked for its own credentials");
+}
