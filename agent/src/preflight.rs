@@ -11,6 +11,8 @@ use crate::{
     identity::cgroupfs::{self, Kubepods},
 };
 
+mod kernel;
+
 /// A precondition that does not hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -27,8 +29,8 @@ pub struct Facts {
     pub euid: u32,
     /// Effective capabilities, a bit each.
     pub capabilities: u64,
-    /// Major and minor version of the kernel, and its full release.
-    pub kernel: ((u64, u64), String),
+    /// The kernel's release, and what the programs need that it does not have.
+    pub kernel: (String, Vec<&'static str>),
     /// What is wrong with cgroup2 and kubepods, if anything.
     pub kubepods: Result<(), String>,
     /// Whether the agent's own cgroup is visible as the node sees it.
@@ -48,8 +50,6 @@ pub enum OwnCgroup {
     Hidden,
 }
 
-/// The oldest kernel that Amazon Linux 2023 had.
-const KERNEL_MIN: (u64, u64) = (6, 1);
 /// The initial cgroup namespace's inode, `PROC_CGROUP_INIT_INO` of `include/linux/proc_ns.h`.
 const CGROUP_INIT_INO: u64 = 0xefff_fffb;
 /// The capabilities that are needed, with their bits in `include/uapi/linux/capability.h` and what for.
@@ -71,7 +71,7 @@ impl Facts {
         Self {
             euid: rustix::process::geteuid().as_raw(),
             capabilities: status.map_or(0, |status| status.capeff),
-            kernel: (version(&release), release),
+            kernel: (release, kernel::missing()),
             kubepods: Kubepods::find(&config.cgroup_root).map(drop).map_err(|error| error.to_string()),
             own_cgroup: own_cgroup(),
             bpffs: bpffs(&config.bpffs),
@@ -90,10 +90,10 @@ impl Facts {
                 find(format!("{name} is missing, which it takes to {what}"), "run the container privileged");
             }
         }
-        let (version, release) = &self.kernel;
-        if *version < KERNEL_MIN {
+        let (release, missing) = &self.kernel;
+        for feature in missing {
             let remedy = "use nodes with Amazon Linux 2023 or another system with Linux 6.1 or later";
-            find(format!("Linux {release} is too old"), remedy);
+            find(format!("Linux {release} does not have {feature}"), remedy);
         }
         if let Err(problem) = &self.kubepods {
             find(problem.clone(), "check the hostPath mount of /sys/fs/cgroup and --cgroup-root");
@@ -123,12 +123,6 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.problem, self.remedy)
     }
-}
-
-/// The first two numbers of a release as `6.1.102-111.182.amzn2023.x86_64`; zeros where there are none.
-fn version(release: &str) -> (u64, u64) {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 fn own_cgroup() -> OwnCgroup {
@@ -161,7 +155,7 @@ mod tests {
         Facts {
             euid: 0,
             capabilities: u64::MAX,
-            kernel: ((6, 1), "6.1.0".into()),
+            kernel: ("6.1.0".into(), Vec::new()),
             kubepods: Ok(()),
             own_cgroup: OwnCgroup::Own,
             bpffs: Ok(()),
@@ -178,15 +172,15 @@ mod tests {
         let facts = Facts {
             euid: 1000,
             capabilities: 0,
-            kernel: ((5, 10), "5.10.223-212.873.amzn2.x86_64".into()),
+            kernel: ("5.10.223-212.873.amzn2.x86_64".into(), vec!["socket storage", "ring buffers"]),
             kubepods: Err("no cgroup2 file system is mounted".into()),
             own_cgroup: OwnCgroup::Root,
             bpffs: Err("no bpffs".into()),
         };
         let findings = facts.findings();
-        assert_eq!(findings.len(), 5 + CAPABILITIES.len());
+        assert_eq!(findings.len(), 6 + CAPABILITIES.len());
         assert!(findings.iter().all(|finding| !finding.remedy.is_empty()));
-        for part in ["user 1000", "CAP_BPF", "5.10.223", "cgroup2", "root cgroup", "bpffs"] {
+        for part in ["user 1000", "CAP_BPF", "5.10.223", "socket storage", "ring buffers", "cgroup2", "root cgroup", "bpffs"] {
             assert!(findings.iter().any(|finding| finding.problem.contains(part)), "{part}");
         }
     }
@@ -196,14 +190,5 @@ mod tests {
         let findings = Facts { capabilities: !(1 << 39), ..good() }.findings();
         assert_eq!(findings.len(), 1);
         assert!(findings[0].to_string().contains("CAP_BPF"));
-    }
-
-    #[test]
-    fn releases_are_read_as_distributions_write_them() {
-        for (release, expected) in
-            [("6.1.102-111.182.amzn2023.x86_64", (6, 1)), ("6.18.44-fc", (6, 18)), ("x", (0, 0))]
-        {
-            assert_eq!(version(release), expected, "{release}");
-        }
     }
 }
