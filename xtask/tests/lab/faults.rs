@@ -37,7 +37,7 @@ async fn credentials_outlive_eks_auth() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn known_pods_are_served_while_the_api_server_is_down() -> anyhow::Result<()> {
-    let node = Node::intercepting().await?;
+    let node = Node::with_flags(&["--imds", "intercept", "--prefetch", "off"]).await?;
     let cached = node.lab.add_pod(&crate::node::spec("cached").with_token())?;
     node.assert_own_role(&cached, &node.imds_v2(&cached, IMDS, &[]).await?);
     // Known to the agent, but without credentials yet: the refusal of IMDSv1 needs the pod and no more.
@@ -48,6 +48,20 @@ async fn known_pods_are_served_while_the_api_server_is_down() -> anyhow::Result<
     node.assert_own_role(&cached, &node.imds_v2(&cached, IMDS, &[]).await?);
     node.assert_own_role(&known, &node.imds_v2(&known, IMDS, &[]).await?);
     assert_eq!(node.lab.eks_auth.calls(), calls + 1, "the second pod's first call is made meanwhile");
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_the_webhook_changed_has_its_credentials_before_it_asks() -> anyhow::Result<()> {
+    let node = Node::intercepting().await?;
+    let pod = node.lab.add_pod(&crate::node::spec("expected").with_token())?;
+    let begun = std::time::Instant::now();
+    while node.lab.eks_auth.accepted_calls() == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(5), "nothing is fetched");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    node.lab.faults.set(Service::EksAuth, Fault::Drop);
+    node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
     node.down().await
 }
 
