@@ -152,13 +152,13 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let kube = kube_identity::clients(config.kube_identity, &config.node_name).await?;
     let aws = aws::config().await?;
     aws::check(&aws).await;
-    let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
-    let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
     let (instance, of_instance) = watch::channel(Instance::in_region(aws.region().map(ToString::to_string)));
     tasks.spawn("the copy of the instance's metadata", instance::follow(instance::imds(), instance));
     let imds_tokens = ImdsTokens::new(&lock(&interceptor).imds_key()?);
     let server = Arc::new(Server {
         policies: known.policies.clone(),
+    let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
+    let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
         resolver,
         engine: engine(&config, &kube, &aws, of_instance.clone(), engine_metrics),
         imds_tokens,
@@ -236,6 +236,8 @@ pub fn engine(
     let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), Arc::clone(&issuer));
     let eks_auth = EksAuth::new(aws, &config.cluster_name, &config.node_name, instance);
     let source = NodeSource { issuer, tokens, eks_auth };
+    let prepared = Arc::clone(&issuer);
+    tokio::spawn(async move { prepared.prepare().await });
     // Chances that differ between nodes are enough.
     let seed = RandomState::new().hash_one(&config.node_name);
     Engine::start(source, engine::BUDGET, Arc::new(Timestamp::now), seed, metrics)

@@ -71,6 +71,11 @@ impl Issuer {
         Self { kube, known: RwLock::default(), attempt: Mutex::default() }
     }
 
+    /// Fetches the keys, so that no caller need wait for them.
+    pub async fn prepare(&self) {
+        self.known(OLD).await;
+    }
+
     /// Judges a token that has been read already, as `claims`, and whose times are right.
     pub async fn judge(&self, token: &Secret, claims: &Claims) -> Verdict {
         let Some(known) = self.known(OLD).await else { return Verdict::Unknown };

@@ -47,7 +47,7 @@ pub struct Conditions {
     pub latency: Duration,
     /// How long what it issues is good for.
     pub life: SignedDuration,
-    /// Every so manieth call fails with a 500; 0 for none.
+    /// Of so many calls one fails, with a 500; 0 for none.
     pub error_every: usize,
     /// So many calls a second are let through, the others throttled.
     pub throttle: Option<f64>,
