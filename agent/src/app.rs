@@ -105,6 +105,9 @@ pub enum Error {
     /// The signals cannot be watched.
     #[error("cannot watch for signals: {0}")]
     Signal(#[source] io::Error),
+    /// An operator wants podgate off the node.
+    #[error("`podgate detach` was run on this node: this agent ends; one that is started attaches again")]
+    Detached,
     /// A part that runs for ever has ended.
     #[error("BUG: {0} has ended; the agent stops rather than serve without it")]
     Ended(&'static str),
@@ -135,10 +138,10 @@ pub async fn run(config: Config) -> Result<(), Error> {
 
     let mut registry = Registry::default();
     let request_metrics = RequestMetrics::register(&mut registry);
+    let engine_metrics = EngineMetrics::register(&mut registry);
     intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
     let (in_charge, is_in_charge) = watch::channel(false);
-    let engine_metrics = EngineMetrics::register(&mut registry);
     tasks.spawn("the probes' server", admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge));
     let whois = Whois {
         kubepods: Arc::clone(&node.kubepods),
@@ -154,11 +157,11 @@ pub async fn run(config: Config) -> Result<(), Error> {
     aws::check(&aws).await;
     let (instance, of_instance) = watch::channel(Instance::in_region(aws.region().map(ToString::to_string)));
     tasks.spawn("the copy of the instance's metadata", instance::follow(instance::imds(), instance));
+    let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
+    let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
     let imds_tokens = ImdsTokens::new(&lock(&interceptor).imds_key()?);
     let server = Arc::new(Server {
         policies: known.policies.clone(),
-    let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
-    let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
         resolver,
         engine: engine(&config, &kube, &aws, of_instance.clone(), engine_metrics),
         imds_tokens,
@@ -182,10 +185,10 @@ pub async fn run(config: Config) -> Result<(), Error> {
         pods: Arc::clone(&known.pods),
         networks: Arc::clone(&known.networks),
         engine: Arc::clone(&server.engine),
+        prefetch: config.prefetch,
     };
     let mut is_synced = follow(&config, &node, kube, known, enforcer, &mut tasks)?;
     // Existing pods have their policies before the first of their dials is decided. Without the API server this agent
-        prefetch: config.prefetch,
     // does not take charge, and is not ready; the one before it goes on as it can.
     tokio::select! {
         Ok(_) = is_synced.wait_for(|synced| *synced) => {}
@@ -233,11 +236,11 @@ pub fn engine(
     metrics: EngineMetrics,
 ) -> Arc<Engine<NodeSource>> {
     let issuer = Arc::new(Issuer::new(kube.own.clone()));
+    let prepared = Arc::clone(&issuer);
+    tokio::spawn(async move { prepared.prepare().await });
     let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), Arc::clone(&issuer));
     let eks_auth = EksAuth::new(aws, &config.cluster_name, &config.node_name, instance);
     let source = NodeSource { issuer, tokens, eks_auth };
-    let prepared = Arc::clone(&issuer);
-    tokio::spawn(async move { prepared.prepare().await });
     // Chances that differ between nodes are enough.
     let seed = RandomState::new().hash_one(&config.node_name);
     Engine::start(source, engine::BUDGET, Arc::new(Timestamp::now), seed, metrics)
@@ -246,11 +249,7 @@ pub fn engine(
 /// Loads the kernel side. Nothing changes for pods yet.
 fn load(config: &Config, node: &Node) -> Result<(SharedInterceptor, Arc<dyn OriginLookup>), Error> {
     let mut interceptor = Interceptor::load(&node.settings(config)?)?;
-    for former in interceptor.exempted()? {
-        if node.kubepods.below_kubepods(former).is_err() {
-            interceptor.unexempt(former)?;
-        }
-    }
+    interceptor.forget_exempt(|former| node.kubepods.below_kubepods(former).is_err())?;
     // Before anything is attached: the agent's own calls must never meet its own programs.
     if let Some(own) = node.own_pod {
         interceptor.exempt(own)?;

@@ -23,8 +23,11 @@ use crate::{
     },
     intercept::{self, Interceptor},
     policies::Policies,
-    policy::{self, Place, Policy},
+    policy::{self, ImdsMode, Place, Policy},
 };
+
+/// When the kernel did not take a policy, it is tried again after this time.
+const REPEAT: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Where policies go. A trait because only root has the kernel's map.
 pub trait PolicyMap: Send + 'static {
@@ -49,11 +52,11 @@ pub trait PolicyMap: Send + 'static {
 pub trait Forget: Send + Sync + 'static {
     /// The pod is gone.
     fn forget(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
+    /// The pod is going to ask.
+    fn prefetch(&self, pod: &Arc<Pod>);
 }
 
 /// Applies what happens to pods, namespaces and cgroups.
-    /// The pod is going to ask.
-    fn prefetch(&self, pod: &Arc<Pod>);
 #[derive(Debug)]
 pub struct Enforcer<M, S> {
     /// What pods get.
@@ -72,11 +75,11 @@ pub struct Enforcer<M, S> {
     pub networks: Arc<Networks>,
     /// Their credentials.
     pub engine: Arc<S>,
+    /// Whether those are fetched before the pods ask.
+    pub prefetch: bool,
 }
 
 /// What is known of the pods.
-    /// Whether those are fetched before the pods ask.
-    pub prefetch: bool,
 #[derive(Default)]
 struct State {
     cgroups: HashMap<PodUid, u64>,
@@ -84,6 +87,8 @@ struct State {
     in_force: HashMap<PodUid, Policy>,
     /// Pods of AWS's own agent that the API server has.
     stock_agents: HashSet<PodUid>,
+    /// Pods whose policy the kernel did not take.
+    to_repeat: HashSet<PodUid>,
     /// Those that are exempt.
     exempt: HashSet<PodUid>,
     /// Pods that the API server has no more, but whose cgroup may still be there.
@@ -106,11 +111,11 @@ impl PolicyMap for Arc<Mutex<Interceptor>> {
     }
 
     fn exempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).exempt(pod_cgroup_id)
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_stock_agent(pod_cgroup_id, true)
     }
 
     fn unexempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).unexempt(pod_cgroup_id)
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_stock_agent(pod_cgroup_id, false)
     }
 
     fn set_unknown(
@@ -126,15 +131,15 @@ impl<S: CredentialSource> Forget for Engine<S> {
     async fn forget(&self, uid: PodUid) {
         Self::forget(self, uid).await;
     }
+
+    fn prefetch(&self, pod: &Arc<Pod>) {
+        Self::prefetch(self, pod);
+    }
 }
 
 // === impl Enforcer ===
 
 impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
-
-    fn prefetch(&self, pod: &Arc<Pod>) {
-        Self::prefetch(self, pod);
-    }
     /// Follows both streams for ever. `first` are the cgroups that exist already; `synced` learns when every pod
     /// that was there at the beginning has its policy.
     pub async fn run(
@@ -152,6 +157,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
             tokio::select! {
                 Some(event) = tree.next() => self.on_tree(&mut state, event).await,
                 Some(event) = events.recv() => self.on_cluster(&mut state, event).await,
+                () = tokio::time::sleep(REPEAT), if !state.to_repeat.is_empty() => self.repeat(&mut state),
                 else => return,
             }
             self.tell(&mut state);
@@ -210,15 +216,15 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 }
                 report(&pod.annotations, Place::Pod, &pod.full_name());
                 self.apply(state, &pod);
+                if self.prefetch && will_ask(&pod) {
+                    self.engine.prefetch(&pod);
+                }
             }
             ClusterEvent::PodDeleted(uid) => {
                 state.stock_agents.remove(&uid);
                 self.on_deleted(state, uid).await;
             }
             ClusterEvent::PodsSynced => state.pods_synced = true,
-                if self.prefetch && will_ask(&pod) {
-                    self.engine.prefetch(&pod);
-                }
             ClusterEvent::NamespaceChanged(name) => {
                 if let Some(annotations) = self.policies.namespaces.get(&name) {
                     report(&annotations, Place::Namespace, &name);
@@ -228,6 +234,15 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 }
             }
             ClusterEvent::NamespacesSynced => state.namespaces_synced = true,
+        }
+    }
+
+    /// Tries again what the kernel did not take.
+    fn repeat(&self, state: &mut State) {
+        for uid in std::mem::take(&mut state.to_repeat) {
+            if let Some(pod) = self.pods.get(uid) {
+                self.apply(state, &pod);
+            }
         }
     }
 
@@ -259,13 +274,15 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
         }
         match self.map.set(id, policy.kernel()) {
             Ok(()) => {
+                state.to_repeat.remove(&pod.uid);
                 state.in_force.insert(pod.uid, policy);
                 info!(pod.uid = %pod.uid, pod.name = pod.full_name(), imds = ?policy.imds, reason = ?policy.reason,
                     pod_identity = policy.pod_identity, "a pod's policy is in force");
             }
             Err(error) => {
                 error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(),
-                    "cannot put a pod's policy into the kernel; it counts as unknown");
+                    "cannot put a pod's policy into the kernel; it counts as unknown until that works");
+                state.to_repeat.insert(pod.uid);
             }
         }
     }
@@ -292,10 +309,19 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
 
     /// What pods get that have no policy yet: as strict as anybody on this node may be.
     fn apply_unknown(&self, state: &mut State) {
-        let here = state.in_force.values().map(|policy| policy.imds).max();
-        let strictest = self.policies.strictest();
-        let unknown = policy::unknown_pod(here.map_or(strictest, |here| here.max(strictest)));
-        let on_host_network = if self.policies.ask_for_host_network() { unknown } else { PodPolicy::EXEMPT };
+        // Of those too whose cgroup is still to come: it may be theirs that is not known. What a namespace has to say that
+        // is not known may be as strict as it likes.
+        let modes = self.pods.all().into_iter().map(|pod| {
+            let mode = self.policies.of(&pod).map_or(ImdsMode::Intercept, |policy| policy.imds);
+            (mode, pod.host_network)
+        });
+        let (mut strictest, mut asks) = (self.policies.strictest(), self.policies.ask_for_host_network());
+        for (mode, on_host_network) in modes {
+            strictest = strictest.max(mode);
+            asks |= on_host_network && mode.is_strict();
+        }
+        let unknown = policy::unknown_pod(strictest);
+        let on_host_network = if asks { unknown } else { PodPolicy::EXEMPT };
         if state.unknown == Some((unknown, on_host_network)) {
             return;
         }
@@ -304,6 +330,12 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
             Err(error) => error!(%error, "cannot tell the kernel what pods get that it does not know"),
         }
     }
+}
+
+/// Whether a pod is known to want credentials: the EKS webhook gave it what it takes, or its annotation asks for them.
+fn will_ask(pod: &Pod) -> bool {
+    let is_annotated = pod.annotations.get(policy::ANNOTATION_IMDS).is_some_and(|mode| mode == "intercept");
+    !pod.finished && (pod.injected || pod.token_volume || is_annotated)
 }
 
 /// Says which annotations cannot be read.
@@ -315,9 +347,3 @@ fn report(annotations: &policy::Annotations, place: Place, whose: &str) {
 
 #[cfg(test)]
 mod tests;
-/// Whether a pod is known to want credentials: the EKS webhook gave it what it takes, or its annotation asks for them.
-fn will_ask(pod: &Pod) -> bool {
-    let is_annotated = pod.annotations.get(policy::ANNOTATION_IMDS).is_some_and(|mode| mode == "intercept");
-    !pod.finished && (pod.injected || pod.token_volume || is_annotated)
-}
-

@@ -68,13 +68,11 @@ impl Opener {
     }
 
     fn listen(&self, address: SocketAddr) -> Result<TcpListener, Error> {
-        let listened = lock(&self.interceptor).claim(address, |others_may_listen| {
-            if others_may_listen {
-                accept::check_free(address)?;
-            }
-            accept::listen(address)
-        })?;
-        listened.map_err(|source| Error::Listen { address: address.to_string(), source })
+        let listened = accept::listen(address);
+        let listener = listened.map_err(|source| Error::Listen { address: address.to_string(), source })?;
+        // Not before: until then the address is somebody else's.
+        lock(&self.interceptor).guard(address)?;
+        Ok(listener)
     }
 }
 

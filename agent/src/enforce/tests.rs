@@ -181,6 +181,19 @@ async fn unknown_pods_are_intercepted_while_anybody_may_be() {
 }
 
 #[tokio::test]
+async fn unknown_pods_are_intercepted_before_the_first_strict_pod_has_a_cgroup() {
+    let mut node = Node::new();
+    node.cluster(ClusterEvent::NamespacesSynced).await;
+    let annotations = |mode: &str| [(policy::ANNOTATION_IMDS.to_owned(), mode.to_owned())].into();
+    node.pod(&Arc::new(Pod { annotations: annotations("deny"), ..pod("app", "web") })).await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_OFF));
+    // One on the host's network, by its own annotation.
+    let on_host = Pod { host_network: true, annotations: annotations("intercept"), ..pod("app", "cni") };
+    node.pod(&Arc::new(on_host)).await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_INTERCEPT));
+}
+
+#[tokio::test]
 async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
     let mut node = Node::new();
     let pod = Arc::new(pod("app", "web"));

@@ -78,7 +78,8 @@ async fn a_killed_agent_s_pods_are_refused_at_once_and_served_by_the_next_one() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hung_agent_s_pods_are_refused_after_two_seconds_and_served_when_it_goes_on() -> anyhow::Result<()> {
+async fn a_hung_agent_s_pods_are_refused_after_two_seconds_and_served_when_it_goes_on() -> anyhow::Result<()>
+{
     let node = Node::intercepting().await?;
     let pod = node.pod("web")?;
     node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
@@ -137,9 +138,12 @@ async fn detach_leaves_the_node_as_it_was_with_and_without_an_agent() -> anyhow:
     assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE), "nothing is between the pod and IMDS");
     assert!(detach(&node, &[]).await?.contains("nothing of podgate's"), "once more is fine");
 
-    // Under a running agent as well, which an operator may do in need.
+    // Under a running agent as well, which an operator may do in need: it ends.
     node.agent = node.lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
     detach(&node, &[]).await?;
+    assert!(!node.agent.wait().await?.success());
+    assert!(node.agent.log_text()?.contains("podgate detach"), "{}", node.agent.log_tail());
+    assert_eq!(target_is_up(&node.lab.node.netns)?, [false; 3]);
     assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE));
-    node.down().await
+    node.lab.down()
 }
