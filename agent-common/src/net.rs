@@ -84,6 +84,16 @@ impl fmt::Debug for NetPort {
     }
 }
 
+// === impl Service ===
+
+impl Service {
+    /// The service whose address this is, as in a URL: IPv6 in brackets.
+    pub fn named(host: &str) -> Option<Self> {
+        let address = host.trim_matches(['[', ']']).parse().ok()?;
+        Endpoint::new(address, HTTP_PORT).service()
+    }
+}
+
 // === impl Endpoint ===
 
 impl Endpoint {

@@ -29,7 +29,7 @@ pub(crate) struct Caller {
 /// The two cgroups of which one may be a pod's.
 ///
 /// Guaranteed pods are one level below kubepods, others two. A Guaranteed pod's second level is a container and the
-/// others' first is a QoS class: neither is ever a key of a map.
+/// others' first is a class of service: neither is ever a key of a map.
 pub(crate) struct Lineage {
     outer: u64,
     /// 0 where there is none.

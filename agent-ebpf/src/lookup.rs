@@ -8,15 +8,11 @@ use agent_common::{
     abi::LISTENERS_MAX,
     defence::{Defence, holds},
 };
-use aya_ebpf::programs::SkLookupContext;
 
 use crate::{
     ctx::Lookup,
     maps::{GENERATION, GUARDED, SERVERS},
 };
-
-/// `BPF_SK_LOOKUP_F_NO_REUSEPORT`: this very socket, and none of those that share its address.
-const NO_REUSEPORT: u64 = 1 << 1;
 
 /// What becomes of the connection.
 pub(crate) enum Verdict {
@@ -41,8 +37,7 @@ impl Verdict {
 
 /// `sk_lookup` on the host's network.
 #[inline(always)]
-pub(crate) fn lookup(context: &SkLookupContext) -> Verdict {
-    let lookup = Lookup::new(context);
+pub(crate) fn lookup(lookup: &Lookup) -> Verdict {
     if !lookup.is_tcp() || GUARDED.get_ptr(lookup.local()).is_none() || !holds(Defence::OwnListeners) {
         return Verdict::Pass;
     }
@@ -50,8 +45,7 @@ pub(crate) fn lookup(context: &SkLookupContext) -> Verdict {
     let half = GENERATION.get(0).map_or(0, |generation| u32::from(generation & 1 != 0));
     for slot in 0..2 * LISTENERS_MAX {
         let place = (slot + half * LISTENERS_MAX) % (2 * LISTENERS_MAX);
-        // Refused where there is none, or one of the other family.
-        if SERVERS.redirect_sk_lookup(context, place, NO_REUSEPORT).is_ok() {
+        if lookup.takes(&SERVERS, place) {
             return Verdict::Pass;
         }
     }

@@ -15,7 +15,7 @@ use aya_ebpf::{
     programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext},
 };
 
-use crate::ctx::{Dial, Handshake, Packet};
+use crate::ctx::{Dial, Handshake, Lookup, Packet};
 
 mod attest;
 mod bind;
@@ -56,7 +56,7 @@ fn bind6(ctx: SockAddrContext) -> i32 {
 /// `sk_lookup` on the host's network.
 #[sk_lookup]
 fn lookup(ctx: SkLookupContext) -> u32 {
-    lookup::lookup(&ctx).code()
+    lookup::lookup(&Lookup::new(ctx)).code()
 }
 
 /// `cgroup/connect4` on kubepods.

@@ -47,6 +47,7 @@ struct Object {
 
 /// `info` of `union bpf_attr`.
 #[repr(C)]
+#[expect(clippy::struct_field_names, reason = "the kernel's names")]
 struct Info {
     bpf_fd: u32,
     info_len: u32,

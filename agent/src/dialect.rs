@@ -6,11 +6,11 @@
 //!
 #![doc = include_str!("../dialects.md")]
 
-use std::{borrow::Cow, net::IpAddr};
+use std::borrow::Cow;
 
 use agent_common::{
     defence::{Defence, holds},
-    net::{Endpoint, HTTP_PORT, Service},
+    net::Service,
 };
 use bytes::Bytes;
 use http_body_util::Full;
@@ -106,8 +106,7 @@ impl Refusal {
 /// The service that the client has in its URL.
 fn meant(headers: &HeaderMap) -> Option<Service> {
     let authority: Authority = headers.get(HOST)?.to_str().ok()?.parse().ok()?;
-    let address: IpAddr = authority.host().trim_matches(['[', ']']).parse().ok()?;
-    Endpoint::new(address, HTTP_PORT).service()
+    Service::named(authority.host())
 }
 
 /// Whether a proxy passed the request on. Such a request may be somebody else's, whom a server in the pod was

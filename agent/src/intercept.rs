@@ -32,15 +32,19 @@ mod object;
 mod origins;
 mod pins;
 
+#[cfg(any(test, feature = "testing"))]
+pub(crate) use self::events::decode;
 pub use self::{
     error::Error,
     events::Events,
     log::DebugLog,
     origins::{OriginLookup, SocketOrigins},
 };
-#[cfg(any(test, feature = "testing"))]
-pub(crate) use self::events::decode;
-use self::{links::Hooks, object::Object, pins::{Lock, Pins}};
+use self::{
+    links::Hooks,
+    object::Object,
+    pins::{Lock, Pins},
+};
 use crate::bpf::Link;
 
 /// What the programs need to know for as long as they live.

@@ -180,7 +180,16 @@ mod tests {
         let findings = facts.findings();
         assert_eq!(findings.len(), 6 + CAPABILITIES.len());
         assert!(findings.iter().all(|finding| !finding.remedy.is_empty()));
-        for part in ["user 1000", "CAP_BPF", "5.10.223", "socket storage", "ring buffers", "cgroup2", "root cgroup", "bpffs"] {
+        for part in [
+            "user 1000",
+            "CAP_BPF",
+            "5.10.223",
+            "socket storage",
+            "ring buffers",
+            "cgroup2",
+            "root cgroup",
+            "bpffs",
+        ] {
             assert!(findings.iter().any(|finding| finding.problem.contains(part)), "{part}");
         }
     }

@@ -20,7 +20,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::{net::TcpStream, sync::watch};
 use tracing::{debug, info, warn};
 
 mod limit;
@@ -81,16 +81,28 @@ struct Connection {
 // === impl Server ===
 
 impl<S: CredentialSource> Server<S> {
-    /// Serves one connection to its end. When `drain` begins, the request in flight is the last.
-    pub async fn connection(self: Arc<Self>, accepted: Accepted, mut drain: DrainWatch) {
+    /// Takes a connection: what comes of it serves it to its end. When `drain` begins, the request in flight is the last.
+    /// `None`, and it is closed at once, when its caller has as many as it may.
+    pub fn admit(
+        self: Arc<Self>,
+        accepted: Accepted,
+        drain: DrainWatch,
+    ) -> Option<impl Future<Output = ()> + Send + use<S>> {
         let Accepted { stream, origin, peer } = accepted;
         let connection = Connection { origin, peer, dialler: OnceLock::new(), own_network: OnceLock::new() };
         #[cfg(feature = "undefended")]
         let connection = self.by_address(connection);
-        let Some(_place) = self.connections.enter(self.whose(&connection)) else {
+        let Some(place) = self.connections.enter(self.whose(&connection)) else {
             self.metrics.refused_connections.inc();
-            return;
+            return None;
         };
+        Some(async move {
+            self.connection(stream, connection, drain).await;
+            drop(place);
+        })
+    }
+
+    async fn connection(self: Arc<Self>, stream: TcpStream, connection: Connection, mut drain: DrainWatch) {
         #[cfg(feature = "undefended")]
         let stream = crate::undefended::Unframed(stream);
         let service =

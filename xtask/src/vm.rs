@@ -39,6 +39,8 @@ const INIT_COMMAND: &str = "vm-init";
 const MEASURE_SECONDS: &str = "60";
 /// How long all attacks may take on an emulated machine, in seconds.
 const ATTACK_SECONDS: &str = "1800";
+/// The system's authorities, without which the agent does not call AWS.
+const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
 /// What Debian's kernels have no link of a simulated node without.
 const MODULES: [&str; 2] = ["drivers/net/veth", "drivers/net/dummy"];
 
@@ -182,7 +184,12 @@ fn attack_files() -> anyhow::Result<Vec<File>> {
     let undefended = ["--package", "agent", "--features", "undefended", "--bin", "podgate-undefended"];
     let messages = build("static podgate-undefended", &undefended, &ebpf::build_undefended_object()?.path)?;
     let undefended = executable(&messages, "podgate-undefended")?;
-    let files = [(guest::INIT, init), (guest::RELEASE, release), (guest::UNDEFENDED, undefended)];
+    let files = [
+        (guest::INIT, init),
+        (guest::RELEASE, release),
+        (guest::UNDEFENDED, undefended),
+        (AUTHORITIES, Path::new("/").join(AUTHORITIES)),
+    ];
     Ok(files.map(|(name, path)| (name.into(), path)).into())
 }
 

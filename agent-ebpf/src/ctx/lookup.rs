@@ -3,27 +3,36 @@
 //! Owns its layout; never decides anything.
 
 use agent_common::net::{Endpoint, NetPort};
-use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
+use aya_ebpf::{btf_maps::SockMap, programs::SkLookupContext};
 
 use super::{AF_INET, IPPROTO_TCP};
 
+/// `BPF_SK_LOOKUP_F_NO_REUSEPORT`.
+const NO_REUSEPORT: u64 = 1 << 1;
+
 /// Who is asked for.
-pub(crate) struct Lookup(*mut bpf_sk_lookup);
+pub(crate) struct Lookup(SkLookupContext);
 
 // === impl Lookup ===
 
 // SAFETY, for every block below: the kernel passes a valid context, which lives as long as the program runs.
 impl Lookup {
     #[inline(always)]
-    pub(crate) fn new(context: &SkLookupContext) -> Self {
-        Self(context.lookup)
+    pub(crate) fn new(context: SkLookupContext) -> Self {
+        Self(context)
+    }
+
+    /// Takes the listener in this place of the map, if it is one of the right family, and no other that shares its address.
+    #[inline(always)]
+    pub(crate) fn takes<const N: usize>(&self, listeners: &SockMap<N>, place: u32) -> bool {
+        listeners.redirect_sk_lookup(&self.0, place, NO_REUSEPORT).is_ok()
     }
 
     /// Whether it is for TCP.
     #[inline(always)]
     pub(crate) fn is_tcp(&self) -> bool {
         // SAFETY: see above.
-        unsafe { (*self.0).protocol == IPPROTO_TCP }
+        unsafe { (*self.0.lookup).protocol == IPPROTO_TCP }
     }
 
     /// The address on this side.
@@ -33,18 +42,19 @@ impl Lookup {
         // refuses. Volatile, or the compiler chooses a field first and reads it then, from a computed place.
         let (family, port, ip4, words) = unsafe {
             (
-                (*self.0).family,
-                (&raw const (*self.0).local_port).read_volatile(),
-                (&raw const (*self.0).local_ip4).read_volatile(),
+                (*self.0.lookup).family,
+                (&raw const (*self.0.lookup).local_port).read_volatile(),
+                (&raw const (*self.0.lookup).local_ip4).read_volatile(),
                 [
-                    (&raw const (*self.0).local_ip6[0]).read_volatile(),
-                    (&raw const (*self.0).local_ip6[1]).read_volatile(),
-                    (&raw const (*self.0).local_ip6[2]).read_volatile(),
-                    (&raw const (*self.0).local_ip6[3]).read_volatile(),
+                    (&raw const (*self.0.lookup).local_ip6[0]).read_volatile(),
+                    (&raw const (*self.0.lookup).local_ip6[1]).read_volatile(),
+                    (&raw const (*self.0.lookup).local_ip6[2]).read_volatile(),
+                    (&raw const (*self.0.lookup).local_ip6[3]).read_volatile(),
                 ],
             )
         };
         // In host order.
+        #[expect(clippy::cast_possible_truncation, reason = "a port")]
         let port = NetPort::new(port as u16);
         if family == AF_INET { Endpoint::from_ip4_be(ip4, port) } else { Endpoint::from_ip6_be(words, port) }
     }

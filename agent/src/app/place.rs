@@ -57,7 +57,9 @@ impl Opener {
             let (server, watch) = (Arc::clone(&self.server), watch.clone());
             let of_connections = watch.clone();
             let serve = move |accepted| {
-                tokio::spawn(Arc::clone(&server).connection(accepted, of_connections.clone()));
+                if let Some(served) = Arc::clone(&server).admit(accepted, of_connections.clone()) {
+                    tokio::spawn(served);
+                }
             };
             let origins = Arc::clone(&self.origins);
             tasks.spawn_finite("a listener", accept::accept(listener, origins, watch, serve));
@@ -68,8 +70,8 @@ impl Opener {
     }
 
     fn listen(&self, address: SocketAddr) -> Result<TcpListener, Error> {
-        let listened = accept::listen(address);
-        let listener = listened.map_err(|source| Error::Listen { address: address.to_string(), source })?;
+        let listener = accept::listen(address);
+        let listener = listener.map_err(|source| Error::Listen { address: address.to_string(), source })?;
         // Not before: until then the address is somebody else's.
         lock(&self.interceptor).guard(address)?;
         Ok(listener)

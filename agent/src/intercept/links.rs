@@ -53,8 +53,7 @@ impl Hooks {
     pub(super) fn attach_passive(&self, object: &Object) -> Result<Link, Error> {
         let name = program::PASSIVE;
         let program = object.program(name)?;
-        Link::create(program, &self.agent.file, attach_type(name))
-            .map_err(cannot_attach(name, &self.agent))
+        Link::create(program, &self.agent.file, attach_type(name)).map_err(cannot_attach(name, &self.agent))
     }
 
     /// Attaches a program for good, or puts it in the place of the one that an agent before has left: at once, there is
@@ -65,10 +64,13 @@ impl Hooks {
         hook.put(program, &pins.links(), name).map_err(cannot_attach(name, hook))
     }
 
-    /// Whether a program of this ABI is attached.
+    /// Whether a program of this ABI is attached. One that cannot be asked is: too many open files, which pods may bring
+    /// about, detach nothing.
     pub(super) fn is_attached(&self, pins: &Pins, name: &str) -> bool {
-        let id = Link::open(&pins.links().join(name)).and_then(|link| link.target());
-        id.is_ok_and(|id| id == self.of(name).id)
+        match Link::open(&pins.links().join(name)).and_then(|link| link.target()) {
+            Ok(id) => id == self.of(name).id,
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        }
     }
 
     /// Detaches a program, if it is attached.

@@ -20,9 +20,7 @@ use agent_common::{
 };
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{
-        Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage, SockMap,
-    },
+    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage, SockMap},
     programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps},
     sys::SyscallError,
 };

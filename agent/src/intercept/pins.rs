@@ -77,7 +77,8 @@ impl Pins {
 
     /// Where a map is.
     pub(super) fn map(&self, name: &str) -> PathBuf {
-        let directory = if SHARED.contains(&name) { self.root.join(SHARED_DIRECTORY) } else { self.own.clone() };
+        let directory =
+            if SHARED.contains(&name) { self.root.join(SHARED_DIRECTORY) } else { self.own.clone() };
         directory.join(MAPS).join(name)
     }
 

@@ -8,6 +8,9 @@ const MAGIC: u16 = 0xeb9f;
 /// Types within types, as in the kernel's `MAX_RESOLVE_DEPTH`.
 pub(super) const DEPTH_MAX: usize = 32;
 
+/// Parts within parts of one type, counted as often as they are there. Podgate's have less than a hundred.
+const PARTS_MAX: usize = 4096;
+
 /// Every type of one object. A type's number is its place; 0 is void.
 #[derive(Debug)]
 pub(super) struct Btf(Vec<Type>);
@@ -105,7 +108,34 @@ impl Btf {
         while !reader.0.is_empty() {
             types.push(reader.type_(strings)?);
         }
-        Some(Self(types))
+        let types = Self(types);
+        let mut known = vec![None; types.0.len()];
+        for number in 0..u32::try_from(types.0.len()).ok()? {
+            types.parts(number, &mut known, DEPTH_MAX)?;
+        }
+        Some(types)
+    }
+
+    /// How many parts a value has. `None` for a type that is within itself, or whose parts double from one type to the
+    /// next: walking through it would have no end.
+    fn parts(&self, number: u32, known: &mut [Option<usize>], depth: usize) -> Option<usize> {
+        let depth = depth.checked_sub(1)?;
+        let place = usize::try_from(number).ok()?;
+        if let Some(Some(parts)) = known.get(place) {
+            return Some(*parts);
+        }
+        let parts = match self.0.get(place) {
+            Some(Type::Alias(other)) => self.parts(*other, known, depth)?,
+            Some(Type::Array { element, .. }) => self.parts(*element, known, depth)?,
+            Some(Type::Struct { members, .. }) => members.iter().try_fold(1, |sum: usize, member| {
+                Some(sum + self.parts(member.kind, known, depth)?).filter(|sum| *sum <= PARTS_MAX)
+            })?,
+            _ => 1,
+        };
+        if let Some(known) = known.get_mut(place) {
+            *known = Some(parts);
+        }
+        Some(parts)
     }
 
     /// The type of that number.
@@ -296,6 +326,30 @@ pub(super) mod tests {
         let data = sample();
         for length in 0..data.len() {
             assert!(Btf::parse(&data[..length]).is_none(), "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn types_that_have_no_end_are_refused() {
+        let structure = |kind: u32, members: &[u32]| {
+            let count = u32::try_from(members.len()).unwrap();
+            let members = members.iter().flat_map(|member| [0, *member, 0]);
+            [0, kind << 24 | count, 8].into_iter().chain(members).collect::<Vec<u32>>()
+        };
+        let int = vec![0, 1 << 24, 8, 64];
+        let doubled = (1..20).map(|number| structure(4, &[number, number]));
+        let cases = [
+            ("a struct within itself", vec![structure(4, &[1, 1])], false),
+            ("two unions within each other", vec![structure(5, &[2]), structure(5, &[1])], false),
+            ("a million parts", [int.clone()].into_iter().chain(doubled).collect(), false),
+            ("a struct twice within another", vec![int, structure(4, &[1]), structure(4, &[2, 2])], true),
+        ];
+        for (name, types, is_right) in cases {
+            let types: Vec<u8> = types.concat().into_iter().flat_map(u32::to_ne_bytes).collect();
+            let length = u32::try_from(types.len()).unwrap();
+            let header = [0x0001_eb9f, 24, 0, length, length, 1].into_iter().flat_map(u32::to_ne_bytes);
+            let data: Vec<u8> = header.chain(types).chain([0]).collect();
+            assert_eq!(Btf::parse(&data).is_some(), is_right, "{name}");
         }
     }
 

@@ -213,7 +213,9 @@ fn serve(caller: &Caller) -> SocketAddr {
         let (_drain, watch) = drain();
         let of_connections = watch.clone();
         let serve = move |accepted| {
-            tokio::spawn(Arc::clone(&server).connection(accepted, of_connections.clone()));
+            if let Some(served) = Arc::clone(&server).admit(accepted, of_connections.clone()) {
+                tokio::spawn(served);
+            }
         };
         accept::accept(listener, lookup, watch, serve).await.unwrap();
     });

@@ -300,7 +300,8 @@ fn whoever_listens_there_besides_gets_no_connection_while_the_agent_lives_and_af
         node.detach();
         let (address, v6): (SocketAddr, SocketAddr) = ((AGENT_V4, 80).into(), (AGENT_V6, 80).into());
         let everywhere = [SocketAddr::from(([0, 0, 0, 0], 80)), ([0_u16; 8], 80).into()];
-        let squatting = squatter.run(|| [address, v6, everywhere[0], everywhere[1]].map(|at| listen(at).unwrap()));
+        let squatting =
+            squatter.run(|| [address, v6, everywhere[0], everywhere[1]].map(|at| listen(at).unwrap()));
         let own = node.as_agent(|| [address, v6].map(|at| listen(at).unwrap()));
         let waiting = |listeners: &[TcpListener]| {
             listeners.iter().flat_map(|listener| std::iter::from_fn(|| listener.accept().ok())).count()
@@ -323,7 +324,11 @@ fn whoever_listens_there_besides_gets_no_connection_while_the_agent_lives_and_af
         drop(own);
         for dialled in [IMDS, IMDS_V6] {
             let refused = pod.dial(dialled).unwrap_err();
-            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "at once, before the heartbeat is stale");
+            assert_eq!(
+                refused.kind(),
+                io::ErrorKind::ConnectionRefused,
+                "at once, before the heartbeat is stale"
+            );
         }
         assert_eq!(waiting(&squatting), 0);
         // Elsewhere everybody gets what is theirs.

@@ -91,7 +91,9 @@ impl Bpffs {
         let keys: Vec<_> = match map {
             Map::HashMap(_) => {
                 let mut keys = TICKETS.map(|ticket| ticket.to_le_bytes().to_vec());
-                keys.iter_mut().for_each(|key| key.resize(info.key_size() as usize, 0));
+                for key in &mut keys {
+                    key.resize(info.key_size() as usize, 0);
+                }
                 keys.into()
             }
             Map::Array(_) => (0..info.max_entries()).map(|index| index.to_le_bytes().to_vec()).collect(),

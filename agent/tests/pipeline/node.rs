@@ -272,7 +272,9 @@ fn serve(server: Arc<Server<NodeSource>>, origins: Arc<FakeOrigins>) -> (SocketA
     tokio::spawn(async move {
         let of_connections = watch.clone();
         let serve = move |accepted| {
-            tokio::spawn(Arc::clone(&server).connection(accepted, of_connections.clone()));
+            if let Some(served) = Arc::clone(&server).admit(accepted, of_connections.clone()) {
+                tokio::spawn(served);
+            }
         };
         accept::accept(listener, lookup, watch, serve).await.unwrap();
     });

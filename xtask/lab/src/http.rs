@@ -168,7 +168,9 @@ impl<H: Handler> Connection<H> {
         let verdict = self.faults.next(H::SERVICE);
         tokio::time::sleep(verdict.delay).await;
         let refusal = match verdict.fault {
-            None | Some(Fault::Latency(_) | Fault::Limit { .. }) => return Ok(self.handler.handle(request).await),
+            None | Some(Fault::Latency(_) | Fault::Limit { .. }) => {
+                return Ok(self.handler.handle(request).await);
+            }
             Some(Fault::Drop) => return Err(io::Error::other("dropped on purpose")),
             Some(Fault::Hang) => return std::future::pending().await,
             Some(Fault::Throttle { retry_after }) => Refusal::Throttle { retry_after },

@@ -12,6 +12,8 @@ use super::{
 
 /// More than the programs wait for a beat.
 const STALE: Duration = Duration::from_millis(2_500);
+/// Enough for an attempt that waits for the agent in vain, and one after it.
+const HANGS: Duration = Duration::from_secs(5);
 /// Long enough for a few attempts.
 const MOMENT: Duration = Duration::from_millis(500);
 
@@ -41,7 +43,7 @@ pub(super) async fn stopped(scene: &Scene) -> anyhow::Result<Outcome> {
 pub(super) async fn hung(scene: &Scene) -> anyhow::Result<Outcome> {
     meanwhile(scene, async || {
         scene.agent(async |agent| agent.suspend()).await?;
-        sleep(STALE).await;
+        sleep(HANGS).await;
         scene.agent(async |agent| agent.resume()).await
     })
     .await

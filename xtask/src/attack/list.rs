@@ -33,11 +33,11 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [IdentityByTicket], network::beside_a_pod;
     "foreign-network", "a process of one pod dials through another pod's network, as a node-wide mesh proxy does",
         [OwnNetwork], network::foreign_network;
-    "syn-flood", "20,000 handshakes begun by hand, so that the node answers with SYN cookies",
-        [TicketInAck], packets::syn_flood;
+    "syn-flood", "thousands of handshakes begun by hand, so that the node answers with SYN cookies",
+        [TicketInAck], packets::syn_flood, early;
     "half-open-dials", "50,000 dials that never end, to use up the room for tickets",
         [TicketLimit], packets::half_open_dials;
-    "held-connections", "3,000 idle connections to an agent that may have 2,048 files open",
+    "held-connections", "1,000 idle connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::held_connections;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
         [Guard], packets::raw_tcp;

@@ -55,9 +55,12 @@ impl Row {
 
     /// One line, for those who wait.
     pub(super) fn line(&self) -> String {
-        let verdict =
-            if self.is_withstood { report::success(&self.verdict) } else { report::failure(&self.verdict) };
-        format!("{:<22} {verdict} ({:.1} s)", self.attack, self.seconds)
+        let verdict = if self.is_withstood {
+            report::success(&self.verdict)
+        } else {
+            format!("{}: {}; control: {}", report::failure(&self.verdict), self.got, self.control)
+        };
+        format!("{:<24} {verdict} ({:.1} s)", self.attack, self.seconds)
     }
 }
 

@@ -27,8 +27,8 @@ async fn a_pod_that_translates_addresses_itself_reaches_imds_only_without_the_gu
         assert!(rules.success(), "nft: {rules}");
         let reads = node.lab.imds.requests().len();
 
-        let roles = ROLES.replace("169.254.169.254", "198.51.100.1");
-        let answer = node.curl(&pod, &["--connect-timeout", "2", &roles]).await?;
+        let translated = ROLES.replace("169.254.169.254", "198.51.100.1");
+        let answer = node.curl(&pod, &["--connect-timeout", "2", &translated]).await?;
         assert_eq!(answer.status, status, "guard {guard}: {answer:?}");
         let reached = node.lab.imds.requests().len() > reads;
         assert_eq!((reached, answer.body == NODE_ROLE), (status == 200, status == 200), "guard {guard}");

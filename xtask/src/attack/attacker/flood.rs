@@ -75,6 +75,7 @@ fn allow_files(count: u32) -> io::Result<()> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let wanted = u64::from(count) + 100;
     if current.is_some_and(|current| current < wanted) {
+        let maximum = maximum.map(|maximum| maximum.max(wanted));
         setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })?;
     }
     Ok(())
