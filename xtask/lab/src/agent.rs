@@ -26,8 +26,8 @@ use crate::{cgroup, node::Node, pod::PodSpec, process::Process};
 /// Where the agent's probes and metrics are.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9163);
 
-/// How long the agent may take until it serves: the programs are verified meanwhile.
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the agent may take until it serves: the programs are verified meanwhile, on emulated machines too.
+const READY_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long it may take to exit once it was told to: more than any drain deadline used here.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// As much of the log as a person reads at once.
