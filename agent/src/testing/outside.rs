@@ -243,6 +243,32 @@ mod tests {
             .prop_map(|(line, headers)| format!("{line} HTTP/1.1\r\n{}\r\n", headers.concat()))
     }
 
+    /// Every function by the name of its fuzz target.
+    const OUTSIDE: [(&str, fn(&[u8])); 9] = [
+        ("annotations", annotations),
+        ("cgroup_path", cgroup_path),
+        ("http_head", http_head),
+        ("imds_token", imds_token),
+        ("jwt", jwt),
+        ("key_set", key_set),
+        ("kubelets_token", kubelets_token),
+        ("map_value", map_value),
+        ("record", record),
+    ];
+
+    /// What the fuzz targets begin with, and what they have found.
+    #[test]
+    fn every_seed_of_the_fuzz_targets_passes() {
+        for (target, outside) in OUTSIDE {
+            let seeds = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
+            let seeds: Vec<_> = fs::read_dir(seeds).unwrap().map(|seed| seed.unwrap().path()).collect();
+            assert!(!seeds.is_empty(), "{target}");
+            for seed in seeds {
+                outside(&fs::read(seed).unwrap());
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn no_head_makes_a_dialect_panic(head in head()) {
@@ -251,9 +277,7 @@ mod tests {
 
         #[test]
         fn no_bytes_are_too_odd(bytes in vec(any::<u8>(), 0..300)) {
-            for outside in
-                [http_head, jwt, key_set, imds_token, cgroup_path, kubelets_token, annotations, record, map_value]
-            {
+            for (_, outside) in OUTSIDE {
                 outside(&bytes);
             }
         }
