@@ -243,8 +243,10 @@ mod tests {
             .prop_map(|(line, headers)| format!("{line} HTTP/1.1\r\n{}\r\n", headers.concat()))
     }
 
-    /// Every function by the name of its fuzz target.
-    const OUTSIDE: [(&str, fn(&[u8])); 9] = [
+    /// A fuzz target's name, and its function.
+    type Target = (&'static str, fn(&[u8]));
+
+    const OUTSIDE: [Target; 9] = [
         ("annotations", annotations),
         ("cgroup_path", cgroup_path),
         ("http_head", http_head),
