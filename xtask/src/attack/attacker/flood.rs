@@ -26,6 +26,8 @@ pub(super) fn begin_dials(to: &[SocketAddr], count: u32) -> io::Result<Got> {
     allow_files(count)?;
     // As many ports as there are: each dial to the agent has one of its own.
     fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535")?;
+    // None gives up before all are under way.
+    fs::write("/proc/sys/net/ipv4/tcp_syn_retries", "20")?;
     let mut held: Vec<OwnedFd> = Vec::new();
     for (_, to) in (0..count).zip(to.iter().cycle()) {
         let socket = socket::tcp(*to)?;
