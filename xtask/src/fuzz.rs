@@ -130,9 +130,8 @@ fn fuzz(target: &str, program: &Path, seconds: u32) -> anyhow::Result<Outcome> {
     let what = format!("fuzz {target}");
     let result = cmd::run(&what, &mut command);
     let log = cmd::log_of(&what)?;
-    let error = result
-        .err()
-        .map(|error| format!("{error:#}\nagain: {} {}/crash-…", program.display(), artifacts.display()));
+    let again = format!("again, with what was found: {} {}/*", program.display(), artifacts.display());
+    let error = result.err().map(|error| format!("{error:#}\n{again}"));
     Ok(Outcome {
         executions: after(&log, "stat::number_of_executed_units: "),
         coverage: coverage(&log),
