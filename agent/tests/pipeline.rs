@@ -6,7 +6,7 @@ mod node;
 use std::time::{Duration, Instant};
 
 use agent::policy::ImdsMode;
-use lab::faults::{Fault, Service};
+use lab::faults::{Fault, Faults, Service};
 use node::{Answer, Node, TestPod};
 
 const IMDS: &str = "169.254.169.254";
@@ -188,10 +188,12 @@ async fn a_forged_token_without_an_origin_never_gets_what_is_kept_for_its_pod() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn where_nobody_can_verify_a_token_it_goes_to_eks_auth_itself() {
-    let node = Node::start(ImdsMode::Intercept).await;
+    // The cluster's keys are fetched at the start.
+    let faults = Faults::default();
+    faults.set(Service::KubeApi, Fault::Drop);
+    let node = Node::start_with(ImdsMode::Intercept, faults).await;
     let pod = injected(&node);
     let genuine = pod.token(&node);
-    node.faults.set(Service::KubeApi, Fault::Drop);
     node.dial_anonymously();
     for _ in 0..2 {
         let answer = node.get("/v1/credentials", &[("Authorization", &genuine)]).await;

@@ -73,12 +73,16 @@ pub(crate) struct Answer {
 impl Node {
     /// Every pod is intercepted unless `imds` says otherwise.
     pub(crate) async fn start(imds: ImdsMode) -> Self {
+        Self::start_with(imds, Faults::default()).await
+    }
+
+    /// The same, with faults that are there from the beginning.
+    pub(crate) async fn start_with(imds: ImdsMode, faults: Faults) -> Self {
         let cluster = Cluster::new("https://oidc.test.invalid/id/LAB");
         cluster.add_node(NODE);
         cluster.add_namespace("app", BTreeMap::new());
         cluster.add_service_account("kube-system", "podgate");
         cluster.add_pod(&spec("kube-system", "podgate-0", "podgate"));
-        let faults = Faults::default();
         let kube_api = KubeApi::serve(listener(), cluster.clone(), faults.clone()).unwrap();
         kube_api.apply_rbac(include_str!("../../../deploy/podgate.yaml")).unwrap();
         let node = NodeCredentials {
