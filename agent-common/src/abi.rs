@@ -106,6 +106,9 @@ pub mod map {
     /// Two [`crate::policy::PodPolicy`]: what a pod gets that has none yet, by [`crate::policy::UNKNOWN_IN_POD_NETWORK`]
     /// and [`crate::policy::UNKNOWN_ON_HOST_NETWORK`].
     pub const UNKNOWN_POD: &str = "UNKNOWN_POD";
+    /// Two `u64`: the cgroup ids of the quality-of-service classes, by [`crate::policy::QosClass`]; 0 where
+    /// there is none yet.
+    pub const CLASSES: &str = "CLASSES";
     /// Pod cgroup id to `u64`: pods that no policy applies to, [`super::EXEMPT_PODGATE`] or [`super::EXEMPT_STOCK_AGENT`].
     pub const EXEMPT: &str = "EXEMPT";
     /// One `u64`: which generation of the agent is in charge of the node; counts up. The same for every ABI.

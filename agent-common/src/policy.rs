@@ -14,6 +14,16 @@ pub const POD_IDENTITY_OFF: u32 = 0;
 /// `PodPolicy::pod_identity`: redirected to the agent.
 pub const POD_IDENTITY_ON: u32 = 1;
 
+/// A quality-of-service class whose pods have a cgroup between them and kubepods; as a number, its slot in `CLASSES`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum QosClass {
+    /// Some container requests or limits something.
+    Burstable = 0,
+    /// None does.
+    BestEffort = 1,
+}
+
 /// Slot of `UNKNOWN_POD` for dials through a socket in a pod's own network.
 pub const UNKNOWN_IN_POD_NETWORK: u32 = 0;
 /// Slot of `UNKNOWN_POD` for dials through a socket in the host's network namespace.

@@ -4,14 +4,16 @@
 
 use agent_common::{
     defence::{Defence, holds},
-    policy::{IMDS_DENY, POD_IDENTITY_ON, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
+    policy::{
+        IMDS_DENY, POD_IDENTITY_ON, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK,
+    },
 };
 use aya_ebpf::helpers::bpf_get_current_ancestor_cgroup_id;
 
 use crate::{
     ctx::Dial,
     globals::{HOST_NETNS, KUBEPODS_ID, KUBEPODS_LEVEL},
-    maps::{EXEMPT, POLICIES, UNKNOWN_POD},
+    maps::{CLASSES, EXEMPT, POLICIES, UNKNOWN_POD},
 };
 
 /// The strictest policy, for the case that the map has none.
@@ -29,7 +31,7 @@ pub(crate) struct Caller {
 /// The two cgroups of which one may be a pod's.
 ///
 /// Guaranteed pods are one level below kubepods, others two. A Guaranteed pod's second level is a container and the
-/// others' first is a class of service: neither is ever a key of a map.
+/// others' first is a class of service: neither is ever a key of `POLICIES`.
 pub(crate) struct Lineage {
     outer: u64,
     /// 0 where there is none.
@@ -53,9 +55,7 @@ impl Caller {
         let slot = if on_host_network { UNKNOWN_ON_HOST_NETWORK } else { UNKNOWN_IN_POD_NETWORK };
         Some(Self {
             pod_cgroup_id: 0,
-            // Not the outer one where there is a choice: it may be a QoS class, and one pod would use up the tickets of
-            // all. At worst each container of a Guaranteed pod counts for itself.
-            counts_for: if lineage.inner == 0 { lineage.outer } else { lineage.inner },
+            counts_for: if lineage.is_in_class() { lineage.inner } else { lineage.outer },
             policy: unknown(slot),
         })
     }
@@ -77,6 +77,14 @@ impl Lineage {
         let is_below_kubepods = ancestor(level) == KUBEPODS_ID.load() || !holds(Defence::BelowKubepods);
         let in_pod = is_below_kubepods && outer != 0;
         in_pod.then(|| Self { outer, inner: ancestor(level + 2) })
+    }
+
+    /// Whether the pod is the inner one. Never told by what the pod can make itself: below its own cgroup it makes as
+    /// many as it likes. A class that the agent has not told of yet counts for a pod: its pods share a limit until then.
+    #[inline(always)]
+    fn is_in_class(&self) -> bool {
+        let is = |class| CLASSES.get(class as u32).is_some_and(|cgroup_id| *cgroup_id == self.outer);
+        is(QosClass::Burstable) || is(QosClass::BestEffort)
     }
 
     /// The pod among the two, and its policy.

@@ -39,6 +39,10 @@ pub(crate) static POLICIES: HashMap<u64, PodPolicy, { POLICIES_MAX as usize }> =
 #[btf_map]
 pub(crate) static UNKNOWN_POD: Array<PodPolicy, 2> = Array::new();
 
+/// The cgroups between kubepods and pods that are not Guaranteed, written by the agent as they appear.
+#[btf_map]
+pub(crate) static CLASSES: Array<u64, 2> = Array::new();
+
 /// Cgroups of pods that no policy applies to, written by the agent before it dials or listens.
 #[btf_map]
 pub(crate) static EXEMPT: HashMap<u64, u64, { EXEMPT_MAX as usize }> = HashMap::new();

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use agent_common::policy::PodPolicy;
+use agent_common::policy::{PodPolicy, QosClass};
 use futures::{Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info, warn};
@@ -39,6 +39,8 @@ pub trait PolicyMap: Send + 'static {
     fn exempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
     /// Applies its policy again.
     fn unexempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    /// Tells that a quality-of-service class has this cgroup, which is no pod's.
+    fn set_class(&self, class: QosClass, cgroup_id: u64) -> Result<(), intercept::Error>;
     /// Gives a policy to pods that have none of their own yet: one to those in a network of their own, one to those on
     /// the host's.
     fn set_unknown(
@@ -118,6 +120,10 @@ impl PolicyMap for Arc<Mutex<Interceptor>> {
         self.lock().unwrap_or_else(PoisonError::into_inner).set_stock_agent(pod_cgroup_id, false)
     }
 
+    fn set_class(&self, class: QosClass, cgroup_id: u64) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_class(class, cgroup_id)
+    }
+
     fn set_unknown(
         &self,
         in_pod_network: PodPolicy,
@@ -182,6 +188,12 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 state.exempt.remove(&uid);
                 if let Some(pod) = self.pods.get(uid) {
                     self.apply(state, &pod);
+                }
+            }
+            TreeEvent::Class(class, id) => {
+                if let Err(error) = self.map.set_class(class, id) {
+                    error!(%error, ?class,
+                        "cannot tell the kernel of a class of pods; those that it does not know yet share a limit");
                 }
             }
             TreeEvent::Gone(PodCgroup { uid, id }) => {

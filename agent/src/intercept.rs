@@ -18,7 +18,7 @@ use agent_common::{
     abi::{EXEMPT_PODGATE, EXEMPT_STOCK_AGENT, program},
     counter::Counter,
     net::Endpoint,
-    policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
+    policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
     target::Target,
 };
 use rustix::time::{ClockId, clock_gettime};
@@ -94,6 +94,8 @@ struct Wanted {
     policies: HashMap<u64, PodPolicy>,
     unknown_in_pod_network: Option<PodPolicy>,
     unknown_on_host_network: Option<PodPolicy>,
+    /// The cgroups of the quality-of-service classes.
+    classes: HashMap<QosClass, u64>,
     /// Pods of AWS's own agent.
     stock_agents: HashSet<u64>,
 }
@@ -282,6 +284,13 @@ impl Interceptor {
         self.attach_egress_where_needed()
     }
 
+    /// Tells that a quality-of-service class has this cgroup, so that none of its pods is taken for the others.
+    pub fn set_class(&mut self, class: QosClass, cgroup_id: u64) -> Result<(), Error> {
+        self.wanted.classes.insert(class, cgroup_id);
+        let Some(_alone) = self.charge()? else { return Ok(()) };
+        self.object.set_class(class, cgroup_id)
+    }
+
     /// Gives `policy` to the pod with this cgroup, from its next dial on.
     pub fn set_policy(&mut self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), Error> {
         self.wanted.policies.insert(pod_cgroup_id, policy);
@@ -328,6 +337,9 @@ impl Interceptor {
     /// Makes the maps what this agent wants in them.
     fn reconcile(&mut self) -> Result<(), Error> {
         self.apply_unknown_pods()?;
+        for (&class, &cgroup_id) in &self.wanted.classes {
+            self.object.set_class(class, cgroup_id)?;
+        }
         for (&pod, &policy) in &self.wanted.policies {
             self.object.set_policy(pod, policy)?;
         }

@@ -14,6 +14,7 @@ struct FakeMap(Arc<Mutex<Kernel>>);
 struct Kernel {
     policies: HashMap<u64, PodPolicy>,
     exempt: HashSet<u64>,
+    classes: HashMap<QosClass, u64>,
     unknown: Option<(PodPolicy, PodPolicy)>,
 }
 
@@ -43,6 +44,11 @@ impl PolicyMap for FakeMap {
 
     fn unexempt(&self, id: u64) -> Result<(), intercept::Error> {
         self.0.lock().unwrap().exempt.remove(&id);
+        Ok(())
+    }
+
+    fn set_class(&self, class: QosClass, id: u64) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().classes.insert(class, id);
         Ok(())
     }
 

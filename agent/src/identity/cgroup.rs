@@ -7,7 +7,10 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use agent_common::defence::{Defence, holds};
+use agent_common::{
+    defence::{Defence, holds},
+    policy::QosClass,
+};
 use serde::{Serialize, Serializer};
 use uuid::Uuid;
 
@@ -84,29 +87,37 @@ fn outermost(path: &Path) -> Option<PodPath> {
     if let Some(owner) = owner(first, None) {
         return Some(PodPath { owner, pod: PathBuf::from(first) });
     }
-    let qos = qos(first)?;
+    let class = qos_class(first)?;
     let second = names.next()??;
-    let owner = owner(second, Some(qos))?;
+    let owner = owner(second, Some(class))?;
     Some(PodPath { owner, pod: [first, second].iter().collect() })
 }
 
-/// `burstable` or `besteffort`, in either driver's form.
-fn qos(name: &str) -> Option<&str> {
-    let qos = match name.strip_suffix(".slice") {
+/// The class whose cgroup directly below kubepods has this name, in either driver's form.
+pub fn qos_class(name: &str) -> Option<QosClass> {
+    let class = match name.strip_suffix(".slice") {
         Some(slice) => slice.rsplit_once("kubepods-")?.1,
         None => name,
     };
-    matches!(qos, "burstable" | "besteffort").then_some(qos)
+    [QosClass::Burstable, QosClass::BestEffort].into_iter().find(|known| class_name(*known) == class)
+}
+
+/// As the kubelet writes it.
+fn class_name(class: QosClass) -> &'static str {
+    match class {
+        QosClass::Burstable => "burstable",
+        QosClass::BestEffort => "besteffort",
+    }
 }
 
 /// The owner of a pod's cgroup: `pod<uid>` with the cgroupfs driver, and with systemd's, where a dash
 /// separates the levels of a slice, `kubepods[-<qos>]-pod<uid with _>.slice`.
-fn owner(name: &str, qos: Option<&str>) -> Option<Owner> {
+fn owner(name: &str, class: Option<QosClass>) -> Option<Owner> {
     let uid = match name.strip_suffix(".slice") {
         Some(slice) => {
             let (parents, uid) = slice.rsplit_once("-pod")?;
-            let levels = match qos {
-                Some(qos) => parents.strip_suffix(qos)?.strip_suffix('-')?,
+            let levels = match class {
+                Some(class) => parents.strip_suffix(class_name(class))?.strip_suffix('-')?,
                 None => parents,
             };
             if levels != "kubepods" && !levels.ends_with("-kubepods") {

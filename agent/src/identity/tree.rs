@@ -1,4 +1,4 @@
-//! Which pods' cgroups exist, as they come and go.
+//! Which cgroups of pods and of their classes exist, as they come and go.
 //!
 //! Owns the inotify watch on kubepods and its quality-of-service cgroups; never reads a pod.
 
@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use agent_common::policy::QosClass;
 use futures::{Stream, StreamExt as _};
 use inotify::{Inotify, WatchMask};
 use tracing::error;
@@ -19,13 +20,15 @@ use super::{
     cgroupfs,
 };
 
-/// What happened to a pod's cgroup.
+/// What happened to a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TreeEvent {
-    /// It exists now.
+    /// A pod's exists now.
     Appeared(PodCgroup),
-    /// It is gone, and with it every process of the pod.
+    /// A pod's is gone, and with it every process of the pod.
     Gone(PodCgroup),
+    /// A quality-of-service class has a cgroup with this id now.
+    Class(QosClass, u64),
 }
 
 /// A pod's own cgroup.
@@ -51,7 +54,12 @@ pub fn follow(
     kubepods: &Path,
 ) -> io::Result<(Vec<TreeEvent>, impl Stream<Item = TreeEvent> + Send + Unpin + use<>)> {
     let inotify = Inotify::init()?;
-    let mut tree = Tree { kubepods: kubepods.to_owned(), watched: HashSet::new(), known: HashMap::new() };
+    let mut tree = Tree {
+        kubepods: kubepods.to_owned(),
+        watched: HashSet::new(),
+        known: HashMap::new(),
+        classes: HashMap::new(),
+    };
     let watches = inotify.watches();
     tree.watch(&watches, PathBuf::new())?;
     let first = tree.look(&watches)?;
@@ -77,6 +85,7 @@ struct Tree {
     kubepods: PathBuf,
     watched: HashSet<PathBuf>,
     known: HashMap<PathBuf, PodCgroup>,
+    classes: HashMap<QosClass, u64>,
 }
 
 // === impl Tree ===
@@ -99,11 +108,13 @@ impl Tree {
     /// When one cannot be read. Then nothing has changed: no pod is taken for gone because of a failure.
     fn look(&mut self, watches: &inotify::Watches) -> io::Result<Vec<TreeEvent>> {
         let mut found = HashMap::new();
+        let mut events = Vec::new();
         for name in names(&self.kubepods)? {
             let path = PathBuf::from(name);
             if self.note(&path, &mut found)? {
                 continue;
             }
+            events.extend(self.note_class(&path)?);
             // A quality-of-service cgroup; what the kubelet did not make has no pods in it. It is watched before it
             // is read, so that nothing falls between the two.
             let is_seen = self.watched.contains(&path) || gone(self.watch(watches, path.clone()))?.is_some();
@@ -114,11 +125,18 @@ impl Tree {
         }
         self.watched.retain(|path| self.kubepods.join(path).is_dir());
         let gone = self.known.iter().filter(|(path, pod)| found.get(*path) != Some(pod));
-        let mut events: Vec<_> = gone.map(|(_, pod)| TreeEvent::Gone(*pod)).collect();
+        events.extend(gone.map(|(_, pod)| TreeEvent::Gone(*pod)));
         let new = found.iter().filter(|(path, pod)| self.known.get(*path) != Some(pod));
         events.extend(new.map(|(_, pod)| TreeEvent::Appeared(*pod)));
         self.known = found;
         Ok(events)
+    }
+
+    /// Whether it is the cgroup of a class, and was not before.
+    fn note_class(&mut self, path: &Path) -> io::Result<Option<TreeEvent>> {
+        let Some(class) = path.to_str().and_then(cgroup::qos_class) else { return Ok(None) };
+        let Some(id) = gone(cgroupfs::cgroup_id(&self.kubepods.join(path)))? else { return Ok(None) };
+        Ok((self.classes.insert(class, id) != Some(id)).then_some(TreeEvent::Class(class, id)))
     }
 
     /// Puts a pod's cgroup among those found. Whether it is a pod's, static ones included.
@@ -166,6 +184,7 @@ mod tests {
         match event {
             TreeEvent::Appeared(pod) => (true, pod.uid.to_string()),
             TreeEvent::Gone(pod) => (false, pod.uid.to_string()),
+            TreeEvent::Class(class, _) => (true, format!("{class:?}")),
         }
     }
 
@@ -178,6 +197,7 @@ mod tests {
         let (first, mut events) = follow(kubepods.path()).unwrap();
         assert!(matches!(&first[..], [TreeEvent::Appeared(pod)] if pod.uid.to_string() == UID));
         std::fs::create_dir(at("burstable".into())).unwrap();
+        assert_eq!(next(&mut events).await, (true, "Burstable".into()));
         std::fs::create_dir(at(format!("burstable/pod{OTHER}"))).unwrap();
         assert_eq!(next(&mut events).await, (true, OTHER.into()));
         std::fs::create_dir(at(format!("burstable/pod{OTHER}/container"))).unwrap();

@@ -15,7 +15,7 @@ use agent_common::{
     egress::{JOB_AUDIT_PATHS, JOB_GUARD},
     net::Endpoint,
     origin::{Dialled, Origin},
-    policy::PodPolicy,
+    policy::{PodPolicy, QosClass},
     target::Target,
 };
 use aya::{
@@ -41,12 +41,13 @@ const BPF_NOEXIST: u64 = 1;
 const LOG_TAIL_LINES: usize = 20;
 
 /// The maps that outlive the agent, with the sizes of a key and a value, and how many there are.
-const PINNED: [(&str, usize, usize, u32); 14] = [
+const PINNED: [(&str, usize, usize, u32); 15] = [
     (map::ORIGINS, size_of::<u32>(), size_of::<Dialled>(), 0),
     (map::TICKETS, size_of::<u64>(), size_of::<Dialled>(), TICKETS_MAX),
     (map::POD_TICKETS, size_of::<u64>(), size_of::<u64>(), POLICIES_MAX),
     (map::POLICIES, size_of::<u64>(), size_of::<PodPolicy>(), POLICIES_MAX),
     (map::UNKNOWN_POD, size_of::<u32>(), size_of::<PodPolicy>(), 2),
+    (map::CLASSES, size_of::<u32>(), size_of::<u64>(), 2),
     (map::EXEMPT, size_of::<u64>(), size_of::<u64>(), EXEMPT_MAX),
     (map::TARGETS, size_of::<u32>(), size_of::<Target>(), 2),
     (map::TARGET_INDEX, size_of::<u32>(), size_of::<u32>(), 1),
@@ -69,6 +70,7 @@ pub(super) struct Object {
     pod_tickets: HashMap<MapData, u64, u64>,
     policies: HashMap<MapData, u64, PodPolicy>,
     unknown_pod: Array<MapData, PodPolicy>,
+    classes: Array<MapData, u64>,
     exempt: HashMap<MapData, u64, u64>,
     heartbeat: Array<MapData, u64>,
     generation: Array<MapData, u64>,
@@ -128,6 +130,7 @@ impl Object {
             pod_tickets: take(&mut ebpf, map::POD_TICKETS)?,
             policies: take(&mut ebpf, map::POLICIES)?,
             unknown_pod: take(&mut ebpf, map::UNKNOWN_POD)?,
+            classes: take(&mut ebpf, map::CLASSES)?,
             exempt: take(&mut ebpf, map::EXEMPT)?,
             heartbeat: take(&mut ebpf, map::HEARTBEAT)?,
             generation: take(&mut ebpf, map::GENERATION)?,
@@ -242,6 +245,11 @@ impl Object {
     /// What a pod gets that has no policy, by where its socket is.
     pub(super) fn set_unknown_pod(&mut self, slot: u32, policy: PodPolicy) -> Result<(), Error> {
         self.unknown_pod.set(slot, policy, 0).map_err(writing(map::UNKNOWN_POD))
+    }
+
+    /// Tells which cgroup is a class of pods and no pod.
+    pub(super) fn set_class(&mut self, class: QosClass, cgroup_id: u64) -> Result<(), Error> {
+        self.classes.set(class as u32, cgroup_id, 0).map_err(writing(map::CLASSES))
     }
 
     /// What a pod gets.

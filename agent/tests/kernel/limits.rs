@@ -5,7 +5,7 @@ use std::{fs, io, os::fd::OwnedFd, process};
 use agent_common::{
     abi::{POLICIES_MAX, TICKETS_PER_POD},
     counter::Counter,
-    policy::{IMDS_INTERCEPT, POD_IDENTITY_ON, PodPolicy},
+    policy::{IMDS_INTERCEPT, POD_IDENTITY_ON, PodPolicy, QosClass},
     target::Target,
 };
 use rustix::{
@@ -15,7 +15,7 @@ use rustix::{
 
 use crate::{
     IMDS, endpoint, events, is_eperm,
-    node::{Agent, Cgroup, NOBODY, Node, Pod, dial, own_pair},
+    node::{Agent, Cgroup, NOBODY, Node, Pod, own_pair},
     options::set_fastopen_connect,
     redial, tcp_socket,
 };
@@ -99,14 +99,13 @@ fn who_fills_the_counts_with_dials_is_refused_and_no_pod_that_is_known_or_become
         // One has lost its count to the new pod. It is not the worse for it, nor does its count ever fall below 0.
         node.interceptor.remove_policy(new.cgroup.id).unwrap();
         silence(node);
-        let count = |node: &Node, cgroup: &Cgroup| node.interceptor.live_tickets_of(cgroup.id).unwrap();
-        let mut containers = (0..ROOM).map(|number| container(node, number));
-        let loser = containers.find(|container| count(node, container).is_none()).expect("there was room");
-        let second = begin(&loser).unwrap();
-        assert_eq!(count(node, &loser), Some(1));
+        let mut pods = (0..ROOM).map(|number| unknown_pod(node, number));
+        let loser = pods.find(|pod| node.count_of(pod).is_none()).expect("there was room");
+        let second = begin(&loser.container).unwrap();
+        assert_eq!(node.count_of(&loser), Some(1));
         drop(held);
         drop(second);
-        assert_eq!(count(node, &loser), Some(0));
+        assert_eq!(node.count_of(&loser), Some(0));
         assert_eq!(node.live_tickets(), 0);
     });
 }
@@ -117,10 +116,10 @@ fn who_has_filled_the_counts_makes_room_for_pods_that_become_known_and_is_served
         let agent = node.agent();
         let (known, held) = fill_counts(node);
         drop(held);
-        assert!(is_eperm(&begin(&container(node, ROOM))), "nobody has become known yet");
+        assert!(is_eperm(&begin(&unknown_pod(node, ROOM).container)), "nobody has become known yet");
         let new = node.pod("new", IMDS_INTERCEPT, POD_IDENTITY_ON);
         assert_served(node, &agent, &[&known, &new]);
-        let _stream = container(node, ROOM).run(|| dial(IMDS)).unwrap();
+        let _stream = unknown_pod(node, ROOM).dial(IMDS).unwrap();
         agent.accept().expect("anonymous");
     });
 }
@@ -136,16 +135,15 @@ fn fill_counts(node: &mut Node) -> (Pod, Vec<OwnedFd>) {
     node.interceptor.set_unknown_pods(policy, policy).unwrap();
     let known = node.pod("known", IMDS_INTERCEPT, POD_IDENTITY_ON);
     silence(node);
-    let held = (0..ROOM).map(|number| begin(&container(node, number)).unwrap()).collect();
-    assert!(is_eperm(&begin(&container(node, ROOM))), "there is room for more");
+    let held = (0..ROOM).map(|number| begin(&unknown_pod(node, number).container).unwrap()).collect();
+    assert!(is_eperm(&begin(&unknown_pod(node, ROOM).container)), "there is room for more");
     assert_eq!(node.count(Counter::DeniedLimit), 1);
     (known, held)
 }
 
-/// A container of a Guaranteed pod of which nothing is known: nothing tells it from a pod, so it counts for itself.
-fn container(node: &Node, number: u32) -> Cgroup {
-    let pod = node.kubepods.path.join("kubepods-podgreedy.slice");
-    Cgroup::create(pod.join(format!("cri-containerd-{number}.scope")))
+/// One more Guaranteed pod of which nothing is known.
+fn unknown_pod(node: &Node, number: u32) -> Pod {
+    Pod::create(node.kubepods.path.join(format!("kubepods-pod{number}.slice")))
 }
 
 fn assert_served(node: &mut Node, agent: &Agent, pods: &[&Pod]) {
@@ -164,6 +162,45 @@ fn allow_open_files(number: u64) {
         let maximum = limit.maximum.map(|maximum| maximum.max(number));
         setrlimit(Resource::Nofile, Rlimit { current: Some(number), maximum }).unwrap();
     }
+}
+
+#[test]
+fn a_pod_that_nobody_knows_has_one_limit_however_many_cgroups_it_makes() {
+    Node::run(|node| {
+        silence(node);
+        let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
+        node.interceptor.set_unknown_pods(policy, policy).unwrap();
+        let greedy = [
+            node.kubepods.path.join("kubepods-podgreedy.slice"),
+            node.kubepods.path.join("kubepods-burstable.slice/kubepods-burstable-podgreedy.slice"),
+        ];
+        for pod in greedy {
+            let pod = Pod::create(pod);
+            let nested = (0..LIMIT).map(|number| Cgroup::create(pod.container.path.join(number.to_string())));
+            let besides = (0..LIMIT).map(|number| Cgroup::create(pod.cgroup.path.join(number.to_string())));
+            let dials = nested.chain(besides).map(|cgroup| begin(&cgroup)).collect::<Vec<_>>();
+            assert_eq!(u64::try_from(dials.iter().filter(|dial| dial.is_ok()).count()).unwrap(), LIMIT);
+            assert_eq!(node.count_of(&pod), Some(LIMIT));
+        }
+        let other = node.unknown_pod("other");
+        let _other = begin(&other.container).expect("the limit is each pod's own");
+    });
+}
+
+#[test]
+fn pods_of_a_class_that_the_agent_has_not_told_of_share_a_limit_and_nothing_worse() {
+    Node::run(|node| {
+        silence(node);
+        let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
+        node.interceptor.set_unknown_pods(policy, policy).unwrap();
+        let class = Cgroup::create(node.kubepods.path.join("kubepods-besteffort.slice"));
+        let [greedy, other] = ["a", "b"]
+            .map(|name| Pod::create(class.path.join(format!("kubepods-besteffort-pod{name}.slice"))));
+        let _held: Vec<_> = (0..LIMIT).map(|_| begin(&greedy.container).unwrap()).collect();
+        assert!(is_eperm(&begin(&other.container)));
+        node.interceptor.set_class(QosClass::BestEffort, class.id).unwrap();
+        let _other = begin(&other.container).expect("the limit is each pod's own");
+    });
 }
 
 #[test]

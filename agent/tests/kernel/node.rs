@@ -24,7 +24,7 @@ use agent_common::{
     counter::Counter,
     net::{ECS_V4, Endpoint, IMDS_V4, IMDS_V6, POD_IDENTITY_V4, POD_IDENTITY_V6},
     origin::Origin,
-    policy::PodPolicy,
+    policy::{PodPolicy, QosClass},
     target::{Target, WHEN_DOWN_DENY},
 };
 use aya::maps::{Array, Map, MapData};
@@ -117,10 +117,12 @@ impl Node {
         let mount = cgroup_mount();
         let root = Root(mount.path.join(format!("podgate-{}-{name}", process::id())));
         let kubepods = Cgroup::create(root.0.join("kubepods.slice"));
+        let burstable = Cgroup::create(kubepods.path.join("kubepods-burstable.slice"));
         let agent = Cgroup::create(kubepods.path.join("kubepods-podagent.slice"));
         let bpffs = Bpffs::mount();
         let settings = settings(&bpffs, &kubepods, &agent, mount.level, host_netns_cookie);
         let mut interceptor = Interceptor::load(&settings).unwrap();
+        interceptor.set_class(QosClass::Burstable, burstable.id).unwrap();
         let origins = Arc::new(interceptor.origins().unwrap());
         let mut node = Self {
             interceptor,
@@ -314,7 +316,7 @@ impl Cgroup {
 // === impl Pod ===
 
 impl Pod {
-    fn create(path: PathBuf) -> Self {
+    pub(crate) fn create(path: PathBuf) -> Self {
         let container = Cgroup::create(path.join("cri-containerd-0123.scope"));
         Self { cgroup: Cgroup::create(path), container }
     }
