@@ -165,6 +165,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
         resolver,
         engine: engine(&config, &kube, &aws, of_instance.clone(), engine_metrics),
         imds_tokens,
+        token_delegates: config.token_delegates.clone(),
         instance: of_instance,
         connections: ConnectionLimit::default(),
         metrics: request_metrics,

@@ -12,7 +12,10 @@ use std::{
 use clap::Args;
 use serde::Serialize;
 
-use crate::{identity::DaemonSetRef, policy::Defaults};
+use crate::{
+    identity::{DaemonSetRef, ServiceAccountRef},
+    policy::Defaults,
+};
 
 mod rules;
 
@@ -69,6 +72,10 @@ pub struct Flags {
     /// else a refusal) or deny. Dials to the instance metadata service are always refused then.
     #[arg(long, env = "PODGATE_WHEN_DOWN", default_value = "auto")]
     pub when_down: String,
+    /// Service accounts, as NAMESPACE/NAME with commas between them, whose pods may present the tokens of other pods on
+    /// this node, as CSI drivers do. Each use is logged (target audit) and counted.
+    #[arg(long, env = "PODGATE_TOKEN_DELEGATE", default_value = "", hide_default_value = true)]
+    pub token_delegate: String,
     /// Whether the credentials of pods that are known to want them are fetched before they ask: auto or off.
     #[arg(long, env = "PODGATE_PREFETCH", default_value = "auto")]
     pub prefetch: String,
@@ -135,6 +142,8 @@ pub struct Config {
     pub stock_agent: Option<DaemonSetRef>,
     /// What dials to EKS Pod Identity get while no podgate is alive.
     pub when_down: WhenDown,
+    /// Whose pods may present the tokens of other pods.
+    pub token_delegates: Vec<ServiceAccountRef>,
     /// Whether credentials are fetched before pods ask.
     pub prefetch: bool,
     /// Name of podgate's network link.
@@ -228,6 +237,8 @@ impl Config {
         let target_v6 = problems.check("target-v6", &flags.target_v6, rules::target_v6);
         let stock_agent = problems.check("stock-agent", &flags.stock_agent, rules::stock_agent);
         let when_down = problems.check("when-down", &flags.when_down, rules::when_down);
+        let token_delegates =
+            problems.check("token-delegate", &flags.token_delegate, rules::service_accounts);
         let prefetch = problems.check("prefetch", &flags.prefetch, rules::auto_or_off);
         let link = problems.check("link", &flags.link, rules::link_name);
         let kube_identity = problems.check("kube-identity", &flags.kube_identity, rules::kube_identity);
@@ -255,6 +266,7 @@ impl Config {
                 target_v6: target_v6?,
                 stock_agent: stock_agent?,
                 when_down: when_down?,
+                token_delegates: token_delegates?,
                 prefetch: prefetch?,
                 link: link?,
                 kube_identity: kube_identity?,

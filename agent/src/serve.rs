@@ -37,7 +37,7 @@ use crate::{
         is_forwarded, pod_identity,
     },
     drain::DrainWatch,
-    identity::{CallerResolver, Dialler, Pod, PodUid},
+    identity::{CallerResolver, Dialler, Pod, PodUid, ServiceAccountRef},
     instance::Instance,
     policies::Policies,
     policy::{ImdsMode, Policy},
@@ -61,6 +61,8 @@ pub struct Server<S> {
     pub engine: Arc<Engine<S>>,
     /// The session tokens of IMDSv2.
     pub imds_tokens: ImdsTokens,
+    /// Whose pods may present the tokens of other pods on this node.
+    pub token_delegates: Vec<ServiceAccountRef>,
     /// What is known of the instance.
     pub instance: watch::Receiver<Instance>,
     /// How many connections each caller has open.
@@ -198,6 +200,9 @@ impl<S: CredentialSource> Server<S> {
             (None, None) => return Err(pod_identity::no_token("")),
             (None, Some(sent)) => return self.anonymous(connection, sent, deadline).await,
             (Some(pod), Some(sent)) if sent.claims.pod == Some(pod.uid) => (pod, Some(sent)),
+            (Some(delegate), Some(sent)) if self.token_delegates.contains(&delegate.service_account) => {
+                return self.delegated(&delegate, sent, deadline).await;
+            }
             (Some(_), Some(sent)) if !holds(Defence::TokenOfCaller) => {
                 return self.anonymous(connection, sent, deadline).await;
             }
@@ -225,6 +230,35 @@ impl<S: CredentialSource> Server<S> {
     ) -> Result<Arc<Credentials>, Refusal> {
         let answer = self.engine.for_token(sent, connection.peer, deadline).await;
         answer.map_err(|error| refusal::credentials(&error, None))
+    }
+
+    /// A caller that the operator lets present the tokens of other pods, as CSI drivers do while they fill a pod's volumes.
+    /// Nothing but the token speaks for that pod, so that it is verified here, whatever EKS Auth would say.
+    async fn delegated(
+        &self,
+        delegate: &Pod,
+        sent: SentToken,
+        deadline: Instant,
+    ) -> Result<Arc<Credentials>, Refusal> {
+        let verified = self.engine.is_good(&sent).await;
+        if !verified.map_err(|error| refusal::credentials(&error, None))? {
+            return Err(refusal::unverified());
+        }
+        let uid = sent.claims.pod.ok_or_else(refusal::somebody_else_s_token)?;
+        let pod = self.resolver.pod(uid, deadline).await.map_err(|error| refusal::identity(&error))?;
+        let answer = self.engine.for_pod(&pod, Some(sent), Floor::Container, deadline).await;
+        info!(
+            target: "audit",
+            delegate = delegate.full_name(),
+            delegate.sa = %delegate.service_account,
+            pod.uid = %uid,
+            pod.name = pod.full_name(),
+            sa = %pod.service_account,
+            served = answer.is_ok(),
+            "a token delegate presented a pod's token"
+        );
+        self.metrics.count_delegated(&delegate.service_account, answer.is_ok());
+        answer.map_err(|error| refusal::credentials(&error, Some(&pod)))
     }
 
     async fn imds(

@@ -6,7 +6,10 @@ mod node;
 use std::time::{Duration, Instant};
 
 use agent::policy::ImdsMode;
-use lab::faults::{Fault, Faults, Service};
+use lab::{
+    faults::{Fault, Faults, Service},
+    kube_api::KubeApi,
+};
 use node::{Answer, Node, TestPod};
 
 const IMDS: &str = "169.254.169.254";
@@ -251,6 +254,46 @@ async fn a_stolen_token_is_worthless_to_a_pod() {
     node.dial_as(&thief, POD_IDENTITY);
     let answer = node.get("/v1/credentials", &[("Authorization", &victim.token(&node))]).await;
     assert_eq!(answer.status, 403, "{answer:?}");
+    assert_eq!(node.eks_auth.calls(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delegate_is_served_by_other_pods_tokens_if_they_are_verified_and_nobody_else_is() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let app = injected(&node);
+    let [delegate, other] = ["csi", "csi-2"].map(|name| node.pod(&format!("{name}-0"), name, |_| {}));
+    let ask = async |pod: &TestPod, token: &str| {
+        node.dial_as(pod, POD_IDENTITY);
+        node.get("/v1/credentials", &[("Authorization", token)]).await
+    };
+    let token = app.token(&node);
+    let answer = ask(&delegate, &token).await;
+    assert_eq!((answer.status, node.role_of(&answer).as_str()), (200, "web-role for web-0"));
+    let answer = ask(&other, &token).await;
+    assert_eq!(answer.status, 403, "{answer:?}");
+
+    let calls = node.eks_auth.calls();
+    let life = Duration::from_hours(1);
+    let mut claims = node.cluster.pod_claims("app", "web-0", &["pods.eks.amazonaws.com"], life);
+    let forged = node.cluster.signing_key().forge().sign(&claims);
+    claims.kubernetes.pod = None;
+    let unbound = node.cluster.sign(&claims);
+    for (token, status) in [(forged, 400), (unbound, 400)] {
+        let answer = ask(&delegate, &token).await;
+        assert_eq!(answer.status, status, "{answer:?}");
+    }
+    assert_eq!(node.eks_auth.calls(), calls);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_cluster_s_keys_a_delegate_is_told_to_try_again_and_eks_auth_is_not_asked() {
+    let deny = |kube_api: &KubeApi| kube_api.allow_issuer_discovery(false);
+    let node = Node::start_where(ImdsMode::Intercept, Faults::default(), deny).await;
+    let app = injected(&node);
+    let delegate = node.pod("csi-0", "csi", |_| {});
+    node.dial_as(&delegate, POD_IDENTITY);
+    let answer = node.get("/v1/credentials", &[("Authorization", &app.token(&node))]).await;
+    assert_eq!(answer.status, 503, "{answer:?}");
     assert_eq!(node.eks_auth.calls(), 0);
 }
 

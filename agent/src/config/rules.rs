@@ -12,7 +12,10 @@ use std::{
 use tracing_subscriber::EnvFilter;
 
 use super::{KubeIdentity, LogFormat, TargetMode, WhenDown};
-use crate::{identity::DaemonSetRef, policy::ImdsMode};
+use crate::{
+    identity::{DaemonSetRef, ServiceAccountRef},
+    policy::ImdsMode,
+};
 
 pub(super) fn node_name(value: &str) -> Result<String, String> {
     let ok = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
@@ -119,6 +122,24 @@ pub(super) fn stock_agent(value: &str) -> Result<Option<DaemonSetRef>, String> {
         }
         _ => Err(format!("is {value:?}: a DaemonSet as kube-system/eks-pod-identity-agent, or none")),
     }
+}
+
+/// Service accounts' names are DNS subdomains, as nodes' are; namespaces' are labels, which none with a dot is.
+pub(super) fn service_accounts(value: &str) -> Result<Vec<ServiceAccountRef>, String> {
+    if value.is_empty() {
+        return Ok(Vec::new());
+    }
+    let parse = |account: &str| {
+        let (namespace, name) = account.trim().split_once('/')?;
+        let are_names = node_name(namespace).is_ok() && !namespace.contains('.') && node_name(name).is_ok();
+        are_names.then(|| ServiceAccountRef { namespace: namespace.to_owned(), name: name.to_owned() })
+    };
+    let accounts = value.split(',').map(|account| {
+        let reason =
+            || format!("has {account:?}: service accounts as kube-system/csi-secrets-store-provider-aws");
+        parse(account).ok_or_else(reason)
+    });
+    accounts.collect()
 }
 
 pub(super) fn when_down(value: &str) -> Result<WhenDown, String> {

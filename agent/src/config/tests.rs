@@ -48,6 +48,7 @@ fn every_bad_value_is_named_at_once() {
         "--target-v6=[fe80::1]:80",
         "--stock-agent=eks-pod-identity-agent",
         "--when-down=pass",
+        "--token-delegate=kube-system/csi,csi",
         "--prefetch=yes",
         "--link=a-name-that-is-too-long",
         "--kube-identity=admin",
@@ -71,6 +72,7 @@ fn every_bad_value_is_named_at_once() {
             "target-v6",
             "stock-agent",
             "when-down",
+            "token-delegate",
             "prefetch",
             "link",
             "kube-identity",
@@ -101,6 +103,17 @@ fn podgate_has_addresses_of_its_own_unless_it_always_has_pod_identity_s() {
     for (target, is_valid) in [("auto", false), ("own", false), ("pod-identity", true)] {
         let target = format!("--target={target}");
         assert_eq!(parse(&[&none[..], &[&target]].concat()).is_ok(), is_valid, "{target}");
+    }
+}
+
+#[test]
+fn token_delegates_are_service_accounts_and_none_by_default() {
+    assert_eq!(parse(&[]).unwrap().token_delegates, []);
+    let config = parse(&["--token-delegate=kube-system/csi-secrets-store, csi/s3.driver"]).unwrap();
+    let delegates: Vec<_> = config.token_delegates.iter().map(ToString::to_string).collect();
+    assert_eq!(delegates, ["kube-system/csi-secrets-store", "csi/s3.driver"]);
+    for bad in ["csi", "/csi", "kube-system/", "a/b/c", "kube.system/csi", "kube-system/csi,", "*/csi"] {
+        assert!(parse(&[&format!("--token-delegate={bad}")]).is_err(), "{bad}");
     }
 }
 

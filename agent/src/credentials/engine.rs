@@ -304,7 +304,10 @@ impl<S: CredentialSource> Engine<S> {
     }
 
     /// Whether a token is good; `false` where nobody can tell.
-    async fn is_good(&self, sent: &SentToken) -> Result<bool, Error> {
+    ///
+    /// # Errors
+    /// [`Error::BadToken`] when it is known to be bad.
+    pub async fn is_good(&self, sent: &SentToken) -> Result<bool, Error> {
         match self.source.judge(&sent.token, &sent.claims).await {
             Verdict::Good => Ok(true),
             Verdict::Unknown => Ok(false),

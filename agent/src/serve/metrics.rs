@@ -15,7 +15,8 @@ use crate::{dialect::Dialect, identity::ServiceAccountRef};
 #[derive(Clone, Debug, Default)]
 pub struct RequestMetrics {
     requests: Family<RequestLabels, Counter>,
-    imds_v1: Family<V1Labels, Counter>,
+    imds_v1: Family<WhoseLabels, Counter>,
+    delegated: Family<WhoseLabels, Counter>,
     /// Connections beyond what a caller may have open.
     pub refused_connections: Counter,
 }
@@ -27,7 +28,7 @@ struct RequestLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct V1Labels {
+struct WhoseLabels {
     namespace: String,
     service_account: String,
     answer: &'static str,
@@ -46,6 +47,11 @@ impl RequestMetrics {
             metrics.imds_v1.clone(),
         );
         registry.register(
+            "podgate_delegated_requests",
+            "Requests with another pod's token, by who is allowed to present it (unstable)",
+            metrics.delegated.clone(),
+        );
+        registry.register(
             "podgate_refused_connections",
             "Connections beyond what a caller may have open (unstable)",
             metrics.refused_connections.clone(),
@@ -61,12 +67,24 @@ impl RequestMetrics {
 
     /// Counts one use of IMDSv1.
     pub fn count_v1(&self, whose: &ServiceAccountRef, is_served: bool) {
-        let labels = V1Labels {
+        self.imds_v1.get_or_create(&WhoseLabels::new(whose, is_served)).inc();
+    }
+
+    /// Counts one token of another pod, presented by a delegate.
+    pub fn count_delegated(&self, delegate: &ServiceAccountRef, is_served: bool) {
+        self.delegated.get_or_create(&WhoseLabels::new(delegate, is_served)).inc();
+    }
+}
+
+// === impl WhoseLabels ===
+
+impl WhoseLabels {
+    fn new(whose: &ServiceAccountRef, is_served: bool) -> Self {
+        Self {
             namespace: whose.namespace.clone(),
             service_account: whose.name.clone(),
             answer: if is_served { "served" } else { "refused" },
-        };
-        self.imds_v1.get_or_create(&labels).inc();
+        }
     }
 }
 

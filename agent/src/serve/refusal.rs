@@ -64,6 +64,15 @@ pub(super) fn somebody_else_s_token() -> Refusal {
     Refusal::new(StatusCode::FORBIDDEN, "AccessDenied", "the token is not bound to the pod that sent it")
 }
 
+/// Only a verified token would do, and the cluster's keys are not to be had.
+pub(super) fn unverified() -> Refusal {
+    Refusal::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "Unverified",
+        "the keys of the cluster's tokens cannot be fetched, and only a verified token of another pod counts; try again",
+    )
+}
+
 /// The pod is left to AWS's own agent, and came here all the same.
 pub(super) fn pod_identity_is_off() -> Refusal {
     Refusal::new(

@@ -202,6 +202,7 @@ fn serve(caller: &Caller) -> SocketAddr {
         resolver: CallerResolver::new(cgroups, pods, Arc::new(Networks::new(HOST_NETWORK))),
         engine: Engine::start(Fixed, engine::BUDGET, clock, 1, EngineMetrics::default()),
         imds_tokens: ImdsTokens::new(&[7; 32]),
+        token_delegates: Vec::new(),
         instance: watch::channel(instance).1,
         connections: ConnectionLimit::default(),
         metrics: RequestMetrics::default(),

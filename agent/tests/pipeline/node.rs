@@ -16,7 +16,7 @@ use agent::{
     credentials::{kube_identity::Clients, metrics::EngineMetrics, source::NodeSource},
     dialect::imds_token::ImdsTokens,
     drain::{Drain, drain},
-    identity::{CallerResolver, PodUid, Pods, network::Networks},
+    identity::{CallerResolver, PodUid, Pods, ServiceAccountRef, network::Networks},
     instance::Instance,
     intercept::OriginLookup,
     policies::Policies,
@@ -78,6 +78,11 @@ impl Node {
 
     /// The same, with faults that are there from the beginning.
     pub(crate) async fn start_with(imds: ImdsMode, faults: Faults) -> Self {
+        Self::start_where(imds, faults, |_| {}).await
+    }
+
+    /// The same, and the API server is as `change` makes it.
+    pub(crate) async fn start_where(imds: ImdsMode, faults: Faults, change: fn(&KubeApi)) -> Self {
         let cluster = Cluster::new("https://oidc.test.invalid/id/LAB");
         cluster.add_node(NODE);
         cluster.add_namespace("app", BTreeMap::new());
@@ -85,6 +90,7 @@ impl Node {
         cluster.add_pod(&spec("kube-system", "podgate-0", "podgate"));
         let kube_api = KubeApi::serve(listener(), cluster.clone(), faults.clone()).unwrap();
         kube_api.apply_rbac(include_str!("../../../deploy/podgate.yaml")).unwrap();
+        change(&kube_api);
         let node = NodeCredentials {
             access_key_id: "ASIANODE".into(),
             secret_access_key: "node-secret".into(),
@@ -114,6 +120,7 @@ impl Node {
             resolver,
             engine: app::engine(&config, &kube, &aws, instance.clone(), EngineMetrics::default()),
             imds_tokens: ImdsTokens::new(&[7; 32]),
+            token_delegates: config.token_delegates.clone(),
             instance,
             connections: ConnectionLimit::default(),
             metrics: RequestMetrics::default(),
@@ -315,6 +322,7 @@ fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
         target_v4: None,
         target_v6: None,
         stock_agent: None,
+        token_delegates: vec![ServiceAccountRef { namespace: "app".into(), name: "csi".into() }],
         when_down: WhenDown::Deny,
         prefetch: true,
         link: "podgate0".into(),

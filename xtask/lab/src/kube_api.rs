@@ -183,6 +183,11 @@ impl KubeApi {
         self.api.rules().apply(manifest)
     }
 
+    /// Whether service accounts may read the keys that tokens are signed with, as they may from the beginning.
+    pub fn allow_issuer_discovery(&self, allow: bool) {
+        self.api.rules().allow_issuer_discovery(allow);
+    }
+
     /// Whether nodes may ask for tokens with the audience of EKS Auth for pods without such a volume. On by
     /// default.
     pub fn allow_node_audience(&self, allow: bool) {

@@ -16,6 +16,9 @@ use crate::cluster::{Cluster, POD_IDENTITY_AUDIENCE, store::Kind};
 const AUTHENTICATION: &str = "authentication.k8s.io";
 const REQUEST_AUDIENCE: &str = "request-serviceaccounts-token-audience";
 
+/// Where the keys of tokens are.
+const ISSUER: [&str; 2] = ["/openid/v1/jwks", "/.well-known/openid-configuration"];
+
 /// What nodes may do beside what the Node authorizer looks at one by one, as far as the lab serves it.
 const NODE_RULES: &[(&[&str], &str, &[&str])] =
     &[(&["create"], AUTHENTICATION, &["tokenreviews"]), (&["create", "update", "patch"], "", &["events"])];
@@ -46,8 +49,7 @@ impl Rules {
         rules.grant("system:unauthenticated", &["get"], "", anybody);
         rules.grant(AUTHENTICATED, &["get"], "", anybody);
         rules.grant(AUTHENTICATED, &["create"], AUTHENTICATION, &["selfsubjectreviews"]);
-        let issuer = &["/openid/v1/jwks", "/.well-known/openid-configuration"];
-        rules.grant(SERVICE_ACCOUNTS, &["get"], "", issuer);
+        rules.allow_issuer_discovery(true);
         rules.allow_node_audience(true);
         rules
     }
@@ -98,6 +100,14 @@ impl Rules {
         self.grant(subject, &["get", "list", "watch"], "", &["pods", "serviceaccounts"]);
         self.grant(subject, &["create"], "", &["serviceaccounts/token"]);
         self.grant_own(subject);
+    }
+
+    /// What `system:service-account-issuer-discovery` grants, unless an administrator has removed its binding.
+    pub(super) fn allow_issuer_discovery(&mut self, allow: bool) {
+        self.rules.retain(|rule| rule.resources != ISSUER);
+        if allow {
+            self.grant(SERVICE_ACCOUNTS, &["get"], "", &ISSUER);
+        }
     }
 
     pub(super) fn allow_node_audience(&mut self, allow: bool) {
