@@ -15,6 +15,8 @@ use std::{
 
 use aya_obj::generated::{bpf_attach_type, bpf_cmd};
 
+pub(crate) mod kept;
+
 /// A link of a program to a cgroup or a network namespace, in the kernel as long as it is open or pinned.
 #[derive(Debug)]
 pub(crate) struct Link(OwnedFd);
@@ -129,6 +131,15 @@ impl Link {
 
     /// What it is attached to: a cgroup's id, or a network namespace's inode; 0 when that is gone.
     pub(crate) fn target(&self) -> io::Result<u64> {
+        let info = self.info()?;
+        match info.link_type {
+            CGROUP => Ok(info.target),
+            NETNS => Ok(info.target & u64::from(u32::MAX)),
+            _ => Err(io::Error::other("it is a link of another kind")),
+        }
+    }
+
+    fn info(&self) -> io::Result<LinkInfo> {
         let mut info = LinkInfo::default();
         let mut attr = Info {
             bpf_fd: raw(self.0.as_fd()),
@@ -137,11 +148,7 @@ impl Link {
         };
         // SAFETY: this command takes such a record; the kernel writes no more than `info_len` bytes.
         unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)? };
-        match info.link_type {
-            CGROUP => Ok(info.target),
-            NETNS => Ok(info.target & u64::from(u32::MAX)),
-            _ => Err(io::Error::other("it is a link of another kind")),
-        }
+        Ok(info)
     }
 }
 

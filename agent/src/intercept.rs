@@ -25,6 +25,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 mod error;
 mod events;
+mod handover_key;
 mod links;
 mod log;
 pub mod metrics;
@@ -37,6 +38,7 @@ pub(crate) use self::events::decode;
 pub use self::{
     error::Error,
     events::Events,
+    handover_key::{HandoverKey, handover_key},
     log::DebugLog,
     origins::{OriginLookup, SocketOrigins},
 };
@@ -85,6 +87,7 @@ pub struct Interceptor {
     wanted: Wanted,
     guard: bool,
     audit_paths: bool,
+    handover_key: HandoverKey,
     _passive: Link,
 }
 
@@ -149,6 +152,8 @@ impl Interceptor {
         let hooks = Hooks::open(&settings.kubepods, &settings.agent_cgroup)?;
         let pins = Pins::open(&settings.bpffs)?;
         let object = Object::load(settings, &pins)?;
+        let handover_key = HandoverKey::random()?;
+        handover_key.keep(&object)?;
         let passive = hooks.attach_passive(&object)?;
         Ok(Self {
             object,
@@ -158,6 +163,7 @@ impl Interceptor {
             wanted: Wanted::default(),
             guard: settings.guard,
             audit_paths: settings.audit_paths,
+            handover_key,
             _passive: passive,
         })
     }
@@ -318,6 +324,11 @@ impl Interceptor {
             self.object.set_imds_key(key)?;
         }
         Ok(key)
+    }
+
+    /// By which another agent knows this one while its programs are in force.
+    pub fn handover_key(&self) -> HandoverKey {
+        self.handover_key.clone()
     }
 
     /// Another may take over at any time: the kernel knows best.

@@ -2,9 +2,11 @@
 
 use std::fmt;
 
-/// A token, key or signature.
+use zeroize::Zeroizing;
+
+/// A token, key or signature. Overwritten when it is dropped.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Box<str>);
+pub struct Secret(Zeroizing<Box<str>>);
 
 // === impl Secret ===
 
@@ -17,7 +19,7 @@ impl Secret {
 
 impl<T: Into<Box<str>>> From<T> for Secret {
     fn from(value: T) -> Self {
-        Self(value.into())
+        Self(Zeroizing::new(value.into()))
     }
 }
 

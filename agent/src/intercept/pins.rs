@@ -23,7 +23,7 @@ use crate::bpf::Link;
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 /// The directory of an ABI's links.
-const LINKS: &str = "links";
+pub(super) const LINKS: &str = "links";
 /// The directory of its maps.
 const MAPS: &str = "maps";
 /// Maps that agents of all ABIs share, by which they know who is in charge.

@@ -17,6 +17,7 @@ mod egress;
 mod events;
 mod flood;
 mod generations;
+mod handover;
 mod identity;
 mod life;
 mod limits;
