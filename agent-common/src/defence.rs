@@ -70,6 +70,9 @@ defences! {
     TokenOfCaller = "token-of-caller",
     /// A token opens the cache only once EKS Auth has accepted it.
     AcceptedTokens = "accepted-tokens",
+    /// Credentials change hands between agents that prove who they are. Without: whoever asks gets them, and whoever
+    /// answers is believed, in the clear.
+    HandoverProof = "handover-proof",
     /// `Host` must be the endpoint's own address.
     HostHeader = "host-header",
     /// Requests that passed a proxy are refused.

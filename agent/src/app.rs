@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use kube::Api;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
 
 mod node;
 mod place;
@@ -41,6 +42,7 @@ use crate::{
     },
     dialect::imds_token::ImdsTokens,
     enforce::Enforcer,
+    handover::{self, Former, HandoverMetrics},
     identity::{
         CallerResolver, Pods,
         cgroupfs::{self, CgroupPaths as _},
@@ -139,10 +141,12 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let mut registry = Registry::default();
     let request_metrics = RequestMetrics::register(&mut registry);
     let engine_metrics = EngineMetrics::register(&mut registry);
+    let handovers = HandoverMetrics::register(&mut registry);
     intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
     let (in_charge, is_in_charge) = watch::channel(false);
-    tasks.spawn("the probes' server", admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge));
+    let served = admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge.clone());
+    tasks.spawn("the probes' server", served);
     let whois = Whois {
         kubepods: Arc::clone(&node.kubepods),
         pods: Arc::clone(&known.pods),
@@ -170,6 +174,14 @@ pub async fn run(config: Config) -> Result<(), Error> {
         connections: ConnectionLimit::default(),
         metrics: request_metrics,
     });
+    let (engine, pods) = (Arc::clone(&server.engine), Arc::clone(&known.pods));
+    let former = Former {
+        directory: config.handover_dir.clone(),
+        key: lock(&interceptor).handover_key(),
+        entries: move || engine.to_hand_over(),
+        metrics: handovers.clone(),
+    };
+    tasks.spawn("the hand-over of credentials", former.serve(is_in_charge));
     let events = lock(&interceptor).events()?;
     tasks.spawn("the kernel's events", observe::run(events, Arc::clone(&server)));
     if let Some(log) = lock(&interceptor).debug_log()? {
@@ -188,6 +200,8 @@ pub async fn run(config: Config) -> Result<(), Error> {
         engine: Arc::clone(&server.engine),
         prefetch: config.prefetch,
     };
+    // Before any of its pods is known: what was handed over is not fetched ahead again.
+    inherit(&config, &server.engine, &handovers).await;
     let mut is_synced = follow(&config, &node, kube, known, enforcer, &mut tasks)?;
     // Existing pods have their policies before the first of their dials is decided. Without the API server this agent
     // does not take charge, and is not ready; the one before it goes on as it can.
@@ -196,12 +210,34 @@ pub async fn run(config: Config) -> Result<(), Error> {
         ended = tasks.ended() => return Err(ended),
         () = signals.end() => return Ok(()),
     }
+    // Once more, for what has changed since: it may have taken long.
+    inherit(&config, &server.engine, &handovers).await;
+    server.engine.adopt(&pods);
 
     // It stays when the agent goes, as its programs do: dials that are sent there are refused at once, and not lost.
     let link = Link::up(&config.link).await?;
     let opener = Opener { link, interceptor, server, origins };
     let stock_agent = StockAgent::new(is_here, &mut tasks);
     Serving::new(&config, opener, &probes, in_charge, stock_agent).run(&mut tasks, &mut signals).await
+}
+
+/// Takes over the credentials of the agent in charge, if one is alive. Whatever is in the way of that, they can be fetched.
+async fn inherit(config: &Config, engine: &Engine<NodeSource>, handovers: &HandoverMetrics) {
+    let key = match intercept::handover_key(&config.bpffs) {
+        Ok(Some(key)) => key,
+        Ok(None) => return,
+        Err(error) => {
+            warn!(%error, "cannot find the key of the agent before this one: all credentials are fetched again");
+            return;
+        }
+    };
+    match handover::ask(&config.handover_dir, &key, handovers).await {
+        Ok(entries) => engine.hold(entries),
+        Err(handover::Error::Nobody) => info!("no agent before this one is alive: credentials are fetched"),
+        Err(error) => {
+            warn!(directory = %config.handover_dir.display(), %error, "no credentials were handed over: they are fetched again");
+        }
+    }
 }
 
 /// Follows pods, namespaces and cgroups from now on. The receiver learns when the enforcer has seen all there is.

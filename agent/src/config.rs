@@ -92,6 +92,10 @@ pub struct Flags {
     /// Socket for podgate's other commands; its directory is made private to root.
     #[arg(long, env = "PODGATE_SOCKET", default_value = DEFAULT_SOCKET)]
     pub socket: String,
+    /// Directory that podgate's containers on this node share, where an agent gives its credentials to the one that takes
+    /// its place; it is made private to root.
+    #[arg(long, env = "PODGATE_HANDOVER_DIR", default_value = "/run/podgate-handover")]
+    pub handover_dir: String,
     /// Seconds that requests in flight get to finish after SIGTERM.
     #[arg(long, env = "PODGATE_DRAIN_SECS", default_value = "5")]
     pub drain_secs: String,
@@ -154,6 +158,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// Socket for the other commands.
     pub socket: PathBuf,
+    /// Where credentials change hands between agents.
+    pub handover_dir: PathBuf,
     /// How long requests in flight get to finish.
     pub drain: Duration,
     /// Format of the log.
@@ -244,6 +250,7 @@ impl Config {
         let kube_identity = problems.check("kube-identity", &flags.kube_identity, rules::kube_identity);
         let admin = problems.check("admin", &flags.admin, rules::socket_addr);
         let socket = problems.check("socket", &flags.socket, rules::absolute);
+        let handover_dir = problems.check("handover-dir", &flags.handover_dir, rules::absolute);
         let drain = problems.check("drain-secs", &flags.drain_secs, rules::seconds);
         let log_format = problems.check("log-format", &flags.log_format, rules::log_format);
         let log_filter = problems.check("log-filter", &flags.log_filter, rules::log_filter);
@@ -272,6 +279,7 @@ impl Config {
                 kube_identity: kube_identity?,
                 admin: admin?,
                 socket: socket?,
+                handover_dir: handover_dir?,
                 drain: drain?,
                 log_format: log_format?,
                 log_filter: log_filter?,

@@ -24,6 +24,7 @@ pub mod dialect;
 pub mod drain;
 pub mod enforce;
 pub mod error;
+pub mod handover;
 pub mod identity;
 pub mod instance;
 pub mod intercept;

@@ -25,10 +25,12 @@ use tokio::{
 };
 
 mod flight;
+mod handed_over;
 #[cfg(test)]
 pub(super) mod planted;
 
 use self::flight::{Flight, Tokens, Waiter};
+pub use self::handed_over::HandedOver;
 #[cfg(test)]
 use self::planted::{Bug, planted};
 use super::{
@@ -80,6 +82,8 @@ struct Ready {
 struct State {
     plan: Plan,
     records: HashMap<Key, Record>,
+    /// What the agent before this one had, until its pods are known.
+    held: HashMap<PodUid, HandedOver>,
     /// Flights begun so far: their numbers.
     flights: u64,
     /// Why EKS Auth gave no answer the last time.
@@ -102,7 +106,7 @@ impl<S: CredentialSource> Engine<S> {
     /// that need no secrecy, and should differ between nodes.
     pub fn start(source: S, budget: Budget, clock: Clock, seed: u64, metrics: EngineMetrics) -> Arc<Self> {
         let plan = Plan::new(budget, seed, clock());
-        let state = State { plan, records: HashMap::new(), flights: 0, outage: None };
+        let state = State { plan, records: HashMap::new(), held: HashMap::new(), flights: 0, outage: None };
         let engine = Arc::new_cyclic(|myself| Self {
             source,
             clock,
@@ -172,6 +176,7 @@ impl<S: CredentialSource> Engine<S> {
     /// Fetches a pod's credentials before it asks.
     pub fn prefetch(&self, pod: &Arc<Pod>) {
         let mut state = self.lock();
+        self.adopt_for(&mut state, pod);
         let tokens = Tokens::new(None, Some(pod));
         state.records.entry(Key::Pod(pod.uid)).or_default().tokens.update(tokens);
         state.plan.prefetch(pod.uid, self.now());
@@ -182,6 +187,7 @@ impl<S: CredentialSource> Engine<S> {
     pub async fn forget(&self, uid: PodUid) {
         {
             let mut state = self.lock();
+            state.held.remove(&uid);
             state.plan.forget(Key::Pod(uid));
             self.drop_record(&mut state, Key::Pod(uid));
             self.act(&mut state);

@@ -16,6 +16,8 @@ pub struct EngineMetrics {
     fetches: Family<FetchLabels, Counter>,
     /// Answers with credentials that have little life left, because fresher ones could not be had.
     pub below_floor: Counter,
+    /// Pods whose credentials are those of the agent before this one.
+    pub handed_over: Counter,
     /// Fetches that wait for their turn or are under way.
     pub(super) flights: Gauge,
     /// Whether EKS Auth does not answer.
@@ -43,6 +45,11 @@ impl EngineMetrics {
             "podgate_credentials_below_floor",
             "Answers with credentials of little life because fresher ones could not be had (unstable)",
             metrics.below_floor.clone(),
+        );
+        registry.register(
+            "podgate_credentials_handed_over",
+            "Pods whose credentials the agent before this one has handed over (unstable)",
+            metrics.handed_over.clone(),
         );
         registry.register(
             "podgate_credentials_flights",

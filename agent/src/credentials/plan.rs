@@ -210,6 +210,27 @@ impl Plan {
         self.keep(Key::Pod(uid), life, true);
     }
 
+    /// A pod's credentials are those of the agent before this one, with what that had planned for them.
+    pub(crate) fn adopt(
+        &mut self,
+        uid: PodUid,
+        life: Life,
+        refresh_at: Timestamp,
+        asked: bool,
+        now: Timestamp,
+    ) {
+        let now = self.tick(now);
+        let key = Key::Pod(uid);
+        self.entries.entry(key).or_insert_with(|| Entry::new(Payer::Pod(uid), now));
+        // Never later than this agent would have it.
+        self.keep_until(key, life, refresh_at.min(life.refresh_at(1.0)), asked);
+    }
+
+    /// When a pod's next credentials are due, and whether anybody asks for what there is.
+    pub(crate) fn standing(&self, uid: PodUid) -> Option<(Timestamp, bool)> {
+        self.entries.get(&Key::Pod(uid)).map(|entry| (entry.refresh_at, entry.asked))
+    }
+
     /// What is to be done now; to be asked until there is nothing.
     pub(crate) fn next(&mut self, now: Timestamp) -> Option<Action> {
         let now = self.tick(now);

@@ -329,6 +329,7 @@ fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
         kube_identity: KubeIdentity::AssociatedNode,
         admin: "127.0.0.1:0".parse().unwrap(),
         socket: "/run/podgate/podgate.sock".into(),
+        handover_dir: "/run/podgate-handover".into(),
         drain: Duration::from_secs(5),
         log_format: LogFormat::Text,
         log_filter: "info".into(),

@@ -301,9 +301,10 @@ impl Lab {
         let place = &self.node.place;
         let kubelet = place.kubelet().display().to_string();
         let bpffs = place.bpffs().display().to_string();
+        let handover = place.handover().display().to_string();
         let mut arguments = vec!["run", "--node-name", NODE_NAME, "--cluster-name", CLUSTER_NAME];
         arguments.extend(["--cgroup-root", &place.cgroups.below_mount, "--kubelet-root", &kubelet]);
-        arguments.extend(["--bpffs", &bpffs]);
+        arguments.extend(["--bpffs", &bpffs, "--handover-dir", &handover]);
         arguments.extend(spec.args.iter().map(String::as_str));
         let mut entry = self.agent_entry(container);
         entry.env.extend(spec.env.clone());

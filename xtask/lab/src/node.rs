@@ -81,6 +81,11 @@ impl NodePlace {
         self.directory.join("agent")
     }
 
+    /// Where agents hand credentials over to each other.
+    pub fn handover(&self) -> PathBuf {
+        self.directory.join("handover")
+    }
+
     /// The socket of the agent that was started last.
     pub fn agent_socket(&self) -> PathBuf {
         self.agent_run().join("podgate.sock")

@@ -95,6 +95,11 @@ impl Tokens {
         self.pod = newer.pod.or_else(|| self.pod.take());
     }
 
+    /// The pod, where the kernel or the API server has vouched for it.
+    pub(super) fn pod(&self) -> Option<&Pod> {
+        self.pod.as_deref()
+    }
+
     fn sent_and_good(&self, now: Timestamp) -> Option<&SentToken> {
         self.sent.as_ref().filter(|sent| sent.claims.expiration.is_none_or(|expiration| now < expiration))
     }
@@ -241,7 +246,7 @@ impl<S: CredentialSource> Engine<S> {
         credentials
     }
 
-    fn hand(&self, uid: PodUid, credentials: &Arc<Credentials>) {
+    pub(super) fn hand(&self, uid: PodUid, credentials: &Arc<Credentials>) {
         let ready = Ready { credentials: Arc::clone(credentials), asked: AtomicBool::new(false) };
         self.ready.pin().insert(uid, Arc::new(ready));
     }

@@ -22,6 +22,10 @@ impl Plan {
     /// Schedules the end of a life that has just begun.
     pub(super) fn keep(&mut self, key: Key, life: Life, asked: bool) {
         let refresh_at = life.refresh_at(self.chances.draw());
+        self.keep_until(key, life, refresh_at, asked);
+    }
+
+    pub(super) fn keep_until(&mut self, key: Key, life: Life, refresh_at: Timestamp, asked: bool) {
         let entry = self.entry(key);
         (entry.life, entry.refresh_at, entry.asked) = (Some(life), refresh_at, asked);
         if matches!(entry.phase, Phase::Idle) {
