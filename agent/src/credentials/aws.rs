@@ -48,6 +48,12 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// There is nobody to trust.
+    #[error(
+        "there are no certificates of authorities to verify AWS's by: install the system's (package ca-certificates, \
+         /etc/ssl/certs), or name a PEM file in {CA_BUNDLE}"
+    )]
+    NoAuthorities,
     /// The HTTP client cannot be made.
     #[error("cannot make an HTTPS client: {0}")]
     Client(String),
@@ -91,6 +97,8 @@ pub async fn check(config: &SdkConfig) {
 /// in `AWS_CA_BUNDLE`.
 fn http_client() -> Result<Client, Error> {
     let roots = match env::var_os(CA_BUNDLE).filter(|path| !path.is_empty()) {
+        // The SDK panics without any.
+        None if rustls_native_certs::load_native_certs().certs.is_empty() => return Err(Error::NoAuthorities),
         None => TrustStore::default(),
         Some(path) => {
             let path = PathBuf::from(path);

@@ -84,6 +84,28 @@ async fn a_token_stolen_by_another_pod_is_refused() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_csi_driver_s_pod_is_served_by_the_application_s_token_once_the_operator_names_it() -> anyhow::Result<()>
+{
+    let node = Node::with_flags(&["--imds", "intercept", "--token-delegate", "kube-system/secrets-store"]).await?;
+    let app = node.lab.add_pod(&node::spec("app").with_token())?;
+    let driver = node.lab.add_pod(&PodSpec::new("kube-system", "secrets-store").role("driver-role"))?;
+    let impostor = node.lab.add_pod(&PodSpec::new("shop", "secrets-store"))?;
+    let token = node.lab.cluster.mint_pod_token(&app.namespace, &app.name, &[AUDIENCE], HOUR);
+    let header = format!("Authorization: {token}");
+    let presented = ["-H", header.as_str(), POD_IDENTITY];
+    node.assert_own_role(&app, &node.curl(&driver, &presented).await?);
+    node.curl(&impostor, &presented).await?.assert_refused(403, &["not bound to the pod"]);
+    // For itself it is what it was.
+    node.assert_own_role(&driver, &node.curl(&driver, &[POD_IDENTITY]).await?);
+    let log = node.agent.log_text()?;
+    let audited = log.lines().find(|line| line.contains("a token delegate presented"));
+    let audited = audited.unwrap_or_else(|| panic!("nothing in the log: {log}"));
+    assert!(audited.contains("kube-system/secrets-store") && audited.contains(&app.uid), "{audited}");
+    assert!(!log.contains(&token));
+    node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_new_pod_with_the_name_of_a_deleted_one_is_a_pod_of_its_own() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let before = node.pod("phoenix")?;

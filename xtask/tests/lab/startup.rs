@@ -35,6 +35,16 @@ async fn every_missing_precondition_is_named_at_once_with_exit_status_2() -> any
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn without_certificates_of_authorities_the_agent_says_what_to_install() -> anyhow::Result<()> {
+    let lab = node::lab()?;
+    let mut spec = node::agent(&[])?;
+    spec.env.insert("SSL_CERT_FILE".into(), "/dev/null".into());
+    let error = format!("{:#}", lab.start_agent(&spec).await.unwrap_err());
+    assert!(error.contains("ca-certificates") && !error.contains("panic"), "{error}");
+    lab.down()
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_bad_value_of_the_configuration_is_named_with_exit_status_2() -> anyhow::Result<()> {
     let lab = node::lab()?;
     let bad = ["--imds", "sometimes", "--imds-v1", "perhaps", "--target-v4", "nowhere", "--admin", "here"];
