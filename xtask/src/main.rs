@@ -9,6 +9,7 @@ mod bpftool;
 mod check;
 mod clients;
 mod cmd;
+mod conformance;
 mod demo;
 mod ebpf;
 mod fuzz;
@@ -51,6 +52,8 @@ enum Command {
     },
     /// Attack podgate, and show that each attack works where podgate's defence is missing.
     Attack(attack::Arguments),
+    /// Put real SDKs and tools, old and new, into every situation that podgate puts them in.
+    Conformance(conformance::Arguments),
     /// Run the tests, all tiers or one, each within its time budget.
     Test {
         /// Run this tier only.
@@ -114,6 +117,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Check => check::run()?,
         Command::Demo { json } => return demo::run(json),
         Command::Attack(arguments) => return attack::run(&arguments),
+        Command::Conformance(arguments) => return conformance::run(&arguments),
         Command::Test { tier, vm } => return test::run(tier.or(vm.map(test::Tier::from))),
         Command::Fuzz(arguments) => return fuzz::run(&arguments),
         Command::Lab(command) => lab::run(command)?,

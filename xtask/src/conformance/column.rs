@@ -1,0 +1,183 @@
+//! The columns: the situations that every client is put in.
+//!
+//! Owns what a client finds in each: its pod, its environment, and what is best for it there. Never runs anything.
+
+use lab::{EnvKind, PodSpec};
+
+/// A situation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Column {
+    /// Nothing injected, IMDSv1 not allowed.
+    ImdsV2,
+    /// Nothing injected, IMDSv1 allowed.
+    ImdsV1,
+    /// What the EKS webhook injects.
+    Webhook,
+    /// The URI that it injects, without the token.
+    NoToken,
+    /// What ECS injects.
+    Ecs,
+    /// Nothing injected, on a node whose pods have IPv6 only.
+    Imds6,
+    /// What the webhook injects there.
+    PodIdentity6,
+    /// Nothing injected; one agent takes over from another between two resolutions.
+    Restart,
+    /// Credentials near their end; the client must have fresh ones all the time.
+    Refresh,
+    /// No association, nothing injected.
+    StrangerImds,
+    /// No association, what the webhook injects.
+    StrangerWebhook,
+    /// The agent is killed, the pod in `intercept`; nothing injected.
+    KilledImds,
+    /// The same with what the webhook injects.
+    KilledWebhook,
+    /// The agent is killed, the pod in `audit`; nothing injected.
+    AuditImds,
+    /// The same with what the webhook injects.
+    AuditWebhook,
+}
+
+/// What is best for a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Best {
+    /// Its pod's own role.
+    OwnRole,
+    /// To be told soon that there is none.
+    Refusal,
+    /// To find out soon that nobody answers.
+    NoConnection,
+    /// The node's role, since podgate is not to touch IMDS; or no connection where podgate is asked.
+    Untouched,
+}
+
+/// The pods that a client has on the main node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum PodKind {
+    /// A plain one.
+    Plain,
+    /// One in which IMDSv1 is allowed, as in all that follow.
+    V1,
+    /// One that the webhook has changed.
+    Injected,
+    /// The same in `audit`.
+    Audited,
+    /// The same as injected, but without an association.
+    Stranger,
+}
+
+// === impl Column ===
+
+impl Column {
+    pub(super) const ALL: [Self; 15] = [
+        Self::ImdsV2,
+        Self::ImdsV1,
+        Self::Webhook,
+        Self::NoToken,
+        Self::Ecs,
+        Self::Imds6,
+        Self::PodIdentity6,
+        Self::Restart,
+        Self::Refresh,
+        Self::StrangerImds,
+        Self::StrangerWebhook,
+        Self::KilledImds,
+        Self::KilledWebhook,
+        Self::AuditImds,
+        Self::AuditWebhook,
+    ];
+
+    /// What stands above the column.
+    pub(super) const fn title(self) -> &'static str {
+        match self {
+            Self::ImdsV2 => "IMDSv2 required",
+            Self::ImdsV1 => "IMDSv1 allowed",
+            Self::Webhook => "webhook",
+            Self::NoToken => "no token",
+            Self::Ecs => "ECS",
+            Self::Imds6 => "IMDS, IPv6",
+            Self::PodIdentity6 => "webhook, IPv6",
+            Self::Restart => "agent upgraded",
+            Self::Refresh => "refresh",
+            Self::StrangerImds => "no role, IMDS",
+            Self::StrangerWebhook => "no role, webhook",
+            Self::KilledImds => "killed, IMDS",
+            Self::KilledWebhook => "killed, webhook",
+            Self::AuditImds => "killed, audit, IMDS",
+            Self::AuditWebhook => "killed, audit, webhook",
+        }
+    }
+
+    pub(super) const fn best(self) -> Best {
+        match self {
+            Self::StrangerImds | Self::StrangerWebhook => Best::Refusal,
+            Self::KilledImds | Self::KilledWebhook => Best::NoConnection,
+            Self::AuditImds | Self::AuditWebhook => Best::Untouched,
+            _ => Best::OwnRole,
+        }
+    }
+
+    /// The column where a client is asked the same way, and first.
+    pub(super) const fn same_way_as(self) -> Self {
+        match self {
+            Self::StrangerWebhook | Self::KilledWebhook | Self::AuditWebhook | Self::Refresh => Self::Webhook,
+            Self::Restart | Self::StrangerImds | Self::KilledImds | Self::AuditImds => Self::ImdsV1,
+            other => other,
+        }
+    }
+
+    /// In which of its pods a client is asked.
+    pub(super) const fn pod(self) -> PodKind {
+        match self {
+            Self::ImdsV2 => PodKind::Plain,
+            Self::ImdsV1 | Self::NoToken | Self::Ecs | Self::Imds6 | Self::Restart | Self::KilledImds => {
+                PodKind::V1
+            }
+            Self::Webhook | Self::PodIdentity6 | Self::KilledWebhook | Self::Refresh => PodKind::Injected,
+            Self::StrangerImds | Self::StrangerWebhook => PodKind::Stranger,
+            Self::AuditImds | Self::AuditWebhook => PodKind::Audited,
+        }
+    }
+
+    /// What is injected, and what else is in the environment.
+    pub(super) const fn environment(self) -> (EnvKind, &'static [&'static str]) {
+        match self.same_way_as() {
+            Self::Webhook | Self::PodIdentity6 => (EnvKind::Webhook, &[]),
+            Self::Ecs => (EnvKind::Ecs, &[]),
+            Self::NoToken => {
+                (EnvKind::None, &["AWS_CONTAINER_CREDENTIALS_FULL_URI=http://169.254.170.23/v1/credentials"])
+            }
+            Self::Imds6 => (EnvKind::None, &["AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6"]),
+            // For curl, which would use the newer one.
+            Self::ImdsV1 => (EnvKind::None, &["IMDS=v1"]),
+            _ => (EnvKind::None, &[]),
+        }
+    }
+}
+
+// === impl PodKind ===
+
+impl PodKind {
+    pub(super) const ALL: [Self; 5] = [Self::Plain, Self::V1, Self::Injected, Self::Audited, Self::Stranger];
+
+    /// Such a pod of the client called `name`.
+    pub(super) fn spec(self, client: &str) -> PodSpec {
+        let (namespace, suffix) = match self {
+            Self::Plain => ("shop", "plain"),
+            Self::V1 => ("shop", "v1"),
+            Self::Injected => ("shop", "injected"),
+            Self::Audited => ("audited", "audited"),
+            Self::Stranger => ("shop", "stranger"),
+        };
+        let name = format!("{}-{suffix}", client.replace('.', "-"));
+        let mut spec = PodSpec::new(namespace, &name);
+        if self != Self::Stranger {
+            spec = spec.role(&format!("{name}-role"));
+        }
+        if self != Self::Plain {
+            spec = spec.annotation("podgate.dev/imds-v1", "allow");
+        }
+        if matches!(self, Self::Injected | Self::Audited | Self::Stranger) { spec.with_token() } else { spec }
+    }
+}

@@ -1,0 +1,89 @@
+//! A client that runs in a pod.
+//!
+//! Owns its process and the lines that it prints: one for each resolution. Whether an answer is right is decided elsewhere.
+
+use std::{process::Stdio, time::Duration};
+
+use anyhow::{Context as _, bail};
+use lab::{Lab, Pod};
+use serde::Deserialize;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
+    process::{Child, ChildStdin, ChildStdout},
+    time::timeout,
+};
+
+use super::column::Column;
+
+/// Longer than any client here may take, started on a busy machine.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// What a client prints: credentials or an error.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(super) struct Answer {
+    /// Of the SDK.
+    pub(super) version: String,
+    /// The access key that it ended up with.
+    pub(super) access_key_id: Option<String>,
+    /// Why there is none.
+    pub(super) error: Option<String>,
+    /// Until when the SDK takes it to be good.
+    pub(super) expires: Option<String>,
+    /// Where the SDK says that it is from.
+    pub(super) source: Option<String>,
+    /// How long the SDK took; starting the process is not counted.
+    pub(super) ms: f64,
+}
+
+/// A client that stays until it is dropped.
+#[derive(Debug)]
+pub(super) struct Running {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+// === impl Running ===
+
+impl Running {
+    /// Starts a client, which resolves at once.
+    pub(super) fn start(
+        lab: &Lab,
+        pod: &Pod,
+        column: Column,
+        command: &[String],
+        arguments: &[&str],
+    ) -> anyhow::Result<Self> {
+        let (injected, variables) = column.environment();
+        let mut words = vec!["env"];
+        words.extend(variables);
+        words.extend(command.iter().map(String::as_str));
+        words.extend(arguments);
+        let mut command = lab.exec(pod, injected, &words)?;
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("cannot start the client")?;
+        let stdin = child.stdin.take().context("BUG: the client's input is not a pipe")?;
+        let stdout = child.stdout.take().context("BUG: the client's output is not a pipe")?;
+        Ok(Self { child, stdin, lines: BufReader::new(stdout).lines() })
+    }
+
+    /// Lets it resolve again.
+    pub(super) async fn again(&mut self) -> anyhow::Result<Answer> {
+        self.stdin.write_all(b"\n").await.context("the client has ended")?;
+        self.answer().await
+    }
+
+    /// What it prints next.
+    pub(super) async fn answer(&mut self) -> anyhow::Result<Answer> {
+        let line = timeout(PATIENCE, self.lines.next_line())
+            .await
+            .with_context(|| format!("the client still hangs after {PATIENCE:?}"))??;
+        let Some(line) = line else {
+            let mut errors = String::new();
+            let mut stderr = self.child.stderr.take().context("BUG: the client's errors are not a pipe")?;
+            stderr.read_to_string(&mut errors).await?;
+            bail!("the client ended without an answer: {}", errors.trim());
+        };
+        serde_json::from_str(&line).with_context(|| format!("the client printed {line:?}"))
+    }
+}
