@@ -6,12 +6,17 @@ use std::{
     time::Duration,
 };
 
-use agent_common::net::Endpoint;
-use tracing::{info, warn};
+use agent_common::{
+    defence::{Defence, holds},
+    net::Endpoint,
+    target::Target,
+};
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
 
 use super::{Error, lock, tasks::Tasks};
 use crate::{
-    accept,
+    accept::{self, Accepted},
     credentials::source::NodeSource,
     drain::{Drain, drain},
     intercept::{Interceptor, OriginLookup},
@@ -39,7 +44,15 @@ pub(super) struct Opener {
 impl Opener {
     /// Listens at these addresses, where nobody may listen but podgate. An IPv6 address that the node cannot have is left
     /// out.
-    pub(super) async fn open(&self, addresses: &[SocketAddr], tasks: &mut Tasks) -> Result<Place, Error> {
+    ///
+    /// Who comes without a ticket is served only where dials are sent, which `in_force` tells, and where clients dial by
+    /// themselves: elsewhere it has gone round the programs.
+    pub(super) async fn open(
+        &self,
+        addresses: &[SocketAddr],
+        in_force: &watch::Receiver<Option<Target>>,
+        tasks: &mut Tasks,
+    ) -> Result<Place, Error> {
         let mut listeners = Vec::new();
         for &address in addresses {
             if self.link.add(address.ip()).await? {
@@ -56,7 +69,12 @@ impl Opener {
             let listener = listener.try_clone().map_err(Error::Descriptor)?;
             let (server, watch) = (Arc::clone(&self.server), watch.clone());
             let of_connections = watch.clone();
-            let serve = move |accepted| {
+            let in_force = in_force.clone();
+            let serve = move |accepted: Accepted| {
+                if accepted.origin.is_none() && !came_where_dials_go(&accepted, in_force.borrow().as_ref()) {
+                    debug!(%accepted.peer, "closed: no dial is sent where it came, and it has no ticket");
+                    return;
+                }
                 if let Some(served) = Arc::clone(&server).admit(accepted, of_connections.clone()) {
                     tokio::spawn(served);
                 }
@@ -104,5 +122,51 @@ impl Place {
     pub(super) async fn close(self, limit: Duration) -> bool {
         drop(self.listeners);
         self.drain.run(limit).await
+    }
+}
+
+/// Whether a connection came where dials go. Its own address tells: the programs give all connections of a family to one
+/// listener.
+fn came_where_dials_go(accepted: &Accepted, in_force: Option<&Target>) -> bool {
+    let address = accepted.stream.local_addr();
+    address.is_ok_and(|at| is_dialled(&Endpoint::new(at.ip(), at.port()), in_force))
+}
+
+/// Whether clients dial this address, or are sent there.
+fn is_dialled(at: &Endpoint, in_force: Option<&Target>) -> bool {
+    at.service().is_some()
+        || in_force.is_some_and(|target| [&target.v4, &target.v6].iter().any(|target| target.same(at)))
+        || !holds(Defence::DialledAddresses)
+}
+
+#[cfg(test)]
+mod tests {
+    use agent_common::target::WHEN_DOWN_DENY;
+
+    use super::*;
+
+    fn endpoint(address: &str) -> Endpoint {
+        let address: SocketAddr = address.parse().unwrap();
+        Endpoint::new(address.ip(), address.port())
+    }
+
+    #[test]
+    fn only_where_dials_are_sent_or_made_does_anybody_come_without_a_ticket() {
+        const OWN: &str = "169.254.175.1:80";
+        const OWN_V6: &str = "[fd70:6f64:6761:7465::1]:80";
+        let own = Target { v4: endpoint(OWN), v6: endpoint(OWN_V6), when_down: WHEN_DOWN_DENY };
+        let elsewhere =
+            Target { v4: endpoint("169.254.170.23:80"), v6: endpoint("[fd00:ec2::23]:80"), ..own };
+        for (at, in_force, expected) in [
+            (OWN, Some(own), true),
+            (OWN_V6, Some(own), true),
+            (OWN, Some(elsewhere), false),
+            (OWN_V6, Some(elsewhere), false),
+            (OWN, None, false),
+            ("169.254.170.23:80", Some(own), true),
+            ("[fd00:ec2::23]:80", None, true),
+        ] {
+            assert_eq!(is_dialled(&endpoint(at), in_force.as_ref()), expected, "{at}, {in_force:?}");
+        }
     }
 }

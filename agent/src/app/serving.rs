@@ -54,7 +54,7 @@ pub(super) struct Serving<'a> {
     /// EKS Pod Identity's, while AWS's own agent leaves them to podgate.
     pod_identity: Option<Place>,
     /// What this agent has last told the programs.
-    in_force: Option<Target>,
+    in_force: watch::Sender<Option<Target>>,
     /// When EKS Pod Identity's addresses may be tried again.
     retry_at: Instant,
     /// When what no agent uses any more is to be removed from the node.
@@ -79,7 +79,7 @@ impl<'a> Serving<'a> {
             stock_agent,
             own: None,
             pod_identity: None,
-            in_force: None,
+            in_force: watch::Sender::default(),
             retry_at: Instant::now(),
             tidy_at: None,
         }
@@ -116,10 +116,10 @@ impl<'a> Serving<'a> {
             let v4 = self.config.target_v4.map(SocketAddr::V4);
             let v6 = self.config.target_v6.map(SocketAddr::V6);
             let own: Vec<_> = v4.into_iter().chain(v6).collect();
-            self.own = Some(self.opener.open(&own, tasks).await?);
+            self.own = Some(self.opener.open(&own, &self.in_force.subscribe(), tasks).await?);
         }
         if self.wants_pod_identity() {
-            match self.opener.open(&POD_IDENTITY, tasks).await {
+            match self.opener.open(&POD_IDENTITY, &self.in_force.subscribe(), tasks).await {
                 Ok(place) => self.pod_identity = Some(place),
                 Err(error) if self.own.is_some() => self.postpone(&error),
                 Err(error) => return Err(error),
@@ -192,7 +192,7 @@ impl<'a> Serving<'a> {
         let mut interceptor = self.interceptor();
         interceptor.take_over(target, &self.listeners())?;
         drop(interceptor);
-        self.in_force = Some(target);
+        self.in_force.send_replace(Some(target));
         self.in_charge.send_replace(true);
         self.tidy_later();
         Ok(())
@@ -230,7 +230,7 @@ impl<'a> Serving<'a> {
         if !*self.in_charge.borrow() {
             return Ok(());
         }
-        match self.opener.open(&POD_IDENTITY, tasks).await {
+        match self.opener.open(&POD_IDENTITY, &self.in_force.subscribe(), tasks).await {
             Ok(place) => self.pod_identity = Some(place),
             Err(error) => {
                 self.postpone(&error);
@@ -267,9 +267,9 @@ impl<'a> Serving<'a> {
     }
 
     fn put_in_force(&mut self, target: Target) -> Result<(), Error> {
-        if self.in_force != Some(target) {
+        if *self.in_force.borrow() != Some(target) {
             self.interceptor().set_target(target)?;
-            self.in_force = Some(target);
+            self.in_force.send_replace(Some(target));
         }
         Ok(())
     }
