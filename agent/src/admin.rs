@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use agent_common::defence::{Defence, holds};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
@@ -92,13 +93,22 @@ async fn bind(address: SocketAddr) -> TcpListener {
     }
 }
 
-/// Answers commands for ever.
+/// Answers commands for ever: those of the node and of podgate's own pod. A pod to which the socket is shown, by a
+/// hostPath, is told nothing.
 pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>, probes: Arc<Probes>) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let (whois, probes) = (Arc::clone(&whois), Arc::clone(&probes));
-                serve(stream, move |request| command(&whois, &probes, request));
+                let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+                let may_command =
+                    pid.is_some_and(|pid| whois.may_command(pid)) || !holds(Defence::OwnCommands);
+                serve(
+                    stream,
+                    move |request| {
+                        if may_command { command(&whois, &probes, request) } else { not_yours() }
+                    },
+                );
             }
             Err(_) => sleep(PAUSE).await,
         }
@@ -158,6 +168,13 @@ fn command(whois: &Whois, probes: &Probes, request: &Request<Incoming>) -> Answe
         },
         Err(error) => text(StatusCode::UNPROCESSABLE_ENTITY, error),
     }
+}
+
+fn not_yours() -> Answer {
+    text(
+        StatusCode::FORBIDDEN,
+        "this socket is for podgate's own pod and for the node's processes outside of pods",
+    )
 }
 
 fn serve(

@@ -2,7 +2,7 @@
 //!
 //! Owns the answer for people; takes the very steps that a request takes, and hands nothing out.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use crate::{
     error::chain,
     identity::{
         DaemonSetRef, Pods,
-        cgroup::{self, Owner},
+        cgroup::{self, Owner, PodPath},
         cgroupfs::{self, Kubepods},
     },
     policies::Policies,
@@ -71,14 +71,10 @@ impl Whois {
             imds: None,
             because: String::new(),
         };
-        let below = cgroup.strip_prefix(self.kubepods.path()).ok();
-        let found = below.and_then(cgroup::parse);
-        let pod = found.as_ref().map(|found| self.kubepods.path().join(&found.pod));
-        let pod_id = pod.and_then(|pod| cgroupfs::cgroup_id(&pod).ok());
+        let found = self.pod_at(&cgroup);
+        let is_own = found.as_ref().is_some_and(|found| self.is_own(found));
         answer.because = match found.map(|found| found.owner) {
-            _ if pod_id.is_some() && pod_id == self.own => {
-                "it is podgate itself, which it does not touch".to_owned()
-            }
+            _ if is_own => "it is podgate itself, which it does not touch".to_owned(),
             None => "its cgroup is no pod's: podgate does not touch it".to_owned(),
             Some(Owner::StaticPod(hash)) => {
                 format!("it is in a static pod (configuration {hash}), which has no service account: refused")
@@ -108,6 +104,26 @@ impl Whois {
             }
         };
         Ok(answer)
+    }
+
+    /// Whether a process may command this agent: one of the node's, in no pod, or of podgate's own pod. What cannot be
+    /// seen may not.
+    pub fn may_command(&self, pid: i32) -> bool {
+        let cgroup = self.kubepods.of_process(Some(pid));
+        cgroup.is_ok_and(|cgroup| {
+            !cgroup.starts_with(self.kubepods.path())
+                || self.pod_at(&cgroup).is_some_and(|found| self.is_own(&found))
+        })
+    }
+
+    /// The pod that a cgroup is in.
+    fn pod_at(&self, cgroup: &Path) -> Option<PodPath> {
+        cgroup.strip_prefix(self.kubepods.path()).ok().and_then(cgroup::parse)
+    }
+
+    fn is_own(&self, found: &PodPath) -> bool {
+        let id = cgroupfs::cgroup_id(&self.kubepods.path().join(&found.pod)).ok();
+        id.is_some() && id == self.own
     }
 }
 
