@@ -32,6 +32,8 @@ defences! {
     UnguessableTickets = "unguessable-tickets",
     /// A ticket is gone once it is redeemed. Without: it stays until its connection ends.
     SingleUse = "single-use",
+    /// A ticket is worth nothing once its dial is over. Without: it can be redeemed until it is too old.
+    RevokedTickets = "revoked-tickets",
     /// The ticket tells who dialled. Without: who is known at the address, as designs by address have it.
     IdentityByTicket = "identity-by-ticket",
     /// The ticket is in the handshake's last segment too. Without: in the first alone.
@@ -66,21 +68,29 @@ defences! {
     UnknownPods = "unknown-pods",
     /// A pod's annotation cannot loosen its mode.
     PodsOnlyTighten = "pods-only-tighten",
+    /// Who comes without a ticket is served only where dials are sent. Without: at every address of the agent's.
+    DialledAddresses = "dialled-addresses",
     /// A token must be of the pod that sends it.
     TokenOfCaller = "token-of-caller",
     /// A token opens the cache only once EKS Auth has accepted it.
     AcceptedTokens = "accepted-tokens",
+    /// The address that was dialled says which service is meant. Without: the request's `Host`.
+    DialectByAddress = "dialect-by-address",
     /// Credentials change hands between agents that prove who they are. Without: whoever asks gets them, and whoever
     /// answers is believed, in the clear.
     HandoverProof = "handover-proof",
     /// `Host` must be the endpoint's own address.
     HostHeader = "host-header",
+    /// Web pages get nothing of IMDS. Without: any name leads to it.
+    WebPages = "web-pages",
     /// Requests that passed a proxy are refused.
     Forwarding = "forwarding",
     /// IMDSv1 is off unless allowed.
     ImdsV1 = "imds-v1",
     /// A request's body belongs to it. Without: it is read as the next request.
     Framing = "framing",
+    /// Commands are the node's and those of podgate's own pod. Without: whoever reaches their socket.
+    OwnCommands = "own-commands",
 }
 
 /// Whether a defence holds.

@@ -14,6 +14,7 @@ mod pods;
 mod requests;
 mod row;
 mod scene;
+mod sockets;
 
 use std::{net::IpAddr, path::PathBuf, pin::Pin, process::ExitCode, time::Instant};
 
@@ -35,6 +36,8 @@ use crate::{ebpf, report, vm};
 /// EKS Pod Identity, and its only path.
 const POD_IDENTITY: std::net::SocketAddr = scene::http(IpAddr::V4(POD_IDENTITY_V4));
 const PROGRAM: &str = "/v1/credentials";
+/// Podgate's own pair, which the agent has besides.
+const OWN: std::net::SocketAddr = scene::http(IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 175, 1)));
 /// The metadata service, and its list of roles.
 const IMDS: std::net::SocketAddr = scene::http(IpAddr::V4(IMDS_V4));
 const IMDS6: std::net::SocketAddr = scene::http(IpAddr::V6(IMDS_V6));

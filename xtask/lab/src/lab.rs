@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::process::Command;
 
 use self::pods::Pods;
@@ -236,6 +236,23 @@ impl Lab {
     ) -> anyhow::Result<Command> {
         let entry = Entry { netns: network_of.sandbox.netns(), ..pod.entry(EnvKind::None) };
         self.command(&entry, command)
+    }
+
+    /// A command in a pod's container to which the node's files are shown, as by a hostPath: those of the lab. Killed when
+    /// dropped.
+    pub fn exec_with_node<A: AsRef<str>>(&self, pod: &Pod, command: &[A]) -> anyhow::Result<Command> {
+        let directory = self.node.place.directory.clone();
+        let run = RunDirectory::Own([(directory.clone(), directory)].into());
+        self.command(&Entry { run, ..pod.entry(EnvKind::None) }, command)
+    }
+
+    /// Gives a pod the address of another one that lives, as a network plugin does that has lost count: what is sent there
+    /// arrives at `pod` from now on.
+    pub fn double(&self, other: &Pod, pod: &Pod) -> anyhow::Result<()> {
+        let (from, to) = (other.addresses.v4, pod.addresses.v4);
+        let (Some(from), Some(to)) = (from, to) else { bail!("both pods must have an IPv4 address") };
+        self.netns(pod)?.exchange_address(to, from)?;
+        self.node.netns.reroute(from, to)
     }
 
     /// A command in a pod's network, but in no pod's cgroup: podgate's programs do not see it; killed when dropped.

@@ -20,6 +20,7 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 
 pub use self::{
     routing::Routing,
@@ -29,6 +30,9 @@ pub(crate) use self::{
     stock_link::make_stock_link,
     wiring::{wire_node, wire_pod},
 };
+
+/// Connections that wait to be accepted: as many as the system lets.
+const BACKLOG: i32 = 4096;
 
 /// A network namespace; it lives as long as this handle, or a process or a socket in it.
 #[derive(Debug)]
@@ -65,9 +69,9 @@ impl NetNs {
         })
     }
 
-    /// A listener inside.
+    /// A listener inside. It keeps nobody from listening at every address: some of them are not the node's in truth.
     pub fn listen(&self, address: SocketAddr) -> anyhow::Result<TcpListener> {
-        self.run(|| TcpListener::bind(address).with_context(|| format!("cannot listen on {address}")))
+        self.run(|| listen(address).with_context(|| format!("cannot listen on {address}")))
     }
 
     /// A connection from inside, by this process: outside any pod's cgroup.
@@ -95,6 +99,16 @@ impl AsFd for NetNs {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+fn listen(address: SocketAddr) -> rustix::io::Result<TcpListener> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    sockopt::set_socket_reuseport(&socket, true)?;
+    bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 fn on_thread<T: Send>(work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {

@@ -7,6 +7,8 @@
 mod flood;
 mod forge;
 mod join;
+mod local;
+mod relay;
 mod segment;
 mod socket;
 
@@ -51,6 +53,16 @@ pub(super) enum Act {
     BeginDials { to: Vec<SocketAddr>, count: u32 },
     /// Opens so many connections, says nothing on them, and stays.
     HoldConnections { to: SocketAddr, count: u32 },
+    /// The same with ever new connections, as fast as it can, in the place of its oldest.
+    ChurnConnections { to: SocketAddr, count: u32 },
+    /// Passes connections on, as a mesh's sidecar does, and stays.
+    Relay { at: SocketAddr, to: SocketAddr },
+    /// Asks each of these sockets each of these, with no more rights than a container has; the first answer that is one.
+    AskSockets { paths: Vec<PathBuf>, requests: Vec<String> },
+    /// Asks the agent for its credentials, as the next agent does; what comes, with the same rights.
+    AskHandover { path: PathBuf },
+    /// Puts a socket in the place of the agent's, offers these credentials to whoever asks, and stays.
+    OfferHandover { path: PathBuf, entries: String },
     /// Sends first segments of handshakes, stays, and goes on with it.
     FloodHandshakes { from: Ipv4Addr, to: Ipv4Addr, count: u32 },
     /// Listens where somebody else does, makes all connections come here, and tells what is sent on the first.
@@ -130,6 +142,16 @@ impl Got {
         status.and_then(|status| status.parse().ok()).unwrap_or(0)
     }
 
+    /// What an attacker without loot was told.
+    pub(super) fn refusal(&self) -> String {
+        match (&self.error, self.status()) {
+            (Some(error), _) => error.clone(),
+            (None, 0) if self.said.is_empty() => "no answer".to_owned(),
+            (None, 0) => self.said.chars().take(60).collect(),
+            (None, status) => format!("HTTP {status}"),
+        }
+    }
+
     fn of(result: io::Result<String>) -> Self {
         match result {
             Ok(said) => Self { said, ..Self::default() },
@@ -180,6 +202,17 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
         }
         Act::BeginDials { to, count } => flood::begin_dials(to, *count)?,
         Act::HoldConnections { to, count } => flood::hold_connections(*to, *count)?,
+        Act::ChurnConnections { to, count } => flood::churn_connections(*to, *count)?,
+        Act::Relay { at, to } => {
+            relay::relay(*at, *to)?;
+            Got::default()
+        }
+        Act::AskSockets { paths, requests } => Got::of(local::ask(paths, requests)),
+        Act::AskHandover { path } => Got::of(local::ask_handover(path)),
+        Act::OfferHandover { path, entries } => {
+            local::offer_handover(path, entries)?;
+            Got::default()
+        }
         Act::FloodHandshakes { from, to, count } => {
             flood::handshakes(&forge::Forger::new(*from, *to, Layer::Link)?, *count)?
         }

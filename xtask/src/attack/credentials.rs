@@ -1,18 +1,23 @@
 //! Attacks with tokens, and on those who send them.
 
-use std::time::Duration;
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
-use lab::{Pod, cluster::POD_IDENTITY_AUDIENCE, jwt::SigningKey};
+use lab::{Pod, cgroup, cluster::POD_IDENTITY_AUDIENCE, jwt::SigningKey};
 
 use super::{
-    POD_IDENTITY, PROGRAM,
+    OWN, POD_IDENTITY, PROGRAM,
     attacker::Act,
     get, network,
-    scene::{Outcome, Place, Scene, ask, attacker, on_host_network},
+    scene::{Outcome, Place, Scene, ask, attacker, http, on_host_network},
 };
 
 /// Life of the tokens here.
 const HOUR: Duration = Duration::from_hours(1);
+/// Where a mesh sends what its pod dials.
+const SIDECAR: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15_001);
 
 pub(super) async fn forged_token(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = network::on_one_address(scene).await?;
@@ -30,15 +35,55 @@ pub(super) async fn stolen_token(scene: &Scene) -> anyhow::Result<Outcome> {
     Ok(scene.loot(&got, Some(&attacker)))
 }
 
+pub(super) async fn stolen_token_at_own_pair(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
+    let got = scene.act(Place::In(&attacker), &ask(OWN, &with_token(&token(scene, &victim)))).await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
+pub(super) async fn stolen_token_by_sidecar(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
+    let container = scene.lab.node.place.cgroups.container(&attacker.cgroup, &"5".repeat(64));
+    cgroup::create(&container)?;
+    let sidecar = Pod { container, ..attacker.clone() };
+    let sidecar =
+        scene.must_begin(Place::In(&sidecar), &Act::Relay { at: SIDECAR, to: POD_IDENTITY }).await?;
+    let request = get(POD_IDENTITY.ip(), PROGRAM, "");
+    let own = scene.act(Place::In(&attacker), &ask(SIDECAR, &request)).await?;
+    let own = scene.loot(&own, Some(&attacker));
+    if own.got != "its own role" {
+        return Ok(Outcome::harm(format!("{} for its own pod", own.got)));
+    }
+    let got = scene.act(Place::In(&attacker), &ask(SIDECAR, &with_token(&token(scene, &victim)))).await?;
+    sidecar.finish().await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
 pub(super) async fn joined_listener(scene: &Scene) -> anyhow::Result<Outcome> {
+    listen(scene, POD_IDENTITY, async || Ok(())).await
+}
+
+pub(super) async fn wildcard_listener(scene: &Scene) -> anyhow::Result<Outcome> {
+    listen(scene, http(Ipv4Addr::UNSPECIFIED.into()), async || scene.kill_agent().await).await
+}
+
+/// Whether a pod on the host's network that listens gets another pod's token, before something happens and after.
+async fn listen(
+    scene: &Scene,
+    at: SocketAddr,
+    happens: impl AsyncFnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
     let victim = scene.victim().await?;
     let attacker = scene.lab.add_pod(&on_host_network(attacker(), ("podgate.dev/imds", "off")))?;
-    let listener = match scene.begin(Place::In(&attacker), &Act::Join { at: POD_IDENTITY }).await? {
+    let listener = match scene.begin(Place::In(&attacker), &Act::Join { at }).await? {
         Ok(listener) => listener,
         Err(got) => return Ok(Outcome::nothing(got.error.unwrap_or_default())),
     };
     let token = token(scene, &victim);
-    scene.act(Place::In(&victim), &ask(POD_IDENTITY, &with_token(&token))).await?;
+    let asks = ask(POD_IDENTITY, &with_token(&token));
+    scene.act(Place::In(&victim), &asks).await?;
+    happens().await?;
+    scene.act(Place::In(&victim), &asks).await?;
     let got = listener.finish().await?;
     Ok(if got.said.contains(&token) {
         Outcome::harm("the token of shop/victim")

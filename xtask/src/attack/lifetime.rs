@@ -19,7 +19,7 @@ const MOMENT: Duration = Duration::from_millis(500);
 
 pub(super) async fn killed(scene: &Scene) -> anyhow::Result<Outcome> {
     meanwhile(scene, async || {
-        scene.agent(async |agent| agent.kill().await).await?;
+        scene.kill_agent().await?;
         sleep(STALE).await;
         scene.start_agent().await
     })

@@ -2,7 +2,7 @@
 
 use agent_common::defence::Defence;
 
-use super::{Attack, credentials, lifetime, network, packets, pods, requests};
+use super::{Attack, credentials, lifetime, network, packets, pods, requests, sockets};
 
 macro_rules! attacks {
     ($($name:literal, $tried:literal, [$($without:ident),+], $run:path $(, $early:ident)?;)+) => {
@@ -23,12 +23,20 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [UnguessableTickets], packets::guessed_ticket;
     "replayed-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner was served",
         [SingleUse], packets::replayed_ticket;
+    "stolen-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner has dialled in vain",
+        [RevokedTickets], packets::stolen_ticket;
+    "no-ticket", "a handshake by hand without a ticket, from the address of a pod that has completed",
+        [IdentityByTicket], packets::no_ticket;
     "absent-ticket", "a dial without a ticket, from an address shared with another pod",
         [IdentityByTicket], network::absent_ticket;
     "source-port-reuse", "the same from the very port that the other pod has just used",
         [IdentityByTicket], network::reused_port;
     "ip-reuse", "a new pod with the address of one that has completed asks for credentials",
         [IdentityByTicket], network::reused_address;
+    "doubled-address", "the address and the port of a pod that lives, in a second network namespace",
+        [IdentityByTicket], network::doubled_address;
+    "from-the-node", "a process of the node, in no pod, dials where pods on the host's network do",
+        [IdentityByTicket], network::from_the_node;
     "another-namespace", "a process of the node, in no pod, dials through a pod's network",
         [IdentityByTicket], network::beside_a_pod;
     "foreign-network", "a process of one pod dials through another pod's network, as a node-wide mesh proxy does",
@@ -39,6 +47,8 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [TicketLimit], packets::half_open_dials;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::held_connections;
+    "full-accept-queue", "four processes open connections without pause to an agent that may have 512 files open",
+        [ConnectionLimit], packets::full_queue;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
         [Guard], packets::raw_tcp;
     "udp-to-imds", "a datagram to the real IMDS",
@@ -69,8 +79,20 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [AcceptedTokens], credentials::forged_token;
     "stolen-token", "another pod's token, sent by a pod",
         [TokenOfCaller], credentials::stolen_token;
+    "stolen-token-at-own-pair", "the same at podgate's own pair of addresses, where no dial is sent",
+        [DialledAddresses], credentials::stolen_token_at_own_pair;
+    "stolen-token-by-sidecar", "the same by way of a mesh's sidecar, which dials again",
+        [TokenOfCaller], credentials::stolen_token_by_sidecar;
     "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
         [BindGuard, OwnListeners], credentials::joined_listener;
+    "wildcard-listener", "the same at every address, also after the agent is killed with -9",
+        [OwnListeners], credentials::wildcard_listener;
+    "command-socket", "a root pod to which the node's files are shown asks the socket for podgate's commands",
+        [OwnCommands], sockets::commands;
+    "hand-over-socket", "the same pod asks the agent for its credentials as the next agent does",
+        [HandoverProof], sockets::asked_handover;
+    "fake-hand-over-socket", "the same pod puts its own socket there, and offers the next agent credentials for another pod",
+        [HandoverProof], sockets::offered_handover;
     "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
         [RefusalWhenDown, Guard], lifetime::killed;
     "agent-stopped", "the same while it is stopped",
@@ -83,6 +105,8 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [Forwarding], requests::open_proxy;
     "tricked-server", "a server in a pod that can be made to fetch a URL with GET",
         [ImdsV1], requests::tricked_server;
+    "another-dialect-s-host", "the same with the path and the Host of EKS Pod Identity, at IMDS's address",
+        [DialectByAddress], requests::other_dialect;
     "smuggled-request", "two requests in one segment: a proxy's, with another one in its body",
         [Framing], requests::smuggled_request;
     "absolute-form", "a page in a pod's browser, with the endpoint in the request line and another name in Host",

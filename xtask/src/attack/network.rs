@@ -17,7 +17,7 @@ use super::{
     scene::{Outcome, Place, Scene, ask, attacker, http, on_host_network},
 };
 
-/// The port that two pods on the host's network use one after the other.
+/// The port that two pods with one address use one after the other.
 const PORT: u16 = 40_000;
 /// Longer than the node takes to be rid of a pod's link.
 const CLEARED: Duration = Duration::from_millis(500);
@@ -30,8 +30,7 @@ pub(super) async fn absent_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 
 pub(super) async fn reused_port(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = on_one_address(scene).await?;
-    let dial = Dial { to: POD_IDENTITY, from_port: Some(PORT), cgroup: None };
-    let act = Act::Ask { dial, request: program() };
+    let act = from_port();
     let got = scene.act(Place::In(&victim), &act).await?;
     if scene.loot(&got, Some(&victim)).got != "its own role" {
         bail!("the victim was not served: {got:?}");
@@ -48,6 +47,21 @@ pub(super) async fn reused_address(scene: &Scene) -> anyhow::Result<Outcome> {
     let heir = scene.lab.add_pod_at(&attacker(), &victim)?;
     let got = scene.act(Place::In(&heir), &ask(POD_IDENTITY, &program())).await?;
     Ok(scene.loot(&got, Some(&heir)))
+}
+
+pub(super) async fn doubled_address(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
+    let act = from_port();
+    scene.act(Place::In(&victim), &act).await?;
+    scene.lab.double(&victim, &attacker)?;
+    let got = scene.act(Place::In(&attacker), &act).await?;
+    Ok(scene.loot(&got, Some(&attacker)))
+}
+
+pub(super) async fn from_the_node(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (_victim, _) = on_one_address(scene).await?;
+    let got = scene.act(Place::OnNode, &ask(POD_IDENTITY, &program())).await?;
+    Ok(scene.loot(&got, None))
 }
 
 pub(super) async fn beside_a_pod(scene: &Scene) -> anyhow::Result<Outcome> {
@@ -85,6 +99,12 @@ pub(super) async fn on_one_address(scene: &Scene) -> anyhow::Result<(Pod, Pod)> 
     let attacker = scene.lab.add_pod(&on_host_network(attacker(), ("podgate.dev/pod-identity", "off")))?;
     scene.until_served(&victim).await?;
     Ok((victim, attacker))
+}
+
+/// One request, from the port.
+fn from_port() -> Act {
+    let dial = Dial { to: POD_IDENTITY, from_port: Some(PORT), cgroup: None };
+    Act::Ask { dial, request: program() }
 }
 
 fn program() -> String {

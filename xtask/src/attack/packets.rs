@@ -1,6 +1,6 @@
 //! Attacks with packets: handshakes by hand, floods, and what is no TCP connection at all.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use agent_common::net::{IMDS_V4, POD_IDENTITY_V4, POD_IDENTITY_V6};
 use anyhow::Context as _;
@@ -10,13 +10,17 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 
+use tokio::time::sleep;
+
 use super::{
     IMDS, POD_IDENTITY, PROGRAM, ROLES,
     attacker::{Act, Knock, Layer},
     get,
-    scene::{Outcome, Place, Scene, address, http},
+    scene::{Outcome, Place, Scene, address, attacker, http},
 };
 
+/// Longer than the node takes to be rid of a pod's link.
+const CLEARED: Duration = Duration::from_millis(500);
 /// Nanoseconds of one tick of the tickets that can be guessed: 2 to the power of this.
 const TICK: u32 = 26;
 /// How many ticks a guess goes back: two seconds and a half.
@@ -39,8 +43,7 @@ pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 
 pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
-    let sniffer = PodSpec { host_network: true, ..PodSpec::new("evil", "sniffer") };
-    let sniffer = scene.lab.add_pod(&sniffer)?;
+    let sniffer = scene.lab.add_pod(&sniffer())?;
     let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
     let request = get(POD_IDENTITY.ip(), PROGRAM, "");
     let dial = Act::AskLater { to: POD_IDENTITY, request };
@@ -49,6 +52,28 @@ pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let outcome = forge(scene, &attacker, vec![Some(ticket)]).await;
     connected.finish().await?;
     outcome
+}
+
+pub(super) async fn stolen_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
+    let sniffer = scene.lab.add_pod(&sniffer())?;
+    let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
+    scene.lab.netns(&victim)?.mute()?;
+    let dial = Act::BeginDials { to: vec![POD_IDENTITY], count: 1 };
+    let under_way = scene.must_begin(Place::In(&victim), &dial).await?;
+    let ticket = on_the_wire.finish().await?.number.context("no ticket was seen on the wire")?;
+    under_way.finish().await?;
+    forge(scene, &attacker, vec![Some(ticket)]).await
+}
+
+pub(super) async fn no_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.victim().await?;
+    scene.lab.complete_pod(&victim)?;
+    // The link of the pod that has ended goes a moment later.
+    sleep(CLEARED).await;
+    let heir = scene.lab.add_pod_at(&attacker(), &victim)?;
+    scene.lab.netns(&heir)?.deafen(address(&heir)?.into())?;
+    forge(scene, &heir, vec![None]).await
 }
 
 pub(super) async fn syn_flood(scene: &Scene) -> anyhow::Result<Outcome> {
@@ -81,6 +106,32 @@ pub(super) async fn half_open_dials(scene: &Scene) -> anyhow::Result<Outcome> {
 
 pub(super) async fn held_connections(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
+    limit_files(scene).await?;
+    let act = Act::HoldConnections { to: POD_IDENTITY, count: 1_000 };
+    let held = scene.must_begin(Place::In(&attacker), &act).await?;
+    let outcome = scene.unharmed(&victim).await;
+    let said = held.finish().await?.said;
+    Ok(outcome?.after(&said))
+}
+
+/// Four processes open connections as fast as they can, more than wait to be accepted.
+pub(super) async fn full_queue(scene: &Scene) -> anyhow::Result<Outcome> {
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
+    limit_files(scene).await?;
+    let act = Act::ChurnConnections { to: POD_IDENTITY, count: 1_200 };
+    let mut processes = Vec::new();
+    for _ in 0..4 {
+        processes.push(scene.must_begin(Place::In(&attacker), &act).await?);
+    }
+    let outcome = scene.unharmed(&victim).await;
+    let mut opened = 0;
+    for process in processes {
+        opened += process.finish().await?.number.unwrap_or_default();
+    }
+    Ok(outcome?.after(&format!("{opened} connections opened")))
+}
+
+async fn limit_files(scene: &Scene) -> anyhow::Result<()> {
     scene
         .agent(async |agent| {
             let pid =
@@ -89,12 +140,7 @@ pub(super) async fn held_connections(scene: &Scene) -> anyhow::Result<Outcome> {
             prlimit(Some(pid), Resource::Nofile, files).context("cannot limit the agent's files")?;
             Ok(())
         })
-        .await?;
-    let act = Act::HoldConnections { to: POD_IDENTITY, count: 1_000 };
-    let held = scene.must_begin(Place::In(&attacker), &act).await?;
-    let outcome = scene.unharmed(&victim).await;
-    let said = held.finish().await?.said;
-    Ok(outcome?.after(&said))
+        .await
 }
 
 pub(super) async fn raw_tcp(scene: &Scene) -> anyhow::Result<Outcome> {
@@ -125,6 +171,11 @@ async fn knock(scene: &Scene, how: Knock) -> anyhow::Result<Outcome> {
         Some(error) => Outcome::nothing(error),
         None => Outcome::harm(got.said),
     })
+}
+
+/// An accomplice on the host's network, which sees what is on the node's wires.
+fn sniffer() -> PodSpec {
+    PodSpec { host_network: true, ..PodSpec::new("evil", "sniffer") }
 }
 
 /// A pod whose own kernel does not meddle with the handshakes that it makes by hand.

@@ -45,6 +45,14 @@ pub(super) async fn tricked_server(scene: &Scene) -> anyhow::Result<Outcome> {
     Ok(scene.loot(&got, None))
 }
 
+pub(super) async fn other_dialect(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.victim().await?;
+    // What IMDSv2 is there against: a GET, without a header of its own.
+    let request = get(POD_IDENTITY.ip(), PROGRAM, "");
+    let got = scene.act(Place::In(&victim), &ask(IMDS, &request)).await?;
+    Ok(scene.loot(&got, None))
+}
+
 pub(super) async fn smuggled_request(scene: &Scene) -> anyhow::Result<Outcome> {
     let inner = get(POD_IDENTITY.ip(), PROGRAM, "");
     let host = POD_IDENTITY.ip();

@@ -57,6 +57,10 @@ pub(super) enum Place<'a> {
     Through(&'a Pod, &'a Pod),
     /// In a pod's network, but in no pod.
     Beside(&'a Pod),
+    /// On the node, in no pod.
+    OnNode,
+    /// In a pod that sees the node's files.
+    WithNode(&'a Pod),
 }
 
 /// An attacker that stays until it is told to go on.
@@ -110,6 +114,13 @@ impl Scene {
     /// Starts the agent, in the place of the one before it if there was one.
     pub(super) async fn start_agent(&self) -> anyhow::Result<()> {
         *self.agent.lock().await = Some(self.lab.start_agent(&self.spec).await?);
+        Ok(())
+    }
+
+    /// Kills the agent with -9.
+    pub(super) async fn kill_agent(&self) -> anyhow::Result<()> {
+        self.agent(async |agent| agent.kill().await).await?;
+        *self.agent.lock().await = None;
         Ok(())
     }
 
@@ -184,13 +195,15 @@ impl Scene {
             Place::In(pod) => self.lab.exec(pod, EnvKind::None, &command),
             Place::Through(pod, network_of) => self.lab.exec_through(pod, network_of, &command),
             Place::Beside(pod) => self.lab.exec_outside(pod, &command),
+            Place::OnNode => self.lab.on_node(&command),
+            Place::WithNode(pod) => self.lab.exec_with_node(pod, &command),
         };
         Running::spawn(command?)
     }
 
     /// Whose the access key is that an attacker holds, if it holds one. `own` is the pod whose key it may.
     pub(super) fn loot(&self, got: &Got, own: Option<&Pod>) -> Outcome {
-        let Some(key) = access_key(&got.said) else { return Outcome::nothing(refusal(got)) };
+        let Some(key) = access_key(&got.said) else { return Outcome::nothing(got.refusal()) };
         if key == NODE_ACCESS_KEY_ID {
             return Outcome::harm(format!("the node's role, {NODE_ROLE}"));
         }
@@ -226,7 +239,7 @@ impl Scene {
             Some(issued) if issued.pod_uid != pod.uid => Err("another pod's role".to_owned()),
             Some(_) if got.milliseconds > SDK_MILLISECONDS => Err(format!("{} ms", got.milliseconds)),
             Some(_) => Ok(()),
-            None => Err(refusal(&got)),
+            None => Err(got.refusal()),
         })
     }
 
@@ -301,16 +314,6 @@ fn access_key(text: &str) -> Option<&str> {
     let at = text.find("\"AccessKeyId\"")?;
     let value = text[at..].split('"').nth(3)?;
     Some(value)
-}
-
-/// What an attacker without loot was told.
-fn refusal(got: &Got) -> String {
-    match (&got.error, got.status()) {
-        (Some(error), _) => error.clone(),
-        (None, 0) if got.said.is_empty() => "no answer".to_owned(),
-        (None, 0) => got.said.chars().take(60).collect(),
-        (None, status) => format!("HTTP {status}"),
-    }
 }
 
 /// Where HTTP is served at this address.

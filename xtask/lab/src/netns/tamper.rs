@@ -1,18 +1,23 @@
-//! What a pod can do to its own network with `CAP_NET_ADMIN`, as attackers do.
+//! What attackers do to pods' networks: with `CAP_NET_ADMIN` to their own, and by the mistakes of a network plugin.
 //!
-//! Owns changes inside of one pod's namespace; nothing outside of it changes.
+//! Owns changes inside of the lab's namespaces, once they are wired.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::Context as _;
+use futures::TryStreamExt as _;
 use rtnetlink::{
     RouteMessageBuilder,
-    packet_route::route::{RouteProtocol, RouteScope, RouteType},
+    packet_route::{
+        address::AddressAttribute,
+        neighbour::{NeighbourAddress, NeighbourAttribute},
+        route::{RouteProtocol, RouteScope, RouteType},
+    },
 };
 
 use super::{
     NetNs,
-    wiring::{GATEWAY_V4, GATEWAY_V6, host_prefix, link_index},
+    wiring::{GATEWAY_V4, GATEWAY_V6, add_address, host_prefix, link_index},
 };
 
 /// `RT_TABLE_LOCAL` of `include/uapi/linux/rtnetlink.h`.
@@ -33,6 +38,48 @@ impl NetNs {
         })
     }
 
+    /// Gives a pod another address in the place of its own.
+    pub(crate) fn exchange_address(&self, own: Ipv4Addr, other: Ipv4Addr) -> anyhow::Result<()> {
+        self.netlink(async |handle| {
+            let eth0 = link_index(&handle, "eth0").await?;
+            // The new one first: with a link's last address its routes go.
+            add_address(&handle, eth0, other.into()).await?;
+            let mut addresses = handle.address().get().set_link_index_filter(eth0).execute();
+            while let Some(address) = addresses.try_next().await.context("cannot list addresses")? {
+                if address.attributes.contains(&AddressAttribute::Local(own.into())) {
+                    handle.address().del(address).execute().await.context("cannot remove an address")?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// On the node: what is sent to one pod's address goes to another pod from now on.
+    pub(crate) fn reroute(&self, address: Ipv4Addr, to_pod: Ipv4Addr) -> anyhow::Result<()> {
+        self.netlink(async |handle| {
+            let mut neighbours = handle.neighbours().get().execute();
+            let (mut link, mut mac) = (0, Vec::new());
+            while let Some(neighbour) = neighbours.try_next().await.context("cannot list neighbours")? {
+                let is_pod = |attribute: &NeighbourAttribute| {
+                    *attribute == NeighbourAttribute::Destination(NeighbourAddress::Inet(to_pod))
+                };
+                if neighbour.attributes.iter().any(is_pod) {
+                    link = neighbour.header.ifindex;
+                    mac = neighbour.attributes.iter().find_map(link_layer_address).unwrap_or_default();
+                }
+            }
+            let request = handle.neighbours().add(link, address.into()).link_layer_address(&mac);
+            request.replace().execute().await.context("cannot name the pod's other address")?;
+            let route = RouteMessageBuilder::<Ipv4Addr>::new()
+                .output_interface(link)
+                .destination_prefix(address, 32)
+                .scope(RouteScope::Link)
+                .build();
+            let replaced = handle.route().add(route).replace().execute().await;
+            replaced.context("cannot route an address to another pod")
+        })
+    }
+
     /// From now on the pod's kernel answers nothing that is sent to one of the pod's addresses: whoever listens to the
     /// wire can.
     pub fn deafen(&self, address: IpAddr) -> anyhow::Result<()> {
@@ -48,5 +95,12 @@ impl NetNs {
                 .build();
             handle.route().del(route).execute().await.context("cannot remove the pod's local route")
         })
+    }
+}
+
+fn link_layer_address(attribute: &NeighbourAttribute) -> Option<Vec<u8>> {
+    match attribute {
+        NeighbourAttribute::LinkLayerAddress(mac) => Some(mac.clone()),
+        _ => None,
     }
 }

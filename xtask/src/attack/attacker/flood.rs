@@ -1,6 +1,7 @@
 //! Too many of everything.
 
 use std::{
+    collections::VecDeque,
     fs, io,
     net::{SocketAddr, TcpStream},
     os::fd::OwnedFd,
@@ -47,6 +48,28 @@ pub(super) fn hold_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
     stay()?;
     let open = held.iter().filter(|stream| is_open(stream)).count();
     Ok(Got { said: format!("{} connected, {open} of them still open", held.len()), ..Got::default() })
+}
+
+/// Opens connections as fast as it can, and holds so many of them: the oldest gives way. Stays when it has half.
+pub(super) fn churn_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
+    allow_files(count)?;
+    let (mut held, mut opened) = (VecDeque::new(), 0);
+    let mut open = || {
+        if let Ok(stream) = TcpStream::connect_timeout(&to, HASTE) {
+            held.push_back(stream);
+            opened += 1;
+        }
+        if held.len() > count as usize {
+            held.pop_front();
+        }
+    };
+    (0..count / 2).for_each(|_| open());
+    ready()?;
+    let told = thread::spawn(wait);
+    while !told.is_finished() {
+        open();
+    }
+    Ok(Got { number: Some(opened), ..Got::default() })
 }
 
 /// Begins handshakes by hand, and goes on when all were begun.

@@ -7,17 +7,11 @@ use std::{
     time::Duration,
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    net::{bind, listen, sockopt},
-};
+use rustix::net::{bind, listen, sockopt};
 
-use super::{ready, socket};
+use super::{socket, stay};
 
-/// How long to wait for somebody's connection.
-const PATIENCE: Timespec = Timespec { tv_sec: 4, tv_nsec: 0 };
-
-/// Joins the listeners of `at`; what is sent on the first connection that comes here.
+/// Joins the listeners of `at`, and stays; what is sent on the first connection that comes here.
 pub(super) fn join(at: SocketAddr) -> io::Result<String> {
     let socket = socket::tcp(at)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
@@ -25,8 +19,7 @@ pub(super) fn join(at: SocketAddr) -> io::Result<String> {
     bind(&socket, &at)?;
     listen(&socket, 128)?;
     take_all(socket.as_fd())?;
-    ready()?;
-    poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&PATIENCE))?;
+    stay()?;
     let listener = TcpListener::from(socket);
     listener.set_nonblocking(true)?;
     let (mut stream, _) = listener.accept()?;
