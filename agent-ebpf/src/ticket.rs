@@ -37,9 +37,8 @@ pub(crate) fn mint(socket_cookie: u64, dialled_at_ns: u64) -> u64 {
 /// The socket's dial is over: its ticket is worth nothing any more. Whether it could have been redeemed until now.
 #[inline(always)]
 pub(crate) fn revoke(Dialled { origin, counts_for }: &mut Dialled) -> bool {
-    let was_alive = origin.state == STATE_SENT
-        && holds(Defence::RevokedTickets)
-        && TICKETS.remove(origin.ticket).is_ok();
+    let was_alive =
+        origin.state == STATE_SENT && holds(Defence::RevokedTickets) && TICKETS.remove(origin.ticket).is_ok();
     if was_alive {
         limit::give_back(*counts_for);
         count(Counter::TicketDropped);
