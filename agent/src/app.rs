@@ -9,7 +9,6 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
-use aws_config::SdkConfig;
 use jiff::Timestamp;
 use kube::Api;
 use prometheus_client::registry::Registry;
@@ -32,7 +31,7 @@ use crate::{
     config::Config,
     credentials::{
         aws,
-        eks_auth::EksAuth,
+        eks_auth::{self, EksAuth},
         engine::{self, Engine},
         issuer::Issuer,
         kube_identity::{self, Clients},
@@ -157,17 +156,20 @@ pub async fn run(config: Config) -> Result<(), Error> {
     serve_commands(&config, &probes, whois, &mut tasks)?;
 
     let kube = kube_identity::clients(config.kube_identity, &config.node_name).await?;
-    let aws = aws::config().await?;
+    let (aws, connections) = aws::config().await?;
     aws::check(&aws).await;
     let (instance, of_instance) = watch::channel(Instance::in_region(aws.region().map(ToString::to_string)));
     tasks.spawn("the copy of the instance's metadata", instance::follow(instance::imds(), instance));
+    let eks_auth = EksAuth::new(&aws, &config.cluster_name, &config.node_name, of_instance.clone());
+    let warm = eks_auth.clone().keep_warm(connections, eks_auth::WARM_EVERY);
+    tasks.spawn("the connection to EKS Auth", warm);
     let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
     let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
     let imds_tokens = ImdsTokens::new(&lock(&interceptor).imds_key()?);
     let server = Arc::new(Server {
         policies: known.policies.clone(),
         resolver,
-        engine: engine(&config, &kube, &aws, of_instance.clone(), engine_metrics),
+        engine: engine(&config, &kube, eks_auth, engine_metrics),
         imds_tokens,
         token_delegates: config.token_delegates.clone(),
         instance: of_instance,
@@ -268,15 +270,13 @@ fn follow(
 pub fn engine(
     config: &Config,
     kube: &Clients,
-    aws: &SdkConfig,
-    instance: watch::Receiver<Instance>,
+    eks_auth: EksAuth,
     metrics: EngineMetrics,
 ) -> Arc<Engine<NodeSource>> {
     let issuer = Arc::new(Issuer::new(kube.own.clone()));
     let prepared = Arc::clone(&issuer);
     tokio::spawn(async move { prepared.prepare().await });
     let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), Arc::clone(&issuer));
-    let eks_auth = EksAuth::new(aws, &config.cluster_name, &config.node_name, instance);
     let source = NodeSource { issuer, tokens, eks_auth };
     // Chances that differ between nodes are enough.
     let seed = RandomState::new().hash_one(&config.node_name);

@@ -20,15 +20,31 @@ use tokio_rustls::{TlsAcceptor, rustls};
 /// Set in the process that makes the calls.
 const CHILD: &str = "PODGATE_TEST_CALLS";
 
+/// Set in it when it keeps a connection warm.
+const WARM: &str = "PODGATE_TEST_WARM";
+/// How long the proxy leaves a connection open on which nothing happens.
+const IDLE: Duration = Duration::from_secs(1);
+
 /// Makes two calls as this process's environment says, and prints how they end.
 async fn calls() {
-    let config = match aws::config().await {
+    let (config, mut connections) = match aws::config().await {
         Ok(config) => config,
         Err(error) => return println!("outcome: {error}"),
     };
     let (_, instance) = watch::channel(Instance::default());
     let eks_auth = EksAuth::new(&config, "lab", "n1", instance);
+    let warm = env::var_os(WARM).is_some();
+    if warm {
+        tokio::spawn(eks_auth.clone().keep_warm(connections.clone(), Duration::from_millis(50)));
+    }
     for _ in 0..2 {
+        if warm {
+            // The one before has been closed, and there is another.
+            connections.wait_for(|open| *open == 1).await.unwrap();
+            connections.wait_for(|open| *open == 0).await.unwrap();
+            connections.wait_for(|open| *open == 1).await.unwrap();
+            tokio::time::sleep(IDLE / 10).await;
+        }
         match eks_auth.assume_role(&Secret::from("a.b.c")).await {
             Err(Error::Service(error)) => println!("outcome: {error}"),
             Err(error) => println!("outcome: {error}"),
@@ -66,6 +82,8 @@ struct Proxy {
     url: String,
     authority: tempfile::NamedTempFile,
     connects: mpsc::UnboundedReceiver<String>,
+    /// Of each request: how many came before it on its connection, and its method.
+    requests: mpsc::UnboundedReceiver<(usize, String)>,
 }
 
 impl Proxy {
@@ -79,18 +97,21 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (tell, connects) = mpsc::unbounded_channel();
+        let (tell_request, requests) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(Self::serve(stream, Arc::clone(&issuer), tell.clone()));
+                let (issuer, tell, tell_request) = (Arc::clone(&issuer), tell.clone(), tell_request.clone());
+                tokio::spawn(Self::serve(stream, issuer, tell, tell_request));
             }
         });
-        Self { url, authority, connects }
+        Self { url, authority, connects, requests }
     }
 
     async fn serve(
         stream: TcpStream,
         issuer: Arc<rcgen::Issuer<'static, KeyPair>>,
         tell: mpsc::UnboundedSender<String>,
+        tell_request: mpsc::UnboundedSender<(usize, String)>,
     ) {
         let mut stream = BufReader::new(stream);
         let mut line = String::new();
@@ -115,10 +136,15 @@ impl Proxy {
         let Ok(mut tls) = TlsAcceptor::from(Arc::new(config)).accept(stream).await else { return };
         let mut buffer = [0; 4096];
         let body = r#"{"__type":"ResourceNotFoundException","message":"none"}"#;
-        while tls.read(&mut buffer).await.is_ok_and(|read| read > 0) {
+        for number in 0.. {
+            let Ok(Ok(read @ 1..)) = tokio::time::timeout(IDLE, tls.read(&mut buffer)).await else { break };
+            let method = String::from_utf8_lossy(&buffer[..read]).split(' ').next().unwrap().to_owned();
+            let body = if method == "HEAD" { "" } else { body };
             let answer = format!("HTTP/1.1 404 Not Found\r\nContent-Length: {}\r\n\r\n{body}", body.len());
             tls.write_all(answer.as_bytes()).await.unwrap();
+            tell_request.send((number, method)).unwrap();
         }
+        let _ = tls.shutdown().await;
     }
 
     fn connects(&mut self) -> Vec<String> {
@@ -157,6 +183,26 @@ async fn the_proxy_the_authorities_and_the_endpoint_are_the_operator_s() {
     assert!(proxy.connects().is_empty(), "NO_PROXY");
     let missing = outcomes(TEST, &[("AWS_CA_BUNDLE", "/nonexistent/ca.pem")]).await;
     assert!(missing[0].contains("/nonexistent/ca.pem, which AWS_CA_BUNDLE names"), "{missing:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_call_waits_for_a_handshake_although_connections_are_closed_between_calls() {
+    const TEST: &str = "no_call_waits_for_a_handshake_although_connections_are_closed_between_calls";
+    if env::var_os(CHILD).is_some() {
+        return calls().await;
+    }
+    let mut proxy = Proxy::start().await;
+    let (url, bundle) = (proxy.url.clone(), proxy.authority.path().to_str().unwrap().to_owned());
+    let through = [&STATIC[..], &[("HTTPS_PROXY", &*url), ("AWS_CA_BUNDLE", &*bundle), (WARM, "1")]].concat();
+    let outcomes = outcomes(TEST, &through).await;
+    assert_eq!(outcomes, ["ResourceNotFoundException: none"; 2]);
+    let requests: Vec<_> = std::iter::from_fn(|| proxy.requests.try_recv().ok()).collect();
+    let handshakes = proxy.connects().len();
+    println!("{handshakes} handshakes; requests by their place on a connection: {requests:?}");
+    let calls: Vec<_> = requests.iter().filter(|(_, method)| method == "POST").collect();
+    assert!(calls.len() == 2 && calls.iter().all(|(place, _)| *place > 0), "{requests:?}");
+    assert!(requests.iter().all(|(place, method)| (*place == 0) == (method == "HEAD")), "{requests:?}");
+    assert!(handshakes >= 3, "connections were closed in between");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,7 +15,7 @@ use aws_credential_types::provider::{
     self, ProvideCredentials, error::CredentialsError, future::ProvideCredentials as Provided,
 };
 use aws_smithy_http_client::{
-    pool::{Client, ConnectionPool},
+    pool::{Client, ConnectionEvent, ConnectionPool},
     proxy::ProxyConfig,
     tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
 };
@@ -23,6 +23,7 @@ use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, pem::PemObject as _},
 };
+use tokio::sync::watch;
 use tracing::warn;
 
 use crate::error::chain;
@@ -59,22 +60,26 @@ pub enum Error {
     Client(String),
 }
 
+/// How many connections to AWS are open.
+pub type Connections = watch::Receiver<usize>;
+
 /// What a profile gets that wants credentials from a container's endpoint.
 #[derive(Debug)]
 struct NotFromContainer;
 
-/// The configuration of every AWS client of the agent. The region is `AWS_REGION`'s, the shared
-/// configuration's, or the instance's.
-pub async fn config() -> Result<SdkConfig, Error> {
+/// The configuration of every AWS client of the agent, and what becomes of their connections. The region is
+/// `AWS_REGION`'s, the shared configuration's, or the instance's.
+pub async fn config() -> Result<(SdkConfig, Connections), Error> {
+    let (open, connections) = watch::channel(0);
     let timeouts =
         TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).operation_timeout(CALL_TIMEOUT).build();
     let config = aws_config::defaults(BehaviorVersion::latest())
-        .http_client(http_client()?)
+        .http_client(http_client(open)?)
         .credentials_provider(node_credentials())
         .timeout_config(timeouts)
         // The engine tries again, when that does no harm.
         .retry_config(RetryConfig::disabled());
-    Ok(config.load().await)
+    Ok((config.load().await, connections))
 }
 
 /// Asks once for what every call needs, and says what is missing: better now than to the first pod. What is
@@ -95,10 +100,12 @@ pub async fn check(config: &SdkConfig) {
 
 /// Connections through `HTTPS_PROXY` but for `NO_PROXY`, to who has a certificate of the system's authorities or of those
 /// in `AWS_CA_BUNDLE`.
-fn http_client() -> Result<Client, Error> {
+fn http_client(open: watch::Sender<usize>) -> Result<Client, Error> {
     let roots = match env::var_os(CA_BUNDLE).filter(|path| !path.is_empty()) {
         // The SDK panics without any.
-        None if rustls_native_certs::load_native_certs().certs.is_empty() => return Err(Error::NoAuthorities),
+        None if rustls_native_certs::load_native_certs().certs.is_empty() => {
+            return Err(Error::NoAuthorities);
+        }
         None => TrustStore::default(),
         Some(path) => {
             let path = PathBuf::from(path);
@@ -112,11 +119,20 @@ fn http_client() -> Result<Client, Error> {
         .proxy_config(ProxyConfig::from_env())
         .idle_timeout(IDLE_TIMEOUT)
         .tcp_keepalive(KEEPALIVE)
+        .event_listener(move |event: &ConnectionEvent<'_>| count(&open, event))
         .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
         .tls_context(tls)
         .build_https()
         .map_err(|error| failed(&error))?;
     Client::new(&pool).map_err(|error| failed(&error))
+}
+
+fn count(open: &watch::Sender<usize>, event: &ConnectionEvent<'_>) {
+    match event {
+        ConnectionEvent::Opened(_) => open.send_modify(|open| *open += 1),
+        ConnectionEvent::LogicalClose(_) => open.send_modify(|open| *open = open.saturating_sub(1)),
+        _ => {}
+    }
 }
 
 /// The file, once it is known to be all certificates: the SDK panics on others.

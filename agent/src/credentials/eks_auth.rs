@@ -14,15 +14,20 @@ use aws_sdk_eksauth::{
         assume_role_for_pod_identity::{AssumeRoleForPodIdentityError, AssumeRoleForPodIdentityOutput},
     },
 };
-use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use aws_smithy_runtime_api::client::orchestrator::{HttpRequest, HttpResponse};
+use aws_smithy_types::body::SdkBody;
+use http::{Method, Uri, header::CONTENT_LENGTH};
 use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::sleep};
+use tracing::debug;
 
-use super::{Credentials, Error, Role, ServiceError};
+use super::{Credentials, Error, Role, ServiceError, aws::Connections};
 use crate::{error::chain, identity::ServiceAccountRef, instance::Instance, secret::Secret};
 
 /// Nobody is asked to wait longer than that.
 const RETRY_AFTER_MAX: Duration = Duration::from_mins(5);
+/// How often a connection is opened that nobody asked for, at most: what AWS closes sooner is left closed for a while.
+pub const WARM_EVERY: Duration = Duration::from_secs(20);
 
 /// Exchanges tokens for credentials.
 #[derive(Clone, Debug)]
@@ -60,6 +65,27 @@ impl EksAuth {
         }
     }
 
+    /// Sees to it that there is a connection when a pod asks: a first one now, and another whenever the last one has been
+    /// closed. For ever.
+    pub async fn keep_warm(self, mut connections: Connections, every: Duration) {
+        while connections.wait_for(|open| *open == 0).await.is_ok() {
+            self.touch().await;
+            sleep(every).await;
+        }
+    }
+
+    /// A request that asks for nothing: the SDK opens no connection without one.
+    async fn touch(&self) {
+        let call = self.client.assume_role_for_pod_identity().cluster_name(&self.cluster_name).token("");
+        let answer = call.customize().mutate_request(ask_for_nothing).send().await;
+        // It refuses, of course.
+        if let Err(error) = answer
+            && error.raw_response().is_none()
+        {
+            debug!(error = chain(&error), "cannot open a connection to EKS Auth ahead of time");
+        }
+    }
+
     /// Exchanges one token.
     pub async fn assume_role(&self, token: &Secret) -> Result<Assumed, Error> {
         let Instance { id, zone_id, .. } = self.instance.borrow().clone();
@@ -68,6 +94,19 @@ impl EksAuth {
         let answer = call.send().await.map_err(|error| failure(&error))?;
         assumed(&answer, Timestamp::now()).map_err(|reason| Error::BadAnswer { reason: reason.to_owned() })
     }
+}
+
+/// Makes `HEAD /` of a call, which is no operation of EKS Auth's.
+fn ask_for_nothing(request: &mut HttpRequest) {
+    let uri: Option<Uri> = request.uri().parse().ok();
+    let Some((scheme, authority)) = uri.as_ref().and_then(|uri| uri.scheme_str().zip(uri.authority())) else {
+        return;
+    };
+    // What comes from an address is one.
+    let _ = request.set_uri(format!("{scheme}://{authority}/"));
+    let _ = request.set_method(Method::HEAD.as_str());
+    request.headers_mut().remove(CONTENT_LENGTH.as_str());
+    *request.body_mut() = SdkBody::empty();
 }
 
 fn assumed(answer: &AssumeRoleForPodIdentityOutput, now: Timestamp) -> Result<Assumed, &'static str> {

@@ -13,7 +13,7 @@ use std::{
 use agent::{
     accept, app,
     config::{Config, KubeIdentity, LogFormat, TargetMode, WhenDown},
-    credentials::{kube_identity::Clients, metrics::EngineMetrics, source::NodeSource},
+    credentials::{eks_auth, kube_identity::Clients, metrics::EngineMetrics, source::NodeSource},
     dialect::imds_token::ImdsTokens,
     drain::{Drain, drain},
     identity::{CallerResolver, PodUid, Pods, ServiceAccountRef, network::Networks},
@@ -118,7 +118,12 @@ impl Node {
         let server = Server {
             policies,
             resolver,
-            engine: app::engine(&config, &kube, &aws, instance.clone(), EngineMetrics::default()),
+            engine: app::engine(
+                &config,
+                &kube,
+                eks_auth::EksAuth::new(&aws, CLUSTER, NODE, instance.clone()),
+                EngineMetrics::default(),
+            ),
             imds_tokens: ImdsTokens::new(&[7; 32]),
             token_delegates: config.token_delegates.clone(),
             instance,

@@ -155,7 +155,7 @@ impl EksAuth {
         self.service.state().session = session;
     }
 
-    /// Requests that arrived, whatever became of them.
+    /// Requests for credentials that arrived, whatever became of them.
     pub fn calls(&self) -> u64 {
         self.service.state().arrivals.len() as u64
     }
@@ -199,11 +199,17 @@ impl EksAuth {
 impl Handler for AuthService {
     const SERVICE: Service = Service::EksAuth;
 
-    fn arrived(&self, _request: &http::Request) {
-        self.state().arrivals.push(Instant::now());
+    fn arrived(&self, request: &http::Request) {
+        if !opens(request) {
+            self.state().arrivals.push(Instant::now());
+        }
     }
 
     async fn handle(&self, request: http::Request) -> Response {
+        if opens(&request) {
+            let refusal = json!({"__type": "UnknownOperationException"});
+            return with_request_id(http::json(StatusCode::NOT_FOUND, &refusal));
+        }
         match self.answer(&request, Timestamp::now()) {
             Ok(value) => with_request_id(http::json(StatusCode::OK, &value)),
             Err(error) => self.error(error.status, error.code, &error.message),
@@ -326,6 +332,11 @@ fn operation(request: &http::Request) -> Option<&str> {
     let rest = request.path.strip_prefix("/clusters/")?;
     let name = rest.strip_suffix("/assume-role-for-pod-identity")?;
     (request.method == Method::POST && !name.is_empty() && !name.contains('/')).then_some(name)
+}
+
+/// Whether it only opens a connection.
+fn opens(request: &http::Request) -> bool {
+    request.method == Method::HEAD && request.path == "/"
 }
 
 /// `eks-CLUSTER-POD-UUID`, shortened before the UUID.
