@@ -16,7 +16,7 @@ use agent::{
         metrics::EngineMetrics,
         schedule::Floor,
     },
-    identity::Pod,
+    identity::{Pod, Pods},
     testing::{
         pod,
         upstream::{FakeUpstream, Weather, are_of, virtual_clock},
@@ -338,4 +338,41 @@ async fn after_a_crash_a_full_node_is_fetched_again_under_its_budget() {
     println!("250 prefetched, budget 10/s; calls in each second: {bars:?}");
     assert!(bars.iter().skip(2).all(|bar| *bar <= 11), "{bars:?}");
     assert_eq!(world.calls(), 250);
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_an_upgrade_a_full_node_makes_no_call_before_it_would_have_made_one() {
+    let (world, pods) = (World::new(BUDGET), pods(250));
+    assert!(world.ask_all(&pods).await.iter().all(Result::is_ok));
+    assert!(world.ask_all(&pods).await.iter().all(Result::is_ok), "they are in use");
+    sleep(Duration::from_hours(1)).await;
+    let known = Pods::default();
+    for pod in &pods {
+        known.insert(pod);
+    }
+    let mut next = world.clone();
+    next.engine = Engine::start(
+        Arc::clone(&world.upstream),
+        BUDGET,
+        Arc::clone(&world.clock),
+        43,
+        next.metrics.clone(),
+    );
+    let (since, before) = ((world.clock)(), world.calls());
+    next.engine.hold(world.engine.to_hand_over());
+    for pod in &pods {
+        next.engine.prefetch(pod);
+    }
+    next.engine.adopt(&known);
+    drop(world);
+    for _ in 0..100 {
+        sleep(Duration::from_secs(60)).await;
+        assert!(next.ask_all(&pods).await.iter().all(Result::is_ok));
+    }
+    assert_eq!(next.calls(), before, "none in the first 100 minutes");
+    sleep(Duration::from_hours(2)).await;
+    let bars = next.histogram(since, Duration::from_mins(10));
+    println!("upgraded after an hour with 250 pods in use: calls in each 10 min since: {bars:?}");
+    assert_eq!((next.calls() - before, next.metrics.handed_over.get()), (250, 250));
+    assert!(bars.iter().all(|bar| *bar <= 60), "spread: {bars:?}");
 }

@@ -9,6 +9,7 @@ use crate::{
     },
 };
 
+mod handed_over;
 mod model;
 
 type TestEngine = Arc<Engine<Arc<FakeUpstream>>>;
