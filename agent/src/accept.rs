@@ -23,6 +23,9 @@ use crate::{drain::DrainWatch, intercept::OriginLookup};
 const BACKLOG: i32 = 4096;
 /// How long a handshake that has begun may take to reach the queue: on the node it takes microseconds.
 const HANDSHAKES: Duration = Duration::from_millis(100);
+/// What is sent and not read for so long ends its connection, as the stock agent's write timeout does after 30 s: a client
+/// that asks and never reads would keep it, and a draining agent, for ever.
+const UNREAD: Duration = Duration::from_secs(10);
 /// After an error that lasts, as too many open files.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -51,6 +54,8 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
+    // Accepted sockets inherit it.
+    sockopt::set_tcp_user_timeout(&socket, u32::try_from(UNREAD.as_millis()).unwrap_or(u32::MAX))?;
     rustix::net::bind(&socket, &address)?;
     // The ticket is looked for in the SYN; without it every caller would be anonymous.
     set_tcp_option(socket.as_fd(), libc::TCP_SAVE_SYN, 1)?;

@@ -15,9 +15,9 @@ use agent_common::{
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
-    HeaderMap, Method, StatusCode,
+    HeaderMap, Method, StatusCode, Version,
     header::{ALLOW, CONTENT_TYPE, FORWARDED, HOST, HeaderName, HeaderValue, VIA},
-    http::uri::Authority,
+    http::{request::Parts, uri::Authority},
 };
 
 pub mod ecs;
@@ -57,10 +57,12 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 // === impl Dialect ===
 
 impl Dialect {
-    /// The dialect of the service that was dialled; where that is not known, as from behind a sidecar, that of the
-    /// service that the request is meant for, by its `Host`, else by its path.
-    pub fn pick(dialled: Option<Service>, headers: &HeaderMap, path: &str) -> Self {
-        match dialled.or_else(|| meant(headers)) {
+    /// The dialect of the service that was dialled. Where that is not known, as from behind a sidecar, that of the
+    /// service that the request is meant for, by its `Host`; else of the one whose address the connection came `to`; else
+    /// by the path.
+    pub fn pick(dialled: Option<Service>, to: Option<Service>, headers: &HeaderMap, path: &str) -> Self {
+        let dialled = dialled.filter(|_| holds(Defence::DialectByAddress));
+        match dialled.or_else(|| meant(headers)).or(to) {
             Some(Service::PodIdentity) => Self::PodIdentity,
             Some(Service::Ecs) => Self::Ecs,
             None if path == pod_identity::PATH => Self::PodIdentity,
@@ -126,6 +128,45 @@ pub fn forwarded() -> Refusal {
     )
 }
 
+/// A request must name one host, and nothing that is none: the rules of Go's server, which the stock agent is made with.
+fn check_framing(head: &Parts) -> Result<(), Refusal> {
+    let mut hosts = head.headers.get_all(HOST).iter();
+    let wrong = match (hosts.next(), hosts.next()) {
+        (None, _) if head.version == Version::HTTP_11 => "missing required Host header",
+        (Some(_), Some(_)) => "too many Host headers",
+        (Some(host), None) if !host.as_bytes().iter().all(|byte| is_of_host(*byte)) => {
+            "malformed Host header"
+        }
+        _ => return Ok(()),
+    };
+    Err(Refusal::new(StatusCode::BAD_REQUEST, "BadRequest", format!("400 Bad Request: {wrong}")))
+}
+
+fn is_of_host(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!$%&'()*+,-.:;=[]_~".contains(&byte)
+}
+
+/// Every host that a request names, in its line and in its header: others may read the other. One without any names "".
+fn hosts(head: &Parts) -> impl Iterator<Item = &str> {
+    let header = head.headers.get(HOST).map(|host| host.to_str().unwrap_or(""));
+    let line = head.uri.authority().map(Authority::as_str);
+    let none = (line.is_none() && header.is_none()).then_some("");
+    line.into_iter().chain(header).chain(none)
+}
+
+/// What is before the port, without an IPv6 address's brackets; all of it where Go's `SplitHostPort` would find no port.
+fn host_name(host: &str) -> &str {
+    let split = match host.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').and_then(|(name, port)| Some((name, port.strip_prefix(':')?))),
+        None => host.split_once(':'),
+    };
+    let name = match split {
+        Some((name, port)) if !name.contains(['[', ']']) && !port.contains([':', '[', ']']) => name,
+        _ => host,
+    };
+    name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name)
+}
+
 /// Only GET and HEAD read.
 fn must_read(method: &Method) -> Result<(), Refusal> {
     if matches!(*method, Method::GET | Method::HEAD) { Ok(()) } else { Err(wrong_method("GET, HEAD")) }
@@ -146,7 +187,7 @@ fn respond(status: StatusCode, content_type: &'static str, body: impl Into<Bytes
 
 #[cfg(test)]
 mod tests {
-    use hyper::{Request, http::request::Parts};
+    use hyper::Request;
 
     use super::*;
 
@@ -172,24 +213,29 @@ mod tests {
     fn the_address_decides_and_where_it_is_podgate_s_own_the_host_and_the_path() {
         const POD_IDENTITY: &str = "/v1/credentials";
         const IMDS: &str = "/latest/api/token";
-        for (dialled, host, path, dialect) in [
-            (Some(Service::Imds), "169.254.170.23", POD_IDENTITY, Dialect::Imds),
-            (Some(Service::PodIdentity), "169.254.169.254", IMDS, Dialect::PodIdentity),
-            (Some(Service::Ecs), "169.254.170.23", POD_IDENTITY, Dialect::Ecs),
-            (None, "169.254.169.254", IMDS, Dialect::Imds),
-            (None, "169.254.169.254:80", POD_IDENTITY, Dialect::Imds),
-            (None, "[fd00:ec2::254]", POD_IDENTITY, Dialect::Imds),
-            (None, "169.254.170.23", IMDS, Dialect::PodIdentity),
-            (None, "[fd00:ec2::23]:80", IMDS, Dialect::PodIdentity),
-            (None, "169.254.170.2", POD_IDENTITY, Dialect::Ecs),
-            (None, "localhost", POD_IDENTITY, Dialect::PodIdentity),
-            (None, "", POD_IDENTITY, Dialect::PodIdentity),
-            (None, "[", IMDS, Dialect::Imds),
-            (None, "169.254.175.1", IMDS, Dialect::Imds),
+        let own = Some(Service::PodIdentity);
+        for (dialled, to, host, path, dialect) in [
+            (Some(Service::Imds), None, "169.254.170.23", POD_IDENTITY, Dialect::Imds),
+            (Some(Service::PodIdentity), None, "169.254.169.254", IMDS, Dialect::PodIdentity),
+            (Some(Service::Ecs), own, "169.254.170.23", POD_IDENTITY, Dialect::Ecs),
+            (None, None, "169.254.169.254", IMDS, Dialect::Imds),
+            (None, own, "169.254.169.254", IMDS, Dialect::Imds),
+            (None, None, "169.254.169.254:80", POD_IDENTITY, Dialect::Imds),
+            (None, None, "[fd00:ec2::254]", POD_IDENTITY, Dialect::Imds),
+            (None, None, "169.254.170.23", IMDS, Dialect::PodIdentity),
+            (None, None, "[fd00:ec2::23]:80", IMDS, Dialect::PodIdentity),
+            (None, None, "169.254.170.2", POD_IDENTITY, Dialect::Ecs),
+            (None, None, "localhost", POD_IDENTITY, Dialect::PodIdentity),
+            (None, None, "", POD_IDENTITY, Dialect::PodIdentity),
+            (None, None, "[", IMDS, Dialect::Imds),
+            (None, None, "169.254.175.1", IMDS, Dialect::Imds),
+            (None, own, "web.example", IMDS, Dialect::PodIdentity),
+            (None, own, "", IMDS, Dialect::PodIdentity),
         ] {
             let head = head("GET", path, &[("host", host)]);
-            assert_eq!(Dialect::pick(dialled, &head.headers, path), dialect, "{dialled:?}, {host}, {path}");
+            let picked = Dialect::pick(dialled, to, &head.headers, path);
+            assert_eq!(picked, dialect, "{dialled:?}, {to:?}, {host}, {path}");
         }
-        assert_eq!(Dialect::pick(None, &HeaderMap::new(), POD_IDENTITY), Dialect::PodIdentity);
+        assert_eq!(Dialect::pick(None, None, &HeaderMap::new(), POD_IDENTITY), Dialect::PodIdentity);
     }
 }

@@ -81,11 +81,8 @@ pub enum Error {
         uid: PodUid,
     },
     /// The dial came through a network that is not the pod's.
-    #[error("pod {pod} dialled from a network that is not its own, as a mesh's proxy does")]
-    ForeignNetwork {
-        /// The pod, as `namespace/name`.
-        pod: String,
-    },
+    #[error("the connection was dialled by one pod through the network of another, as a mesh's proxy does")]
+    ForeignNetwork,
 }
 
 // === impl CallerResolver ===
@@ -146,7 +143,7 @@ impl CallerResolver {
             }
             verdict => verdict,
         };
-        if verdict == Verdict::Own { Ok(()) } else { Err(Error::ForeignNetwork { pod: pod.full_name() }) }
+        if verdict == Verdict::Own { Ok(()) } else { Err(Error::ForeignNetwork) }
     }
 }
 

@@ -6,17 +6,25 @@
 use std::{
     convert::Infallible,
     net::IpAddr,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
 use agent_common::{
     defence::{Defence, holds},
-    net::Service,
+    net::{Endpoint, Service},
     origin::Origin,
 };
 use hyper::{
-    Request, StatusCode, body::Incoming, http::request::Parts, server::conn::http1, service::service_fn,
+    Request, StatusCode,
+    body::Incoming,
+    header::{CONNECTION, HeaderValue},
+    http::request::Parts,
+    server::conn::http1,
+    service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
@@ -28,7 +36,10 @@ pub mod metrics;
 mod refusal;
 
 pub use self::limit::ConnectionLimit;
-use self::{limit::Whose, metrics::RequestMetrics};
+use self::{
+    limit::{Place, Whose},
+    metrics::RequestMetrics,
+};
 use crate::{
     accept::Accepted,
     credentials::{Credentials, engine::Engine, jwt::SentToken, schedule::Floor, source::CredentialSource},
@@ -45,6 +56,10 @@ use crate::{
 
 /// Every request is answered by then: SDKs give up at one second.
 pub const DEADLINE: Duration = Duration::from_millis(800);
+/// What a request waits for says so much earlier what is missing.
+const MARGIN: Duration = Duration::from_millis(20);
+/// After so many requests a connection is closed. SDKs send a few an hour.
+const REQUESTS_MAX: u32 = 1_000;
 /// How long a request's head may take, and how long a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest head, in bytes: a token has 1 to 2 kB, and nothing else is long.
@@ -71,11 +86,22 @@ pub struct Server<S> {
     pub metrics: RequestMetrics,
 }
 
+/// Counts a request whose caller hangs up: then it is dropped unanswered.
+struct Waiting<'a> {
+    metrics: &'a RequestMetrics,
+    dialect: Dialect,
+    is_answered: bool,
+}
+
 /// A connection and what is known of it: the kernel's word does not change during its life.
 struct Connection {
     origin: Option<Origin>,
     peer: IpAddr,
+    /// The service at whose own address podgate took it; `None` for podgate's own pair.
+    to: Option<Service>,
     dialler: OnceLock<Dialler>,
+    caller: Place,
+    requests: AtomicU32,
     /// Set once the dial is known to be from the pod's own network.
     own_network: OnceLock<()>,
 }
@@ -91,17 +117,24 @@ impl<S: CredentialSource> Server<S> {
         drain: DrainWatch,
     ) -> Option<impl Future<Output = ()> + Send + use<S>> {
         let Accepted { stream, origin, peer } = accepted;
-        let connection = Connection { origin, peer, dialler: OnceLock::new(), own_network: OnceLock::new() };
+        let dialler = origin.as_ref().and_then(|origin| self.resolver.dialler(origin.cgroup_id).ok());
         #[cfg(feature = "undefended")]
-        let connection = self.by_address(connection);
-        let Some(place) = self.connections.enter(self.whose(&connection)) else {
+        let (origin, dialler) = crate::undefended::by_address(peer, origin, dialler);
+        let whose = dialler.as_ref().map_or(Whose::Address(peer), |dialler| Whose::Pod(dialler.uid));
+        let Some(caller) = self.connections.enter(whose) else {
             self.metrics.refused_connections.inc();
             return None;
         };
-        Some(async move {
-            self.connection(stream, connection, drain).await;
-            drop(place);
-        })
+        let connection = Connection {
+            to: to(&stream, origin.as_ref()),
+            origin,
+            peer,
+            dialler: dialler.map(OnceLock::from).unwrap_or_default(),
+            caller,
+            requests: AtomicU32::new(0),
+            own_network: OnceLock::new(),
+        };
+        Some(self.connection(stream, connection, drain))
     }
 
     async fn connection(self: Arc<Self>, stream: TcpStream, connection: Connection, mut drain: DrainWatch) {
@@ -127,33 +160,54 @@ impl<S: CredentialSource> Server<S> {
     async fn request(&self, connection: &Connection, request: Request<Incoming>) -> Response {
         let begun = Instant::now();
         let (head, _) = request.into_parts();
-        let dialect = Dialect::pick(connection.dialled(), &head.headers, head.uri.path());
-        let answer = self.answer(dialect, connection, &head, begun + DEADLINE).await;
-        let (response, outcome) = match answer {
-            Ok(response) => (response, "ok".into()),
-            Err(refusal) => {
-                let response = dialect.refuse(&refusal);
-                log_refusal(connection, dialect, &refusal);
-                (response, refusal.code)
-            }
+        let dialect = Dialect::pick(connection.dialled(), connection.to, &head.headers, head.uri.path());
+        let mut waiting = Waiting { metrics: &self.metrics, dialect, is_answered: false };
+        let answer = self.answer(dialect, connection, &head, begun + DEADLINE - MARGIN);
+        let answer = tokio::time::timeout_at((begun + DEADLINE).into(), answer).await;
+        waiting.is_answered = true;
+        let answer = answer.unwrap_or_else(|_| Err(refusal::slow()));
+        let (mut response, refusal) = match answer {
+            Ok(response) => (response, None),
+            Err(refusal) => (dialect.refuse(&refusal), Some(refusal)),
         };
+        if connection.requests.fetch_add(1, Relaxed) + 1 >= REQUESTS_MAX {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         self.metrics.count(dialect, response.status());
+        self.log(connection, dialect, &response, refusal.as_ref(), begun);
+        // A body is dropped unread; hyper closes the connection rather than take it for the next request.
+        response
+    }
+
+    /// Logs a request, unless its caller has filled the log already: how often it asks is its own affair.
+    fn log(
+        &self,
+        connection: &Connection,
+        dialect: Dialect,
+        response: &Response,
+        refusal: Option<&Refusal>,
+        begun: Instant,
+    ) {
+        let Some(more) = connection.caller.may_log() else { return };
+        if let Some(refusal) = refusal {
+            log_refusal(connection, dialect, refusal);
+        }
+        let outcome = refusal.map_or("ok", |refusal| &refusal.code);
         let uid = connection.uid();
         let pod = uid.and_then(|uid| self.resolver.known(uid));
         info!(
             target: "access",
             dialect = dialect.label(),
             status = response.status().as_u16(),
-            outcome = &*outcome,
+            outcome,
+            more,
             pod.uid = uid.map(tracing::field::display),
             pod.name = pod.as_deref().map(Pod::full_name),
             sa = pod.as_deref().map(|pod| tracing::field::display(&pod.service_account)),
-            process = connection.origin.as_ref().map(|origin| process(&origin.comm, origin.tgid)),
+            process = connection.process(),
             ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             "request"
         );
-        // A body is dropped unread; hyper closes the connection rather than take it for the next request.
-        response
     }
 
     async fn answer(
@@ -201,12 +255,12 @@ impl<S: CredentialSource> Server<S> {
             (None, Some(sent)) => return self.anonymous(connection, sent, deadline).await,
             (Some(pod), Some(sent)) if sent.claims.pod == Some(pod.uid) => (pod, Some(sent)),
             (Some(delegate), Some(sent)) if self.token_delegates.contains(&delegate.service_account) => {
-                return self.delegated(&delegate, sent, deadline).await;
+                return self.delegated(connection, &delegate, sent, deadline).await;
             }
             (Some(_), Some(sent)) if !holds(Defence::TokenOfCaller) => {
                 return self.anonymous(connection, sent, deadline).await;
             }
-            (Some(_), Some(_)) => return Err(refusal::somebody_else_s_token()),
+            (Some(pod), Some(sent)) => return Err(self.foreign_token(connection, &pod, &sent)),
             (Some(pod), None) => {
                 if !self.policy(&pod, deadline).await?.tokenless {
                     return Err(pod_identity::no_token(refusal::TOKENLESS_HINT));
@@ -232,33 +286,68 @@ impl<S: CredentialSource> Server<S> {
         answer.map_err(|error| refusal::credentials(&error, None))
     }
 
+    /// The refusal of a token that is not the caller's own, and word of it: somebody may have stolen it.
+    fn foreign_token(&self, connection: &Connection, pod: &Pod, sent: &SentToken) -> Refusal {
+        self.metrics.count_foreign_token(&pod.service_account);
+        if let Some(more) = connection.caller.may_audit() {
+            let process = connection.process();
+            warn!(
+                target: "audit",
+                process,
+                more,
+                pod.uid = %pod.uid,
+                pod.name = pod.full_name(),
+                sa = %pod.service_account,
+                claimed.uid = sent.claims.pod.map(tracing::field::display),
+                "a pod presented a token that is not its own; what it says of itself is not verified"
+            );
+        }
+        refusal::somebody_else_s_token()
+    }
+
     /// A caller that the operator lets present the tokens of other pods, as CSI drivers do while they fill a pod's volumes.
-    /// Nothing but the token speaks for that pod, so that it is verified here, whatever EKS Auth would say.
     async fn delegated(
         &self,
+        connection: &Connection,
         delegate: &Pod,
         sent: SentToken,
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Refusal> {
-        let verified = self.engine.is_good(&sent).await;
+        let claimed = sent.claims.pod;
+        let presented = self.presented(&sent, deadline).await;
+        self.metrics.count_delegated(&delegate.service_account, presented.is_ok());
+        if let Some(more) = connection.caller.may_audit() {
+            info!(
+                target: "audit",
+                more,
+                delegate = delegate.full_name(),
+                delegate.sa = %delegate.service_account,
+                pod.uid = claimed.map(tracing::field::display),
+                pod.name = presented.as_ref().ok().map(|pod| pod.full_name()),
+                sa = presented.as_ref().ok().map(|pod| tracing::field::display(&pod.service_account)),
+                refused = presented.as_ref().err().map(|refusal| &*refusal.message),
+                "a token delegate presented a pod's token"
+            );
+        }
+        let pod = presented?;
+        let answer = self.engine.for_pod(&pod, Some(sent), Floor::Container, deadline).await;
+        answer.map_err(|error| refusal::credentials(&error, Some(&pod)))
+    }
+
+    /// The pod of this node whose token a delegate presents. Nothing but the token speaks for that pod, so that it is
+    /// verified here, whatever EKS Auth would say.
+    async fn presented(&self, sent: &SentToken, deadline: Instant) -> Result<Arc<Pod>, Refusal> {
+        let verified = self.engine.is_good(sent).await;
         if !verified.map_err(|error| refusal::credentials(&error, None))? {
             return Err(refusal::unverified());
         }
         let uid = sent.claims.pod.ok_or_else(refusal::somebody_else_s_token)?;
         let pod = self.resolver.pod(uid, deadline).await.map_err(|error| refusal::identity(&error))?;
-        let answer = self.engine.for_pod(&pod, Some(sent), Floor::Container, deadline).await;
-        info!(
-            target: "audit",
-            delegate = delegate.full_name(),
-            delegate.sa = %delegate.service_account,
-            pod.uid = %uid,
-            pod.name = pod.full_name(),
-            sa = %pod.service_account,
-            served = answer.is_ok(),
-            "a token delegate presented a pod's token"
-        );
-        self.metrics.count_delegated(&delegate.service_account, answer.is_ok());
-        answer.map_err(|error| refusal::credentials(&error, Some(&pod)))
+        if self.policy(&pod, deadline).await?.pod_identity {
+            Ok(pod)
+        } else {
+            Err(refusal::pod_identity_is_off())
+        }
     }
 
     async fn imds(
@@ -360,30 +449,6 @@ impl<S: CredentialSource> Server<S> {
         }
     }
 
-    /// Whose connection it is, as far as the kernel can tell.
-    fn whose(&self, connection: &Connection) -> Whose {
-        let origin = connection.origin.as_ref();
-        let dialler = origin.and_then(|origin| self.dialler(connection, origin).ok());
-        dialler.map_or(Whose::Address(connection.peer), |dialler| Whose::Pod(dialler.uid))
-    }
-
-    /// Takes the caller for whoever is known at its address.
-    #[cfg(feature = "undefended")]
-    fn by_address(&self, connection: Connection) -> Connection {
-        if holds(Defence::IdentityByTicket) {
-            return connection;
-        }
-        let own = connection
-            .origin
-            .and_then(|origin| Some((origin, self.resolver.dialler(origin.cgroup_id).ok()?)));
-        match crate::undefended::known_at(connection.peer, own) {
-            Some((origin, dialler)) => {
-                Connection { origin: Some(origin), dialler: dialler.into(), ..connection }
-            }
-            None => connection,
-        }
-    }
-
     fn dialler<'a>(&self, connection: &'a Connection, origin: &Origin) -> Result<&'a Dialler, Refusal> {
         if let Some(dialler) = connection.dialler.get() {
             return Ok(dialler);
@@ -393,9 +458,24 @@ impl<S: CredentialSource> Server<S> {
     }
 }
 
+// === impl Waiting ===
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if !self.is_answered {
+            self.metrics.count_abandoned(self.dialect);
+        }
+    }
+}
+
 // === impl Connection ===
 
 impl Connection {
+    /// The process that dialled, as logs name it.
+    fn process(&self) -> Option<String> {
+        self.origin.as_ref().map(|origin| process(&origin.comm, origin.tgid))
+    }
+
     fn uid(&self) -> Option<PodUid> {
         self.dialler.get().map(|dialler| dialler.uid)
     }
@@ -417,6 +497,14 @@ pub fn protocol() -> http1::Builder {
         .max_buf_size(HEAD_MAX)
         .title_case_headers(true);
     protocol
+}
+
+/// The service at whose address a connection was accepted.
+fn to(stream: &TcpStream, origin: Option<&Origin>) -> Option<Service> {
+    match origin {
+        Some(origin) => origin.target.service(),
+        None => stream.local_addr().ok().and_then(|own| Endpoint::new(own.ip(), own.port()).service()),
+    }
 }
 
 /// Whether the pod may read from IMDS here and now. The kernel has asked this when it dialled; it may have changed.
@@ -448,6 +536,7 @@ fn log_refusal(connection: &Connection, dialect: Dialect, refusal: &Refusal) {
         warn!(
             dialect = dialect.label(),
             pod.uid = connection.uid().map(tracing::field::display),
+            process = connection.process(),
             reason = refusal.message,
             "a caller was refused"
         );

@@ -13,6 +13,7 @@ use std::{
 };
 
 use agent_common::{
+    abi::ABI_VERSION,
     defence::{Defence, holds, switch_off},
     origin::Origin,
 };
@@ -25,6 +26,8 @@ use crate::identity::{Dialler, PodUid, Pods};
 
 /// Which defences are off: labels, separated by commas.
 const VARIABLE: &str = "PODGATE_WITHOUT";
+/// The ABI that the pins are to be of.
+const ABI_VARIABLE: &str = "PODGATE_ABI";
 /// The annotation by which the kubelet ties a static pod to its mirror pod.
 const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
@@ -56,12 +59,30 @@ pub(crate) fn warning() -> String {
 
 /// Who is taken for the caller at an address: whoever was there first, as a cache has it that nobody tells that the
 /// address has changed hands.
-pub(crate) fn known_at(peer: IpAddr, own: Option<(Origin, Dialler)>) -> Option<(Origin, Dialler)> {
+pub(crate) fn by_address(
+    peer: IpAddr,
+    origin: Option<Origin>,
+    dialler: Option<Dialler>,
+) -> (Option<Origin>, Option<Dialler>) {
+    if holds(Defence::IdentityByTicket) {
+        return (origin, dialler);
+    }
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    match own {
+    let found = match origin.zip(dialler.clone()) {
         Some(own) => Some(known.entry(peer).or_insert(own).clone()),
         None => known.get(&peer).cloned(),
+    };
+    match found {
+        Some((origin, dialler)) => (Some(origin), Some(dialler)),
+        None => (origin, dialler),
     }
+}
+
+/// Which ABI the pins are of: podgate's, or another one that the environment names, so that an upgrade to another ABI can
+/// be tested before there is one.
+pub(crate) fn abi_version() -> u32 {
+    let other = env::var(ABI_VARIABLE).ok().and_then(|version| version.parse().ok());
+    other.unwrap_or(ABI_VERSION)
 }
 
 /// The pod that says of itself that it stands for a static pod.

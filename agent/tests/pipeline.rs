@@ -3,7 +3,11 @@
 #[path = "pipeline/node.rs"]
 mod node;
 
-use std::time::{Duration, Instant};
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    time::{Duration, Instant},
+};
 
 use agent::policy::ImdsMode;
 use lab::{
@@ -11,6 +15,7 @@ use lab::{
     kube_api::KubeApi,
 };
 use node::{Answer, Node, TestPod};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 
 const IMDS: &str = "169.254.169.254";
 const POD_IDENTITY: &str = "169.254.170.23";
@@ -278,11 +283,83 @@ async fn a_delegate_is_served_by_other_pods_tokens_if_they_are_verified_and_nobo
     let forged = node.cluster.signing_key().forge().sign(&claims);
     claims.kubernetes.pod = None;
     let unbound = node.cluster.sign(&claims);
-    for (token, status) in [(forged, 400), (unbound, 400)] {
+    node.cluster.add_node("n2");
+    let elsewhere = node.pod("far-0", "far", |spec| spec.node = "n2".into()).token(&node);
+    let off = node.pod("off-0", "off", |spec| {
+        spec.token_volume = true;
+        spec.annotations.insert("podgate.dev/pod-identity".into(), "off".into());
+    });
+    let off = off.token(&node);
+    for (token, status) in [(forged, 400), (unbound, 400), (elsewhere, 503), (off, 403)] {
         let answer = ask(&delegate, &token).await;
         assert_eq!(answer.status, status, "{answer:?}");
     }
     assert_eq!(node.eks_auth.calls(), calls);
+    let metrics = node.metrics();
+    for line in [
+        "podgate_delegated_requests_total{namespace=\"app\",service_account=\"csi\",answer=\"served\"} 1",
+        "podgate_delegated_requests_total{namespace=\"app\",service_account=\"csi\",answer=\"refused\"} 4",
+        "podgate_foreign_tokens_total{namespace=\"app\",service_account=\"csi-2\"} 1",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in {metrics}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_carries_so_many_requests_and_then_ends() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = web(&node);
+    node.dial_as(&pod, POD_IDENTITY);
+    let address = node.address;
+    let served = tokio::task::spawn_blocking(move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut answer = [0; 4096];
+        for served in 0_u32..2000 {
+            let sent = stream.write_all(b"GET /elsewhere HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n");
+            let length = sent.and_then(|()| stream.read(&mut answer)).unwrap_or(0);
+            if length == 0 {
+                return served;
+            }
+        }
+        u32::MAX
+    });
+    assert_eq!(served.await.unwrap(), 1000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_on_and_on_and_never_reads_is_cut_off() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = web(&node);
+    node.dial_as(&pod, POD_IDENTITY);
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    sockopt::set_socket_recv_buffer_size(&socket, 2048).unwrap();
+    rustix::net::connect(&socket, &node.address).unwrap();
+    let mut stream = TcpStream::from(socket);
+    let client = stream.local_addr().unwrap();
+    let request = b"GET /elsewhere HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n".repeat(900);
+    stream.write_all(&request).unwrap();
+    // In whatever state: one that is closed with unread answers would stay for minutes.
+    let is_kept = || procfs::net::tcp().unwrap().iter().any(|socket| socket.remote_address == client);
+    let begun = Instant::now();
+    while is_kept() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "it is still there");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_who_does_not_wait_is_counted() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = web(&node);
+    node.faults.set(Service::EksAuth, Fault::Hang);
+    node.dial_as(&pod, POD_IDENTITY);
+    let mut stream = TcpStream::connect(node.address).unwrap();
+    stream.write_all(b"GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n").unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    drop(stream);
+    let line = "podgate_abandoned_requests_total{dialect=\"pod-identity\"} 1";
+    node.until(|| async { node.metrics().contains(line) }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@ use hyper::{StatusCode, http::request::Parts};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{Refusal, Response, imds::whole_seconds, must_read, pod_identity};
+use super::{Refusal, Response, check_framing, imds::whole_seconds, must_read, pod_identity};
 use crate::credentials::{Credentials, jwt::SentToken};
 
 #[derive(Serialize)]
@@ -23,7 +23,7 @@ struct Body<'a> {
 /// What a request asks: always for credentials, with the token it sent, if any. Whatever follows the path is
 /// the client's own.
 pub fn ask(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
-    pod_identity::check_framing(head)?;
+    check_framing(head)?;
     let path = head.uri.path();
     let below = path.strip_prefix(pod_identity::PATH);
     if !below.is_some_and(|below| below.is_empty() || below.starts_with('/')) {

@@ -3,14 +3,20 @@
 //! Serves the caller's own role, and of the instance an exact list of paths: user-data, signatures, addresses and the
 //! instance's own identity do not exist here.
 
+use std::net::IpAddr;
+
+use agent_common::defence::{Defence, holds};
 use hyper::{
     HeaderMap, Method, StatusCode,
-    header::{EXPECT, HeaderName, HeaderValue, SERVER},
+    header::{EXPECT, HeaderName, HeaderValue, ORIGIN, SERVER},
     http::request::Parts,
 };
 use serde::Serialize;
 
-use super::{Refusal, Response, forwarded, is_forwarded, must_read, respond, wrong_method};
+use super::{
+    Refusal, Response, check_framing, forwarded, host_name, hosts, is_forwarded, must_read, respond,
+    wrong_method,
+};
 use crate::{credentials::Credentials, instance::Instance};
 
 mod path;
@@ -20,6 +26,11 @@ pub use self::path::{Fact, ReadPath};
 const TOKEN_PATH: &str = "/latest/api/token";
 const TTL_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token-ttl-seconds");
 const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
+/// What browsers add to a page's requests.
+const PAGE_HEADERS: [HeaderName; 2] =
+    [HeaderName::from_static("sec-fetch-site"), HeaderName::from_static("sec-fetch-mode")];
+/// What EC2's own resolver calls the service.
+const NAMES: [&str; 2] = ["instance-data", "instance-data.ec2.internal"];
 /// Six hours.
 const TTL_MAX: u32 = 21_600;
 /// IAM gives no such id.
@@ -82,6 +93,15 @@ struct Document<'a> {
 
 /// Reads a request's head.
 pub fn ask(head: &Parts) -> Result<Ask<'_>, Refusal> {
+    check_framing(head)?;
+    if holds(Defence::WebPages) && is_of_a_web_page(head) {
+        return Err(Refusal::new(
+            StatusCode::FORBIDDEN,
+            "AccessDenied",
+            "requests of web pages, and to other names than an address, instance-data or instance-data.ec2.internal, are \
+             not answered: any name may be made to lead here",
+        ));
+    }
     if head.headers.get(EXPECT).is_some_and(|expect| !expect.is_empty()) {
         return Err(Refusal::new(
             StatusCode::EXPECTATION_FAILED,
@@ -104,6 +124,19 @@ pub fn ask(head: &Parts) -> Result<Ask<'_>, Refusal> {
     // A header that is not text is a token that is not valid.
     let session = session.map(|token| token.to_str().unwrap_or(""));
     Ok(Ask::Read { session, path: ReadPath::parse(path) })
+}
+
+/// Whether a browser may have made the request for a page of somebody's, whose name leads here by now (DNS rebinding).
+/// Browsers say so on every PUT, and have that name for a host. EC2 asks for nothing of the kind; its clients send
+/// nothing of the kind either, and dial an address.
+fn is_of_a_web_page(head: &Parts) -> bool {
+    let is_said =
+        head.headers.contains_key(ORIGIN) || PAGE_HEADERS.iter().any(|name| head.headers.contains_key(name));
+    let is_ours = |host: &str| {
+        let name = host_name(host);
+        name.is_empty() || name.parse::<IpAddr>().is_ok() || NAMES.contains(&name)
+    };
+    is_said || !hosts(head).all(is_ours)
 }
 
 /// A session token.

@@ -7,14 +7,14 @@ use agent_common::{
     net::{POD_IDENTITY_V4, POD_IDENTITY_V6},
 };
 use hyper::{
-    StatusCode, Version,
-    header::{AUTHORIZATION, HOST, HeaderName, HeaderValue},
-    http::{request::Parts, uri::Authority},
+    StatusCode,
+    header::{AUTHORIZATION, HeaderName, HeaderValue},
+    http::request::Parts,
 };
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{Refusal, Response, must_read, respond};
+use super::{Refusal, Response, check_framing, host_name, hosts, must_read, respond};
 use crate::{
     credentials::{
         Credentials,
@@ -25,6 +25,8 @@ use crate::{
 
 /// The only path.
 pub const PATH: &str = "/v1/credentials";
+/// So much of a wrong host is repeated: the longest name that there is.
+const HOST_TOLD: usize = 255;
 
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -106,39 +108,14 @@ fn bad_token(error: &jwt::Error) -> Refusal {
     Refusal::new(StatusCode::BAD_REQUEST, "InvalidToken", error.to_string())
 }
 
-/// A request must name one host, and nothing that is none: the rules of Go's server, which the stock agent is made with.
-pub(super) fn check_framing(head: &Parts) -> Result<(), Refusal> {
-    let mut hosts = head.headers.get_all(HOST).iter();
-    let wrong = match (hosts.next(), hosts.next()) {
-        (None, _) if head.version == Version::HTTP_11 => "missing required Host header",
-        (Some(_), Some(_)) => "too many Host headers",
-        (Some(host), None) if !host.as_bytes().iter().all(|byte| is_of_host(*byte)) => {
-            "malformed Host header"
-        }
-        _ => return Ok(()),
-    };
-    Err(Refusal::new(StatusCode::BAD_REQUEST, "BadRequest", format!("400 Bad Request: {wrong}")))
-}
-
-fn is_of_host(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!$%&'()*+,-.:;=[]_~".contains(&byte)
-}
-
 /// A page on the web whose name resolves to our address must not reach us with the browser's help. The stock
 /// agent compares text: no other spelling of an address is taken.
 pub(super) fn check_host(head: &Parts, addresses: &[IpAddr]) -> Result<(), Refusal> {
-    // One in the request line and one in the header must both be right: others may read the other.
-    let header = head.headers.get(HOST).map(|host| host.to_str().unwrap_or(""));
-    let line = head.uri.authority().map(Authority::as_str);
-    if line.is_none() && header.is_none() {
-        return check_name("", addresses);
-    }
-    line.into_iter().chain(header).try_for_each(|host| check_name(host, addresses))
+    hosts(head).try_for_each(|host| check_name(host, addresses))
 }
 
 fn check_name(host: &str, addresses: &[IpAddr]) -> Result<(), Refusal> {
-    let name = without_port(host);
-    let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    let name = host_name(host);
     let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
     if addresses.iter().any(|address| address == name) || !holds(Defence::HostHeader) {
         return Ok(());
@@ -147,22 +124,11 @@ fn check_name(host: &str, addresses: &[IpAddr]) -> Result<(), Refusal> {
         StatusCode::FORBIDDEN,
         "AccessDenied",
         format!(
-            "Access Denied. Called agent through invalid address, please use either [{}] address not {name}",
-            addresses.join(" ")
+            "Access Denied. Called agent through invalid address, please use either [{}] address not {}",
+            addresses.join(" "),
+            name.get(..HOST_TOLD).unwrap_or(name)
         ),
     ))
-}
-
-/// What is before the port, whatever that says; all of it where Go's `SplitHostPort` would find no port.
-fn without_port(host: &str) -> &str {
-    let split = match host.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').and_then(|(name, port)| Some((name, port.strip_prefix(':')?))),
-        None => host.split_once(':'),
-    };
-    match split {
-        Some((name, port)) if !name.contains(['[', ']']) && !port.contains([':', '[', ']']) => name,
-        _ => host,
-    }
 }
 
 #[cfg(test)]

@@ -1,11 +1,15 @@
-//! How many connections a caller may have open, so that none takes the agent's descriptors and memory from the others.
+//! What a caller may take of the agent: connections, and lines of its log.
 //!
 //! Owns the counts; never closes a connection, never asks whose it is.
 
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    },
+    time::Instant,
 };
 
 use agent_common::defence::{Defence, holds};
@@ -14,6 +18,10 @@ use crate::identity::PodUid;
 
 /// Most connections of one caller. An SDK has one or two for each process, and for some milliseconds.
 const CONNECTIONS_MAX: u32 = 256;
+/// Most lines of one caller in a second, and most of them in its audit.
+const LINES_MAX: u32 = 20;
+/// Callers without connections that are remembered, so that what they have logged counts when they come again.
+const REMEMBERED: usize = 2048;
 
 /// Whose connections are counted together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,15 +32,29 @@ pub(super) enum Whose {
     Address(IpAddr),
 }
 
-/// Counts open connections. Clones share the counts.
+/// Counts what callers take. Clones share the counts.
 #[derive(Clone, Debug, Default)]
-pub struct ConnectionLimit(Arc<Mutex<HashMap<Whose, u32>>>);
+pub struct ConnectionLimit(Arc<Mutex<HashMap<Whose, Arc<Caller>>>>);
 
 /// One connection's place; it is free again when this is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
-    limit: ConnectionLimit,
-    whose: Whose,
+pub(super) struct Place(Arc<Caller>);
+
+#[derive(Debug, Default)]
+struct Caller {
+    connections: AtomicU32,
+    log: Lines,
+    audit: Lines,
+}
+
+/// Lines of one second.
+#[derive(Debug)]
+struct Lines {
+    since: Instant,
+    /// The second since then, and how many lines it has: 32 bits each.
+    window: AtomicU64,
+    /// Lines that were not written.
+    left_out: AtomicU64,
 }
 
 // === impl ConnectionLimit ===
@@ -40,36 +62,71 @@ pub(super) struct Place {
 impl ConnectionLimit {
     /// Takes a place; `None` when all are taken.
     pub(super) fn enter(&self, whose: Whose) -> Option<Place> {
-        let mut counts = self.counts();
-        let count = counts.entry(whose).or_default();
-        if *count >= CONNECTIONS_MAX && holds(Defence::ConnectionLimit) {
+        let mut callers = self.callers();
+        if callers.len() >= REMEMBERED && !callers.contains_key(&whose) {
+            callers.retain(|_, caller| caller.connections.load(Relaxed) > 0);
+        }
+        let caller = callers.entry(whose).or_default();
+        // Others only give back meanwhile: places are taken under the lock.
+        if caller.connections.load(Relaxed) >= CONNECTIONS_MAX && holds(Defence::ConnectionLimit) {
             return None;
         }
-        *count += 1;
-        Some(Place { limit: self.clone(), whose })
+        caller.connections.fetch_add(1, Relaxed);
+        Some(Place(Arc::clone(caller)))
     }
 
-    fn counts(&self) -> MutexGuard<'_, HashMap<Whose, u32>> {
+    fn callers(&self) -> MutexGuard<'_, HashMap<Whose, Arc<Caller>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 // === impl Place ===
 
+impl Place {
+    /// Whether a line may be logged, and how many were not since the last one.
+    pub(super) fn may_log(&self) -> Option<u64> {
+        self.0.log.one_more(Instant::now())
+    }
+
+    /// The same for the audit, apart from the rest: nobody hides in what else it does.
+    pub(super) fn may_audit(&self) -> Option<u64> {
+        self.0.audit.one_more(Instant::now())
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut counts = self.limit.counts();
-        if let Some(count) = counts.get_mut(&self.whose) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.whose);
-            }
+        self.0.connections.fetch_sub(1, Relaxed);
+    }
+}
+
+// === impl Lines ===
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self { since: Instant::now(), window: AtomicU64::new(0), left_out: AtomicU64::new(0) }
+    }
+}
+
+impl Lines {
+    fn one_more(&self, now: Instant) -> Option<u64> {
+        let second = now.duration_since(self.since).as_secs() << 32;
+        let count = |window: u64| if window & !u64::from(u32::MAX) == second { window } else { second };
+        let before =
+            self.window.fetch_update(Relaxed, Relaxed, |window| Some(count(window).saturating_add(1)));
+        let lines = count(before.unwrap_or_else(|window| window)) & u64::from(u32::MAX);
+        if lines < u64::from(LINES_MAX) {
+            return Some(self.left_out.swap(0, Relaxed));
         }
+        self.left_out.fetch_add(1, Relaxed);
+        None
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn address(last: u8) -> Whose {
@@ -87,7 +144,31 @@ mod tests {
         let again = limit.enter(address(1));
         assert!(again.is_some());
         assert!(limit.enter(address(1)).is_none());
-        drop((places, other, again));
-        assert!(limit.counts().is_empty(), "nothing is kept of who is gone");
+    }
+
+    #[test]
+    fn callers_who_are_gone_are_forgotten_before_there_are_too_many() {
+        let limit = ConnectionLimit::default();
+        let staying = limit.enter(address(1)).unwrap();
+        for number in 0..2 * u32::try_from(REMEMBERED).unwrap() {
+            limit.enter(Whose::Address(IpAddr::from(number.to_be_bytes()))).unwrap();
+        }
+        assert!(limit.callers().len() <= REMEMBERED);
+        assert!(limit.callers().contains_key(&address(1)));
+        drop(staying);
+    }
+
+    #[test]
+    fn a_caller_has_so_many_lines_a_second_and_those_left_out_are_told() {
+        let lines = Lines::default();
+        let at = |millis| lines.since + Duration::from_millis(millis);
+        for millis in 0..u64::from(LINES_MAX) {
+            assert_eq!(lines.one_more(at(millis)), Some(0));
+        }
+        for _ in 0..3 {
+            assert_eq!(lines.one_more(at(900)), None);
+        }
+        assert_eq!(lines.one_more(at(1000)), Some(3));
+        assert_eq!(lines.one_more(at(1001)), Some(0));
     }
 }

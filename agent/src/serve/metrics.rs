@@ -17,6 +17,8 @@ pub struct RequestMetrics {
     requests: Family<RequestLabels, Counter>,
     imds_v1: Family<WhoseLabels, Counter>,
     delegated: Family<WhoseLabels, Counter>,
+    foreign_tokens: Family<AccountLabels, Counter>,
+    abandoned: Family<DialectLabels, Counter>,
     /// Connections beyond what a caller may have open.
     pub refused_connections: Counter,
 }
@@ -25,6 +27,17 @@ pub struct RequestMetrics {
 struct RequestLabels {
     dialect: &'static str,
     status: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DialectLabels {
+    dialect: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AccountLabels {
+    namespace: String,
+    service_account: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -52,6 +65,16 @@ impl RequestMetrics {
             metrics.delegated.clone(),
         );
         registry.register(
+            "podgate_foreign_tokens",
+            "Requests with another pod's token, by who presented it and may not (unstable)",
+            metrics.foreign_tokens.clone(),
+        );
+        registry.register(
+            "podgate_abandoned_requests",
+            "Requests whose caller hung up before the answer (unstable)",
+            metrics.abandoned.clone(),
+        );
+        registry.register(
             "podgate_refused_connections",
             "Connections beyond what a caller may have open (unstable)",
             metrics.refused_connections.clone(),
@@ -73,6 +96,18 @@ impl RequestMetrics {
     /// Counts one token of another pod, presented by a delegate.
     pub fn count_delegated(&self, delegate: &ServiceAccountRef, is_served: bool) {
         self.delegated.get_or_create(&WhoseLabels::new(delegate, is_served)).inc();
+    }
+
+    /// Counts one token of another pod, presented by who may not.
+    pub fn count_foreign_token(&self, whose: &ServiceAccountRef) {
+        let labels =
+            AccountLabels { namespace: whose.namespace.clone(), service_account: whose.name.clone() };
+        self.foreign_tokens.get_or_create(&labels).inc();
+    }
+
+    /// Counts one caller who did not wait for the answer.
+    pub fn count_abandoned(&self, dialect: Dialect) {
+        self.abandoned.get_or_create(&DialectLabels { dialect: dialect.label() }).inc();
     }
 }
 

@@ -21,7 +21,7 @@ pub(super) fn identity(error: &IdentityError) -> Refusal {
         | IdentityError::StaticPod { .. } => (StatusCode::FORBIDDEN, "AccessDenied"),
         IdentityError::CgroupPath { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
         IdentityError::PodUnknown { .. } => (StatusCode::SERVICE_UNAVAILABLE, "PodUnknown"),
-        IdentityError::ForeignNetwork { .. } => (StatusCode::FORBIDDEN, "ForeignNetwork"),
+        IdentityError::ForeignNetwork => (StatusCode::FORBIDDEN, "ForeignNetwork"),
     };
     Refusal::new(status, code, error.to_string())
 }
@@ -36,7 +36,9 @@ pub(super) fn credentials(error: &CredentialsError, pod: Option<&Pod>) -> Refusa
             error.code.clone(),
             format!("{}{}{whose}", service_text(error), advice(&error.code)),
         ),
-        CredentialsError::Unreachable { .. } | CredentialsError::BadAnswer { .. } => {
+        CredentialsError::Unreachable { .. }
+        | CredentialsError::BadAnswer { .. }
+        | CredentialsError::Mismatch { .. } => {
             Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "Unavailable", format!("[]: {error}{whose}"))
         }
         CredentialsError::NodeCredentials { .. } => {
@@ -80,6 +82,11 @@ pub(super) fn pod_identity_is_off() -> Refusal {
         "AccessDenied",
         "podgate does not serve EKS Pod Identity to this pod: podgate.dev/pod-identity is off for it",
     )
+}
+
+/// Nothing that the request waits for has come. Whoever tries again finds it, or the reason.
+pub(super) fn slow() -> Refusal {
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "Slow", "it takes too long; try again")
 }
 
 /// Nobody vouches for the caller.

@@ -83,7 +83,7 @@ async fn converse(dialled: Option<Service>, bytes: &[u8]) -> Vec<u8> {
 }
 
 fn answer(dialled: Option<Service>, head: &Parts) -> Response {
-    let dialect = Dialect::pick(dialled, &head.headers, head.uri.path());
+    let dialect = Dialect::pick(dialled, None, &head.headers, head.uri.path());
     let response = match dialect {
         Dialect::PodIdentity => pod_identity::ask(head, Timestamp::UNIX_EPOCH).map(|_| {
             assert_reads_credentials(head);

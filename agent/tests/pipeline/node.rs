@@ -41,6 +41,7 @@ use lab::{
     imds::NodeCredentials,
     kube_api::{KubeApi, KubeUser},
 };
+use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 
 pub(crate) const CLUSTER: &str = "lab";
@@ -57,6 +58,7 @@ pub(crate) struct Node {
     pub(crate) faults: Faults,
     pub(crate) kubelet: tempfile::TempDir,
     _kube_api: KubeApi,
+    registry: Registry,
     origins: Arc<FakeOrigins>,
     cgroups: Arc<FakeCgroups>,
     drain: Option<Drain>,
@@ -115,6 +117,7 @@ impl Node {
         let policies = Policies { defaults: config.defaults, namespaces: Arc::default() };
         let namespaces = Arc::clone(&policies.namespaces);
         let (_, instance) = watch::channel(Instance::default());
+        let mut registry = Registry::default();
         let server = Server {
             policies,
             resolver,
@@ -128,7 +131,7 @@ impl Node {
             token_delegates: config.token_delegates.clone(),
             instance,
             connections: ConnectionLimit::default(),
-            metrics: RequestMetrics::default(),
+            metrics: RequestMetrics::register(&mut registry),
         };
         let (events, mut received) = mpsc::channel(64);
         let of_namespaces = events.clone();
@@ -144,6 +147,7 @@ impl Node {
             faults,
             kubelet,
             _kube_api: kube_api,
+            registry,
             origins,
             cgroups,
             drain: Some(drain),
@@ -222,6 +226,13 @@ impl Node {
 
     pub(crate) async fn get(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
         self.request("GET", path, headers).await
+    }
+
+    /// The agent's own metrics of requests, as text.
+    pub(crate) fn metrics(&self) -> String {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry).unwrap();
+        text
     }
 
     /// Waits until something holds, which it must within a second.
