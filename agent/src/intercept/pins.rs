@@ -13,7 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, SHARED_DIRECTORY, map};
+#[cfg(not(feature = "undefended"))]
+use agent_common::abi::ABI_VERSION;
+use agent_common::abi::{PIN_DIRECTORY, SHARED_DIRECTORY, map};
 use rustix::fs::{FlockOperation, flock};
 
 use super::Error;
@@ -48,7 +50,11 @@ impl Pins {
     /// Makes the directories, private to root, where they are not there yet.
     pub(super) fn open(bpffs: &Path) -> Result<Self, Error> {
         let root = bpffs.join(PIN_DIRECTORY);
-        let own = root.join(format!("v{ABI_VERSION}"));
+        #[cfg(not(feature = "undefended"))]
+        let abi = ABI_VERSION;
+        #[cfg(feature = "undefended")]
+        let abi = crate::undefended::abi_version();
+        let own = root.join(format!("v{abi}"));
         let pins = Self { root, own };
         let shared = pins.root.join(SHARED_DIRECTORY);
         let maps = [pins.own.join(MAPS), shared.join(MAPS)];
