@@ -45,7 +45,7 @@ struct Entry<'a> {
 }
 
 /// With room for the seal, so that no copy of a secret stays behind when it grows.
-pub(super) fn encode(entries: &[HandedOver]) -> serde_json::Result<Zeroizing<Vec<u8>>> {
+pub(crate) fn encode(entries: &[HandedOver]) -> serde_json::Result<Zeroizing<Vec<u8>>> {
     let size = |entry: &HandedOver| ENTRY + entry.credentials.session_token.expose().len();
     let room = entries.iter().map(size).sum::<usize>() + SEAL;
     let mut bytes = Zeroizing::new(Vec::with_capacity(room));

@@ -29,6 +29,7 @@ use crate::{
         imds_token::ImdsTokens,
         pod_identity,
     },
+    handover::wire,
     identity::{cgroup, pods::TOKEN_VOLUME},
     instance::Instance,
     intercept, maps,
@@ -219,6 +220,15 @@ pub fn record(bytes: &[u8]) {
     }
 }
 
+/// Credentials as another agent hands them over: what is taken would be given on in the same way.
+#[expect(clippy::expect_used, reason = "test code")]
+pub fn handed_over(bytes: &[u8]) {
+    if let Some(entries) = wire::decode(bytes) {
+        let given = wire::encode(&entries).expect("JSON");
+        assert_eq!(wire::decode(&given), Some(entries));
+    }
+}
+
 /// The type information of a map, its length before it, and a value.
 pub fn map_value(bytes: &[u8]) {
     let Some((length, rest)) = bytes.split_first_chunk() else { return };
@@ -246,9 +256,10 @@ mod tests {
     /// A fuzz target's name, and its function.
     type Target = (&'static str, fn(&[u8]));
 
-    const OUTSIDE: [Target; 9] = [
+    const OUTSIDE: [Target; 10] = [
         ("annotations", annotations),
         ("cgroup_path", cgroup_path),
+        ("handed_over", handed_over),
         ("http_head", http_head),
         ("imds_token", imds_token),
         ("jwt", jwt),
