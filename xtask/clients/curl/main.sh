@@ -19,6 +19,9 @@ resolve() {
     elif [ -n "${AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE:-}" ]; then
         source=container
         ask -H "Authorization: $(cat "$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")" "$AWS_CONTAINER_CREDENTIALS_FULL_URI"
+    elif [ -n "${AWS_CONTAINER_AUTHORIZATION_TOKEN:-}" ]; then
+        source=container
+        ask -H "Authorization: $AWS_CONTAINER_AUTHORIZATION_TOKEN" "$AWS_CONTAINER_CREDENTIALS_FULL_URI"
     elif [ -n "${AWS_CONTAINER_CREDENTIALS_FULL_URI:-}" ]; then
         source=container
         ask "$AWS_CONTAINER_CREDENTIALS_FULL_URI"

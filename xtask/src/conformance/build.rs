@@ -197,9 +197,10 @@ impl Language {
                 pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
                 cmd::run(name, pip.args(["-r", "requirements.txt"]).current_dir(directory))
             }
+            // One directory for all: what they have in common is built once.
             Self::Rust => cmd::run(
                 name,
-                ebpf::cargo().current_dir(directory).args(["build", "--release", "--target-dir", "target"]),
+                ebpf::cargo().current_dir(directory).args(["build", "--target-dir"]).arg(rust_directory()),
             ),
         }
     }
@@ -225,11 +226,15 @@ impl Language {
             Self::Node => vec![program("node")?, file("main.js")],
             Self::Python => vec![file("venv/bin/python"), file("main.py")],
             Self::Ruby => vec![program("ruby")?, file("main.rb")],
-            Self::Rust => vec![file("target/release").join(name)],
+            Self::Rust => vec![rust_directory().join("debug").join(name)],
             Self::Shell => vec![program("sh")?, file("main.sh")],
         };
         Ok(argv.iter().map(|word| word.display().to_string()).collect())
     }
+}
+
+fn rust_directory() -> PathBuf {
+    ebpf::target_directory().join("clients/rust")
 }
 
 /// Everything that decides what a build comes to.

@@ -46,7 +46,9 @@ pub(super) struct GivesUp {
 const V1_ONLY: &str = "speaks IMDSv1 only";
 const OLD: &str = "older than Pod Identity: takes no such host, and stops";
 const IMDS_V4_ONLY: &str = "dials IMDS over IPv4 only";
-const NO_V6_URI: &str = "takes no IPv6 address in the URI, and goes on to IMDS over IPv4";
+const GOES_ON_V4: &str = "takes no such host, and goes on to IMDS over IPv4";
+const GOES_ON: &str = "older than Pod Identity: goes on to IMDS, where the driver has no role";
+const ONLY_WITH_FILE: &str = "takes no such host, and stops, unless there is a token file";
 
 /// All of them.
 pub(super) static CLIENTS: &[Client] = &[
@@ -69,7 +71,7 @@ pub(super) static CLIENTS: &[Client] = &[
         ..Client::new("py-boto3-1.9", Language::Python, 0.1, 0.1)
     },
     Client { shows_reason: true, ..Client::new("py-awscli1", Language::Python, 3.9, 4.3) },
-    Client::new("py-awscrt", Language::Python, 1.0, 3.0),
+    Client::new("py-awscrt", Language::Python, 0.2, 2.4),
     Client { keeps: true, ..Client::new("js-sdk3", Language::Node, 3.1, 3.1) },
     Client {
         like: Some("js-sdk3"),
@@ -77,7 +79,7 @@ pub(super) static CLIENTS: &[Client] = &[
         ..Client::new("js-sdk3-old", Language::Node, 0.1, 0.1)
     },
     Client {
-        cannot: &[(Column::PodIdentity6, NO_V6_URI)],
+        cannot: &[(Column::PodIdentity6, GOES_ON_V4)],
         ..Client::new("js-sdk2", Language::Node, 0.1, 0.1)
     },
     Client {
@@ -85,7 +87,8 @@ pub(super) static CLIENTS: &[Client] = &[
         cannot: &[
             (Column::ImdsV2, V1_ONLY),
             (Column::Imds6, IMDS_V4_ONLY),
-            (Column::PodIdentity6, NO_V6_URI),
+            (Column::PodIdentity6, GOES_ON_V4),
+            (Column::Delegate, GOES_ON),
         ],
         ..Client::new("js-sdk2-old", Language::Node, 0.1, 0.1)
     },
@@ -102,7 +105,14 @@ pub(super) static CLIENTS: &[Client] = &[
         ],
         ..Client::new("go-sdk1-old", Language::Go, 0.1, 0.4)
     },
-    Client::new("go-minio", Language::Go, 1.0, 1.0),
+    Client {
+        cannot: &[
+            (Column::NoToken, ONLY_WITH_FILE),
+            (Column::Imds6, IMDS_V4_ONLY),
+            (Column::Delegate, ONLY_WITH_FILE),
+        ],
+        ..Client::new("go-minio", Language::Go, 0.1, 0.1)
+    },
     Client { keeps: true, ..Client::new("java-sdk2", Language::Java, 0.5, 1.4) },
     Client {
         keeps: true,
@@ -117,12 +127,16 @@ pub(super) static CLIENTS: &[Client] = &[
         cannot: &[
             (Column::ImdsV2, V1_ONLY),
             (Column::Imds6, IMDS_V4_ONLY),
-            (Column::PodIdentity6, NO_V6_URI),
+            (Column::PodIdentity6, GOES_ON_V4),
+            (Column::Delegate, GOES_ON),
         ],
         ..Client::new("rust-rusoto", Language::Rust, 0.1, 0.1)
     },
     Client::new("rust-object-store", Language::Rust, 1.0, 1.0),
-    Client::new("ruby-sdk3", Language::Ruby, 1.0, 1.0),
+    Client {
+        cannot: &[(Column::PodIdentity6, GOES_ON_V4), (Column::Delegate, GOES_ON)],
+        ..Client::new("ruby-sdk3", Language::Ruby, 0.1, 0.1)
+    },
 ];
 
 // === impl Client ===
@@ -147,7 +161,7 @@ impl Client {
 
     /// Why it cannot do what the column asks, if so.
     pub(super) fn cannot(&self, column: Column) -> Option<&'static str> {
-        let column = column.same_way_as();
-        self.cannot.iter().find(|(other, _)| *other == column).map(|(_, why)| *why)
+        let is_it = |other| other == column || other == column.same_way_as();
+        self.cannot.iter().find(|(other, _)| is_it(*other)).map(|(_, why)| *why)
     }
 }

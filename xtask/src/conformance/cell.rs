@@ -11,7 +11,7 @@ use super::{
 };
 
 /// A busy machine may make a client take so many times as long as it was seen to, and so many seconds more.
-const SLACK: (f64, f64) = (2.0, 3.0);
+const SLACK: (f64, f64) = (3.0, 5.0);
 
 /// A cell.
 #[derive(Clone, Debug, Serialize)]
@@ -144,8 +144,7 @@ fn judge(
     seconds: f64,
 ) -> Judged {
     let cannot = client.cannot(column);
-    let is_injected = column.same_way_as() == Column::Webhook;
-    let must_show = client.shows_reason && cannot.is_none() && is_injected;
+    let must_show = client.shows_reason && cannot.is_none() && column.is_injected();
     let wrong = |why: String| (Verdict::Wrong, Some(why));
     match (column.best(), owner) {
         (_, Some(Owner::Other(whose))) => wrong(format!("has the role of {whose}")),
@@ -159,7 +158,9 @@ fn judge(
             Some(why) => (Verdict::Cannot, Some(why.to_owned())),
             None => wrong(format!("has no credentials: {said}")),
         },
-        (Best::Untouched, None) if !is_injected => wrong(format!("does not see the node's own IMDS: {said}")),
+        (Best::Untouched, None) if !column.is_injected() => {
+            wrong(format!("does not see the node's own IMDS: {said}"))
+        }
         (Best::Refusal, None) if must_show && !shows_reason => {
             wrong(format!("does not show why it is refused: {said}"))
         }

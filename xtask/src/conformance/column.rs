@@ -4,6 +4,8 @@
 
 use lab::{EnvKind, PodSpec};
 
+const FULL_URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI=http://169.254.170.23/v1/credentials";
+
 /// A situation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Column {
@@ -21,6 +23,8 @@ pub(super) enum Column {
     Imds6,
     /// What the webhook injects there.
     PodIdentity6,
+    /// What a CSI driver does: a pod that may presents another pod's token.
+    Delegate,
     /// Nothing injected; one agent takes over from another between two resolutions.
     Restart,
     /// Credentials near their end; the client must have fresh ones all the time.
@@ -70,7 +74,7 @@ pub(super) enum PodKind {
 // === impl Column ===
 
 impl Column {
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 16] = [
         Self::ImdsV2,
         Self::ImdsV1,
         Self::Webhook,
@@ -78,6 +82,7 @@ impl Column {
         Self::Ecs,
         Self::Imds6,
         Self::PodIdentity6,
+        Self::Delegate,
         Self::Restart,
         Self::Refresh,
         Self::StrangerImds,
@@ -98,6 +103,7 @@ impl Column {
             Self::Ecs => "ECS",
             Self::Imds6 => "IMDS, IPv6",
             Self::PodIdentity6 => "webhook, IPv6",
+            Self::Delegate => "as CSI driver",
             Self::Restart => "agent upgraded",
             Self::Refresh => "refresh",
             Self::StrangerImds => "no role, IMDS",
@@ -121,20 +127,31 @@ impl Column {
     /// The column where a client is asked the same way, and first.
     pub(super) const fn same_way_as(self) -> Self {
         match self {
-            Self::StrangerWebhook | Self::KilledWebhook | Self::AuditWebhook | Self::Refresh => Self::Webhook,
+            Self::StrangerWebhook
+            | Self::KilledWebhook
+            | Self::AuditWebhook
+            | Self::Refresh
+            | Self::Delegate => Self::Webhook,
             Self::Restart | Self::StrangerImds | Self::KilledImds | Self::AuditImds => Self::ImdsV1,
             other => other,
         }
     }
 
-    /// In which of its pods a client is asked.
+    /// Whether clients go to the container's endpoint, with a token.
+    pub(super) const fn is_injected(self) -> bool {
+        matches!(self.same_way_as(), Self::Webhook | Self::PodIdentity6)
+    }
+
+    /// For which of its pods a client asks.
     pub(super) const fn pod(self) -> PodKind {
         match self {
             Self::ImdsV2 => PodKind::Plain,
             Self::ImdsV1 | Self::NoToken | Self::Ecs | Self::Imds6 | Self::Restart | Self::KilledImds => {
                 PodKind::V1
             }
-            Self::Webhook | Self::PodIdentity6 | Self::KilledWebhook | Self::Refresh => PodKind::Injected,
+            Self::Webhook | Self::PodIdentity6 | Self::KilledWebhook | Self::Refresh | Self::Delegate => {
+                PodKind::Injected
+            }
             Self::StrangerImds | Self::StrangerWebhook => PodKind::Stranger,
             Self::AuditImds | Self::AuditWebhook => PodKind::Audited,
         }
@@ -142,12 +159,14 @@ impl Column {
 
     /// What is injected, and what else is in the environment.
     pub(super) const fn environment(self) -> (EnvKind, &'static [&'static str]) {
+        if matches!(self, Self::Delegate) {
+            // The token is another pod's.
+            return (EnvKind::None, &[FULL_URI]);
+        }
         match self.same_way_as() {
+            Self::NoToken => (EnvKind::None, &[FULL_URI]),
             Self::Webhook | Self::PodIdentity6 => (EnvKind::Webhook, &[]),
             Self::Ecs => (EnvKind::Ecs, &[]),
-            Self::NoToken => {
-                (EnvKind::None, &["AWS_CONTAINER_CREDENTIALS_FULL_URI=http://169.254.170.23/v1/credentials"])
-            }
             Self::Imds6 => (EnvKind::None, &["AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6"]),
             // For curl, which would use the newer one.
             Self::ImdsV1 => (EnvKind::None, &["IMDS=v1"]),

@@ -5,15 +5,13 @@
 use std::{process::Stdio, time::Duration};
 
 use anyhow::{Context as _, bail};
-use lab::{Lab, Pod};
+use lab::{EnvKind, Lab, Pod};
 use serde::Deserialize;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout},
     time::timeout,
 };
-
-use super::column::Column;
 
 /// Longer than any client here may take, started on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -47,19 +45,8 @@ pub(super) struct Running {
 
 impl Running {
     /// Starts a client, which resolves at once.
-    pub(super) fn start(
-        lab: &Lab,
-        pod: &Pod,
-        column: Column,
-        command: &[String],
-        arguments: &[&str],
-    ) -> anyhow::Result<Self> {
-        let (injected, variables) = column.environment();
-        let mut words = vec!["env"];
-        words.extend(variables);
-        words.extend(command.iter().map(String::as_str));
-        words.extend(arguments);
-        let mut command = lab.exec(pod, injected, &words)?;
+    pub(super) fn start(lab: &Lab, pod: &Pod, injected: EnvKind, command: &[&str]) -> anyhow::Result<Self> {
+        let mut command = lab.exec(pod, injected, command)?;
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("cannot start the client")?;
         let stdin = child.stdin.take().context("BUG: the client's input is not a pipe")?;
@@ -75,15 +62,22 @@ impl Running {
 
     /// What it prints next.
     pub(super) async fn answer(&mut self) -> anyhow::Result<Answer> {
-        let line = timeout(PATIENCE, self.lines.next_line())
+        let line = timeout(PATIENCE, self.line())
             .await
             .with_context(|| format!("the client still hangs after {PATIENCE:?}"))??;
-        let Some(line) = line else {
-            let mut errors = String::new();
-            let mut stderr = self.child.stderr.take().context("BUG: the client's errors are not a pipe")?;
-            stderr.read_to_string(&mut errors).await?;
-            bail!("the client ended without an answer: {}", errors.trim());
-        };
         serde_json::from_str(&line).with_context(|| format!("the client printed {line:?}"))
+    }
+
+    async fn line(&mut self) -> anyhow::Result<String> {
+        while let Some(line) = self.lines.next_line().await? {
+            // Some SDKs log there, too.
+            if line.starts_with('{') {
+                return Ok(line);
+            }
+        }
+        let mut errors = String::new();
+        let mut stderr = self.child.stderr.take().context("BUG: the client's errors are not a pipe")?;
+        stderr.read_to_string(&mut errors).await?;
+        bail!("the client ended without an answer: {}", errors.trim());
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns the order of the situations, and whose an access key is by the records of the simulated AWS side.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context as _, ensure};
 use futures::{StreamExt as _, stream};
@@ -22,7 +22,8 @@ use super::{
 /// How many clients resolve at the same time.
 const AT_ONCE: usize = 4;
 /// Pods are kept from the node's role.
-const FLAGS: [&str; 2] = ["--imds", "intercept"];
+const FLAGS: [&str; 4] = ["--imds", "intercept", "--token-delegate", "kube-system/csi-driver"];
+const DRIVER: (&str, &str) = ("kube-system", "csi-driver");
 /// The namespace's annotation, and its value where only Pod Identity is podgate's.
 const AUDIT: (&str, &str, &str) = ("audited", "podgate.dev/imds", "audit");
 
@@ -35,6 +36,8 @@ pub(super) struct Scene<'a> {
     subjects: &'a [Subject],
     progress: &'a Progress,
     pods: BTreeMap<(&'static str, PodKind), Pod>,
+    /// One that may present the tokens of others.
+    driver: Pod,
 }
 
 /// What has been found on a node.
@@ -61,6 +64,7 @@ pub(super) async fn main_node(
             Column::Webhook,
             Column::NoToken,
             Column::Ecs,
+            Column::Delegate,
             Column::StrangerImds,
             Column::StrangerWebhook,
         ])
@@ -117,7 +121,8 @@ impl<'a> Scene<'a> {
                 pods.insert((name, *kind), lab.add_pod(&kind.spec(name))?);
             }
         }
-        Ok(Self { lab, subjects, progress, pods })
+        let driver = lab.add_pod(&PodSpec::new(DRIVER.0, DRIVER.1))?;
+        Ok(Self { lab, subjects, progress, pods, driver })
     }
 
     /// Starts the agent and lets it read the node's role, which it signs with: whoever reads it later is a pod.
@@ -167,7 +172,18 @@ impl<'a> Scene<'a> {
         column: Column,
         arguments: &[&str],
     ) -> anyhow::Result<Running> {
-        Running::start(&self.lab, self.pod(subject, column)?, column, &subject.command, arguments)
+        let pod = self.pod(subject, column)?;
+        let (injected, variables) = column.environment();
+        let mut command = vec!["env"];
+        command.extend(variables);
+        let (place, token) = match column {
+            Column::Delegate => (&self.driver, Some(token_of(pod)?)),
+            _ => (pod, None),
+        };
+        command.extend(token.as_deref());
+        command.extend(subject.command.iter().map(String::as_str));
+        command.extend(arguments);
+        Running::start(&self.lab, place, injected, &command)
     }
 
     /// The cell of a client that was asked.
@@ -229,4 +245,11 @@ impl<'a> Scene<'a> {
         );
         Ok(())
     }
+}
+
+/// The token that the kubelet gives a driver for a pod, as SDKs take it from their environment.
+fn token_of(pod: &Pod) -> anyhow::Result<String> {
+    let volume = pod.token_volume.as_ref().context("BUG: the pod has no token")?;
+    let token = fs::read_to_string(volume.join("eks-pod-identity-token"))?;
+    Ok(format!("AWS_CONTAINER_AUTHORIZATION_TOKEN={token}"))
 }
