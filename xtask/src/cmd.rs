@@ -10,11 +10,12 @@ use std::{
     io::IsTerminal as _,
     path::PathBuf,
     process::{Command, Stdio},
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
-use indicatif::ProgressBar;
+use indicatif::{MultiProgress, ProgressBar};
 use owo_colors::{OwoColorize as _, Stream};
 
 use crate::ebpf;
@@ -23,6 +24,8 @@ use crate::ebpf;
 const LOG_TAIL_LINES: usize = 60;
 /// How often the spinner moves.
 const TICK: Duration = Duration::from_millis(100);
+/// The spinners of commands that run at the same time.
+static SPINNERS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// Something that is missing on this machine and that this command does not set up by itself: exit status 2.
 #[derive(Debug)]
@@ -41,10 +44,8 @@ impl std::error::Error for Missing {}
 /// Runs `command`, which does `what`. Its output goes to a log, the end of which is shown if it fails.
 pub(crate) fn run(what: &str, command: &mut Command) -> anyhow::Result<()> {
     let (log_path, log) = open_log(what)?;
-    eprintln!(
-        "{}",
-        format_args!("$ {}", echo(command)).if_supports_color(Stream::Stderr, |line| line.dimmed())
-    );
+    let line = format!("$ {}", echo(command));
+    say(line.if_supports_color(Stream::Stderr, |line| line.dimmed()));
     let started = Instant::now();
     let spinner = spinner(what);
     let program = command.get_program().display().to_string();
@@ -62,7 +63,7 @@ pub(crate) fn run(what: &str, command: &mut Command) -> anyhow::Result<()> {
         bail!("{what} failed ({status}, {seconds:.1} s)\n{}\nwhole log: {}", tail(&log), log_path.display());
     }
     let mark = "✓".if_supports_color(Stream::Stderr, |mark| mark.green());
-    eprintln!("{mark} {what} ({seconds:.1} s)");
+    say(format_args!("{mark} {what} ({seconds:.1} s)"));
     Ok(())
 }
 
@@ -113,13 +114,18 @@ fn quote(word: &str) -> String {
     }
 }
 
+/// Prints a line beside the spinners.
+fn say(line: impl std::fmt::Display) {
+    SPINNERS.suspend(|| eprintln!("{line}"));
+}
+
 /// Shows that `what` goes on: a spinner on a terminal, else one line.
 fn spinner(what: &str) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         eprintln!("  {what} …");
         return ProgressBar::hidden();
     }
-    let spinner = ProgressBar::new_spinner().with_message(format!("{what} …"));
+    let spinner = SPINNERS.add(ProgressBar::new_spinner()).with_message(format!("{what} …"));
     spinner.enable_steady_tick(TICK);
     spinner
 }
