@@ -6,6 +6,7 @@ mod connections;
 mod containment;
 mod death;
 mod faults;
+mod gone;
 mod handover;
 mod identity;
 mod isolation;
