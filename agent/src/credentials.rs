@@ -13,6 +13,7 @@ pub mod issuer;
 pub mod jwt;
 pub mod kube_identity;
 pub mod metrics;
+mod node;
 mod plan;
 pub mod schedule;
 pub mod source;

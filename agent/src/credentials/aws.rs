@@ -1,19 +1,14 @@
-//! How the agent itself speaks to AWS: region, endpoint, connections and the node's own credentials.
+//! How the agent itself speaks to AWS: region, endpoint and connections.
 //!
-//! Owns the credential chain, in which nothing leads back to podgate itself: no container provider, nor a profile that
-//! names one. Endpoints (`AWS_ENDPOINT_URL_EKS_AUTH`, FIPS, dual stack) are the SDK's own settings.
+//! Endpoints (`AWS_ENDPOINT_URL_EKS_AUTH`, FIPS, dual stack) are the SDK's own settings.
 
 use std::{env, fs, io, path::PathBuf, time::Duration};
 
 use aws_config::{
-    BehaviorVersion, SdkConfig, environment::EnvironmentVariableCredentialsProvider,
-    imds::credentials::ImdsCredentialsProvider, meta::credentials::CredentialsProviderChain,
-    profile::ProfileFileCredentialsProvider, retry::RetryConfig, timeout::TimeoutConfig,
-    web_identity_token::WebIdentityTokenCredentialsProvider,
+    BehaviorVersion, SdkConfig, default_provider::region::DefaultRegionChain, retry::RetryConfig,
+    timeout::TimeoutConfig,
 };
-use aws_credential_types::provider::{
-    self, ProvideCredentials, error::CredentialsError, future::ProvideCredentials as Provided,
-};
+use aws_credential_types::provider::ProvideCredentials as _;
 use aws_smithy_http_client::{
     pool::{Client, ConnectionEvent, ConnectionPool},
     proxy::ProxyConfig,
@@ -26,6 +21,7 @@ use rustls::{
 use tokio::sync::watch;
 use tracing::warn;
 
+use super::node::NodeCredentials;
 use crate::error::chain;
 
 /// A connection takes a millisecond within a region.
@@ -63,19 +59,17 @@ pub enum Error {
 /// How many connections to AWS are open.
 pub type Connections = watch::Receiver<usize>;
 
-/// What a profile gets that wants credentials from a container's endpoint.
-#[derive(Debug)]
-struct NotFromContainer;
-
 /// The configuration of every AWS client of the agent, and what becomes of their connections. The region is
 /// `AWS_REGION`'s, the shared configuration's, or the instance's.
 pub async fn config() -> Result<(SdkConfig, Connections), Error> {
     let (open, connections) = watch::channel(0);
     let timeouts =
         TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).operation_timeout(CALL_TIMEOUT).build();
+    let region = DefaultRegionChain::builder().build().region().await;
     let config = aws_config::defaults(BehaviorVersion::latest())
         .http_client(http_client(open)?)
-        .credentials_provider(node_credentials())
+        .region(region.clone())
+        .credentials_provider(NodeCredentials::new(region, http_client(watch::Sender::default())?))
         .timeout_config(timeouts)
         // The engine tries again, when that does no harm.
         .retry_config(RetryConfig::disabled());
@@ -150,29 +144,6 @@ fn ca_bundle(path: &std::path::Path) -> io::Result<Vec<u8>> {
     Ok(pem)
 }
 
-/// The node's credentials: environment, shared files (hybrid nodes), web identity, instance role.
-fn node_credentials() -> CredentialsProviderChain {
-    let profile =
-        ProfileFileCredentialsProvider::builder().with_custom_provider("EcsContainer", NotFromContainer);
-    CredentialsProviderChain::first_try("Environment", EnvironmentVariableCredentialsProvider::new())
-        .or_else("Profile", profile.build())
-        .or_else("WebIdentityToken", WebIdentityTokenCredentialsProvider::builder().build())
-        .or_else("Ec2InstanceMetadata", ImdsCredentialsProvider::builder().build())
-}
-
-// === impl NotFromContainer ===
-
-impl ProvideCredentials for NotFromContainer {
-    fn provide_credentials<'a>(&'a self) -> Provided<'a>
-    where
-        Self: 'a,
-    {
-        let reason = "the profile has credential_source = EcsContainer, which is podgate itself";
-        let refused: provider::Result = Err(CredentialsError::invalid_configuration(reason));
-        Provided::ready(refused)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
@@ -192,11 +163,5 @@ mod tests {
         for text in [String::new(), "no PEM".into(), bad.into(), pem("a") + bad] {
             assert!(bundle(&text).is_err(), "{text}");
         }
-    }
-
-    #[tokio::test]
-    async fn a_profile_that_leads_back_to_podgate_gives_the_reason() {
-        let refused = NotFromContainer.provide_credentials().await.unwrap_err();
-        assert!(chain(&refused).contains("podgate itself"), "{refused:?}");
     }
 }
