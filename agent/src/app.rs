@@ -273,10 +273,9 @@ pub fn engine(
     eks_auth: EksAuth,
     metrics: EngineMetrics,
 ) -> Arc<Engine<NodeSource>> {
-    let issuer = Arc::new(Issuer::new(kube.own.clone()));
-    let prepared = Arc::clone(&issuer);
-    tokio::spawn(async move { prepared.prepare().await });
-    let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), Arc::clone(&issuer));
+    let issuer = Issuer::new(kube.own.clone());
+    issuer.prepare();
+    let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), issuer.clone());
     let source = NodeSource { issuer, tokens, eks_auth };
     // Chances that differ between nodes are enough.
     let seed = RandomState::new().hash_one(&config.node_name);

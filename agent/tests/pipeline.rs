@@ -375,6 +375,32 @@ async fn without_the_cluster_s_keys_a_delegate_is_told_to_try_again_and_eks_auth
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_cluster_s_keys_come_in_the_end_though_the_api_server_is_slow_and_no_caller_waits() {
+    let faults = Faults::default();
+    // Two calls for the keys: longer than any caller waits.
+    faults.set(Service::KubeApi, Fault::Latency(Duration::from_millis(400)));
+    let node = Node::start_with(ImdsMode::Intercept, faults).await;
+    let app = injected(&node);
+    let delegate = node.pod("csi-0", "csi", |_| {});
+    let token = app.token(&node);
+    node.dial_as(&delegate, POD_IDENTITY);
+    let begun = Instant::now();
+    loop {
+        let mut stream = TcpStream::connect(node.address).unwrap();
+        let request =
+            format!("GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\nAuthorization: {token}\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let mut status = [0; 12];
+        if stream.read_exact(&mut status).is_ok() && &status == b"HTTP/1.1 200" {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(5), "{}", String::from_utf8_lossy(&status));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stolen_token_is_worthless_to_a_pod_that_the_watch_has_not_shown() {
     let node = Node::start(ImdsMode::Intercept).await;
     let victim = injected(&node);

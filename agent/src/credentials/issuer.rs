@@ -5,14 +5,14 @@
 //! for good that it cannot verify, nor for bad because it cannot reach the keys.
 
 use std::{
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use http::Request;
 use kube::Client;
 use serde::Deserialize;
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
 
 use super::{
@@ -26,12 +26,15 @@ use crate::{error::chain, secret::Secret};
 
 const DISCOVERY: &str = "/.well-known/openid-configuration";
 const KEYS: &str = "/openid/v1/jwks";
-/// A key that the cluster has taken back counts for so long at most.
+/// Keys are fetched again after this time, and used until then: one that the cluster has taken back counts for so long,
+/// and for longer only while the API server is away.
 const OLD: Duration = Duration::from_hours(1);
 /// Between two attempts to fetch the keys, whatever callers send.
 const EVERY: Duration = Duration::from_secs(5);
-/// A caller waits no longer for the keys.
-const TIMEOUT: Duration = Duration::from_millis(400);
+/// A caller waits no longer for the keys; the fetch goes on for the next one.
+const PATIENCE: Duration = Duration::from_millis(400);
+/// A fetch.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is known of a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,11 +47,20 @@ pub enum Verdict {
     Unknown,
 }
 
-/// The cluster as it signs tokens.
+/// The cluster as it signs tokens. Clones share what is known.
+#[derive(Clone)]
 pub struct Issuer {
     kube: Client,
-    known: RwLock<Option<Arc<Known>>>,
-    attempt: Mutex<Option<Instant>>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    known: Option<Arc<Known>>,
+    /// When the last fetch began.
+    attempt: Option<Instant>,
+    /// Its sender is gone when that has ended.
+    fetching: Option<watch::Receiver<()>>,
 }
 
 #[derive(Debug)]
@@ -68,21 +80,21 @@ struct Discovery {
 impl Issuer {
     /// The issuer of the cluster that `kube`, the agent itself, talks to. Nothing is fetched yet.
     pub fn new(kube: Client) -> Self {
-        Self { kube, known: RwLock::default(), attempt: Mutex::default() }
+        Self { kube, state: Arc::default() }
     }
 
-    /// Fetches the keys, so that no caller need wait for them.
-    pub async fn prepare(&self) {
-        self.known(OLD).await;
+    /// Begins to fetch the keys, so that no caller need wait for them.
+    pub fn prepare(&self) {
+        self.refresh(&mut self.state());
     }
 
     /// Judges a token that has been read already, as `claims`, and whose times are right.
     pub async fn judge(&self, token: &Secret, claims: &Claims) -> Verdict {
-        let Some(known) = self.known(OLD).await else { return Verdict::Unknown };
+        let Some(known) = self.known().await else { return Verdict::Unknown };
         match known.judge(token, claims) {
             Err(signature::Error::UnknownKey) => {
                 // The cluster may have a new one.
-                let Some(known) = self.known(EVERY).await else { return Verdict::Unknown };
+                let Some(known) = self.newer_than(&known).await else { return Verdict::Unknown };
                 match known.judge(token, claims) {
                     Err(signature::Error::UnknownKey) if known.at.elapsed() >= EVERY => Verdict::Unknown,
                     judged => verdict(judged),
@@ -92,36 +104,78 @@ impl Issuer {
         }
     }
 
-    /// The keys, fetched again if they are older than this; old ones where there are no newer.
-    async fn known(&self, age: Duration) -> Option<Arc<Known>> {
-        let current = || self.known.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let is_fresh = |known: &Arc<Known>| known.at.elapsed() < age;
-        if let Some(known) = current().filter(is_fresh) {
-            return Some(known);
-        }
-        // One fetches, the others wait for it.
-        let mut attempt = self.attempt.lock().await;
-        let recent = attempt.is_some_and(|at| at.elapsed() < EVERY);
-        if recent || current().is_some_and(|known| is_fresh(&known)) {
-            return current();
-        }
-        *attempt = Some(Instant::now());
-        match tokio::time::timeout(TIMEOUT, self.fetch()).await {
-            Ok(Ok(known)) => {
-                info!(issuer = known.issuer, "the keys of the cluster's tokens are known");
-                *self.known.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(known));
+    /// The keys. Old ones are good until there are others; without any, their first fetch is waited for.
+    async fn known(&self) -> Option<Arc<Known>> {
+        let fetching = {
+            let mut state = self.state();
+            let known = state.known.clone();
+            if known.as_ref().is_none_or(|known| known.at.elapsed() >= OLD) {
+                self.refresh(&mut state);
             }
-            Ok(Err(error)) => {
-                warn!(
-                    error = chain(&*error),
-                    "cannot fetch the keys of the cluster's tokens: EKS Auth alone judges those"
-                );
+            if known.is_some() {
+                return known;
             }
-            Err(_) => {
-                warn!("the keys of the cluster's tokens did not come in time: EKS Auth alone judges those");
+            state.fetching.clone()
+        };
+        self.after(fetching).await
+    }
+
+    /// The keys, fetched again unless these are from just now.
+    async fn newer_than(&self, known: &Known) -> Option<Arc<Known>> {
+        let fetching = {
+            let mut state = self.state();
+            if known.at.elapsed() >= EVERY {
+                self.refresh(&mut state);
             }
+            state.fetching.clone()
+        };
+        self.after(fetching).await
+    }
+
+    /// What is known when a fetch has ended, or has taken too long for a caller.
+    async fn after(&self, fetching: Option<watch::Receiver<()>>) -> Option<Arc<Known>> {
+        if let Some(mut fetching) = fetching {
+            let _ = tokio::time::timeout(PATIENCE, fetching.changed()).await;
         }
-        current()
+        self.state().known.clone()
+    }
+
+    /// Begins a fetch, unless one is under way or has just been. It is nobody's: callers come and go.
+    fn refresh(&self, state: &mut State) {
+        let is_recent = state.attempt.is_some_and(|at| at.elapsed() < EVERY);
+        let goes_on = |fetching: &watch::Receiver<()>| fetching.has_changed().is_ok();
+        if is_recent || state.fetching.as_ref().is_some_and(goes_on) {
+            return;
+        }
+        state.attempt = Some(Instant::now());
+        let (end, fetching) = watch::channel(());
+        state.fetching = Some(fetching);
+        let issuer = self.clone();
+        tokio::spawn(async move {
+            let fetched = tokio::time::timeout(TIMEOUT, issuer.fetch()).await;
+            match fetched {
+                Ok(Ok(known)) => {
+                    info!(issuer = known.issuer, "the keys of the cluster's tokens are known");
+                    issuer.state().known = Some(Arc::new(known));
+                }
+                Ok(Err(error)) => {
+                    warn!(
+                        error = chain(&*error),
+                        "cannot fetch the keys of the cluster's tokens: EKS Auth alone judges new ones"
+                    );
+                }
+                Err(_) => {
+                    warn!(
+                        "the keys of the cluster's tokens did not come in time: EKS Auth alone judges new ones"
+                    );
+                }
+            }
+            drop(end);
+        });
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn fetch(&self) -> Result<Known, Box<dyn std::error::Error + Send + Sync>> {
@@ -137,7 +191,7 @@ impl Issuer {
 
 impl std::fmt::Debug for Issuer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Issuer").field("known", &self.known).finish_non_exhaustive()
+        f.debug_struct("Issuer").field("state", &self.state).finish_non_exhaustive()
     }
 }
 

@@ -2,8 +2,6 @@
 //!
 //! Owns nothing but that seam; never keeps credentials, never decides when to call.
 
-use std::sync::Arc;
-
 use futures::future::BoxFuture;
 
 use super::{
@@ -25,6 +23,8 @@ pub trait CredentialSource: Send + Sync + 'static {
     fn judge<'a>(&'a self, token: &'a Secret, claims: &'a Claims) -> BoxFuture<'a, Verdict>;
     /// A token of this pod, good now.
     fn token<'a>(&'a self, pod: &'a Pod) -> BoxFuture<'a, Result<Secret, Error>>;
+    /// Drops a token of this pod, which EKS Auth has refused: the next one is another, if there is one.
+    fn refused<'a>(&'a self, uid: PodUid, token: &'a Secret) -> BoxFuture<'a, ()>;
     /// The credentials of the role of the token's service account.
     fn assume_role<'a>(&'a self, token: &'a Secret) -> BoxFuture<'a, Result<Assumed, Error>>;
     /// Drops what is kept for a pod that is gone.
@@ -35,7 +35,7 @@ pub trait CredentialSource: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct NodeSource {
     /// Who signs tokens.
-    pub issuer: Arc<Issuer>,
+    pub issuer: Issuer,
     /// Where tokens come from.
     pub tokens: Tokens,
     /// Who exchanges them.
@@ -53,6 +53,10 @@ impl CredentialSource for NodeSource {
         Box::pin(async {
             self.tokens.for_pod(pod).await.map_err(|error| Error::Token { reason: chain(&error) })
         })
+    }
+
+    fn refused<'a>(&'a self, uid: PodUid, token: &'a Secret) -> BoxFuture<'a, ()> {
+        Box::pin(self.tokens.refused(uid, token))
     }
 
     fn assume_role<'a>(&'a self, token: &'a Secret) -> BoxFuture<'a, Result<Assumed, Error>> {

@@ -7,26 +7,26 @@ use std::{
     fs::File,
     io::{self, Read as _},
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
+use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN};
 use jiff::Timestamp;
 use k8s_openapi::api::{
     authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
     core::v1::ServiceAccount,
 };
-use kube::{Api, Client, api::PostParams};
+use kube::{Client, Resource as _, api::PostParams};
 use moka::future::Cache;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
     issuer::{Issuer, Verdict},
     jwt, schedule,
 };
 use crate::{
-    identity::{Pod, PodUid, pods::TOKEN_VOLUME},
+    identity::{Pod, PodUid, ServiceAccountRef, pods::TOKEN_VOLUME},
     secret::Secret,
 };
 
@@ -45,21 +45,18 @@ const REQUESTED_MAX: u64 = 1024;
 pub struct Tokens {
     kubelet_pods: PathBuf,
     kube: Client,
-    issuer: Arc<Issuer>,
+    issuer: Issuer,
     requested: Cache<PodUid, (Secret, Timestamp)>,
+    /// The last one of a pod that EKS Auth has refused: the kubelet keeps its file until most of its life is over.
+    refused: Cache<PodUid, Digest>,
 }
+
+/// SHA-256.
+type Digest = [u8; SHA256_OUTPUT_LEN];
 
 /// Why there is no token.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kubelet's file cannot be read.
-    #[error("cannot read the kubelet's token of pod {pod}: {source}")]
-    File {
-        /// The pod, as `namespace/name`.
-        pod: String,
-        /// Why.
-        source: io::Error,
-    },
     /// The API server gave none.
     #[error("the API server gives no token for service account {service_account}: {source}")]
     Request {
@@ -82,14 +79,16 @@ pub enum Error {
 impl Tokens {
     /// Tokens from the kubelet whose `--root-dir` is `kubelet_root`, as far as `issuer` takes them for good, and from the
     /// API server.
-    pub fn new(kubelet_root: &Path, kube: Client, issuer: Arc<Issuer>) -> Self {
-        let requested = Cache::builder().max_capacity(REQUESTED_MAX).build();
-        Self { kubelet_pods: kubelet_root.join("pods"), kube, issuer, requested }
+    pub fn new(kubelet_root: &Path, kube: Client, issuer: Issuer) -> Self {
+        let life = Duration::from_secs(LIFE_SECS.unsigned_abs());
+        let requested = Cache::builder().max_capacity(REQUESTED_MAX).time_to_live(life).build();
+        let refused = Cache::builder().max_capacity(REQUESTED_MAX).time_to_live(life).build();
+        Self { kubelet_pods: kubelet_root.join("pods"), kube, issuer, requested, refused }
     }
 
     /// A token bound to this pod, good now.
     pub async fn for_pod(&self, pod: &Pod) -> Result<Secret, Error> {
-        if let Some(token) = self.kubelets(pod).await? {
+        if let Some(token) = self.kubelets(pod).await {
             return Ok(token);
         }
         let now = Timestamp::now();
@@ -107,13 +106,20 @@ impl Tokens {
     /// Drops what was kept for a pod that is gone.
     pub async fn forget(&self, uid: PodUid) {
         self.requested.invalidate(&uid).await;
+        self.refused.invalidate(&uid).await;
+    }
+
+    /// Never gives this token of a pod again, which EKS Auth has refused.
+    pub async fn refused(&self, uid: PodUid, token: &Secret) {
+        self.requested.invalidate(&uid).await;
+        self.refused.insert(uid, digest(token)).await;
     }
 
     /// The kubelet's token of the pod. `None` where the webhook has put none, or the kubelet has not written it
     /// yet, or it is no longer good because the kubelet is behind.
-    async fn kubelets(&self, pod: &Pod) -> Result<Option<Secret>, Error> {
+    async fn kubelets(&self, pod: &Pod) -> Option<Secret> {
         if !pod.token_volume {
-            return Ok(None);
+            return None;
         }
         let volume = self.kubelet_pods.join(pod.uid.to_string());
         let volume = volume.join("volumes/kubernetes.io~projected").join(TOKEN_VOLUME);
@@ -121,19 +127,26 @@ impl Tokens {
         let read = read.unwrap_or_else(|join| Err(io::Error::other(join)));
         match read {
             Ok(token) => match self.fault(&token, pod).await {
-                None => Ok(Some(token)),
+                None => Some(token),
                 Some(reason) => {
                     debug!(pod.uid = %pod.uid, reason, "the kubelet's token is not good: asking the API server");
-                    Ok(None)
+                    None
                 }
             },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::File { pod: pod.full_name(), source }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => {
+                warn!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(),
+                    "cannot read the kubelet's token of a pod: asking the API server");
+                None
+            }
         }
     }
 
     /// What is wrong with a token of this pod, as far as one can tell here.
     async fn fault(&self, token: &Secret, pod: &Pod) -> Option<String> {
+        if self.refused.get(&pod.uid).await == Some(digest(token)) {
+            return Some("EKS Auth has refused it".to_owned());
+        }
         let claims = match jwt::read(token.expose(), Timestamp::now()) {
             Ok(claims) if claims.pod == Some(pod.uid) => claims,
             Ok(_) => return Some("it is not bound to the pod".to_owned()),
@@ -147,7 +160,6 @@ impl Tokens {
 
     async fn request(&self, pod: &Pod) -> Result<(Secret, Timestamp), Error> {
         let service_account = &pod.service_account;
-        let api = Api::<ServiceAccount>::namespaced(self.kube.clone(), &service_account.namespace);
         let request = TokenRequest {
             spec: TokenRequestSpec {
                 audiences: vec![AUDIENCE.to_owned()],
@@ -161,24 +173,27 @@ impl Tokens {
             },
             ..TokenRequest::default()
         };
+        let url = ServiceAccount::url_path(&(), Some(&service_account.namespace));
+        let failed = |source: kube::Error| Error::Request {
+            service_account: service_account.to_string(),
+            source: Box::new(source),
+        };
+        let body = serde_json::to_vec(&request).map_err(|error| failed(kube::Error::SerdeError(error)))?;
+        let post = kube::core::Request::new(url).create_subresource(
+            "token",
+            &service_account.name,
+            &PostParams::default(),
+            body,
+        );
+        let post = post.map_err(|error| failed(kube::Error::BuildRequest(error)))?;
         let begun = tokio::time::Instant::now();
         loop {
-            match api.create_token_request(&service_account.name, &PostParams::default(), &request).await {
-                Ok(answer) => {
-                    let status = answer.status.filter(|status| !status.token.is_empty());
-                    let status = status
-                        .ok_or_else(|| Error::Empty { service_account: service_account.to_string() })?;
-                    return Ok((Secret::from(status.token), status.expiration_timestamp.0));
-                }
+            match self.kube.request_text(post.clone()).await {
+                Ok(answer) => return read_answer(&answer, service_account),
                 Err(kube::Error::Api(status)) if lags(&status) && begun.elapsed() < AUTHORIZER_LAG => {
                     tokio::time::sleep(RETRY_EVERY).await;
                 }
-                Err(source) => {
-                    return Err(Error::Request {
-                        service_account: service_account.to_string(),
-                        source: Box::new(source),
-                    });
-                }
+                Err(source) => return Err(failed(source)),
             }
         }
     }
@@ -188,6 +203,20 @@ impl std::fmt::Debug for Tokens {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tokens").field("kubelet_pods", &self.kubelet_pods).finish_non_exhaustive()
     }
+}
+
+/// Reads the API server's answer here: kube would log one that it cannot read, token and all.
+fn read_answer(answer: &str, service_account: &ServiceAccountRef) -> Result<(Secret, Timestamp), Error> {
+    let empty = || Error::Empty { service_account: service_account.to_string() };
+    let answer: TokenRequest = serde_json::from_str(answer).map_err(|_| empty())?;
+    let status = answer.status.filter(|status| !status.token.is_empty()).ok_or_else(empty)?;
+    Ok((Secret::from(status.token), status.expiration_timestamp.0))
+}
+
+fn digest(token: &Secret) -> Digest {
+    let mut digest = [0; SHA256_OUTPUT_LEN];
+    digest.copy_from_slice(aws_lc_rs::digest::digest(&SHA256, token.expose().as_bytes()).as_ref());
+    digest
 }
 
 /// Whether the Node authorizer has not heard of the pod yet; every other refusal is meant.
