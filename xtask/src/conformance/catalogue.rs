@@ -128,11 +128,19 @@ pub(super) static CLIENTS: &[Client] = &[
             (Column::ImdsV2, V1_ONLY),
             (Column::Imds6, IMDS_V4_ONLY),
             (Column::PodIdentity6, GOES_ON_V4),
-            (Column::Delegate, GOES_ON),
         ],
         ..Client::new("rust-rusoto", Language::Rust, 0.1, 0.1)
     },
-    Client::new("rust-object-store", Language::Rust, 1.0, 1.0),
+    Client {
+        cannot: &[
+            (Column::Imds6, IMDS_V4_ONLY),
+            (
+                Column::Delegate,
+                "takes no token but from a file: goes on to IMDS, where the driver has no role",
+            ),
+        ],
+        ..Client::new("rust-object-store", Language::Rust, 0.5, 4.1)
+    },
     Client {
         cannot: &[(Column::PodIdentity6, GOES_ON_V4), (Column::Delegate, GOES_ON)],
         ..Client::new("ruby-sdk3", Language::Ruby, 0.1, 0.1)

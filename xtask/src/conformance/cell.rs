@@ -13,6 +13,9 @@ use super::{
 /// A busy machine may make a client take so many times as long as it was seen to, and so many seconds more.
 const SLACK: (f64, f64) = (3.0, 5.0);
 
+/// More characters than this nobody reads below a table.
+const NOTE: usize = 200;
+
 /// A cell.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Cell {
@@ -111,6 +114,13 @@ impl Cell {
             seconds: None,
             shows_reason: None,
         }
+    }
+
+    /// What is to be said about it, in one line.
+    pub(super) fn note(&self) -> Option<String> {
+        let words = self.why.as_ref()?.split_whitespace().collect::<Vec<_>>().join(" ");
+        let is_long = words.chars().count() > NOTE;
+        Some(if is_long { words.chars().take(NOTE).chain(['…']).collect() } else { words })
     }
 
     /// What stands in the table.

@@ -11,8 +11,8 @@ use crate::report;
 
 /// What is said of cells, each thing once; a cell refers to it by its number.
 #[derive(Default)]
-struct Notes<'a> {
-    notes: Vec<&'a str>,
+struct Notes {
+    notes: Vec<String>,
 }
 
 /// Prints the matrix, its footnotes and the counts.
@@ -41,7 +41,7 @@ pub(super) fn print(found: &Report) {
     }
 }
 
-fn table<'a>(found: &'a Report, columns: &[Column], notes: &mut Notes<'a>) -> comfy_table::Table {
+fn table(found: &Report, columns: &[Column], notes: &mut Notes) -> comfy_table::Table {
     let mut titles = vec!["client"];
     titles.extend(columns.iter().map(|column| column.title()));
     let mut table = report::table(&titles);
@@ -58,11 +58,11 @@ fn table<'a>(found: &'a Report, columns: &[Column], notes: &mut Notes<'a>) -> co
 
 // === impl Notes ===
 
-impl<'a> Notes<'a> {
-    fn cell(&mut self, cell: &'a Cell) -> comfy_table::Cell {
+impl Notes {
+    fn cell(&mut self, cell: &Cell) -> comfy_table::Cell {
         let text = cell.text();
-        let text = match &cell.why {
-            Some(why) => format!("{text} ({})", self.number(why)),
+        let text = match cell.note() {
+            Some(note) => format!("{text} ({})", self.number(note)),
             None => text,
         };
         match cell.verdict {
@@ -71,7 +71,7 @@ impl<'a> Notes<'a> {
         }
     }
 
-    fn number(&mut self, note: &'a str) -> usize {
+    fn number(&mut self, note: String) -> usize {
         let known = self.notes.iter().position(|other| *other == note);
         1 + known.unwrap_or_else(|| {
             self.notes.push(note);

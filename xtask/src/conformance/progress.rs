@@ -38,7 +38,7 @@ impl Progress {
     pub(super) fn done(&self, cell: Cell) -> Cell {
         let done = self.done.fetch_add(1, Relaxed) + 1;
         if cell.verdict.is_failure() {
-            let why = cell.why.as_deref().unwrap_or_default();
+            let why = cell.note().unwrap_or_default();
             self.say(&format!(
                 "{} {}, {}: {why}",
                 report::failure(cell.text()),
