@@ -144,8 +144,8 @@ pub async fn run(config: Config) -> Result<(), Error> {
     intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
     let (in_charge, is_in_charge) = watch::channel(false);
-    let served = admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge.clone());
-    tasks.spawn("the probes' server", served);
+    let answers = admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge.clone());
+    tasks.spawn("the probes' server", answers);
     let whois = Whois {
         kubepods: Arc::clone(&node.kubepods),
         pods: Arc::clone(&known.pods),
