@@ -40,7 +40,8 @@ pub struct PodPolicy {
 }
 
 impl PodPolicy {
-    /// Nothing of this cgroup is touched: for podgate itself.
+    /// Nothing of the pod is touched: of podgate's own, of AWS's own agent's, and, where no annotation asks for more, of
+    /// one that is not known yet and dials through the host's network.
     pub const EXEMPT: Self = Self { imds: IMDS_OFF, pod_identity: POD_IDENTITY_OFF };
 }
 
