@@ -30,6 +30,9 @@ pub(super) const READY: &str = "ready";
 /// How long an answer may take: longer than the agent may.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long to listen for a handshake: the process that begins it may take a while to start.
+const SNIFFING: Duration = Duration::from_secs(10);
+
 /// What to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) enum Act {
@@ -198,7 +201,7 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
         Act::Sniff { from } => {
             let sniffer = forge::Sniffer::new()?;
             ready()?;
-            Got { number: sniffer.ticket_from(*from, PATIENCE)?, ..Got::default() }
+            Got { number: sniffer.ticket_from(*from, SNIFFING)?, ..Got::default() }
         }
         Act::BeginDials { to, count } => flood::begin_dials(to, *count)?,
         Act::HoldConnections { to, count } => flood::hold_connections(*to, *count)?,
