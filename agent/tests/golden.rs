@@ -5,21 +5,51 @@ mod exchange;
 #[path = "golden/node.rs"]
 mod node;
 
-use self::{exchange::parse, node::Session};
+#[path = "golden/upstream.rs"]
+mod upstream;
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use agent_common::net::POD_IDENTITY_V4;
+
+use self::{
+    exchange::{Caller, parse},
+    node::Session,
+};
+
+/// The addresses that podgate may have: one of its own, and that of the agent whose place it takes.
+const TARGETS: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::new(169, 254, 175, 1)), IpAddr::V4(POD_IDENTITY_V4)];
 
 /// Every exchange of a file must go as it is written there.
 async fn check(file: &str, text: &str) {
-    let mut session = Session::default();
+    let wrong =
+        futures::future::join_all(TARGETS.map(|target| not_as_written(file, text, target))).await.concat();
+    assert!(wrong.is_empty(), "{}\n{} exchanges are not as written", wrong.join("\n"), wrong.len());
+}
+
+async fn not_as_written(file: &str, text: &str, target: IpAddr) -> Vec<String> {
+    let mut session = Session::new(target);
     let mut wrong = Vec::new();
-    for exchange in parse(text) {
-        let answer = session.run(&exchange).await;
+    let mut goes = true;
+    let mut exchanges = parse(text)
+        .into_iter()
+        .filter(|exchange| {
+            goes = exchange.goes_through(target).unwrap_or(goes);
+            goes
+        })
+        .peekable();
+    while let Some(exchange) = exchanges.next() {
+        let goes_on = exchanges.peek().is_some_and(|next| matches!(next.caller, Caller::Again));
+        let answer = session.run(&exchange, goes_on).await;
         if answer != exchange.answer {
             let (place, name) = (exchange.line, &exchange.name);
             let expected = exchange.answer;
-            wrong.push(format!("{file}:{place}: {name}\nexpected:\n{expected}\nanswered:\n{answer}"));
+            wrong.push(format!(
+                "{file}:{place}: {name} ({target})\nexpected:\n{expected}\nanswered:\n{answer}"
+            ));
         }
     }
-    assert!(wrong.is_empty(), "{}\n{} exchanges are not as written", wrong.join("\n"), wrong.len());
+    wrong
 }
 
 #[tokio::test(flavor = "multi_thread")]

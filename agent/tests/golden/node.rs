@@ -1,37 +1,40 @@
-//! A node of which everything is known: pods by name, fixed credentials, fixed refusals, and the agent's own stages
-//! behind a real listener.
+//! A node of which everything is known: callers by name, and the agent's own stages behind a real listener.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "test code")]
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use agent::{
     accept,
     credentials::{
-        Error, ServiceError,
-        eks_auth::Assumed,
         engine::{self, Engine},
-        issuer::Verdict,
-        jwt::{self, Claims},
         metrics::EngineMetrics,
-        source::CredentialSource,
     },
     dialect::imds_token::ImdsTokens,
     drain::drain,
-    identity::{CallerResolver, Namespaces, Pod, PodUid, Pods, ServiceAccountRef, network::Networks},
+    identity::{
+        CallerResolver, Namespaces, Pod, PodUid, Pods, ServiceAccountRef,
+        cgroupfs::CgroupPaths,
+        network::{Networks, PodProcesses},
+    },
     instance::Instance,
     intercept::OriginLookup,
     policies::Policies,
     policy::{Defaults, ImdsMode},
-    secret::Secret,
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
-    testing::{self, FakeCgroups, FakeOrigins},
+    testing::{self, FakeOrigins},
 };
 use agent_common::{
-    net::{Endpoint, HTTP_PORT},
+    net::{Endpoint, HTTP_PORT, POD_IDENTITY_V4, POD_IDENTITY_V6},
     origin::{Origin, STATE_SENT},
 };
-use futures::future::BoxFuture;
-use jiff::Timestamp;
+use rustix::io::Errno;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -39,21 +42,24 @@ use tokio::{
     time::timeout,
 };
 
-use crate::exchange::{Caller, Exchange, write};
+use crate::{
+    exchange::{Caller, Exchange, put, write},
+    upstream::Source,
+};
 
-/// The signature of a token that the cluster has not signed.
-const FORGED: &str = ".Zm9yZ2Vk";
 const HOST_NETWORK: u64 = 1;
 const POD_NETWORK: u64 = 10;
+/// That of another pod.
+const FOREIGN_NETWORK: u64 = 11;
 /// Long enough for an answer that waits for the watch.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// A connection that is open after this stays open.
-const OPEN: Duration = Duration::from_millis(30);
+/// Is answered at once in every dialect, and is the last request of its connection.
+const LAST: &[u8] = b"PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.170.23\r\nConnection: close\r\n\r\n";
 
 type KnownPod = (&'static str, &'static str, fn(&mut Pod));
 
 /// The pods: `app/NAME` of service account NAME, with the last digits of their UIDs, and how they differ.
-const PODS: [KnownPod; 16] = [
+const PODS: [KnownPod; 11] = [
     ("web", "01", |_| {}),
     ("injected", "02", |pod| pod.token_volume = true),
     ("old", "03", |pod| annotate(pod, "podgate.dev/imds-v1", "allow")),
@@ -62,129 +68,123 @@ const PODS: [KnownPod; 16] = [
         pod.token_volume = true;
         annotate(pod, "podgate.dev/tokenless", "allow");
     }),
-    ("denied", "10", |_| {}),
-    ("expired", "11", |_| {}),
-    ("bad-token", "12", |_| {}),
-    ("bad-parameter", "13", |_| {}),
-    ("bad-request", "14", |_| {}),
-    ("lonely", "15", |_| {}),
-    ("throttled", "16", |_| {}),
-    ("broken", "17", |_| {}),
-    ("away", "18", |_| {}),
-    ("odd", "19", |_| {}),
-    ("cut-off", "20", |_| {}),
+    ("left-alone", "06", |pod| annotate(pod, "podgate.dev/pod-identity", "off")),
+    ("audited", "07", |pod| pod.service_account.namespace = "audited".into()),
+    ("early", "08", |pod| pod.service_account.namespace = "early".into()),
+    ("meshed", "09", |_| {}),
+    ("csi", "10", |_| {}),
+    ("other", "11", |_| {}),
 ];
 /// Its cgroup is there, the watch has not shown it.
 const LATE: (&str, &str) = ("late", "99");
+/// How the kubelet names the cgroup of a static pod.
+const STATIC: &str = "burstable/podfc407168c6823ed1e0a61410d6621724/container";
 
 /// Where a chain of exchanges is.
-#[derive(Default)]
 pub(crate) struct Session {
+    /// What podgate has of an address.
+    target: IpAddr,
     token: String,
     stream: Option<TcpStream>,
 }
 
-/// EKS Auth and what leads to it.
-struct Fixed;
+/// The cgroup that dials, and the network of its pod's processes.
+struct Cgroup {
+    /// Relative to kubepods, or that it is gone.
+    path: Result<Option<PathBuf>, Errno>,
+    network: u64,
+}
 
 // === impl Session ===
 
 impl Session {
+    /// A chain at the beginning, with an agent that pods' dials are sent to at this address.
+    pub(crate) fn new(target: IpAddr) -> Self {
+        Self { target, token: String::new(), stream: None }
+    }
+
     /// Runs one exchange, on a node of its own unless it goes on with a connection; tells the answer in the form of the
-    /// files.
-    pub(crate) async fn run(&mut self, exchange: &Exchange) -> String {
+    /// files. Whether the connection is open after it shows in the next exchange, where that is on the same one.
+    pub(crate) async fn run(&mut self, exchange: &Exchange, goes_on: bool) -> String {
         if !matches!(exchange.caller, Caller::Again) {
-            let address = serve(&exchange.caller);
+            let address = serve(self.target, exchange);
             self.stream = Some(TcpStream::connect(address).await.unwrap());
         }
         let stream = self.stream.as_mut().expect("`@ again` follows an exchange");
         // The agent may close before it has read everything.
         let _ = stream.write_all(&exchange.request(&self.token)).await;
-        let Some((head, body)) = read(stream, exchange.is_head()).await else {
-            return "silence\n".to_owned();
-        };
-        // What is to be closed may take its time; what is to stay open is watched for a moment.
-        let moment = if exchange.answer.ends_with("closed\n") { PATIENCE } else { OPEN };
-        let (answer, token) = write(&head, &body, is_closed(stream, moment).await);
-        self.token = token.unwrap_or_else(|| self.token.clone());
-        answer
+        let mut received = Vec::new();
+        let mut answers = String::new();
+        for _ in 0..exchange.answers() {
+            let Some((head, body)) = read(stream, &mut received, exchange.is_head()).await else {
+                put(&mut answers, "silence");
+                return answers;
+            };
+            let (answer, token) = write(&head, &body);
+            answers.push_str(&answer);
+            self.token = token.unwrap_or_else(|| self.token.clone());
+        }
+        assert_eq!(String::from_utf8_lossy(&received), "", "there are more answers than requests");
+        if !goes_on && is_closed(stream).await {
+            put(&mut answers, "closed");
+        }
+        answers
     }
 }
 
-// === impl Fixed ===
+// === impl Cgroup ===
 
-impl CredentialSource for Fixed {
-    fn judge<'a>(&'a self, token: &'a Secret, _: &'a Claims) -> BoxFuture<'a, Verdict> {
-        let is_forged = token.expose().ends_with(FORGED);
-        let verdict = if is_forged { Verdict::Bad("its signature is wrong".into()) } else { Verdict::Good };
-        Box::pin(async { verdict })
-    }
-
-    fn token<'a>(&'a self, pod: &'a Pod) -> BoxFuture<'a, Result<Secret, Error>> {
-        Box::pin(async { Ok(Secret::from(pod.service_account.name.as_str())) })
-    }
-
-    fn assume_role<'a>(&'a self, token: &'a Secret) -> BoxFuture<'a, Result<Assumed, Error>> {
-        Box::pin(async {
-            let sent = jwt::read(token.expose(), Timestamp::now()).ok().and_then(|claims| claims.pod);
-            let of_pod = sent.and_then(|uid| PODS.iter().find(|(_, digits, _)| self::uid(digits) == uid));
-            let name = of_pod.map_or(token.expose(), |(name, ..)| name);
-            if let Some(error) = error(name) {
-                return Err(error);
+impl Cgroup {
+    /// The cgroup of the caller of this name.
+    fn of(name: &str) -> Self {
+        let network = if name == "meshed" { FOREIGN_NETWORK } else { POD_NETWORK };
+        let path = match name {
+            "gone" => Err(Errno::STALE),
+            "stray" => Ok(None),
+            "static" => Ok(Some(STATIC.into())),
+            _ => {
+                let known = PODS.iter().map(|(name, digits, _)| (*name, *digits)).chain([LATE]);
+                let (_, digits) =
+                    known.into_iter().find(|(known, _)| *known == name).expect("a caller of that name");
+                Ok(Some(format!("burstable/pod{}/container", uid(digits)).into()))
             }
-            let service_account = ServiceAccountRef { namespace: "app".into(), name: name.into() };
-            Ok(Assumed { service_account, credentials: testing::credentials() })
-        })
-    }
-
-    fn forget(&self, _: PodUid) -> BoxFuture<'_, ()> {
-        Box::pin(async {})
+        };
+        Self { path, network }
     }
 }
 
-/// What EKS Auth says to the pod of this name, if that is no.
-fn error(name: &str) -> Option<Error> {
-    let (status, code) = match name {
-        "denied" => (400, "AccessDeniedException"),
-        "expired" => (400, "ExpiredTokenException"),
-        "bad-token" => (400, "InvalidTokenException"),
-        "bad-parameter" => (400, "InvalidParameterException"),
-        "bad-request" => (400, "InvalidRequestException"),
-        "lonely" => (404, "ResourceNotFoundException"),
-        "throttled" => (429, "ThrottlingException"),
-        "broken" => (500, "InternalServerException"),
-        "away" => (503, "ServiceUnavailableException"),
-        "odd" => (403, "SomethingNewException"),
-        "cut-off" => return Some(Error::Unreachable { reason: "no answer in time".into() }),
-        _ => return None,
-    };
-    Some(Error::Service(ServiceError {
-        status,
-        code: code.into(),
-        message: "words of AWS".into(),
-        request_id: "5d2a".into(),
-        retry_after: None,
-    }))
+impl CgroupPaths for Cgroup {
+    fn below_kubepods(&self, _: u64) -> io::Result<Option<PathBuf>> {
+        Ok(self.path.clone()?)
+    }
 }
 
-/// An agent for one caller.
-fn serve(caller: &Caller) -> SocketAddr {
-    let (pods, cgroups) = (Arc::<Pods>::default(), Arc::<FakeCgroups>::default());
+impl PodProcesses for Cgroup {
+    fn network(&self, _: &Path) -> io::Result<Option<u64>> {
+        Ok(Some(self.network))
+    }
+}
+
+/// An agent for the caller of one exchange, and those that go on with its connection.
+fn serve(target: IpAddr, exchange: &Exchange) -> SocketAddr {
+    let pods = Arc::<Pods>::default();
+    let mut accounts = Vec::new();
     for (name, digits, change) in PODS {
         let mut pod = Pod { uid: uid(digits), name: name.into(), ..testing::pod("app", name) };
         change(&mut pod);
+        accounts.push((pod.uid, pod.service_account.name.clone()));
         pods.insert(&Arc::new(pod));
     }
     let origins = Arc::<FakeOrigins>::default();
-    if let Caller::Pod { name, address } = caller {
-        let known = PODS.iter().map(|(name, digits, _)| (*name, *digits)).chain([LATE]);
-        let (_, digits) = known.into_iter().find(|(known, _)| known == name).expect("a pod of that name");
-        cgroups.set(7, format!("burstable/pod{}/container", uid(digits)));
-        cgroups.set_network(format!("burstable/pod{}", uid(digits)), POD_NETWORK);
-        origins.set(Some(origin(7, address)));
+    let mut cgroup = Cgroup::of("stray");
+    if let Caller::Pod { name, address, .. } = &exchange.caller {
+        cgroup = Cgroup::of(name);
+        origins.set(Some(origin(*address, target)));
     }
     let namespaces = Namespaces::default();
     namespaces.insert("app", BTreeMap::new());
+    namespaces.insert("audited", BTreeMap::from([("podgate.dev/imds".into(), "audit".into())]));
+    let source = Source::new(exchange.upstream.clone(), accounts);
     let clock = Arc::new(|| testing::credentials().obtained_at);
     let instance = Instance {
         region: Some("us-west-2".into()),
@@ -199,10 +199,10 @@ fn serve(caller: &Caller) -> SocketAddr {
     let defaults = Defaults { imds: ImdsMode::Intercept, imds_floor: ImdsMode::Off, imds_v1: false };
     let server = Arc::new(Server {
         policies: Policies { defaults, namespaces: Arc::new(namespaces) },
-        resolver: CallerResolver::new(cgroups, pods, Arc::new(Networks::new(HOST_NETWORK))),
-        engine: Engine::start(Fixed, engine::BUDGET, clock, 1, EngineMetrics::default()),
+        resolver: CallerResolver::new(cgroup, pods, Arc::new(Networks::new(HOST_NETWORK))),
+        engine: Engine::start(source, engine::BUDGET, clock, 1, EngineMetrics::default()),
         imds_tokens: ImdsTokens::new(&[7; 32]),
-        token_delegates: Vec::new(),
+        token_delegates: vec![ServiceAccountRef { namespace: "app".into(), name: "csi".into() }],
         instance: watch::channel(instance).1,
         connections: ConnectionLimit::default(),
         metrics: RequestMetrics::default(),
@@ -223,37 +223,41 @@ fn serve(caller: &Caller) -> SocketAddr {
     address
 }
 
-/// Head and body; `None` where the connection ends without an answer.
-async fn read(stream: &mut TcpStream, of_head: bool) -> Option<(String, String)> {
-    let mut answer = Vec::new();
+/// Head and body of the first answer of those received so far and to come; `None` where the connection ends without.
+async fn read(stream: &mut TcpStream, received: &mut Vec<u8>, of_head: bool) -> Option<(String, String)> {
     let end = loop {
-        if let Some(end) = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
-            break end;
+        if let Some(end) = received.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+            break end + 4;
         }
-        let read = timeout(PATIENCE, stream.read_buf(&mut answer)).await.expect("an answer in time");
+        let read = timeout(PATIENCE, stream.read_buf(received)).await.expect("an answer in time");
         if read.unwrap_or(0) == 0 {
-            assert!(answer.is_empty(), "half an answer: {}", String::from_utf8_lossy(&answer));
+            assert!(received.is_empty(), "half an answer: {}", String::from_utf8_lossy(received));
             return None;
         }
     };
-    let mut body = answer.split_off(end + 4);
-    answer.truncate(end);
-    let head = String::from_utf8(answer).unwrap().replace("\r\n", "\n");
+    let head: Vec<_> = received.drain(..end).collect();
+    let head = String::from_utf8(head).unwrap().trim_end().replace("\r\n", "\n");
     let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
     let length: usize = length.expect("every answer says its length").parse().unwrap();
-    while !of_head && body.len() < length {
-        timeout(PATIENCE, stream.read_buf(&mut body)).await.expect("the body in time").unwrap();
+    let length = if of_head { 0 } else { length };
+    while received.len() < length {
+        let read = timeout(PATIENCE, stream.read_buf(received)).await.expect("the body in time").unwrap();
+        assert!(read > 0, "half a body");
     }
+    let body = received.drain(..length).collect();
     Some((head, String::from_utf8(body).unwrap()))
 }
 
-async fn is_closed(stream: &mut TcpStream, moment: Duration) -> bool {
-    let mut more = [0];
-    match timeout(moment, stream.read(&mut more)).await {
-        Err(_) => false,
-        Ok(Ok(1)) => panic!("more than one answer"),
-        Ok(_) => true,
-    }
+/// Whether a connection has ended, or serves one more request, and then ends.
+async fn is_closed(stream: &mut TcpStream) -> bool {
+    // It may have ended.
+    let _ = stream.write_all(LAST).await;
+    let mut rest = Vec::new();
+    let end = timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("neither closed nor served");
+    let rest = String::from_utf8_lossy(&rest);
+    assert!(end.is_ok() || rest.is_empty(), "{end:?} after {rest}");
+    assert!(rest.matches("HTTP/1.").count() <= 1, "more answers than requests: {rest}");
+    rest.is_empty()
 }
 
 fn uid(digits: &str) -> PodUid {
@@ -264,16 +268,20 @@ fn annotate(pod: &mut Pod, annotation: &str, value: &str) {
     pod.annotations.insert(annotation.into(), value.into());
 }
 
-fn origin(cgroup_id: u64, address: &str) -> Origin {
+/// A dial to `address` that was sent to podgate at `target`, or at what goes with it in IPv6.
+fn origin(address: IpAddr, target: IpAddr) -> Origin {
+    let target = match (address, target) {
+        (IpAddr::V6(_), IpAddr::V4(POD_IDENTITY_V4)) => POD_IDENTITY_V6.into(),
+        _ => target,
+    };
     Origin {
-        cgroup_id,
+        cgroup_id: 7,
         pod_cgroup_id: 0,
         netns_cookie: POD_NETWORK,
         ticket: 1,
         dialled_at_ns: 1,
-        orig_dst: Endpoint::new(address.parse().unwrap(), HTTP_PORT),
-        // Podgate's own, so that no dial is to podgate itself.
-        target: Endpoint::new([169, 254, 175, 1].into(), HTTP_PORT),
+        orig_dst: Endpoint::new(address, HTTP_PORT),
+        target: Endpoint::new(target, HTTP_PORT),
         state: STATE_SENT,
         tgid: 1,
         comm: *b"test\0\0\0\0\0\0\0\0\0\0\0\0",
