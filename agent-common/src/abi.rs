@@ -85,7 +85,7 @@ pub mod program {
     pub const LOOKUP: &str = "lookup";
     /// The programs that stay when the agent is gone, in the order in which they are attached.
     pub const PERMANENT: [&str; 8] =
-        [BIND4, BIND6, LOOKUP, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6];
+        [BIND4, BIND6, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, LOOKUP];
     /// Every program.
     pub const ALL: [&str; 10] =
         [PASSIVE, BIND4, BIND6, LOOKUP, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, EGRESS];

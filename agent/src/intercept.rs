@@ -235,10 +235,14 @@ impl Interceptor {
         self.object.set_generation(generation)?;
         self.object.set_heartbeat(now()?)?;
         self.reconcile()?;
-        for name in program::PERMANENT {
+        // The listeners come last: beside programs of another ABI both send tickets, and those of the first count, until it is
+        // gone. Connections that begin in between are the next agent's with the former one's tickets: it is a moment.
+        let [others @ .., lookup] = program::PERMANENT;
+        for name in others {
             self.hooks.attach(&self.object, &self.pins, name)?;
         }
         self.set_egress(self.needs_egress())?;
+        self.hooks.attach(&self.object, &self.pins, lookup)?;
         self.pins.remove_others()?;
         self.generation = generation;
         Ok(())

@@ -19,6 +19,8 @@ use crate::{bpftool, clients, ebpf, report, vm};
 const BUDGETS: &str = ".ci/budgets.toml";
 /// Tells the lab tests which agent to run.
 const AGENT_VARIABLE: &str = "PODGATE_AGENT";
+/// And which one takes the part of an agent with another ABI.
+const UNDEFENDED_VARIABLE: &str = "PODGATE_UNDEFENDED";
 const OBJECT_VARIABLE: &str = "PODGATE_EBPF_OBJECT";
 
 /// A kind of tests, by what they need.
@@ -213,7 +215,10 @@ fn cargo_test(arguments: &[String], environment: &[(&str, PathBuf)]) -> Command 
 fn kernel_environment(tier: Tier) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
     Ok(if tier == Tier::Lab {
         clients::install_packages()?;
-        vec![(AGENT_VARIABLE, ebpf::build_release_agent()?)]
+        vec![
+            (AGENT_VARIABLE, ebpf::build_release_agent()?),
+            (UNDEFENDED_VARIABLE, ebpf::build_undefended_agent()?),
+        ]
     } else {
         bpftool::install()?;
         vec![(OBJECT_VARIABLE, ebpf::build_object()?.path)]

@@ -28,8 +28,9 @@ const LOCK_PAUSE: Duration = Duration::from_millis(20);
 pub(super) const LINKS: &str = "links";
 /// The directory of its maps.
 const MAPS: &str = "maps";
-/// Maps that agents of all ABIs share, by which they know who is in charge.
-const SHARED: [&str; 2] = [map::GENERATION, map::HEARTBEAT];
+/// Maps that agents of all ABIs share: who is in charge, whom the programs of none of them touch, and the key of sessions
+/// that clients keep. Their shape never changes.
+const SHARED: [&str; 4] = [map::GENERATION, map::HEARTBEAT, map::EXEMPT, map::IMDS_KEY];
 
 /// This ABI's pins.
 #[derive(Debug)]

@@ -167,6 +167,13 @@ pub(crate) fn agent_binary() -> anyhow::Result<PathBuf> {
     Ok(path.into())
 }
 
+/// The build in which defences can be switched off; none is, and it can be of another ABI.
+pub(crate) fn undefended_binary() -> anyhow::Result<PathBuf> {
+    let path = std::env::var_os("PODGATE_UNDEFENDED")
+        .context("PODGATE_UNDEFENDED: run `cargo xtask test --tier lab`")?;
+    Ok(path.into())
+}
+
 /// A pod of the namespace `shop` whose service account has the role `NAME-role`.
 pub(crate) fn spec(name: &str) -> PodSpec {
     PodSpec::new("shop", name).role(&format!("{name}-role"))

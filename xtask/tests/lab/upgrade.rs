@@ -1,8 +1,10 @@
 //! The agent is replaced, and killed, again and again under a steady load: how often, and what became of the requests, is
 //! printed.
 
-use std::time::Duration;
+use std::{fs, path::Path, time::Duration};
 
+use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, SHARED_DIRECTORY};
+use lab::AgentSpec;
 use tokio::time::sleep;
 
 use crate::{
@@ -11,6 +13,10 @@ use crate::{
 };
 
 const UPGRADES: usize = 100;
+/// To another ABI and back, ten times each.
+const ABI_UPGRADES: usize = 20;
+/// What the agent of another ABI says that it is.
+const OTHER_ABI: u32 = ABI_VERSION + 1;
 const CRASHES: usize = 50;
 /// Between two changes.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -40,6 +46,46 @@ async fn upgrades_under_load_lose_no_request() -> anyhow::Result<()> {
     assert!(failed.is_empty(), "{failed:?}");
     requests.assert_own(&node, &pod);
     node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upgrades_to_another_abi_and_back_under_load_lose_no_request() -> anyhow::Result<()> {
+    let mut node = Node::intercepting().await?;
+    let pod = node.pod("busy")?;
+    let flags = ["--imds", "intercept"];
+    let mut other = AgentSpec::new(node::undefended_binary()?, &flags);
+    other.env.insert("PODGATE_ABI".to_owned(), OTHER_ABI.to_string());
+    let generations = [
+        (node.lab.add_agent_pod("podgate-other")?, other, OTHER_ABI),
+        (node.lab.agent_pod.clone(), node::agent(&flags)?, ABI_VERSION),
+    ];
+    let load = Load::of_imds(&node, &pod).await?;
+    for (pod, spec, abi) in generations.iter().cycle().take(ABI_UPGRADES) {
+        let successor = node.lab.start_agent_in(pod, spec).await?;
+        let former = std::mem::replace(&mut node.agent, successor);
+        assert!(former.stop().await?.success());
+        let pins = names(&node.lab.node.place.bpffs().join(PIN_DIRECTORY))?;
+        assert_eq!(pins, [SHARED_DIRECTORY.to_owned(), format!("v{abi}")], "two generations would fight");
+    }
+    let requests = load.end().await?;
+    let failed = requests.failed();
+    println!(
+        "{ABI_UPGRADES} upgrades to another ABI: {} requests, {} failed, longest pause {:.0} ms",
+        requests.count(),
+        failed.len(),
+        requests.longest()
+    );
+    assert!(failed.is_empty(), "{failed:?}");
+    requests.assert_own(&node, &pod);
+    node.down().await
+}
+
+fn names(directory: &Path) -> anyhow::Result<Vec<String>> {
+    let entries = fs::read_dir(directory)?.collect::<Result<Vec<_>, _>>()?;
+    let mut names: Vec<_> =
+        entries.iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    Ok(names)
 }
 
 #[tokio::test(flavor = "multi_thread")]
