@@ -24,7 +24,7 @@ use self::{
     plan::Outcome,
     schedule::{Failure, Life},
 };
-use crate::secret::Secret;
+use crate::{identity::ServiceAccountRef, secret::Secret};
 
 /// Temporary credentials of a pod's role.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,11 +84,19 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// The answer is not one.
+    /// The answer is not one, or not EKS Auth's.
     #[error("EKS Auth's answer cannot be used: {reason}")]
     BadAnswer {
         /// What is wrong with it.
         reason: String,
+    },
+    /// The answer is for somebody else.
+    #[error("EKS Auth's answer cannot be used: it is for {answered}, not {asked}")]
+    Mismatch {
+        /// The service account that it is for.
+        answered: ServiceAccountRef,
+        /// The pod's.
+        asked: ServiceAccountRef,
     },
     /// It takes too long. The call goes on, and whoever asks again shares its result.
     #[error("no token or no answer from EKS Auth after {} ms; try again", .0.as_millis())]
@@ -129,25 +137,39 @@ impl Error {
     fn outcome(&self) -> Outcome {
         let failure = match self {
             Self::Service(error) if error.is_throttling() => return Outcome::Throttled(error.retry_after),
-            Self::Service(error) if error.status >= 500 => Failure::Outage,
-            Self::Service(_) | Self::BadAnswer { .. } => Failure::Refused,
+            Self::Service(error) if error.is_refusal() => Failure::Refused,
+            Self::Mismatch { .. } => Failure::Refused,
             Self::Token { .. } | Self::BadToken { .. } | Self::Busy => Failure::NoToken,
-            Self::Unreachable { .. } | Self::NodeCredentials { .. } | Self::Slow(_) => Failure::Outage,
+            Self::Service(_)
+            | Self::BadAnswer { .. }
+            | Self::Unreachable { .. }
+            | Self::NodeCredentials { .. }
+            | Self::Slow(_) => Failure::Outage,
         };
         Outcome::Failed(failure)
     }
 
+    /// The same, for those whose request it was not.
+    fn for_others(&self) -> Self {
+        match self {
+            Self::Service(error) => {
+                Self::Service(ServiceError { request_id: String::new(), ..error.clone() })
+            }
+            _ => self.clone(),
+        }
+    }
+
     /// Its name in metrics.
-    pub(crate) const fn label(&self) -> &'static str {
+    pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::Service(error) if error.is_throttling() => "throttled",
-            Self::Service(error) if error.status >= 500 => "service_error",
-            Self::Service(_) => "refused",
+            Self::Service(error) if error.is_refusal() => "refused",
+            Self::Service(_) => "service_error",
             Self::Unreachable { .. } => "unreachable",
             Self::NodeCredentials { .. } => "node_credentials",
             Self::Token { .. } => "no_token",
             Self::BadToken { .. } => "bad_token",
-            Self::BadAnswer { .. } => "bad_answer",
+            Self::BadAnswer { .. } | Self::Mismatch { .. } => "bad_answer",
             Self::Slow(_) => "slow",
             Self::Busy => "busy",
         }
@@ -183,8 +205,25 @@ impl Role {
 // === impl ServiceError ===
 
 impl ServiceError {
-    const fn is_throttling(&self) -> bool {
-        self.status == 429
+    /// Whether it asks for fewer calls: by status or code, or by saying when to come back.
+    fn is_throttling(&self) -> bool {
+        let asks_to_wait = self.status == 503 && self.retry_after.is_some();
+        self.status == 429 || self.code == "ThrottlingException" || asks_to_wait
+    }
+
+    /// Whether it is a no that EKS Auth means. A code that it does not use is somebody else's: a proxy's, say.
+    fn is_refusal(&self) -> bool {
+        let is_no = matches!(
+            self.code.as_str(),
+            "AccessDeniedException"
+                | "ExpiredTokenException"
+                | "InvalidParameterException"
+                | "InvalidRequestException"
+                | "InvalidTokenException"
+                | "ResourceNotFoundException"
+                | "ValidationException"
+        );
+        is_no && self.status < 500
     }
 
     /// Whether it is the token that EKS Auth does not take.
@@ -202,6 +241,38 @@ impl fmt::Display for ServiceError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_eks_auth_itself_refuses_is_a_refusal() {
+        let wait = Some(Duration::from_secs(3));
+        for (status, code, retry_after, outcome) in [
+            (400, "AccessDeniedException", None, Outcome::Failed(Failure::Refused)),
+            (404, "ResourceNotFoundException", wait, Outcome::Failed(Failure::Refused)),
+            (403, "UnknownError", None, Outcome::Failed(Failure::Outage)),
+            (407, "proxy_authentication_required", None, Outcome::Failed(Failure::Outage)),
+            (500, "InternalServerException", None, Outcome::Failed(Failure::Outage)),
+            (502, "AccessDeniedException", None, Outcome::Failed(Failure::Outage)),
+            (503, "ServiceUnavailableException", None, Outcome::Failed(Failure::Outage)),
+            (503, "ServiceUnavailableException", wait, Outcome::Throttled(wait)),
+            (400, "ThrottlingException", None, Outcome::Throttled(None)),
+            (429, "UnknownError", wait, Outcome::Throttled(wait)),
+        ] {
+            let error = ServiceError {
+                status,
+                code: code.into(),
+                message: String::new(),
+                request_id: "r".into(),
+                retry_after,
+            };
+            assert_eq!(Error::Service(error).outcome(), outcome, "{status} {code}");
+        }
+        let garbage = Error::BadAnswer { reason: "it is HTML".into() };
+        assert_eq!(garbage.outcome(), Outcome::Failed(Failure::Outage));
+        let [web, db] =
+            ["web", "db"].map(|name| ServiceAccountRef { namespace: "app".into(), name: name.into() });
+        let mismatch = Error::Mismatch { answered: web, asked: db };
+        assert_eq!(mismatch.outcome(), Outcome::Failed(Failure::Refused));
+    }
 
     #[test]
     fn a_role_is_read_from_the_assumed_role_s_arn() {

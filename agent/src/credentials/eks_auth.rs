@@ -8,7 +8,7 @@ use aws_config::SdkConfig;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_eksauth::{
     Client,
-    error::{ProvideErrorMetadata as _, SdkError},
+    error::{ErrorMetadata, SdkError},
     operation::{
         RequestId as _,
         assume_role_for_pod_identity::{AssumeRoleForPodIdentityError, AssumeRoleForPodIdentityOutput},
@@ -110,9 +110,15 @@ fn ask_for_nothing(request: &mut HttpRequest) {
 }
 
 fn assumed(answer: &AssumeRoleForPodIdentityOutput, now: Timestamp) -> Result<Assumed, &'static str> {
-    let credentials = answer.credentials().ok_or("it has no credentials")?;
-    let subject = answer.subject().ok_or("it has no subject")?;
-    let arn = answer.assumed_role_user().ok_or("it has no assumed role")?.arn();
+    // The SDK makes up empty ones for those that are missing.
+    let credentials = answer
+        .credentials()
+        .filter(|sent| is_there(&[sent.access_key_id(), sent.secret_access_key(), sent.session_token()]));
+    let credentials = credentials.ok_or("it has no credentials")?;
+    let subject = answer.subject().filter(|sent| is_there(&[sent.namespace(), sent.service_account()]));
+    let subject = subject.ok_or("it has no subject")?;
+    let user = answer.assumed_role_user().filter(|sent| is_there(&[sent.arn()]));
+    let arn = user.ok_or("it has no assumed role")?.arn();
     let expiration = Timestamp::from_second(credentials.expiration().secs());
     Ok(Assumed {
         service_account: ServiceAccountRef {
@@ -130,31 +136,49 @@ fn assumed(answer: &AssumeRoleForPodIdentityOutput, now: Timestamp) -> Result<As
     })
 }
 
+fn is_there(fields: &[&str]) -> bool {
+    !fields.contains(&"")
+}
+
 /// That the node's credentials are what is missing shows only as a cause of a failure to construct or dispatch; that they
 /// are bad, in AWS's common errors.
 fn failure(error: &SdkError<AssumeRoleForPodIdentityError, HttpResponse>) -> Error {
     match error {
-        // An error in a successful answer is one that could not be read.
-        SdkError::ServiceError(answer) if !answer.raw().status().is_success() => {
-            let error = ServiceError {
-                status: answer.raw().status().as_u16(),
-                code: answer.err().code().unwrap_or("UnknownError").to_owned(),
-                message: answer.err().message().unwrap_or_default().to_owned(),
-                request_id: answer.err().request_id().unwrap_or_default().to_owned(),
-                retry_after: retry_after(answer.raw()),
-            };
-            if is_about_signature(&error) {
-                return Error::NodeCredentials { reason: format!("EKS Auth does not take them: {error}") };
-            }
-            Error::Service(error)
-        }
-        SdkError::ServiceError(_) | SdkError::ResponseError(_) => {
-            Error::BadAnswer { reason: "it does not read as one".to_owned() }
-        }
+        SdkError::ServiceError(answer) => answered(answer.err().meta(), answer.raw()),
+        SdkError::ResponseError(answer) => Error::BadAnswer { reason: foreign(answer.raw()) },
         SdkError::TimeoutError(_) => Error::Unreachable { reason: "no answer in time".to_owned() },
         _ if is_about_credentials(error) => Error::NodeCredentials { reason: chain(error) },
         _ => Error::Unreachable { reason: chain(error) },
     }
+}
+
+/// An error in a successful answer is one that could not be read, and one without a code is not EKS Auth's.
+fn answered(error: &ErrorMetadata, answer: &HttpResponse) -> Error {
+    let status = answer.status();
+    let (code, message) = match error.code() {
+        Some(code) if !status.is_success() => (code, error.message().unwrap_or_default().to_owned()),
+        // Whatever says so, it wants to be left in peace.
+        _ if status.as_u16() == 429 || status.is_server_error() => ("UnknownError", foreign(answer)),
+        _ => return Error::BadAnswer { reason: foreign(answer) },
+    };
+    let error = ServiceError {
+        status: status.as_u16(),
+        code: code.to_owned(),
+        message,
+        request_id: error.request_id().unwrap_or_default().to_owned(),
+        retry_after: retry_after(answer),
+    };
+    if is_about_signature(&error) {
+        return Error::NodeCredentials { reason: format!("EKS Auth does not take them: {error}") };
+    }
+    Error::Service(error)
+}
+
+/// Describes an answer that does not read as EKS Auth's.
+fn foreign(answer: &HttpResponse) -> String {
+    let status = answer.status().as_u16();
+    let kind = answer.headers().get("content-type").unwrap_or("no content type");
+    format!("EKS Auth answered {status} with {kind}, and not as EKS Auth does (a proxy between?)")
 }
 
 /// In whole seconds; a date is not worth a clock that may be wrong.

@@ -16,26 +16,30 @@ use std::{
 };
 
 use agent_common::defence::{Defence, holds};
-use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use papaya::HashMap as ConcurrentMap;
-use tokio::{
-    sync::Notify,
-    time::{Instant as TokioInstant, sleep},
-};
+use tokio::{sync::Notify, time::Instant as TokioInstant};
 
+mod fetch;
 mod flight;
+mod gone;
 mod handed_over;
 #[cfg(test)]
 pub(super) mod planted;
+mod trust;
+mod upkeep;
 
-use self::flight::{Flight, Tokens, Waiter};
 pub use self::handed_over::HandedOver;
 #[cfg(test)]
 use self::planted::{Bug, planted};
+use self::{
+    flight::{Flight, Tokens, Waiter},
+    gone::Gone,
+    trust::fingerprint,
+    upkeep::supervise,
+};
 use super::{
     Budget, Credentials, Error,
-    issuer::Verdict,
     jwt::SentToken,
     metrics::EngineMetrics,
     plan::{Action, Answer, Key, Payer, Plan, TokenDigest},
@@ -51,10 +55,7 @@ use crate::{
 pub const BUDGET: Budget = Budget { per_second: 10.0, burst: 256.0 };
 /// Who can be served from what is at hand waits no longer for something fresher.
 const PATIENCE: Duration = Duration::from_millis(400);
-/// Longest sleep: the clock may be set meanwhile.
-const SLEEP_MAX: Duration = Duration::from_mins(1);
-/// A pod's tokens that are remembered: it has one, and a new one every 19 hours.
-const TOKENS_REMEMBERED: usize = 4;
+const POD_IS_GONE: &str = "the pod is gone";
 
 /// Tells the time.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
@@ -86,8 +87,11 @@ struct State {
     held: HashMap<PodUid, HandedOver>,
     /// Flights begun so far: their numbers.
     flights: u64,
-    /// Why EKS Auth gave no answer the last time.
+    /// Why EKS Auth gave no answer the last time, if it has given none since.
     outage: Option<Error>,
+    gone: Gone,
+    /// When the pods in need were last counted.
+    counted_at: Timestamp,
 }
 
 /// What is kept beside the plan.
@@ -97,6 +101,8 @@ struct Record {
     trusted: Vec<TokenDigest>,
     flight: Option<Flight>,
     last_error: Option<Error>,
+    /// Whether operators know that what there is cannot be refreshed.
+    warned: bool,
 }
 
 // === impl Engine ===
@@ -106,7 +112,15 @@ impl<S: CredentialSource> Engine<S> {
     /// that need no secrecy, and should differ between nodes.
     pub fn start(source: S, budget: Budget, clock: Clock, seed: u64, metrics: EngineMetrics) -> Arc<Self> {
         let plan = Plan::new(budget, seed, clock());
-        let state = State { plan, records: HashMap::new(), held: HashMap::new(), flights: 0, outage: None };
+        let state = State {
+            plan,
+            records: HashMap::new(),
+            held: HashMap::new(),
+            flights: 0,
+            outage: None,
+            gone: Gone::default(),
+            counted_at: Timestamp::MIN,
+        };
         let engine = Arc::new_cyclic(|myself| Self {
             source,
             clock,
@@ -117,7 +131,7 @@ impl<S: CredentialSource> Engine<S> {
             metrics,
             myself: Weak::clone(myself),
         });
-        tokio::spawn(keep_schedule(Arc::downgrade(&engine), Arc::clone(&engine.planned)));
+        tokio::spawn(supervise(Arc::downgrade(&engine), Arc::clone(&engine.planned)));
         engine
     }
 
@@ -137,7 +151,9 @@ impl<S: CredentialSource> Engine<S> {
             let digest = fingerprint(&sent.token);
             // Where nobody can tell, the kernel's word is enough, and EKS Auth judges the token.
             if self.whose(&digest) != Some(pod.uid) && self.is_good(sent).await? {
-                self.trust(&mut self.lock(), pod.uid, digest);
+                let mut state = self.lock();
+                self.is_here(&state, pod.uid)?;
+                self.trust(&mut state, pod.uid, digest);
             }
         }
         self.of_pod(pod.uid, Tokens::new(sent, Some(pod)), floor, deadline).await
@@ -159,23 +175,33 @@ impl<S: CredentialSource> Engine<S> {
         if !holds(Defence::AcceptedTokens) {
             uid = sent.claims.pod;
         }
+        #[cfg(test)]
+        if planted(Bug::ForgedOpens) {
+            uid = sent.claims.pod;
+        }
         if uid.is_none() && self.is_good(&sent).await? {
             uid = sent.claims.pod;
             if let Some(uid) = uid {
-                self.trust(&mut self.lock(), uid, digest);
+                let mut state = self.lock();
+                self.is_here(&state, uid)?;
+                self.trust(&mut state, uid, digest);
             }
         }
         let tokens = Tokens::new(Some(sent), None);
         if let Some(uid) = uid {
             return self.of_pod(uid, tokens, Floor::Container, deadline).await;
         }
-        let waiter = self.join(&mut self.lock(), Key::Token(digest), Payer::Address(address), tokens)?;
+        let payer = Payer::Address(address.to_canonical());
+        let waiter = self.join(&mut self.lock(), Key::Token(digest), payer, tokens)?;
         waiter.wait(deadline.into()).await
     }
 
     /// Fetches a pod's credentials before it asks.
     pub fn prefetch(&self, pod: &Arc<Pod>) {
         let mut state = self.lock();
+        if state.gone.contains(pod.uid, self.now()) {
+            return;
+        }
         self.adopt_for(&mut state, pod);
         let tokens = Tokens::new(None, Some(pod));
         state.records.entry(Key::Pod(pod.uid)).or_default().tokens.update(tokens);
@@ -187,10 +213,9 @@ impl<S: CredentialSource> Engine<S> {
     pub async fn forget(&self, uid: PodUid) {
         {
             let mut state = self.lock();
+            state.gone.insert(uid, self.now());
             state.held.remove(&uid);
-            state.plan.forget(Key::Pod(uid));
-            self.drop_record(&mut state, Key::Pod(uid));
-            self.act(&mut state);
+            self.give_up(&mut state, Key::Pod(uid));
         }
         self.source.forget(uid).await;
     }
@@ -224,14 +249,14 @@ impl<S: CredentialSource> Engine<S> {
                 self.first_asked(&mut state, uid);
                 return Ok(Arc::clone(&ready.credentials));
             }
+            self.is_here(&state, uid)?;
             self.join(&mut state, Key::Pod(uid), Payer::Pod(uid), tokens)
         };
         let fetched = match joined {
             Ok(waiter) => waiter.wait(until).await,
             Err(error) => Err(error),
         };
-        let spare = self.ready.pin().get(&uid).cloned();
-        match (fetched, spare.filter(|ready| self.is_alive(ready))) {
+        match (fetched, self.alive(uid)) {
             (Err(_), Some(spare)) => {
                 self.metrics.below_floor.inc();
                 Ok(Arc::clone(&spare.credentials))
@@ -252,7 +277,8 @@ impl<S: CredentialSource> Engine<S> {
         let Answer::Joined { hope } = answer else {
             return Err(last_error.unwrap_or(Error::Slow(Duration::ZERO)));
         };
-        let last_error = last_error.or_else(|| state.outage.clone());
+        let outage = state.outage.as_ref().filter(|_| state.plan.service_is_away());
+        let last_error = last_error.or_else(|| outage.map(Error::for_others));
         let waiter = record.flight.get_or_insert_default().waiter(hope, last_error);
         self.act(state);
         Ok(waiter)
@@ -261,6 +287,10 @@ impl<S: CredentialSource> Engine<S> {
     /// Does what the plan says is to be done now, and lets the schedule be looked at again.
     fn act(&self, state: &mut State) {
         self.act_for_now(state);
+        #[cfg(test)]
+        if planted(Bug::NotifyLost) {
+            return;
+        }
         self.planned.notify_one();
     }
 
@@ -283,17 +313,25 @@ impl<S: CredentialSource> Engine<S> {
         self.metrics.service_away.set(i64::from(state.plan.service_is_away()));
     }
 
-    /// Does what is due, and tells how long there is nothing to do.
-    fn act_when_due(&self) -> Duration {
-        let mut state = self.lock();
-        self.act_for_now(&mut state);
-        state.plan.wake_at().map_or(SLEEP_MAX, |at| {
-            let left = at.duration_since(self.now()).max(SignedDuration::ZERO);
-            left.unsigned_abs().min(SLEEP_MAX)
-        })
+    /// Drops everything that is known of a key, a flight included.
+    fn give_up(&self, state: &mut State, key: Key) {
+        state.plan.forget(key);
+        self.drop_record(state, key);
+        self.act(state);
+    }
+
+    fn is_here(&self, state: &State, uid: PodUid) -> Result<(), Error> {
+        if state.gone.contains(uid, self.now()) {
+            return Err(Error::Token { reason: POD_IS_GONE.to_owned() });
+        }
+        Ok(())
     }
 
     fn drop_record(&self, state: &mut State, key: Key) {
+        #[cfg(test)]
+        if planted(Bug::ForgetLeaves) {
+            return;
+        }
         let record = state.records.remove(&key).unwrap_or_default();
         let trusted = self.trusted.pin();
         for digest in &record.trusted {
@@ -309,35 +347,6 @@ impl<S: CredentialSource> Engine<S> {
         self.act(state);
     }
 
-    /// Whether a token is good; `false` where nobody can tell.
-    ///
-    /// # Errors
-    /// [`Error::BadToken`] when it is known to be bad.
-    pub async fn is_good(&self, sent: &SentToken) -> Result<bool, Error> {
-        match self.source.judge(&sent.token, &sent.claims).await {
-            Verdict::Good => Ok(true),
-            Verdict::Unknown => Ok(false),
-            Verdict::Bad(_) if !holds(Defence::AcceptedTokens) => Ok(false),
-            Verdict::Bad(reason) => Err(Error::BadToken { reason }),
-        }
-    }
-
-    fn whose(&self, digest: &TokenDigest) -> Option<PodUid> {
-        self.trusted.pin().get(digest).copied()
-    }
-
-    /// From now on the token opens what is kept for the pod.
-    fn trust(&self, state: &mut State, uid: PodUid, digest: TokenDigest) {
-        let remembered = &mut state.records.entry(Key::Pod(uid)).or_default().trusted;
-        let trusted = self.trusted.pin();
-        if trusted.insert(digest, uid).is_none() {
-            remembered.push(digest);
-        }
-        if remembered.len() > TOKENS_REMEMBERED {
-            trusted.remove(&remembered.remove(0));
-        }
-    }
-
     fn is_fresh(&self, ready: &Ready, floor: Floor) -> bool {
         #[cfg(test)]
         if planted(Bug::ExpiredOut) {
@@ -348,6 +357,12 @@ impl<S: CredentialSource> Engine<S> {
 
     fn is_alive(&self, ready: &Ready) -> bool {
         self.now() < ready.credentials.expiration
+    }
+
+    /// What there is for a pod, for want of something fresher.
+    fn alive(&self, uid: PodUid) -> Option<Arc<Ready>> {
+        let ready = self.ready.pin().get(&uid).cloned();
+        ready.filter(|ready| self.is_alive(ready))
     }
 
     fn now(&self) -> Timestamp {
@@ -363,25 +378,6 @@ impl<S> std::fmt::Debug for Engine<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("pods", &self.ready.len()).finish_non_exhaustive()
     }
-}
-
-/// Does what is due when it is due, for as long as there is an engine.
-async fn keep_schedule<S: CredentialSource>(engine: Weak<Engine<S>>, planned: Arc<Notify>) {
-    loop {
-        let Some(engine) = engine.upgrade() else { return };
-        let until = engine.act_when_due();
-        drop(engine);
-        tokio::select! {
-            () = sleep(until) => {}
-            () = planned.notified() => {}
-        }
-    }
-}
-
-fn fingerprint(token: &Secret) -> TokenDigest {
-    let mut fingerprint = [0; SHA256_OUTPUT_LEN];
-    fingerprint.copy_from_slice(digest(&SHA256, token.expose().as_bytes()).as_ref());
-    fingerprint
 }
 
 #[cfg(test)]

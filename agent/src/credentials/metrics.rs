@@ -22,6 +22,10 @@ pub struct EngineMetrics {
     pub(super) flights: Gauge,
     /// Whether EKS Auth does not answer.
     pub(super) service_away: Gauge,
+    /// Pods whose credentials cannot be refreshed and have little life left.
+    pods_below_floor: Gauge,
+    /// Pods for which there is nothing to serve.
+    pods_without: Gauge,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -61,7 +65,23 @@ impl EngineMetrics {
             "1 while EKS Auth gives no answer (unstable)",
             metrics.service_away.clone(),
         );
+        registry.register(
+            "podgate_credentials_pods_below_floor",
+            "Pods whose credentials have little life left and cannot be refreshed (unstable)",
+            metrics.pods_below_floor.clone(),
+        );
+        registry.register(
+            "podgate_credentials_pods_without",
+            "Pods for which no credentials can be fetched and none are left (unstable)",
+            metrics.pods_without.clone(),
+        );
         metrics
+    }
+
+    pub(super) fn in_need(&self, below_floor: usize, without: usize) {
+        for (gauge, pods) in [(&self.pods_below_floor, below_floor), (&self.pods_without, without)] {
+            gauge.set(i64::try_from(pods).unwrap_or(i64::MAX));
+        }
     }
 
     pub(super) fn fetched(&self, class: Class, error: Option<&Error>) {

@@ -13,13 +13,15 @@ use jiff::{SignedDuration, Timestamp};
 
 #[cfg(test)]
 use super::engine::planted::{Bug, planted};
-use super::schedule::{Failure, Life};
+use super::schedule::{Failure, Floor, Life};
 use crate::identity::PodUid;
 
+mod landing;
 mod pace;
 mod queue;
 mod service;
 mod steps;
+mod strangers;
 mod timers;
 
 pub use self::pace::Budget;
@@ -28,13 +30,10 @@ use self::{
     pace::Pace,
     queue::{Queue, Rank},
     service::Service,
+    strangers::Strangers,
     timers::{Chances, Timer, Timers},
 };
 
-/// Fetches for one address that wait or are under way, where nobody vouches for the callers.
-const FLIGHTS_PER_ADDRESS: usize = 4;
-/// Tokens that nobody vouches for and that are remembered.
-const TOKENS_MAX: usize = 512;
 /// Clocks of two threads differ by less; what is more was set back.
 const CLOCK_SKEW: SignedDuration = SignedDuration::from_secs(1);
 
@@ -79,6 +78,8 @@ pub(crate) enum Outcome {
     Throttled(Option<Duration>),
     /// With nothing.
     Failed(Failure),
+    /// With no call yet: the token that it lingered for is there.
+    HasToken,
 }
 
 /// What becomes of a fetch's callers.
@@ -96,9 +97,15 @@ pub(crate) struct Plan {
     entries: HashMap<Key, Entry>,
     queue: Queue,
     timers: Timers,
-    running: usize,
+    /// Fetches that wait for their turn or are under way.
+    flights: usize,
+    /// Those of them that may be calling EKS Auth.
+    calling: usize,
     pace: Pace,
     service: Service,
+    strangers: Strangers,
+    /// When it is the next pod's turn to try again for a token.
+    token_turn: Timestamp,
     now: Timestamp,
     chances: Chances,
 }
@@ -128,6 +135,8 @@ enum Phase {
     /// Back in the queue when the timer ends.
     Delayed(Rank),
     Running(Rank, Timestamp),
+    /// Under way, but its token is long in coming: others are called for meanwhile.
+    Lingering(Rank),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -146,9 +155,12 @@ impl Plan {
             entries: HashMap::new(),
             queue: Queue::default(),
             timers: Timers::default(),
-            running: 0,
+            flights: 0,
+            calling: 0,
             pace: Pace::new(budget, now),
             service: Service::new(),
+            strangers: Strangers::default(),
+            token_turn: now,
             now,
             chances: Chances::new(seed),
         }
@@ -157,29 +169,38 @@ impl Plan {
     /// Somebody asks for whom nothing fresh enough is at hand.
     pub(crate) fn ask(&mut self, key: Key, payer: Payer, now: Timestamp) -> Answer {
         let now = self.tick(now);
-        if let Key::Token(_) = key
-            && !self.entries.contains_key(&key)
-            && !self.has_room(payer)
+        let known = self.entries.get(&key);
+        let (is_known, payer) = (known.is_some(), known.map_or(payer, |entry| entry.payer));
+        if let (Key::Token(digest), Payer::Address(address)) = (key, payer)
+            && self.is_idle(key)
+            && !self.admit(address, digest, now)
         {
-            return Answer::Busy;
+            return if is_known { Answer::Refused } else { Answer::Busy };
         }
         let entry = self.entries.entry(key).or_insert_with(|| Entry::new(payer, now));
-        (entry.asked, entry.prefetch) = (true, false);
+        entry.asked = true;
+        if std::mem::take(&mut entry.prefetch) {
+            // Nobody had asked for what failed.
+            entry.failed = None;
+        }
         if let (Phase::Idle, Some(failed)) = (entry.phase, entry.failed)
             && now < failed.until
         {
             return Answer::Refused;
         }
         entry.waits = true;
-        let tried_in_vain = entry.failed.is_some_and(|failed| failed.times >= 2);
+        let tried_in_vain =
+            entry.failed.is_some_and(|failed| failed.failure == Failure::Outage && failed.times >= 2);
         match entry.phase {
             Phase::Idle => self.enqueue(key, Class::Foreground, now),
             Phase::Queued(rank) if rank.class != Class::Foreground => self.promote(key, rank, now),
             #[cfg(test)]
             Phase::Running(..) if planted(Bug::TwoFlights) => self.enqueue(key, Class::Foreground, now),
-            Phase::Queued(_) | Phase::Delayed(_) | Phase::Running(..) => {}
+            Phase::Queued(_) | Phase::Delayed(_) | Phase::Running(..) | Phase::Lingering(_) => {}
         }
-        Answer::Joined { hope: !tried_in_vain && self.service.probe_at().is_none() }
+        // Who comes when it is time to ask whether EKS Auth is back waits for what it says.
+        let may_answer = self.service.probe_at().is_none_or(|probe_at| now >= probe_at);
+        Answer::Joined { hope: !tried_in_vain && may_answer }
     }
 
     /// Somebody was served for the first time from what there is.
@@ -206,7 +227,8 @@ impl Plan {
     /// A pod's credentials have come in another way: with a token that EKS Auth has accepted.
     pub(crate) fn learn(&mut self, uid: PodUid, life: Life, now: Timestamp) {
         let now = self.tick(now);
-        self.entries.entry(Key::Pod(uid)).or_insert_with(|| Entry::new(Payer::Pod(uid), now));
+        let entry = self.entries.entry(Key::Pod(uid)).or_insert_with(|| Entry::new(Payer::Pod(uid), now));
+        (entry.failed, entry.lost) = (None, 0);
         self.keep(Key::Pod(uid), life, true);
     }
 
@@ -241,90 +263,58 @@ impl Plan {
             }
         }
         let class = self.queue.first()?;
-        if self.running >= self.service.limit() || !self.may_call(class, now) {
+        if self.calling >= self.service.limit() || !self.may_call(class, now) {
             return None;
         }
         let (rank, key) = self.queue.pop()?;
         self.set_timer(key, None);
-        self.entry(key).phase = Phase::Running(rank, now);
-        self.running += 1;
+        let payer = self.entry(key).payer;
+        self.service.tries(payer);
+        self.set_phase(key, Phase::Running(rank, now));
+        self.calling += 1;
         Some(Action::Fetch(key, rank.class))
     }
 
     /// When there may be something to be done again, if nothing happens before.
     pub(crate) fn wake_at(&self) -> Option<Timestamp> {
-        let class = self.queue.first().filter(|_| self.running < self.service.limit());
+        let class = self.queue.first().filter(|_| self.calling < self.service.limit());
         let call = class.map(|class| {
             self.service.probe_at().unwrap_or_else(|| self.pace.ready_at(class != Class::Foreground))
         });
         [self.timers.next_at(), call].into_iter().flatten().min()
     }
 
-    /// A fetch has ended.
-    pub(crate) fn landed(&mut self, key: Key, outcome: Outcome, now: Timestamp) -> Landing {
-        let now = self.tick(now);
-        let Some(&Entry { phase: Phase::Running(rank, begun_at), .. }) = self.entries.get(&key) else {
-            return Landing::Over;
-        };
-        self.running -= 1;
-        self.entry(key).phase = Phase::Idle;
-        match outcome {
-            Outcome::Got(life) => {
-                self.pace.answered();
-                self.service_answers(now);
-                let entry = self.entry(key);
-                let waits = std::mem::take(&mut entry.waits);
-                (entry.failed, entry.lost) = (None, 0);
-                self.keep(key, life, waits);
-            }
-            Outcome::Throttled(retry_after) => {
-                let chance = self.chances.draw();
-                self.pace.throttled(begun_at, retry_after, now, chance);
-                self.service_answers(now);
-                // Its turn has not been served.
-                self.queue_again(key, rank);
-                return Landing::GoesOn;
-            }
-            Outcome::Failed(failure) => {
-                match failure {
-                    Failure::Refused => {
-                        self.pace.answered();
-                        self.service_answers(now);
-                    }
-                    Failure::NoToken => self.pace.give_back(),
-                    // What began before EKS Auth was back says nothing of it: it goes again.
-                    Failure::Outage if begun_at < self.service.back_at() => {
-                        self.queue_again(key, rank);
-                        return Landing::GoesOn;
-                    }
-                    Failure::Outage => {
-                        let chance = self.chances.draw();
-                        self.service.is_silent(key, now, chance);
-                        if self.try_again(key, rank, now) {
-                            return Landing::GoesOn;
-                        }
-                    }
-                }
-                self.fail(key, failure, now);
-            }
-        }
-        Landing::Over
-    }
-
     /// The pod is gone, or the token of no interest any more.
     pub(crate) fn forget(&mut self, key: Key) {
         self.set_timer(key, None);
-        self.service.forget(key);
-        match self.entries.remove(&key).map(|entry| entry.phase) {
-            Some(Phase::Queued(rank)) => self.queue.remove(rank),
-            Some(Phase::Running(..)) => self.running -= 1,
-            Some(Phase::Idle | Phase::Delayed(_)) | None => {}
+        let Some(Entry { phase, payer, .. }) = self.entries.remove(&key) else { return };
+        match (key, payer) {
+            (Key::Token(digest), Payer::Address(address)) => self.strangers.forget(address, &digest),
+            _ => self.service.forget(payer),
+        }
+        self.flights -= usize::from(!matches!(phase, Phase::Idle));
+        match phase {
+            Phase::Queued(rank) => self.queue.remove(rank),
+            Phase::Running(..) => self.calling -= 1,
+            Phase::Idle | Phase::Delayed(_) | Phase::Lingering(_) => {}
         }
     }
 
     /// How many fetches wait for their turn or are under way.
     pub(crate) fn flights(&self) -> usize {
-        self.entries.values().filter(|entry| !matches!(entry.phase, Phase::Idle)).count()
+        self.flights
+    }
+
+    /// How many pods cannot be given fresh credentials: those that are served what is below the floor, and those that have
+    /// none.
+    pub(crate) fn in_need(&self, now: Timestamp) -> (usize, usize) {
+        let of_pods = self.entries.iter().filter(|(key, _)| matches!(key, Key::Pod(_)));
+        let failing = of_pods.filter(|(_, entry)| entry.failed.is_some()).map(|(_, entry)| entry.life);
+        failing.fold((0, 0), |(below, without), life| match life {
+            Some(life) if now < life.good_until(Floor::Imds) => (below, without),
+            Some(life) if now < life.expiration => (below + 1, without),
+            _ => (below, without + 1),
+        })
     }
 
     /// Whether EKS Auth does not answer.
@@ -335,6 +325,17 @@ impl Plan {
     #[expect(clippy::expect_used, reason = "an invariant")]
     fn entry(&mut self, key: Key) -> &mut Entry {
         self.entries.get_mut(&key).expect("BUG: what is in the queue or has a timer has an entry")
+    }
+
+    fn is_idle(&self, key: Key) -> bool {
+        self.entries.get(&key).is_none_or(|entry| matches!(entry.phase, Phase::Idle))
+    }
+
+    fn set_phase(&mut self, key: Key, phase: Phase) {
+        let was_idle = self.is_idle(key);
+        self.entry(key).phase = phase;
+        self.flights += usize::from(was_idle);
+        self.flights -= usize::from(self.is_idle(key));
     }
 
     fn set_timer(&mut self, key: Key, at: Option<Timestamp>) {
@@ -355,6 +356,8 @@ impl Plan {
                 entry.refresh_at -= back;
                 entry.failed.iter_mut().for_each(|failed| failed.until -= back);
             }
+            self.token_turn -= back;
+            self.strangers.clock_set_back(back);
             self.pace.clock_set_back(now);
             self.service.clock_set_back(now);
             self.now = now;

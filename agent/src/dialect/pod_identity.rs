@@ -219,7 +219,7 @@ mod tests {
             };
             assert_eq!(answer(&head), status, "{line:?} {hosts:?}");
             // HTTP/1.0 need not name one, and is refused for it later.
-            head.version = Version::HTTP_10;
+            head.version = http::Version::HTTP_10;
             let status = match (line, hosts) {
                 (Some(_), []) => 200,
                 (None, []) => 403,

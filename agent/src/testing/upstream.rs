@@ -47,14 +47,22 @@ pub struct Conditions {
     pub latency: Duration,
     /// How long what it issues is good for.
     pub life: SignedDuration,
-    /// Of so many calls one fails, with a 500; 0 for none.
-    pub error_every: usize,
+    /// So many of a thousand calls fail, with a 500, drawn at random from `seed`.
+    pub errors_per_mille: u64,
+    /// Where those chances begin.
+    pub seed: u64,
     /// So many calls a second are let through, the others throttled.
     pub throttle: Option<f64>,
     /// What throttled calls are told to wait, in whole seconds.
     pub retry_after: Option<Duration>,
     /// Whether the API server gives tokens.
     pub api_server: bool,
+    /// How long it takes for one. It is kept until EKS Auth refuses it.
+    pub token_latency: Duration,
+    /// Whether EKS Auth refuses the tokens that the API server gives from now on.
+    pub bad_tokens: bool,
+    /// How long it takes to judge a token that a caller sent.
+    pub judging: Duration,
     /// What is known of tokens that callers sent.
     pub verdict: Verdict,
 }
@@ -81,6 +89,9 @@ struct State {
     calls: Vec<Call>,
     under_way: HashMap<PodUid, u32>,
     overlaps: usize,
+    kept_tokens: HashMap<PodUid, (ServiceAccountRef, Secret)>,
+    token_requests: usize,
+    bad_tokens: usize,
     tokens: f64,
     filled_at: Timestamp,
 }
@@ -96,10 +107,14 @@ impl Default for Conditions {
             weather: Weather::Fair,
             latency: Duration::from_millis(50),
             life: SignedDuration::from_hours(6),
-            error_every: 0,
+            errors_per_mille: 0,
+            seed: 1,
             throttle: None,
             retry_after: None,
             api_server: true,
+            token_latency: Duration::ZERO,
+            bad_tokens: false,
+            judging: Duration::ZERO,
             verdict: Verdict::Unknown,
         }
     }
@@ -116,6 +131,9 @@ impl FakeUpstream {
             calls: Vec::new(),
             under_way: HashMap::new(),
             overlaps: 0,
+            kept_tokens: HashMap::new(),
+            token_requests: 0,
+            bad_tokens: 0,
             tokens: 1.0,
             filled_at,
         };
@@ -135,6 +153,16 @@ impl FakeUpstream {
     /// Calls that came while another one for the same pod was under way.
     pub fn overlaps(&self) -> usize {
         self.lock().overlaps
+    }
+
+    /// Calls with a token of nobody, which are refused.
+    pub fn bad_tokens(&self) -> usize {
+        self.lock().bad_tokens
+    }
+
+    /// How often the API server was asked for a token.
+    pub fn token_requests(&self) -> usize {
+        self.lock().token_requests
     }
 
     fn arrive(&self, pod: PodUid) -> (usize, Conditions, bool, UnderWay<'_>) {
@@ -180,24 +208,57 @@ impl Drop for UnderWay<'_> {
 }
 
 impl CredentialSource for Arc<FakeUpstream> {
-    fn judge<'a>(&'a self, _: &'a Secret, _: &'a Claims) -> BoxFuture<'a, Verdict> {
-        Box::pin(async { self.lock().conditions.verdict.clone() })
+    fn judge<'a>(&'a self, token: &'a Secret, _: &'a Claims) -> BoxFuture<'a, Verdict> {
+        Box::pin(async {
+            let Conditions { judging, verdict, .. } = self.lock().conditions.clone();
+            if !judging.is_zero() {
+                sleep(judging).await;
+            }
+            let is_genuine = owner(token).is_some();
+            if verdict == Verdict::Good && !is_genuine {
+                return Verdict::Bad("its signature is wrong".to_owned());
+            }
+            verdict
+        })
     }
 
     fn token<'a>(&'a self, pod: &'a Pod) -> BoxFuture<'a, Result<Secret, Error>> {
         Box::pin(async {
-            if !self.lock().conditions.api_server {
+            let kept = self.lock().kept_tokens.get(&pod.uid).cloned();
+            if let Some((_, token)) = kept.filter(|(account, _)| *account == pod.service_account) {
+                return Ok(token);
+            }
+            let (conditions, number) = {
+                let mut state = self.lock();
+                state.token_requests += 1;
+                (state.conditions.clone(), state.token_requests)
+            };
+            if !conditions.token_latency.is_zero() {
+                sleep(conditions.token_latency).await;
+            }
+            if !conditions.api_server {
                 return Err(Error::Token { reason: "the API server is away".to_owned() });
             }
-            Ok(token_of(pod))
+            let bad = || Secret::from(format!("bad{number}"));
+            let token = if conditions.bad_tokens { bad() } else { token_of(pod) };
+            self.lock().kept_tokens.insert(pod.uid, (pod.service_account.clone(), token.clone()));
+            Ok(token)
+        })
+    }
+
+    fn refused<'a>(&'a self, uid: PodUid, token: &'a Secret) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            self.lock().kept_tokens.retain(|of, (_, kept)| *of != uid || kept != token);
         })
     }
 
     fn assume_role<'a>(&'a self, token: &'a Secret) -> BoxFuture<'a, Result<Assumed, Error>> {
         Box::pin(async {
-            let invalid = || says(400, "InvalidTokenException", None);
-            let (uid, account) = token.expose().split_once(' ').ok_or_else(invalid)?;
-            let uid = PodUid::parse(uid).ok_or_else(invalid)?;
+            let invalid = || {
+                self.lock().bad_tokens += 1;
+                says(400, "InvalidTokenException", None)
+            };
+            let (uid, account) = owner(token).ok_or_else(invalid)?;
             let (call, conditions, throttled, _under_way) = self.arrive(uid);
             if throttled {
                 return Err(says(429, "ThrottlingException", conditions.retry_after));
@@ -210,7 +271,7 @@ impl CredentialSource for Arc<FakeUpstream> {
             if let Weather::Says(status, code) = conditions.weather {
                 return Err(says(status, code, None));
             }
-            if conditions.error_every > 0 && call.is_multiple_of(conditions.error_every) {
+            if drawn(conditions.seed, call) % 1000 < conditions.errors_per_mille {
                 return Err(says(500, "InternalServerException", None));
             }
             let (namespace, name) = account.split_once('/').ok_or_else(invalid)?;
@@ -230,8 +291,10 @@ impl CredentialSource for Arc<FakeUpstream> {
         })
     }
 
-    fn forget(&self, _: PodUid) -> BoxFuture<'_, ()> {
-        Box::pin(async {})
+    fn forget(&self, uid: PodUid) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            self.lock().kept_tokens.remove(&uid);
+        })
     }
 }
 
@@ -249,6 +312,12 @@ pub fn token_of(pod: &Pod) -> Secret {
     Secret::from(format!("{} {}", pod.uid, pod.service_account))
 }
 
+/// Whose token it is, if it is one.
+fn owner(token: &Secret) -> Option<(PodUid, &str)> {
+    let (uid, account) = token.expose().split_once(' ')?;
+    Some((PodUid::parse(uid)?, account))
+}
+
 /// The same, sent by a caller.
 pub fn sent_by(pod: &Pod) -> SentToken {
     SentToken { token: token_of(pod), claims: claims(pod.uid) }
@@ -257,6 +326,14 @@ pub fn sent_by(pod: &Pod) -> SentToken {
 /// Whether these were issued for this pod.
 pub fn are_of(credentials: &Credentials, uid: PodUid) -> bool {
     credentials.access_key_id.split(' ').next() == Some(&uid.to_string())
+}
+
+/// The number of a call that is drawn at random (`SplitMix64`).
+fn drawn(seed: u64, call: usize) -> u64 {
+    let mut mixed = seed.wrapping_add(call as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
 }
 
 fn says(status: u16, code: &str, retry_after: Option<Duration>) -> Error {

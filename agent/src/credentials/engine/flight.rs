@@ -4,7 +4,7 @@
 //! deadline.
 
 use std::{
-    panic::AssertUnwindSafe,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
@@ -14,34 +14,29 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::{
     sync::watch,
     task::AbortHandle,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 #[cfg(test)]
 use super::planted::{Bug, planted};
-use super::{Engine, Ready, State, fingerprint};
+use super::{
+    Engine, POD_IS_GONE, Ready, State,
+    fetch::{Accepted, Fetched},
+};
 use crate::{
     credentials::{
         Credentials, Error,
         jwt::SentToken,
         plan::{Class, Key, Landing, Outcome, TokenDigest},
-        schedule::Failure,
+        schedule::{Failure, Life},
         source::CredentialSource,
     },
     identity::{Pod, PodUid},
-    secret::Secret,
 };
 
-/// How long a token may take. Callers are answered sooner; this ends what they share, so that a service that hangs does
-/// not hold a pod for ever.
-const TOKEN_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long EKS Auth may take.
-const CALL_TIMEOUT: Duration = Duration::from_secs(4);
 /// Who asks while nothing can be had is told why after that.
 const NO_HOPE: Duration = Duration::from_millis(50);
-/// Credentials with less life are of no use to anybody.
-const LIFE_MIN: SignedDuration = SignedDuration::from_secs(15);
 
 /// Where a pod's token comes from: the caller's own comes first, then one that podgate finds.
 #[derive(Clone, Default)]
@@ -75,11 +70,14 @@ pub(super) struct Waiter {
     last_error: Option<Error>,
 }
 
-/// What a flight brings.
-struct Fetched {
-    credentials: Credentials,
-    /// The token that EKS Auth has accepted, where a caller sent it.
-    accepted: Option<(TokenDigest, Option<PodUid>)>,
+/// What a flight has brought, as callers see it from now on.
+struct Got {
+    credentials: Arc<Credentials>,
+    life: Life,
+    /// The pod that it is kept for.
+    uid: Option<PodUid>,
+    /// The token that opens it.
+    token: Option<TokenDigest>,
 }
 
 // === impl Tokens ===
@@ -100,7 +98,7 @@ impl Tokens {
         self.pod.as_deref()
     }
 
-    fn sent_and_good(&self, now: Timestamp) -> Option<&SentToken> {
+    pub(super) fn sent_and_good(&self, now: Timestamp) -> Option<&SentToken> {
         self.sent.as_ref().filter(|sent| sent.claims.expiration.is_none_or(|expiration| now < expiration))
     }
 }
@@ -142,7 +140,7 @@ impl Waiter {
         let landed = self.news.wait_for(|news| matches!(news, News::Landed(_)));
         match timeout_at(until, landed).await.map(|landed| landed.map(|news| news.clone())) {
             Ok(Ok(News::Landed(result))) => return result,
-            Ok(_) => return Err(Error::Token { reason: "the pod is gone".to_owned() }),
+            Ok(_) => return Err(Error::Token { reason: POD_IS_GONE.to_owned() }),
             Err(_) => {}
         }
         let trouble = match &*self.news.borrow() {
@@ -158,59 +156,54 @@ impl Waiter {
 impl<S: CredentialSource> Engine<S> {
     /// A flight from its beginning to its end.
     pub(super) async fn fly(self: Arc<Self>, key: Key, class: Class, number: u64, tokens: Tokens) {
-        let fetched = AssertUnwindSafe(self.fetch(&tokens)).catch_unwind().await;
+        let fetched = AssertUnwindSafe(self.fetch(key, number, &tokens)).catch_unwind().await;
         let bug = |_| Err(Error::BadAnswer { reason: "BUG: the call has panicked".to_owned() });
-        self.land(key, class, number, fetched.unwrap_or_else(bug));
+        let fetched = fetched.unwrap_or_else(bug);
+        let landed = catch_unwind(AssertUnwindSafe(|| self.land(key, class, number, fetched)));
+        if landed.is_err() {
+            error!(?key, "BUG: the end of a fetch has panicked; what was known of the pod is dropped");
+            self.give_up(&mut self.lock(), key);
+        }
     }
 
-    async fn fetch(&self, tokens: &Tokens) -> Result<Fetched, Error> {
-        let (token, accepted) = match (tokens.sent_and_good(self.now()), &tokens.pod) {
-            (Some(sent), _) => (sent.token.clone(), Some((fingerprint(&sent.token), sent.claims.pod))),
-            (None, Some(pod)) => (self.token(pod).await?, None),
-            (None, None) => {
-                let reason = "the token that the pod sent has expired".to_owned();
-                return Err(Error::Token { reason });
-            }
-        };
-        let assumed = timeout(CALL_TIMEOUT, self.source.assume_role(&token)).await;
-        let assumed =
-            assumed.unwrap_or_else(|_| Err(Error::Unreachable { reason: "no answer in time".to_owned() }))?;
-        let bad = |reason| Err(Error::BadAnswer { reason });
-        if let Some(pod) = &tokens.pod
-            && pod.service_account != assumed.service_account
-        {
-            return bad(format!("it is for {}, not {}", assumed.service_account, pod.service_account));
+    /// Leaves a flight's place to others.
+    pub(super) fn linger(&self, key: Key, number: u64) {
+        let mut state = self.lock();
+        if state.is_under_way(key, number) {
+            state.plan.lingers(key, self.now());
+            self.act(&mut state);
         }
-        if assumed.credentials.expiration < self.now() + LIFE_MIN {
-            return bad("its credentials have expired already; is this node's clock right?".to_owned());
-        }
-        Ok(Fetched { credentials: assumed.credentials, accepted })
-    }
-
-    async fn token(&self, pod: &Pod) -> Result<Secret, Error> {
-        let token = timeout(TOKEN_TIMEOUT, self.source.token(pod)).await;
-        token.unwrap_or_else(|_| {
-            Err(Error::Token { reason: "the API server gave no answer in time".to_owned() })
-        })
     }
 
     fn land(&self, key: Key, class: Class, number: u64, fetched: Result<Fetched, Error>) {
         let mut guard = self.lock();
         let state = &mut *guard;
-        let flight = state.records.get(&key).and_then(|record| record.flight.as_ref());
-        if !flight.is_some_and(|flight| flight.is(number)) {
+        if !state.is_under_way(key, number) {
             return;
         }
-        self.metrics.fetched(class, fetched.as_ref().err());
-        let outcome = match &fetched {
-            Ok(fetched) => Outcome::Got(fetched.credentials.life()),
-            Err(error) => error.outcome(),
+        let (outcome, result) = match fetched {
+            Ok(Fetched::Token) => {
+                state.plan.landed(key, Outcome::HasToken, self.now());
+                if let Some(flight) = state.records.get_mut(&key).and_then(|record| record.flight.as_mut()) {
+                    flight.task = None;
+                }
+                return self.act(state);
+            }
+            Ok(Fetched::Credentials { credentials, accepted }) => {
+                let got = self.got(key, credentials, accepted);
+                (Outcome::Got(got.life), Ok(got))
+            }
+            Err(error) => (error.outcome(), Err(error)),
         };
+        self.metrics.fetched(class, result.as_ref().err());
         let landing = state.plan.landed(key, outcome, self.now());
-        let result = match fetched {
-            Ok(fetched) => Ok(self.keep(state, key, fetched)),
+        let result = match result {
+            Ok(got) => {
+                state.outage = None;
+                Ok(self.keep(state, key, got))
+            }
             Err(error) => {
-                state.note_error(key, class, &error);
+                state.note_error(key, class, &error, self.left(key));
                 Err(error)
             }
         };
@@ -218,21 +211,31 @@ impl<S: CredentialSource> Engine<S> {
         self.act(state);
     }
 
-    /// Puts what a flight has brought where callers find it.
-    fn keep(&self, state: &mut State, key: Key, fetched: Fetched) -> Arc<Credentials> {
-        let Fetched { credentials, accepted } = fetched;
-        let credentials = Arc::new(credentials);
-        let (uid, of_token) = match (key, accepted) {
-            (Key::Pod(uid), accepted) => (Some(uid), accepted),
+    fn got(&self, key: Key, credentials: Arc<Credentials>, accepted: Option<Accepted>) -> Got {
+        let uid = match key {
+            Key::Pod(uid) => Some(uid),
             // EKS Auth has taken the whole token for good, and with it what it says of its pod.
-            (Key::Token(_), accepted) => (accepted.and_then(|(_, uid)| uid), accepted),
+            Key::Token(_) => accepted.and_then(|accepted| accepted.pod),
         };
-        let Some(uid) = uid else { return credentials };
-        if let Some((digest, _)) = of_token {
+        let obtained_at = credentials.obtained_at;
+        let kept = uid.and_then(|uid| self.alive(uid)).map(|ready| Arc::clone(&ready.credentials));
+        // What is good for longer stays, unless it is of a role that is the pod's no more.
+        let kept =
+            kept.filter(|kept| kept.role == credentials.role && kept.expiration > credentials.expiration);
+        let credentials = kept.unwrap_or(credentials);
+        let life = Life { obtained_at, expiration: credentials.expiration };
+        Got { credentials, life, uid, token: accepted.map(|accepted| accepted.token) }
+    }
+
+    /// Puts what a flight has brought where callers find it.
+    fn keep(&self, state: &mut State, key: Key, got: Got) -> Arc<Credentials> {
+        let Got { credentials, life, uid, token } = got;
+        let Some(uid) = uid.filter(|uid| self.is_here(state, *uid).is_ok()) else { return credentials };
+        if let Some(digest) = token {
             self.trust(state, uid, digest);
         }
         if key != Key::Pod(uid) {
-            state.plan.learn(uid, credentials.life(), self.now());
+            state.plan.learn(uid, life, self.now());
         }
         #[cfg(test)]
         if planted(Bug::Mixed) {
@@ -251,6 +254,12 @@ impl<S: CredentialSource> Engine<S> {
         self.ready.pin().insert(uid, Arc::new(ready));
     }
 
+    /// How long there is something to serve.
+    fn left(&self, key: Key) -> Option<SignedDuration> {
+        let Key::Pod(uid) = key else { return None };
+        self.alive(uid).map(|ready| ready.credentials.expiration.duration_since(self.now()))
+    }
+
     /// Tells a flight's callers what has become of it.
     fn tell(&self, state: &mut State, key: Key, landing: Landing, result: Result<Arc<Credentials>, Error>) {
         let Some(record) = state.records.get_mut(&key) else { return };
@@ -263,10 +272,11 @@ impl<S: CredentialSource> Engine<S> {
             }
             (_, result) => {
                 record.last_error = result.as_ref().err().cloned();
+                record.warned &= result.is_err();
                 let is_done_with = result.is_ok() && matches!(key, Key::Token(_));
                 if let Some(flight) = record.flight.take() {
                     #[cfg(test)]
-                    if planted(Bug::LostWakeUp) {
+                    if planted(Bug::LostWakeUp) || (planted(Bug::ErrorNotTold) && result.is_err()) {
                         return std::mem::forget(flight);
                     }
                     flight.news.send_replace(News::Landed(result));
@@ -281,10 +291,18 @@ impl<S: CredentialSource> Engine<S> {
 }
 
 impl State {
-    /// Keeps what a failure means, and tells operators of those that no caller is told of.
-    fn note_error(&mut self, key: Key, class: Class, error: &Error) {
-        if error.outcome() == Outcome::Failed(Failure::Outage) {
-            self.outage = Some(error.clone());
+    fn is_under_way(&self, key: Key, number: u64) -> bool {
+        let flight = self.records.get(&key).and_then(|record| record.flight.as_ref());
+        flight.is_some_and(|flight| flight.is(number))
+    }
+
+    /// Keeps what a failure means, and tells operators of those that no caller is told of, once in a row. `left` is the time
+    /// for which there is something to serve.
+    fn note_error(&mut self, key: Key, class: Class, error: &Error, left: Option<SignedDuration>) {
+        match error.outcome() {
+            Outcome::Failed(Failure::Outage) => self.outage = Some(error.clone()),
+            Outcome::Failed(Failure::NoToken) => {}
+            _ => self.outage = None,
         }
         let Some(record) = self.records.get_mut(&key) else { return };
         if let Error::Service(service) = error
@@ -293,15 +311,16 @@ impl State {
             record.tokens.sent = None;
         }
         let pod = record.tokens.pod.as_deref().map(Pod::full_name);
-        match class {
-            Class::Foreground => {
-                debug!(?key, pod.name = pod, %error, "a pod's credentials could not be fetched");
+        match (left.map(|left| left.as_mins()), class) {
+            (Some(minutes_left), _) if !std::mem::replace(&mut record.warned, true) => {
+                warn!(?key, pod.name = pod, %error, minutes_left,
+                    "a pod's credentials could not be refreshed; those it has are served on, and it is tried again");
             }
-            Class::Refresh => {
-                warn!(?key, pod.name = pod, %error, "a pod's credentials could not be refreshed; those it has are served on");
-            }
-            Class::Prefetch => {
+            (None, Class::Prefetch) => {
                 info!(?key, pod.name = pod, %error, "a pod's credentials could not be fetched before it asks");
+            }
+            (minutes_left, _) => {
+                debug!(?key, pod.name = pod, %error, minutes_left, "a pod's credentials could not be fetched");
             }
         }
     }

@@ -58,6 +58,9 @@ impl<S: CredentialSource> Engine<S> {
     /// Gives a pod what is held for it.
     pub(super) fn adopt_for(&self, state: &mut State, pod: &Arc<Pod>) {
         let Some(entry) = state.held.remove(&pod.uid) else { return };
+        if self.is_here(state, pod.uid).is_err() {
+            return;
+        }
         if entry.service_account != pod.service_account {
             warn!(pod.uid = %pod.uid, pod.name = pod.full_name(), held = %entry.service_account,
                 "what was handed over is for another service account: dropped");

@@ -13,6 +13,16 @@ pub(in crate::credentials) enum Bug {
     Mixed,
     /// Whoever waits is not told.
     LostWakeUp,
+    /// A token that nobody has judged opens what is kept for the pod that it names.
+    ForgedOpens,
+    /// The schedule is not told of what is planned.
+    NotifyLost,
+    /// Whoever waits is not told of an error.
+    ErrorNotTold,
+    /// What is kept for a pod that is gone stays.
+    ForgetLeaves,
+    /// The schedule panics, once.
+    Panic,
 }
 
 thread_local! {
@@ -22,6 +32,14 @@ thread_local! {
 /// Plants a bug in everything on this thread, or none.
 pub(super) fn plant(bug: Option<Bug>) {
     PLANTED.set(bug);
+}
+
+/// Panics if that is planted, and then no more.
+pub(super) fn panic_once() {
+    if planted(Bug::Panic) {
+        plant(None);
+        panic!("planted");
+    }
 }
 
 /// Whether this bug is planted.

@@ -1,21 +1,28 @@
+use jiff::SignedDuration;
 use proptest::prelude::*;
+use tokio::time::sleep;
 
 use super::*;
 use crate::{
     credentials::{ServiceError, issuer::Verdict},
     testing::{
         pod,
-        upstream::{FakeUpstream, Weather, are_of, sent_by, virtual_clock},
+        upstream::{Conditions, FakeUpstream, Weather, are_of, sent_by, virtual_clock},
     },
 };
 
+mod failing;
 mod handed_over;
 mod model;
+mod threads;
 
 type TestEngine = Arc<Engine<Arc<FakeUpstream>>>;
 
 fn engine() -> (Arc<FakeUpstream>, TestEngine) {
-    let clock = virtual_clock();
+    engine_at(virtual_clock())
+}
+
+fn engine_at(clock: Clock) -> (Arc<FakeUpstream>, TestEngine) {
     let upstream = FakeUpstream::new(Arc::clone(&clock));
     let engine = Engine::start(Arc::clone(&upstream), BUDGET, clock, 7, EngineMetrics::default());
     (upstream, engine)
@@ -76,7 +83,7 @@ async fn an_answer_for_another_service_account_is_not_handed_out() {
     let web = Arc::new(pod("app", "web"));
     let other = Pod { uid: web.uid, ..pod("app", "other") };
     let answer = engine.for_pod(&web, Some(sent_by(&other)), Floor::Imds, within(800)).await;
-    assert!(matches!(answer, Err(Error::BadAnswer { .. })), "{answer:?}");
+    assert!(matches!(answer, Err(Error::Mismatch { .. })), "{answer:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -91,8 +98,10 @@ async fn a_token_that_nobody_can_verify_goes_to_eks_auth_itself_and_then_opens_t
         let answer = engine.for_token(forged.clone(), peer, within(800)).await;
         assert!(matches!(answer, Err(Error::Service(_))), "{answer:?}");
     }
+    // The address has to wait after that, and others need not.
+    assert!(matches!(engine.for_token(sent_by(&pod), peer, within(800)).await, Err(Error::Busy)));
     for _ in 0..3 {
-        let credentials = engine.for_token(sent_by(&pod), peer, within(800)).await.unwrap();
+        let credentials = engine.for_token(sent_by(&pod), [10, 0, 0, 10].into(), within(800)).await.unwrap();
         assert!(are_of(&credentials, pod.uid));
     }
     assert_eq!(upstream.calls().len(), 2, "the pod's own, and the genuine token once");
@@ -125,6 +134,7 @@ async fn a_pod_that_is_gone_leaves_nothing_not_even_a_call_under_way() {
     engine.forget(pod.uid).await;
     assert!(engine.ready.is_empty() && engine.trusted.is_empty() && engine.lock().records.is_empty());
 
+    let pod = Arc::new(self::pod("app", "web"));
     upstream.change(|conditions| conditions.weather = Weather::Hangs);
     let (answer, ()) = tokio::join!(get(&engine, &pod), async {
         sleep(Duration::from_millis(100)).await;
@@ -132,8 +142,44 @@ async fn a_pod_that_is_gone_leaves_nothing_not_even_a_call_under_way() {
     });
     assert!(answer.is_err());
     upstream.change(|conditions| conditions.weather = Weather::Fair);
+    sleep(gone::REMEMBERED.unsigned_abs()).await;
     get(&engine, &pod).await.unwrap();
     assert_eq!(upstream.overlaps(), 0, "the call was given up");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_on_its_way_for_a_pod_that_is_gone_brings_nothing_back() {
+    let (upstream, engine) = engine();
+    let pod = Arc::new(pod("app", "web"));
+    upstream.change(|conditions| {
+        (conditions.verdict, conditions.judging) = (Verdict::Good, Duration::from_millis(200));
+    });
+    let peer = [10, 0, 0, 9].into();
+    let (known, anonymous, ()) = tokio::join!(
+        engine.for_pod(&pod, Some(sent_by(&pod)), Floor::Container, within(800)),
+        engine.for_token(sent_by(&pod), peer, within(800)),
+        async {
+            sleep(Duration::from_millis(100)).await;
+            engine.forget(pod.uid).await;
+        }
+    );
+    for answer in [known, anonymous, get(&engine, &pod).await] {
+        assert!(matches!(answer, Err(Error::Token { .. })), "{answer:?}");
+    }
+    engine.prefetch(&pod);
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(upstream.calls().len(), 0);
+    assert!(engine.ready.is_empty() && engine.trusted.is_empty() && engine.lock().records.is_empty());
+
+    // Nor does a token that EKS Auth takes, while the pod goes.
+    let (upstream, engine) = self::engine();
+    upstream.change(|conditions| conditions.latency = Duration::from_millis(200));
+    let (answer, ()) = tokio::join!(engine.for_token(sent_by(&pod), peer, within(800)), async {
+        sleep(Duration::from_millis(100)).await;
+        engine.forget(pod.uid).await;
+    });
+    assert!(are_of(&answer.unwrap(), pod.uid));
+    assert!(engine.ready.is_empty() && engine.trusted.is_empty() && engine.lock().records.is_empty());
 }
 
 #[tokio::test(start_paused = true)]

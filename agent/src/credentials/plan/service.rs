@@ -6,11 +6,12 @@ use std::{collections::HashSet, time::Duration};
 
 use jiff::Timestamp;
 
-use super::Key;
+use super::Payer;
 use crate::credentials::schedule::Chance;
 
-/// So many pods that get no answer, one after the other and none in between who does: it is not their fault.
-const PODS: usize = 3;
+/// So many calls without an answer, none in between that has one, and by so many who pay for them, or by all who have
+/// called since: it is not their fault.
+const LOST: usize = 3;
 /// While there is no answer, it is asked for one pod in this time.
 const PROBE_EVERY: Duration = Duration::from_secs(2);
 /// Calls under way at once when EKS Auth is back; each answer allows for one more.
@@ -21,7 +22,10 @@ const PLENTY: usize = 512;
 /// What is known of EKS Auth.
 #[derive(Debug)]
 pub(super) struct Service {
-    failing: HashSet<Key>,
+    /// Who has called since it answered last, and who in vain; as many as matter.
+    tried: HashSet<Payer>,
+    failing: HashSet<Payer>,
+    lost: usize,
     probe_at: Option<Timestamp>,
     /// When it was back the last time.
     back_at: Timestamp,
@@ -32,7 +36,14 @@ pub(super) struct Service {
 
 impl Service {
     pub(super) fn new() -> Self {
-        Self { failing: HashSet::new(), probe_at: None, back_at: Timestamp::MIN, limit: PLENTY }
+        Self {
+            tried: HashSet::new(),
+            failing: HashSet::new(),
+            lost: 0,
+            probe_at: None,
+            back_at: Timestamp::MIN,
+            limit: PLENTY,
+        }
     }
 
     /// When to ask whether it is back; `None` while it is there.
@@ -52,10 +63,27 @@ impl Service {
         }
     }
 
+    /// Whoever was to ask whether it is back has not asked.
+    pub(super) fn probe_now(&mut self, now: Timestamp) {
+        self.probe_at = self.probe_at.map(|_| now);
+    }
+
+    /// It is called.
+    pub(super) fn tries(&mut self, payer: Payer) {
+        if self.tried.len() < LOST {
+            self.tried.insert(payer);
+        }
+    }
+
     /// It has not answered.
-    pub(super) fn is_silent(&mut self, key: Key, now: Timestamp, chance: Chance) {
-        self.failing.insert(key);
-        if self.failing.len() >= PODS && self.probe_at.is_none() {
+    pub(super) fn is_silent(&mut self, payer: Payer, now: Timestamp, chance: Chance) {
+        self.tries(payer);
+        if self.failing.len() < LOST {
+            self.failing.insert(payer);
+        }
+        self.lost += 1;
+        let is_away = self.lost >= LOST && self.failing.len() >= self.tried.len();
+        if is_away && self.probe_at.is_none() {
             self.probe_at = Some(now);
             self.probed(now, chance);
         }
@@ -68,7 +96,7 @@ impl Service {
 
     /// It has answered. Tells whether it was away.
     pub(super) fn answered(&mut self, now: Timestamp) -> bool {
-        self.failing.clear();
+        (self.tried, self.failing, self.lost) = (HashSet::new(), HashSet::new(), 0);
         if self.probe_at.take().is_some() {
             (self.limit, self.back_at) = (FIRST, now);
             return true;
@@ -77,11 +105,13 @@ impl Service {
         false
     }
 
-    pub(super) fn forget(&mut self, key: Key) {
-        self.failing.remove(&key);
+    pub(super) fn forget(&mut self, payer: Payer) {
+        self.tried.remove(&payer);
+        self.failing.remove(&payer);
     }
 
     pub(super) fn clock_set_back(&mut self, now: Timestamp) {
         self.probe_at = self.probe_at.map(|at| at.min(now));
+        self.back_at = self.back_at.min(now);
     }
 }

@@ -2,21 +2,12 @@
 //!
 //! Owns what a timer, a failure or an answer does to an entry and to its place in the queue; what happens is told to `Plan`.
 
-use std::time::Duration;
+use std::net::IpAddr;
 
 use jiff::Timestamp;
 
-use super::{Class, Entry, FLIGHTS_PER_ADDRESS, Failed, Key, Payer, Phase, Plan, TOKENS_MAX, queue::Rank};
-use crate::credentials::schedule::{self, Failure, Life};
-
-/// How long what failed is remembered when nobody asks: longer than any pause.
-const REMEMBERED: Duration = Duration::from_mins(10);
-/// Lost answers after which whoever waits is told.
-const LOST_MAX: u32 = 2;
-/// Shortest pause after a lost answer; the longest is twice that.
-const AFTER_LOST: Duration = Duration::from_millis(50);
-/// A prefetch that fails so often is left to the pod itself.
-const PREFETCHES: u32 = 5;
+use super::{Class, Entry, Key, Phase, Plan, TokenDigest, landing::REMEMBERED, queue::Rank};
+use crate::credentials::schedule::{Failure, Life};
 
 impl Plan {
     /// Schedules the end of a life that has just begun.
@@ -33,37 +24,6 @@ impl Plan {
         }
     }
 
-    pub(super) fn fail(&mut self, key: Key, failure: Failure, now: Timestamp) {
-        let (wanted, ahead) = (self.chances.draw(), self.chances.draw());
-        let entry = self.entry(key);
-        let before = entry.failed.filter(|before| before.failure == failure);
-        let times = before.map_or(0, |before| before.times) + 1;
-        let until = now + schedule::pause_when_wanted(failure, times, wanted);
-        entry.failed = Some(Failed { failure, times, until });
-        (entry.waits, entry.lost) = (false, 0);
-        let ahead = now + schedule::pause_ahead(failure, times, ahead);
-        let again_at = match entry.life {
-            Some(life) if life.expiration > now => ahead.min(life.expiration),
-            _ if entry.prefetch && times < PREFETCHES => ahead,
-            _ => now + REMEMBERED,
-        };
-        self.set_timer(key, Some(again_at));
-    }
-
-    /// A lost answer or two are not worth an error to those who wait.
-    pub(super) fn try_again(&mut self, key: Key, rank: Rank, now: Timestamp) -> bool {
-        let is_away = self.service.probe_at().is_some();
-        let chance = self.chances.draw();
-        let entry = self.entry(key);
-        if is_away || !entry.waits || entry.failed.is_some() || entry.lost >= LOST_MAX {
-            return false;
-        }
-        entry.lost += 1;
-        entry.phase = Phase::Delayed(rank);
-        self.set_timer(key, Some(now + AFTER_LOST.mul_f64(1.0 + chance)));
-        true
-    }
-
     /// A timer has ended. Tells whether the entry is of no use any more.
     pub(super) fn ring(&mut self, key: Key, now: Timestamp) -> bool {
         let entry = self.entry(key);
@@ -71,8 +31,8 @@ impl Plan {
         match (entry.phase, entry.life) {
             (Phase::Delayed(rank), _) => self.queue_again(key, rank),
             (Phase::Queued(rank), _) => self.promote(key, rank, now),
-            (Phase::Running(..), _) => {}
-            (Phase::Idle, Some(life)) if now >= life.expiration => return true,
+            (Phase::Running(..) | Phase::Lingering(_), _) => {}
+            (Phase::Idle, Some(life)) if now >= life.expiration => return !self.outlives(key, now),
             (Phase::Idle, Some(_)) if entry.asked => self.enqueue(key, Class::Refresh, now),
             // Nobody asks any more: it may lapse.
             (Phase::Idle, Some(life)) => self.set_timer(key, Some(life.expiration)),
@@ -82,11 +42,23 @@ impl Plan {
         false
     }
 
+    /// Whoever asks for what has expired in an outage is told so at once: that is remembered.
+    fn outlives(&mut self, key: Key, now: Timestamp) -> bool {
+        let entry = self.entry(key);
+        let is_out = entry.failed.is_some_and(|failed| failed.failure == Failure::Outage);
+        if is_out {
+            entry.life = None;
+            self.set_timer(key, Some(now + REMEMBERED));
+        }
+        is_out
+    }
+
     pub(super) fn enqueue(&mut self, key: Key, class: Class, now: Timestamp) {
         let Entry { payer, life, .. } = *self.entry(key);
         let rank = match (class, life) {
             (Class::Prefetch, _) => self.queue.prefetch(),
-            (Class::Refresh, Some(life)) if now < life.urgent_at() => self.queue.refresh(life.expiration),
+            // Who asks can be served meanwhile, and comes after those who cannot.
+            (_, Some(life)) if now < life.urgent_at() => self.queue.refresh(life.expiration),
             _ => self.queue.foreground(payer),
         };
         self.queue_again(key, rank);
@@ -97,9 +69,16 @@ impl Plan {
         self.enqueue(key, Class::Foreground, now);
     }
 
+    /// The place of what has been under way already: a caller's, if one has joined it meanwhile.
+    pub(super) fn rank_again(&mut self, key: Key, rank: Rank) -> Rank {
+        let Entry { payer, waits, life, .. } = *self.entry(key);
+        let is_needed = waits && life.is_none() && rank.class != Class::Foreground;
+        if is_needed { self.queue.foreground(payer) } else { rank }
+    }
+
     pub(super) fn queue_again(&mut self, key: Key, rank: Rank) {
+        self.set_phase(key, Phase::Queued(rank));
         let entry = self.entry(key);
-        entry.phase = Phase::Queued(rank);
         let urgent_at = entry.life.map(Life::urgent_at).filter(|_| rank.class == Class::Refresh);
         self.queue.insert(rank, key);
         self.set_timer(key, urgent_at);
@@ -118,33 +97,22 @@ impl Plan {
         true
     }
 
-    /// If EKS Auth was away, nobody need wait longer because of that.
-    pub(super) fn service_answers(&mut self, now: Timestamp) {
-        if !self.service.answered(now) {
-            return;
+    /// Whether a token that nobody vouches for can be looked into now. Where there are too many, another one is dropped for it.
+    pub(super) fn admit(&mut self, address: IpAddr, digest: TokenDigest, now: Timestamp) -> bool {
+        let tokens = self.strangers.tokens_of(address);
+        let under_way = tokens.iter().filter(|token| !self.is_idle(Key::Token(**token))).count();
+        if !self.strangers.may_try(address, under_way, now) {
+            return false;
         }
-        let mut due = Vec::new();
-        for (key, entry) in &mut self.entries {
-            if let (Phase::Idle, Some(failed)) = (entry.phase, &mut entry.failed)
-                && failed.failure == Failure::Outage
-            {
-                (failed.until, failed.times) = (now, 1);
-                due.extend(entry.life.map(|_| *key));
-            }
+        if self.entries.contains_key(&Key::Token(digest)) {
+            return true;
         }
-        for key in due {
-            self.set_timer(key, Some(now));
+        if let Some(crowd) = self.strangers.without_room(address) {
+            let mut oldest_first = self.strangers.tokens_of(crowd).iter().copied().map(Key::Token);
+            let Some(oldest) = oldest_first.find(|token| self.is_idle(*token)) else { return false };
+            self.set_timer(oldest, Some(now));
         }
-    }
-
-    /// Whether one more token that nobody vouches for can be looked into.
-    pub(super) fn has_room(&self, payer: Payer) -> bool {
-        let tokens = self.entries.iter().filter(|(key, _)| matches!(key, Key::Token(_)));
-        let (mut all, mut own) = (0, 0);
-        for (_, entry) in tokens {
-            all += 1;
-            own += usize::from(entry.payer == payer && !matches!(entry.phase, Phase::Idle));
-        }
-        all < TOKENS_MAX && own < FLIGHTS_PER_ADDRESS
+        self.strangers.remember(address, digest);
+        true
     }
 }

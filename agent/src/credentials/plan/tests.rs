@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use proptest::prelude::*;
 
-use super::*;
+use super::{strangers::FLIGHTS_PER_ADDRESS, *};
 use crate::{credentials::schedule, testing::pod_uid};
 
 const START: Timestamp = Timestamp::UNIX_EPOCH;
@@ -40,6 +40,16 @@ impl World {
 
     fn ask(&mut self, uid: PodUid) -> Answer {
         let answer = self.plan.ask(Key::Pod(uid), Payer::Pod(uid), self.now);
+        self.act();
+        answer
+    }
+
+    /// With a token that nobody vouches for.
+    fn ask_from(&mut self, address: u32, token: u32) -> Answer {
+        let mut digest = [0; 32];
+        digest[..4].copy_from_slice(&token.to_be_bytes());
+        let payer = Payer::Address(std::net::Ipv4Addr::from_bits(address).into());
+        let answer = self.plan.ask(Key::Token(digest), payer, self.now);
         self.act();
         answer
     }
@@ -219,6 +229,293 @@ fn an_address_without_a_pod_has_few_flights_and_others_have_theirs() {
 }
 
 #[test]
+fn who_sends_forged_tokens_has_a_few_calls_a_minute_and_is_nobody_else_s_trouble() {
+    let mut world = World::new(|key, now| match key {
+        Key::Token([_, _, _, 0, ..]) => lives(360)(key, now),
+        _ => Outcome::Failed(Failure::Refused),
+    });
+    let (forger, mut token) = (0x0a00_0001, 1);
+    let calls_until = |world: &World, minute: i64| {
+        let end = START + SignedDuration::from_mins(minute);
+        world.begun.iter().filter(|(at, ..)| *at < end).count()
+    };
+    for _ in 0..36_000 {
+        world.ask_from(forger, token);
+        // The last byte says whether EKS Auth takes it.
+        token = (token + 1) | 1;
+        world.pass(SignedDuration::from_millis(100));
+    }
+    let [first, half, hour] = [1, 30, 60].map(|minute| calls_until(&world, minute));
+    assert!((2..=FLIGHTS_PER_ADDRESS + 2).contains(&first), "in the first minute: {first}");
+    assert!(hour - half <= 8, "in the second half hour: {}", hour - half);
+    assert!(
+        matches!(world.ask_from(0x0a00_0002, 0x0100), Answer::Joined { hope: true }),
+        "at another address"
+    );
+    assert!(world.plan.entries.len() <= 20, "{}", world.plan.entries.len());
+}
+
+#[test]
+fn a_good_token_clears_its_address() {
+    let mut world = World::new(|key, now| match key {
+        Key::Token([_, _, _, 0, ..]) => lives(360)(key, now),
+        _ => Outcome::Failed(Failure::Refused),
+    });
+    world.ask_from(1, 1);
+    world.pass(secs(1));
+    assert_eq!(world.ask_from(1, 0x0100), Answer::Busy, "one was refused a moment ago");
+    world.pass(secs(10));
+    for token in 2..6 {
+        assert!(matches!(world.ask_from(1, token << 8), Answer::Joined { hope: true }), "{token}");
+        world.pass(secs(1));
+    }
+}
+
+#[test]
+fn however_many_addresses_send_forged_tokens_the_next_one_has_room() {
+    let mut world = World::new(|_, _| Outcome::Failed(Failure::Refused));
+    world.plan = Plan::new(Budget { per_second: 1e6, burst: 1e6 }, 7, START);
+    for address in 0..600 {
+        let tokens = if address == 0 { 3 } else { 1 };
+        for token in 0..tokens {
+            let answer = world.ask_from(address, address << 8 | token << 4 | 1);
+            assert!(matches!(answer, Answer::Joined { .. }), "{address} {token}: {answer:?}");
+        }
+        world.pass(SignedDuration::from_millis(100));
+    }
+    assert!(world.plan.entries.len() <= 513, "{}", world.plan.entries.len());
+    assert!(!world.dropped.is_empty());
+}
+
+#[test]
+fn after_refusals_a_caller_waits_for_the_call_that_is_under_way() {
+    let mut world = World::new(|_, _| Outcome::Failed(Failure::Refused));
+    let uid = pod_uid();
+    for _ in 0..3 {
+        assert_eq!(world.ask(uid), Answer::Joined { hope: true });
+        world.pass(SignedDuration::from_millis(100));
+        assert_eq!(world.ask(uid), Answer::Refused);
+        world.pass(SignedDuration::from_mins(5));
+    }
+}
+
+#[test]
+fn what_was_refused_before_anybody_asked_is_asked_again_by_the_first() {
+    let mut calls = 0;
+    let mut world = World::new(move |key, now| {
+        calls += 1;
+        if calls <= 2 { Outcome::Failed(Failure::Refused) } else { lives(360)(key, now) }
+    });
+    let uid = pod_uid();
+    world.plan.prefetch(uid, START);
+    world.act();
+    world.pass(secs(12));
+    assert_eq!((world.calls_of(uid), world.lives.len()), (2, 0));
+    assert_eq!(world.ask(uid), Answer::Joined { hope: true });
+    world.pass(secs(1));
+    assert!(world.lives.contains_key(&Key::Pod(uid)));
+}
+
+#[test]
+fn a_prefetch_that_somebody_waits_for_is_a_caller_s_when_it_goes_again() {
+    for outcome in [Outcome::Throttled(None), Outcome::Failed(Failure::Outage)] {
+        let mut calls = 0;
+        let mut world = World::new(move |key, now| {
+            calls += 1;
+            if calls == 1 { outcome } else { lives(360)(key, now) }
+        });
+        let uid = pod_uid();
+        world.plan.prefetch(uid, START);
+        world.act();
+        world.ask(uid);
+        world.pass(secs(10));
+        let classes: Vec<_> = world.begun.iter().map(|(_, _, class)| *class).collect();
+        assert_eq!(classes, [Class::Prefetch, Class::Foreground], "{outcome:?}");
+    }
+}
+
+#[test]
+fn a_node_with_few_pods_notices_an_outage_too() {
+    for count in 1..4 {
+        let mut world = World::new(|_, _| Outcome::Failed(Failure::Outage));
+        let pods: Vec<_> = (0..count).map(|_| pod_uid()).collect();
+        for uid in &pods {
+            world.ask(*uid);
+        }
+        world.pass(secs(2));
+        assert!(world.plan.service_is_away(), "{count}");
+        assert_eq!(world.ask(pods[0]), Answer::Joined { hope: false }, "{count}");
+    }
+}
+
+#[test]
+fn one_pod_s_trouble_is_no_outage_while_others_are_answered() {
+    let bad = pod_uid();
+    let mut world = World::new(move |key, now| {
+        if key == Key::Pod(bad) { Outcome::Failed(Failure::Outage) } else { lives(360)(key, now) }
+    });
+    for _ in 0..100 {
+        world.ask(bad);
+        world.ask(pod_uid());
+        world.pass(SignedDuration::from_millis(200));
+        assert!(!world.plan.service_is_away());
+    }
+}
+
+#[test]
+fn what_expires_in_an_outage_is_remembered_to_have_failed() {
+    let begun = START + secs(1);
+    let mut world =
+        World::new(
+            move |key, now| {
+                if now < begun { lives(20)(key, now) } else { Outcome::Failed(Failure::Outage) }
+            },
+        );
+    let uid = pod_uid();
+    world.ask(uid);
+    for _ in 0..21 {
+        world.pass(secs(60));
+        world.ask(uid);
+    }
+    assert!(world.plan.entries[&Key::Pod(uid)].failed.is_some_and(|failed| failed.times >= 2));
+    assert_eq!(world.plan.in_need(world.now), (0, 1));
+    world.pass(SignedDuration::from_mins(11));
+    assert!(world.plan.entries.is_empty(), "but not for ever");
+}
+
+#[test]
+fn a_clock_that_is_set_back_after_an_outage_stops_nothing() {
+    let weather = std::rc::Rc::new(std::cell::Cell::new(true));
+    let is_fair = std::rc::Rc::clone(&weather);
+    let mut world =
+        World::new(
+            move |key, now| {
+                if is_fair.get() { lives(360)(key, now) } else { Outcome::Failed(Failure::Outage) }
+            },
+        );
+    weather.set(false);
+    let pods: Vec<_> = (0..5).map(|_| pod_uid()).collect();
+    for uid in &pods {
+        world.ask(*uid);
+    }
+    world.pass(secs(5));
+    assert!(world.plan.service_is_away());
+    weather.set(true);
+    world.ask(pods[0]);
+    world.pass(secs(5));
+    assert!(!world.plan.service_is_away());
+    world.now -= SignedDuration::from_hours(5);
+    weather.set(false);
+    let (before, other) = (world.begun.len(), pod_uid());
+    for _ in 0..50 {
+        world.ask(other);
+        world.pass(SignedDuration::from_millis(200));
+    }
+    let calls = world.begun.len() - before;
+    assert!(calls < 20, "what fails now is no leftover of the outage: {calls} calls in ten seconds");
+    assert!(world.plan.service_is_away());
+}
+
+#[test]
+fn pods_without_a_token_try_again_one_by_one_and_all_when_one_has_got_it() {
+    let weather = std::rc::Rc::new(std::cell::Cell::new(false));
+    let has_tokens = std::rc::Rc::clone(&weather);
+    let mut world =
+        World::new(
+            move |key, now| {
+                if has_tokens.get() { lives(360)(key, now) } else { Outcome::Failed(Failure::NoToken) }
+            },
+        );
+    world.plan = Plan::new(Budget { per_second: 100.0, burst: 100.0 }, 7, START);
+    let pods: Vec<_> = (0..100).map(|_| pod_uid()).collect();
+    let mut attempts = Vec::new();
+    for _ in 0..3_000 {
+        for uid in &pods {
+            world.ask(*uid);
+        }
+        world.pass(SignedDuration::from_millis(100));
+        attempts.push(world.begun.len());
+    }
+    let late = attempts[2_999] - attempts[1_499];
+    assert!((30..=160).contains(&late), "in the last 150 s: {late}");
+    weather.set(true);
+    for _ in 0..50 {
+        for uid in &pods {
+            world.ask(*uid);
+        }
+        world.pass(SignedDuration::from_millis(100));
+    }
+    assert_eq!(world.lives.len(), 100, "all have theirs within five seconds");
+    let mut alone = World::new(|_, _| Outcome::Failed(Failure::NoToken));
+    for _ in 0..6_000 {
+        alone.ask(pods[0]);
+        alone.pass(SignedDuration::from_millis(100));
+    }
+    assert!(alone.begun.len() <= 35, "in ten minutes: {}", alone.begun.len());
+}
+
+#[test]
+fn who_has_no_token_does_not_keep_others_from_finding_eks_auth_back() {
+    let [good, bad] = [pod_uid(), pod_uid()];
+    let weather = std::rc::Rc::new(std::cell::Cell::new(false));
+    let is_fair = std::rc::Rc::clone(&weather);
+    let mut world = World::new(move |key, now| match is_fair.get() {
+        _ if key == Key::Pod(bad) => Outcome::Failed(Failure::NoToken),
+        true => lives(360)(key, now),
+        false => Outcome::Failed(Failure::Outage),
+    });
+    for _ in 0..30 {
+        world.ask(good);
+        world.pass(SignedDuration::from_millis(100));
+    }
+    assert!(world.plan.service_is_away());
+    weather.set(true);
+    // Its turn is first.
+    world.ask(bad);
+    world.ask(good);
+    let before = world.now;
+    while !world.lives.contains_key(&Key::Pod(good)) {
+        world.pass(SignedDuration::from_millis(50));
+        world.ask(bad);
+        world.ask(good);
+    }
+    let took = world.now.duration_since(before);
+    assert!(took <= SignedDuration::from_millis(2_300), "{took}");
+}
+
+#[test]
+fn a_fetch_that_lingers_for_its_token_has_nobody_else_s_place() {
+    let mut world = World::new(lives(360));
+    world.takes = secs(5);
+    world.plan = Plan::new(Budget { per_second: 1.0, burst: 1.0 }, 7, START);
+    let [slow, next] = [pod_uid(), pod_uid()];
+    world.ask(slow);
+    world.ask(next);
+    assert_eq!((world.calls_of(slow), world.calls_of(next)), (1, 0));
+    world.plan.lingers(Key::Pod(slow), world.now);
+    world.act();
+    assert_eq!((world.calls_of(slow), world.calls_of(next)), (1, 1), "it has its budget, too");
+    assert_eq!(world.plan.flights(), 2);
+    assert_eq!(world.plan.landed(Key::Pod(slow), Outcome::HasToken, world.now), Landing::GoesOn);
+    world.under_way.retain(|_, key| *key != Key::Pod(slow));
+    world.act();
+    world.pass(secs(20));
+    assert_eq!((world.calls_of(slow), world.lives.len(), world.plan.flights()), (2, 2, 0));
+}
+
+#[test]
+fn what_is_learnt_is_no_failure_any_more() {
+    let mut world = World::new(|_, _| Outcome::Failed(Failure::Refused));
+    let uid = pod_uid();
+    world.ask(uid);
+    world.pass(secs(1));
+    assert_eq!(world.ask(uid), Answer::Refused);
+    let life = Life { obtained_at: world.now, expiration: world.now + SignedDuration::from_hours(6) };
+    world.plan.learn(uid, life, world.now);
+    assert_eq!(world.ask(uid), Answer::Joined { hope: true });
+}
+
+#[test]
 fn a_clock_that_is_set_back_takes_the_plan_along() {
     let mut world = World::new(lives(60));
     let uid = pod_uid();
@@ -245,7 +542,7 @@ fn nothing_is_left_of_a_pod_that_is_gone() {
     }
     let plan = &world.plan;
     assert!(plan.entries.is_empty() && plan.timers.next_at().is_none() && plan.queue.first().is_none());
-    assert_eq!((plan.running, plan.flights(), plan.wake_at()), (0, 0, None));
+    assert_eq!((plan.calling, plan.flights(), plan.wake_at()), (0, 0, None));
 }
 
 /// As many as an address may have.

@@ -54,6 +54,7 @@ async fn nothing_is_believed_of_a_pod_that_is_not_seen_or_has_another_service_ac
     next.forget(pods[3].uid).await;
     next.adopt(&known(&seen));
     assert_eq!(next.metrics.handed_over.get(), 1);
+    sleep(gone::REMEMBERED.unsigned_abs()).await;
     for (pod, calls) in [(&renamed, 5), (&pods[1], 5), (&pods[2], 6), (&pods[3], 7)] {
         assert!(are_of(&get(&next, pod).await.unwrap(), pod.uid));
         assert_eq!(upstream.calls().len(), calls);
@@ -69,7 +70,8 @@ async fn what_has_expired_or_is_older_than_one_s_own_is_dropped() {
     let entries = former.to_hand_over();
     let next = next(&upstream, &former);
     next.hold(entries.clone());
-    sleep(Duration::from_hours(7)).await;
+    // Each has been refreshed once meanwhile.
+    sleep(Duration::from_hours(13)).await;
     next.adopt(&known(&pods));
     assert!(next.ready.is_empty() && next.lock().records.is_empty());
     assert!(former.to_hand_over().is_empty(), "nor is it given");
