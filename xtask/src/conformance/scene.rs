@@ -236,7 +236,18 @@ impl<'a> Scene<'a> {
     async fn sign_once(&self, name: &str) -> anyhow::Result<()> {
         let pod = self.lab.add_pod(&PodSpec::new("shop", name).role("signing-role"))?;
         let url = if pod.addresses.v4.is_some() { POD_IDENTITY } else { POD_IDENTITY_V6 };
-        let ask = ["curl", "--silent", "--globoff", "--retry", "5", "--fail", "--max-time", "10", url];
+        let ask = [
+            "curl",
+            "--silent",
+            "--show-error",
+            "--globoff",
+            "--retry",
+            "5",
+            "--fail",
+            "--max-time",
+            "10",
+            url,
+        ];
         let output = self.lab.exec(&pod, EnvKind::None, &ask)?.output().await?;
         ensure!(
             output.status.success(),
