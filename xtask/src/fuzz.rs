@@ -22,8 +22,11 @@ use crate::{
 const CARGO_FUZZ_VERSION: &str = "0.13.2";
 /// Where the targets are, in the workspace.
 const DIRECTORY: &str = "agent/fuzz";
-/// Longest input, in bytes: more than the longest head that is read at once.
-const INPUT_MAX: u32 = 8192;
+/// Longest input, in bytes.
+const INPUT_MAX: u32 = 8 * 1024;
+/// Longest inputs of targets that have a limit of their own beyond that: heads are read up to 64 KiB, tokens up to 16.
+const LONGER: [(&str, u32); 4] =
+    [("http_head", 72 * 1024), ("jwt", 20 * 1024), ("key_set", 20 * 1024), ("kubelets_token", 20 * 1024)];
 /// Seconds after which an input counts as one that never ends.
 const HANGS_AFTER: u32 = 10;
 
@@ -118,7 +121,7 @@ fn fuzz(target: &str, program: &Path, seconds: u32) -> anyhow::Result<Outcome> {
     let mut command = Command::new(program);
     command
         .arg(format!("-max_total_time={seconds}"))
-        .arg(format!("-max_len={INPUT_MAX}"))
+        .arg(format!("-max_len={}", input_max(target)))
         .arg(format!("-timeout={HANGS_AFTER}"))
         .arg(format!("-artifact_prefix={}/", artifacts.display()))
         .args(["-print_final_stats=1", "-use_value_profile=1"]);
@@ -137,6 +140,11 @@ fn fuzz(target: &str, program: &Path, seconds: u32) -> anyhow::Result<Outcome> {
         coverage: coverage(&log),
         error,
     })
+}
+
+/// How long a target's inputs may be.
+fn input_max(target: &str) -> u32 {
+    LONGER.iter().find(|(longer, _)| *longer == target).map_or(INPUT_MAX, |(_, longest)| *longest)
 }
 
 fn directory() -> PathBuf {

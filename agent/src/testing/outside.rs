@@ -5,12 +5,19 @@
     reason = "to panic where something does not hold is what these are for"
 )]
 
-use std::{convert::Infallible, fs, io, path::PathBuf, sync::OnceLock};
+use std::{convert::Infallible, fs, io, path::PathBuf, slice::Chunks, sync::OnceLock};
 
 use agent_common::{net::Service, origin::Origin};
-use hyper::{Method, Request, StatusCode, body::Incoming, http::request::Parts, service::service_fn};
+use hyper::{
+    Method, Request, StatusCode,
+    body::Incoming,
+    header::{HOST, HeaderName, HeaderValue, ORIGIN},
+    http::request::Parts,
+    service::service_fn,
+};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1 as core;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, duplex},
     runtime::Runtime,
@@ -20,17 +27,18 @@ use uuid::Uuid;
 use super::{credentials, pod, pod_uid};
 use crate::{
     credentials::{
+        Role,
         jwt::{self, signature::KeySet},
         token,
     },
     dialect::{
-        Dialect, Refusal, Response, ecs,
+        Dialect, Refusal, Response, ecs, forwarded,
         imds::{self, ReadPath},
         imds_token::ImdsTokens,
-        pod_identity,
+        is_forwarded, pod_identity,
     },
     handover::wire,
-    identity::{cgroup, pods::TOKEN_VOLUME},
+    identity::{Pod, cgroup, pods::TOKEN_VOLUME},
     instance::Instance,
     intercept, maps,
     policy::{
@@ -51,21 +59,25 @@ const ANNOTATIONS: [&str; 5] = [
 ];
 const MODES: [ImdsMode; 4] = [ImdsMode::Off, ImdsMode::Audit, ImdsMode::Intercept, ImdsMode::Deny];
 
-/// A connection's bytes, as to each service and as to one that is not known. What is answered is HTTP, and only a request
-/// that may have something gets it.
+/// A connection's bytes, as to each service and as to one that is not known. The first one tells in pieces of how many
+/// the others arrive; 0 is all at once. What is answered is HTTP with a length, and only a request that may have something
+/// gets it.
 #[expect(clippy::expect_used, reason = "test code")]
 pub fn http_head(bytes: &[u8]) {
+    let Some((piece, bytes)) = bytes.split_first() else { return };
+    let piece = if *piece == 0 { bytes.len().max(1) } else { usize::from(*piece) };
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     let runtime = RUNTIME.get_or_init(|| {
         tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime")
     });
     for dialled in [None, Some(Service::PodIdentity), Some(Service::Imds), Some(Service::Ecs)] {
-        let answers = runtime.block_on(converse(dialled, bytes));
-        assert!(answers.is_empty() || answers.starts_with(b"HTTP/1."));
+        let answers = runtime.block_on(converse(dialled, bytes.chunks(piece)));
+        assert!(answers.is_empty() || answers.starts_with("HTTP/1."));
+        assert_eq!(answers.matches("HTTP/1.").count(), answers.matches("\r\nContent-Length: ").count());
     }
 }
 
-async fn converse(dialled: Option<Service>, bytes: &[u8]) -> Vec<u8> {
+async fn converse(dialled: Option<Service>, pieces: Chunks<'_, u8>) -> String {
     let (client, server) = duplex(BUFFER);
     let service = service_fn(move |request: Request<Incoming>| async move {
         Ok::<_, Infallible>(answer(dialled, &request.into_parts().0))
@@ -73,26 +85,34 @@ async fn converse(dialled: Option<Service>, bytes: &[u8]) -> Vec<u8> {
     let server = serve::protocol().serve_connection(TokioIo::new(server), service);
     let (mut from, mut to) = tokio::io::split(client);
     let send = async {
-        // The server may end the connection first.
-        let _ = to.write_all(bytes).await;
+        for piece in pieces {
+            // The server may end the connection first.
+            if to.write_all(piece).await.is_err() {
+                break;
+            }
+            // It reads this before there is more.
+            tokio::task::yield_now().await;
+        }
         let _ = to.shutdown().await;
     };
     let mut answers = Vec::new();
     let receive = from.read_to_end(&mut answers);
-    let _ = tokio::join!(server, send, receive);
-    answers
+    let _ = tokio::join!(send, receive, server);
+    String::from_utf8_lossy(&answers).into_owned()
 }
 
 fn answer(dialled: Option<Service>, head: &Parts) -> Response {
     let dialect = Dialect::pick(dialled, None, &head.headers, head.uri.path());
     let response = match dialect {
-        Dialect::PodIdentity => pod_identity::ask(head, Timestamp::UNIX_EPOCH).map(|_| {
-            assert_reads_credentials(head);
-            pod_identity::credentials(&credentials())
+        Dialect::PodIdentity => pod_identity::ask(head, Timestamp::UNIX_EPOCH).and_then(|sent| {
+            assert_reads_credentials(head, &["169.254.170.23", "fd00:ec2::23"]);
+            by_itself(head, sent.is_some())?;
+            Ok(pod_identity::credentials(&credentials()))
         }),
-        Dialect::Ecs => ecs::ask(head, Timestamp::UNIX_EPOCH).map(|_| {
-            assert_reads_credentials(head);
-            ecs::credentials(&credentials())
+        Dialect::Ecs => ecs::ask(head, Timestamp::UNIX_EPOCH).and_then(|sent| {
+            assert_reads_credentials(head, &["169.254.170.2"]);
+            by_itself(head, sent.is_some())?;
+            Ok(ecs::credentials(&credentials()))
         }),
         Dialect::Imds => imds::ask(head).and_then(|ask| imds_answer(head, ask)),
     };
@@ -102,20 +122,46 @@ fn answer(dialled: Option<Service>, head: &Parts) -> Response {
     })
 }
 
-fn assert_reads_credentials(head: &Parts) {
+/// Path and method are right, and so is every host that the request names.
+fn assert_reads_credentials(head: &Parts, addresses: &[&str]) {
     assert!(head.uri.path().starts_with(pod_identity::PATH));
     assert!(matches!(head.method, Method::GET | Method::HEAD));
+    let mut named: Vec<_> = head.headers.get_all(HOST).iter().map(HeaderValue::as_bytes).collect();
+    assert!(named.len() <= 1);
+    named.extend(head.uri.authority().map(|authority| authority.as_str().as_bytes()));
+    assert!(!named.is_empty());
+    for host in named {
+        let is_one = |address: &&str| {
+            let bracketed = format!("[{address}]");
+            let rest =
+                [address.as_bytes(), bracketed.as_bytes()].iter().find_map(|form| host.strip_prefix(*form));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b":"))
+        };
+        assert!(addresses.iter().any(is_one), "{}", host.escape_ascii());
+    }
+}
+
+/// What a request that does not prove whose it is gets only from its own pod: as in `serve`, and whatever the case of the
+/// headers that a proxy adds.
+fn by_itself(head: &Parts, has_proof: bool) -> Result<(), Refusal> {
+    let is_by_proxy = |name: &HeaderName| ["x-forwarded-for", "forwarded", "via"].contains(&name.as_str());
+    assert_eq!(is_forwarded(&head.headers), head.headers.keys().any(is_by_proxy));
+    if !has_proof && is_forwarded(&head.headers) { Err(forwarded()) } else { Ok(()) }
 }
 
 fn imds_answer(head: &Parts, ask: imds::Ask<'_>) -> Result<Response, Refusal> {
+    assert!(!head.headers.contains_key(ORIGIN) && !head.headers.contains_key("sec-fetch-site"));
+    assert!(head.headers.get_all(HOST).iter().count() <= 1);
     match ask {
         imds::Ask::Token { ttl_secs } => {
             assert_eq!(head.method, Method::PUT);
             assert!((1..=21_600).contains(&ttl_secs));
+            assert!(!is_forwarded(&head.headers));
             Ok(imds::token("token".to_owned(), ttl_secs))
         }
-        imds::Ask::Read { path, .. } => {
+        imds::Ask::Read { session, path } => {
             assert!(matches!(head.method, Method::GET | Method::HEAD));
+            by_itself(head, session.is_some())?;
             match path {
                 ReadPath::Fact(fact) => imds::fact(fact, &Instance::default()),
                 ReadPath::Listing(names) => Ok(imds::listing(names)),
@@ -146,10 +192,43 @@ pub fn key_set(bytes: &[u8]) {
     }
 }
 
-/// A session token of IMDS. Nobody makes one without the key.
+/// A session token of IMDS. Nobody makes one without the key; one that is made is good for its time and its pod, and no
+/// byte of it can be another.
+#[expect(clippy::expect_used, reason = "test code")]
 pub fn imds_token(bytes: &[u8]) {
     let tokens = ImdsTokens::new(&[7; 32]);
     assert!(!tokens.is_valid(&String::from_utf8_lossy(bytes), pod_uid(), Timestamp::UNIX_EPOCH));
+    let Some(([seconds @ .., place, byte], _)) = bytes.split_first_chunk::<6>() else { return };
+    let seconds = u32::from_le_bytes(*seconds);
+    let (pod, ttl_secs) = (pod_uid(), 1 + seconds % 21_600);
+    let at = |second: u32| Timestamp::from_second(second.into()).expect("a time before 2200");
+    let token = tokens.mint(pod, at(seconds), ttl_secs);
+    let end = seconds.saturating_add(ttl_secs);
+    assert!(tokens.is_valid(&token, pod, at(end - 1)) || end == u32::MAX);
+    assert!(end == u32::MAX || !tokens.is_valid(&token, pod, at(end)));
+    assert!(!tokens.is_valid(&token, pod_uid(), at(seconds)));
+    let mut changed = token.clone().into_bytes();
+    let place = usize::from(*place) % changed.len();
+    changed[place] = *byte;
+    let changed = String::from_utf8_lossy(&changed);
+    assert_eq!(tokens.is_valid(&changed, pod, at(seconds)), *changed == *token);
+}
+
+/// The ARN of an assumed role. It begins with what was read of it.
+pub fn role(bytes: &[u8]) {
+    let arn = String::from_utf8_lossy(bytes);
+    if let Some(Role { account_id, partition, name }) = Role::from_assumed_role_arn(&arn) {
+        assert!(arn.starts_with(&format!("arn:{partition}:sts::{account_id}:assumed-role/{name}/")));
+        assert!(!name.contains('/') && !account_id.contains(':') && !partition.contains(':'));
+    }
+}
+
+/// A pod as the API server tells it. Nothing of it is kept but what podgate needs.
+pub fn api_pod(bytes: &[u8]) {
+    let Ok(told) = serde_json::from_slice::<core::Pod>(bytes) else { return };
+    let Some(pod) = Pod::from_api(&told) else { return };
+    assert_eq!(told.metadata.namespace, Some(pod.service_account.namespace));
+    assert!(pod.annotations.keys().all(|key| key.starts_with("podgate.dev/")));
 }
 
 /// The path of a cgroup below kubepods. Nothing below a pod changes whose it is.
@@ -199,7 +278,7 @@ pub fn annotations(bytes: &[u8]) {
     }
     let plain = pod("app", "web");
     let without = Policy::decide(&defaults, &namespace, &plain);
-    let decided = Policy::decide(&defaults, &namespace, &super::Pod { annotations: of_pod, ..plain });
+    let decided = Policy::decide(&defaults, &namespace, &Pod { annotations: of_pod, ..plain });
     assert!(decided.imds >= defaults.imds_floor);
     let may_loosen = namespace.get(ANNOTATION_IMDS_POD_OVERRIDE).is_some_and(|value| value == "true");
     assert!(may_loosen || decided.imds >= without.imds);
@@ -256,8 +335,9 @@ mod tests {
     /// A fuzz target's name, and its function.
     type Target = (&'static str, fn(&[u8]));
 
-    const OUTSIDE: [Target; 10] = [
+    const OUTSIDE: [Target; 12] = [
         ("annotations", annotations),
+        ("api_pod", api_pod),
         ("cgroup_path", cgroup_path),
         ("handed_over", handed_over),
         ("http_head", http_head),
@@ -267,6 +347,7 @@ mod tests {
         ("kubelets_token", kubelets_token),
         ("map_value", map_value),
         ("record", record),
+        ("role", role),
     ];
 
     /// What the fuzz targets begin with, and what they have found.
@@ -284,8 +365,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_head_makes_a_dialect_panic(head in head()) {
-            http_head(head.as_bytes());
+        fn no_head_makes_a_dialect_panic(piece: u8, head in head()) {
+            http_head(&[&[piece][..], head.as_bytes()].concat());
         }
 
         #[test]
