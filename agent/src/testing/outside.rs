@@ -64,9 +64,9 @@ const MODES: [ImdsMode; 4] = [ImdsMode::Off, ImdsMode::Audit, ImdsMode::Intercep
 /// gets it.
 #[expect(clippy::expect_used, reason = "test code")]
 pub fn http_head(bytes: &[u8]) {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     let Some((piece, bytes)) = bytes.split_first() else { return };
     let piece = if *piece == 0 { bytes.len().max(1) } else { usize::from(*piece) };
-    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     let runtime = RUNTIME.get_or_init(|| {
         tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime")
     });
