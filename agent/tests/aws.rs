@@ -230,3 +230,45 @@ async fn missing_node_credentials_are_named_and_none_come_from_podgate_itself() 
     let dialled = tokio::time::timeout(Duration::from_millis(100), itself.accept()).await;
     assert!(dialled.is_err(), "podgate was asked for its own credentials");
 }
+
+/// Somebody who answers every request with a page and this status. Returns the URL.
+async fn page(status: u16) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let body = "<html>not allowed</html>";
+    let head = format!(
+        "HTTP/1.1 {status} X\r\nContent-Type: text/html\r\nContent-Length: {}\r\nConnection: close",
+        body.len()
+    );
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut buffer = [0; 8192];
+            let _ = stream.read(&mut buffer).await;
+            let _ = stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).await;
+        }
+    });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_is_no_answer_of_eks_auth_s_whatever_its_status() {
+    const TEST: &str = "a_page_is_no_answer_of_eks_auth_s_whatever_its_status";
+    if env::var_os(CHILD).is_some() {
+        return calls().await;
+    }
+    for (status, kind) in [
+        (200, "EKS Auth's answer cannot be used"),
+        (403, "EKS Auth's answer cannot be used"),
+        (407, "EKS Auth's answer cannot be used"),
+        (502, "UnknownError"),
+    ] {
+        let url = page(status).await;
+        let endpoint = [("AWS_ENDPOINT_URL_EKS_AUTH", &*url)];
+        for outcome in outcomes(TEST, &[&STATIC[..], &endpoint].concat()).await {
+            let says = format!(
+                "EKS Auth answered {status} with text/html, and not as EKS Auth does (a proxy between?)"
+            );
+            assert!(outcome.contains(&says) && outcome.starts_with(kind), "{outcome}");
+        }
+    }
+}

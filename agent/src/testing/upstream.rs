@@ -330,7 +330,8 @@ pub fn are_of(credentials: &Credentials, uid: PodUid) -> bool {
 
 /// The number of a call that is drawn at random (`SplitMix64`).
 fn drawn(seed: u64, call: usize) -> u64 {
-    let mut mixed = seed.wrapping_add(call as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let apart = seed.wrapping_mul(0xd1b5_4a32_d192_ed03);
+    let mut mixed = apart.wrapping_add(call as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     mixed ^ (mixed >> 31)
