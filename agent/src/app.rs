@@ -166,6 +166,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
     let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
     let imds_tokens = ImdsTokens::new(&lock(&interceptor).imds_key()?);
+    let limit = ConnectionLimit::default();
     let server = Arc::new(Server {
         policies: known.policies.clone(),
         resolver,
@@ -173,7 +174,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
         imds_tokens,
         token_delegates: config.token_delegates.clone(),
         instance: of_instance,
-        connections: ConnectionLimit::default(),
+        connections: limit.clone(),
         metrics: request_metrics,
     });
     let (engine, pods) = (Arc::clone(&server.engine), Arc::clone(&known.pods));
@@ -192,6 +193,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
 
     let (stock_agent_is_here, is_here) = watch::channel(false);
     let enforcer = Enforcer {
+        connections: limit,
         policies: known.policies.clone(),
         map: Arc::clone(&interceptor),
         own: node.own_pod,

@@ -24,6 +24,7 @@ use crate::{
     intercept::{self, Interceptor},
     policies::Policies,
     policy::{self, ImdsMode, Place, Policy},
+    serve::ConnectionLimit,
 };
 
 /// When the kernel did not take a policy, it is tried again after this time.
@@ -77,6 +78,8 @@ pub struct Enforcer<M, S> {
     pub networks: Arc<Networks>,
     /// Their credentials.
     pub engine: Arc<S>,
+    /// What they take of the agent.
+    pub connections: ConnectionLimit,
     /// Whether those are fetched before the pods ask.
     pub prefetch: bool,
 }
@@ -91,6 +94,8 @@ struct State {
     stock_agents: HashSet<PodUid>,
     /// Pods whose policy the kernel did not take.
     to_repeat: HashSet<PodUid>,
+    /// Cgroups that are gone and that the kernel did not forget, with their pods.
+    to_remove: HashMap<u64, PodUid>,
     /// Those that are exempt.
     exempt: HashSet<PodUid>,
     /// Pods that the API server has no more, but whose cgroup may still be there.
@@ -163,7 +168,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
             tokio::select! {
                 Some(event) = tree.next() => self.on_tree(&mut state, event).await,
                 Some(event) = events.recv() => self.on_cluster(&mut state, event).await,
-                () = tokio::time::sleep(REPEAT), if !state.to_repeat.is_empty() => self.repeat(&mut state),
+                () = tokio::time::sleep(REPEAT), if !(state.to_repeat.is_empty() && state.to_remove.is_empty()) => self.repeat(&mut state),
                 else => return,
             }
             self.tell(&mut state);
@@ -197,10 +202,8 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 }
             }
             TreeEvent::Gone(PodCgroup { uid, id }) => {
-                if Some(id) != self.own
-                    && let Err(error) = self.map.remove(id)
-                {
-                    error!(%error, pod.uid = %uid, "cannot take a pod's policy out of the kernel");
+                if Some(id) != self.own {
+                    self.remove(state, id, uid);
                 }
                 // Made anew, as when the kubelet starts over: then another cgroup is the pod's.
                 if state.cgroups.get(&uid) == Some(&id) {
@@ -208,6 +211,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                     state.in_force.remove(&uid);
                     state.exempt.remove(&uid);
                     self.networks.forget(uid);
+                    self.connections.forget(uid);
                     self.engine.forget(uid).await;
                     if state.deleted.remove(&uid) {
                         self.pods.forget(uid);
@@ -228,9 +232,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 }
                 report(&pod.annotations, Place::Pod, &pod.full_name());
                 self.apply(state, &pod);
-                if self.prefetch && will_ask(&pod) {
-                    self.engine.prefetch(&pod);
-                }
+                self.prefetch(&pod);
             }
             ClusterEvent::PodDeleted(uid) => {
                 state.stock_agents.remove(&uid);
@@ -243,18 +245,37 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 }
                 for pod in self.pods.of_namespace(&name) {
                     self.apply(state, &pod);
+                    self.prefetch(&pod);
                 }
             }
             ClusterEvent::NamespacesSynced => state.namespaces_synced = true,
         }
     }
 
+    /// Fetches a pod's credentials where it is known to want them, and its policy lets it have them.
+    fn prefetch(&self, pod: &Arc<Pod>) {
+        let may = |policy: Policy| policy.pod_identity || policy.imds == ImdsMode::Intercept;
+        if self.prefetch && will_ask(pod) && self.policies.of(pod).is_some_and(may) {
+            self.engine.prefetch(pod);
+        }
+    }
+
     /// Tries again what the kernel did not take.
     fn repeat(&self, state: &mut State) {
+        for (id, uid) in std::mem::take(&mut state.to_remove) {
+            self.remove(state, id, uid);
+        }
         for uid in std::mem::take(&mut state.to_repeat) {
             if let Some(pod) = self.pods.get(uid) {
                 self.apply(state, &pod);
             }
+        }
+    }
+
+    fn remove(&self, state: &mut State, id: u64, uid: PodUid) {
+        if let Err(error) = self.map.remove(id) {
+            error!(%error, pod.uid = %uid, "cannot take a pod's policy out of the kernel; trying again");
+            state.to_remove.insert(id, uid);
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use aws_config::imds::client::Client;
+use aws_config::imds::client::{Client, error::ImdsError};
 use serde::Deserialize;
 use tokio::{sync::watch, time::sleep};
 use tracing::{info, warn};
@@ -17,6 +17,7 @@ use crate::error::chain;
 const AGAIN: Duration = Duration::from_hours(1);
 /// After a failure, doubled from one to the next.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_mins(1);
 
 /// What is known of the instance.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -86,7 +87,7 @@ pub async fn follow(imds: Client, copy: watch::Sender<Instance>) {
                     );
                 }
                 sleep(pause).await;
-                pause = (pause * 2).min(AGAIN);
+                pause = (pause * 2).min(PAUSE_MAX);
             }
         }
     }
@@ -96,16 +97,20 @@ async fn fetch(imds: &Client) -> Result<Instance, Box<dyn std::error::Error + Se
     let document = imds.get("/latest/dynamic/instance-identity/document").await?;
     let document: Document = serde_json::from_str(document.as_ref())?;
     // Some services that stand in for EC2's have no more than the document.
-    let read = async |path| imds.get(path).await.ok().map(String::from);
+    let read = async |path| match imds.get(path).await {
+        Ok(text) => Ok(Some(String::from(text))),
+        Err(ImdsError::ErrorResponse(error)) if error.response().status().as_u16() == 404 => Ok(None),
+        Err(error) => Err(error),
+    };
     Ok(Instance {
         region: document.region,
         zone: document.availability_zone,
-        zone_id: read("/latest/meta-data/placement/availability-zone-id").await,
+        zone_id: read("/latest/meta-data/placement/availability-zone-id").await?,
         id: document.instance_id,
         instance_type: document.instance_type,
         architecture: document.architecture,
-        domain: read("/latest/meta-data/services/domain").await,
-        partition: read("/latest/meta-data/services/partition").await,
+        domain: read("/latest/meta-data/services/domain").await?,
+        partition: read("/latest/meta-data/services/partition").await?,
     })
 }
 

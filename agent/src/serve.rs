@@ -56,8 +56,8 @@ use crate::{
 
 /// Every request is answered by then: SDKs give up at one second.
 pub const DEADLINE: Duration = Duration::from_millis(800);
-/// What a request waits for says so much earlier what is missing.
-const MARGIN: Duration = Duration::from_millis(20);
+/// What a request waits for says a little earlier what is missing.
+const PATIENCE: Duration = Duration::from_millis(780);
 /// After so many requests a connection is closed. SDKs send a few an hour.
 const REQUESTS_MAX: u32 = 1_000;
 /// How long a request's head may take, and how long a connection may be idle.
@@ -162,7 +162,7 @@ impl<S: CredentialSource> Server<S> {
         let (head, _) = request.into_parts();
         let dialect = Dialect::pick(connection.dialled(), connection.to, &head.headers, head.uri.path());
         let mut waiting = Waiting { metrics: &self.metrics, dialect, is_answered: false };
-        let answer = self.answer(dialect, connection, &head, begun + DEADLINE - MARGIN);
+        let answer = self.answer(dialect, connection, &head, begun + PATIENCE);
         let answer = tokio::time::timeout_at((begun + DEADLINE).into(), answer).await;
         waiting.is_answered = true;
         let answer = answer.unwrap_or_else(|_| Err(refusal::slow()));

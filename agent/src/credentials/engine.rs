@@ -46,10 +46,7 @@ use super::{
     schedule::Floor,
     source::CredentialSource,
 };
-use crate::{
-    identity::{Pod, PodUid},
-    secret::Secret,
-};
+use crate::identity::{Pod, PodUid};
 
 /// What a node allows itself: its pods at once after a start, one every tenth of a second in the long run.
 pub const BUDGET: Budget = Budget { per_second: 10.0, burst: 256.0 };

@@ -8,8 +8,8 @@ use kube::{Client, Config};
 
 use crate::config::KubeIdentity;
 
-/// kube's watches last 290 s at most.
-const READ_TIMEOUT: Duration = Duration::from_mins(5);
+/// The API server says something on each watch about once a minute (bookmarks).
+const READ_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Why there is no client for the API server.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +39,7 @@ pub async fn clients(identity: KubeIdentity, node_name: &str) -> Result<Clients,
     let mut config = Config::infer().await.map_err(|error| Error::Infer(error.into()))?;
     // The client would try again for minutes; the watch backs off by itself, and a pod waits for a token.
     config.default_retry = false;
-    // Longer than the server ends a watch by itself: only a server that hangs is given up.
+    // A server that hangs is given up, and so is a connection that is dead and does not say so.
     config.read_timeout = Some(READ_TIMEOUT);
     let own = client(config.clone())?;
     if identity == KubeIdentity::AssociatedNode {

@@ -90,6 +90,7 @@ impl Node {
             pods: Arc::default(),
             networks: Arc::new(Networks::new(0)),
             engine: Arc::default(),
+            connections: ConnectionLimit::default(),
             prefetch: true,
         };
         Self { map, enforcer, state: State::default() }
@@ -272,6 +273,9 @@ async fn a_pod_that_its_daemon_set_has_let_go_of_is_one_like_any_other() {
 async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
     let mut node = Node::new();
     let annotated = |mode: &str| [(ANNOTATION_IMDS.to_owned(), mode.to_owned())].into();
+    let kept_out = [(ANNOTATION_IMDS, "deny"), ("podgate.dev/pod-identity", "off")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into();
     for (pod, will_ask) in [
         (pod("app", "web"), false),
         (Pod { injected: true, ..pod("app", "web") }, true),
@@ -279,6 +283,7 @@ async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
         (Pod { annotations: annotated("intercept"), ..pod("app", "web") }, true),
         (Pod { annotations: annotated("deny"), ..pod("app", "web") }, false),
         (Pod { injected: true, finished: true, ..pod("app", "web") }, false),
+        (Pod { injected: true, annotations: kept_out, ..pod("app", "web") }, false),
     ] {
         let pod = Arc::new(pod);
         node.pod(&pod).await;

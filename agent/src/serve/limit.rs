@@ -75,6 +75,11 @@ impl ConnectionLimit {
         Some(Place(Arc::clone(caller)))
     }
 
+    /// Forgets a pod that is gone.
+    pub fn forget(&self, uid: PodUid) {
+        self.callers().remove(&Whose::Pod(uid));
+    }
+
     fn callers(&self) -> MutexGuard<'_, HashMap<Whose, Arc<Caller>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -144,6 +149,16 @@ mod tests {
         let again = limit.enter(address(1));
         assert!(again.is_some());
         assert!(limit.enter(address(1)).is_none());
+    }
+
+    #[test]
+    fn a_pod_that_is_gone_is_forgotten_and_what_it_leaves_open_harms_nobody() {
+        let (limit, uid) = (ConnectionLimit::default(), crate::testing::pod_uid());
+        let left_open = limit.enter(Whose::Pod(uid)).unwrap();
+        limit.forget(uid);
+        assert!(limit.callers().is_empty());
+        drop(left_open);
+        assert!(limit.enter(Whose::Pod(uid)).is_some());
     }
 
     #[test]

@@ -84,9 +84,10 @@ async fn a_token_stolen_by_another_pod_is_refused() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_csi_driver_s_pod_is_served_by_the_application_s_token_once_the_operator_names_it() -> anyhow::Result<()>
-{
-    let node = Node::with_flags(&["--imds", "intercept", "--token-delegate", "kube-system/secrets-store"]).await?;
+async fn a_csi_driver_s_pod_is_served_by_the_application_s_token_once_the_operator_names_it()
+-> anyhow::Result<()> {
+    let node =
+        Node::with_flags(&["--imds", "intercept", "--token-delegate", "kube-system/secrets-store"]).await?;
     let app = node.lab.add_pod(&node::spec("app").with_token())?;
     let driver = node.lab.add_pod(&PodSpec::new("kube-system", "secrets-store").role("driver-role"))?;
     let impostor = node.lab.add_pod(&PodSpec::new("shop", "secrets-store"))?;

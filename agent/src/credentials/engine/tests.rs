@@ -5,6 +5,7 @@ use tokio::time::sleep;
 use super::*;
 use crate::{
     credentials::{ServiceError, issuer::Verdict},
+    secret::Secret,
     testing::{
         pod,
         upstream::{Conditions, FakeUpstream, Weather, are_of, sent_by, virtual_clock},

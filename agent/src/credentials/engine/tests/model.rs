@@ -17,6 +17,7 @@ use super::*;
 use crate::{
     credentials::engine::planted::{Bug, plant},
     identity::PodUid,
+    secret::Secret,
 };
 
 const PODS: usize = 3;
