@@ -91,7 +91,7 @@ fn forged(pods: &[Pod]) -> Vec<u8> {
             "account_id": "1", "partition": "aws", "role": "r", "refresh_at": "2999-01-01T00:00:00Z", "asked": true,
         })
     };
-    serde_json::Value::from_iter(pods.iter().map(entry)).to_string().into_bytes()
+    pods.iter().map(entry).collect::<serde_json::Value>().to_string().into_bytes()
 }
 
 #[tokio::test(flavor = "multi_thread")]
