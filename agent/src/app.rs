@@ -15,6 +15,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
+mod kept;
 mod node;
 mod place;
 mod serving;
@@ -23,7 +24,8 @@ mod stock_agent;
 mod tasks;
 
 use self::{
-    node::Node, place::Opener, serving::Serving, signal::Signals, stock_agent::StockAgent, tasks::Tasks,
+    kept::Kept, node::Node, place::Opener, serving::Serving, signal::Signals, stock_agent::StockAgent,
+    tasks::Tasks,
 };
 
 use crate::{
@@ -166,7 +168,6 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
     let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
     let imds_tokens = ImdsTokens::new(&lock(&interceptor).imds_key()?);
-    let limit = ConnectionLimit::default();
     let server = Arc::new(Server {
         policies: known.policies.clone(),
         resolver,
@@ -174,7 +175,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
         imds_tokens,
         token_delegates: config.token_delegates.clone(),
         instance: of_instance,
-        connections: limit.clone(),
+        connections: ConnectionLimit::default(),
         metrics: request_metrics,
     });
     let (engine, pods) = (Arc::clone(&server.engine), Arc::clone(&known.pods));
@@ -193,7 +194,6 @@ pub async fn run(config: Config) -> Result<(), Error> {
 
     let (stock_agent_is_here, is_here) = watch::channel(false);
     let enforcer = Enforcer {
-        connections: limit,
         policies: known.policies.clone(),
         map: Arc::clone(&interceptor),
         own: node.own_pod,
@@ -201,7 +201,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
         stock_agent_is_here,
         pods: Arc::clone(&known.pods),
         networks: Arc::clone(&known.networks),
-        engine: Arc::clone(&server.engine),
+        kept: Kept { engine: Arc::clone(&server.engine), connections: server.connections.clone() },
         prefetch: config.prefetch,
     };
     // Before any of its pods is known: what was handed over is not fetched ahead again.
@@ -250,7 +250,7 @@ fn follow(
     node: &Node,
     kube: Clients,
     known: Known,
-    enforcer: Enforcer<SharedInterceptor, Engine<NodeSource>>,
+    enforcer: Enforcer<SharedInterceptor, Kept<NodeSource>>,
     tasks: &mut Tasks,
 ) -> Result<watch::Receiver<bool>, Error> {
     let (events, received) = mpsc::channel(CLUSTER_EVENTS);

@@ -14,7 +14,6 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    credentials::{engine::Engine, source::CredentialSource},
     identity::{
         DaemonSetRef, Pod, PodUid, Pods,
         network::Networks,
@@ -24,7 +23,6 @@ use crate::{
     intercept::{self, Interceptor},
     policies::Policies,
     policy::{self, ImdsMode, Place, Policy},
-    serve::ConnectionLimit,
 };
 
 /// When the kernel did not take a policy, it is tried again after this time.
@@ -51,7 +49,7 @@ pub trait PolicyMap: Send + 'static {
     ) -> Result<(), intercept::Error>;
 }
 
-/// What pods' coming and going means to their credentials.
+/// What pods' coming and going means to what is kept for them.
 pub trait Forget: Send + Sync + 'static {
     /// The pod is gone.
     fn forget(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
@@ -76,10 +74,8 @@ pub struct Enforcer<M, S> {
     pub pods: Arc<Pods>,
     /// Their networks.
     pub networks: Arc<Networks>,
-    /// Their credentials.
-    pub engine: Arc<S>,
-    /// What they take of the agent.
-    pub connections: ConnectionLimit,
+    /// What is kept for them.
+    pub kept: S,
     /// Whether those are fetched before the pods ask.
     pub prefetch: bool,
 }
@@ -106,7 +102,7 @@ struct State {
     namespaces_synced: bool,
 }
 
-// === impl Interceptor, Engine ===
+// === impl Interceptor ===
 
 impl PolicyMap for Arc<Mutex<Interceptor>> {
     fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
@@ -135,16 +131,6 @@ impl PolicyMap for Arc<Mutex<Interceptor>> {
         on_host_network: PodPolicy,
     ) -> Result<(), intercept::Error> {
         self.lock().unwrap_or_else(PoisonError::into_inner).set_unknown_pods(in_pod_network, on_host_network)
-    }
-}
-
-impl<S: CredentialSource> Forget for Engine<S> {
-    async fn forget(&self, uid: PodUid) {
-        Self::forget(self, uid).await;
-    }
-
-    fn prefetch(&self, pod: &Arc<Pod>) {
-        Self::prefetch(self, pod);
     }
 }
 
@@ -211,8 +197,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                     state.in_force.remove(&uid);
                     state.exempt.remove(&uid);
                     self.networks.forget(uid);
-                    self.connections.forget(uid);
-                    self.engine.forget(uid).await;
+                    self.kept.forget(uid).await;
                     if state.deleted.remove(&uid) {
                         self.pods.forget(uid);
                     }
@@ -256,7 +241,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
     fn prefetch(&self, pod: &Arc<Pod>) {
         let may = |policy: Policy| policy.pod_identity || policy.imds == ImdsMode::Intercept;
         if self.prefetch && will_ask(pod) && self.policies.of(pod).is_some_and(may) {
-            self.engine.prefetch(pod);
+            self.kept.prefetch(pod);
         }
     }
 
@@ -284,7 +269,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
             // Its containers may be terminating, and need their credentials to the end.
             state.deleted.insert(uid);
         } else {
-            self.engine.forget(uid).await;
+            self.kept.forget(uid).await;
             self.pods.forget(uid);
             debug!(pod.uid = %uid, "forgot a pod");
         }

@@ -252,7 +252,7 @@ fn boot(kernel: Kernel, image: &Image, files: &[File], arguments: &str) -> anyho
     );
     qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"])
         // Emulated: hardware virtualisation within virtual machines is not to be relied on.
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"])
+        .args(["-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", "2048"])
         .arg("-kernel")
         .arg(&image.kernel)
         .arg("-initrd")

@@ -3,7 +3,7 @@
 //! Serves the caller's own role, and of the instance an exact list of paths: user-data, signatures, addresses and the
 //! instance's own identity do not exist here.
 
-use std::net::IpAddr;
+use core::net::IpAddr;
 
 use agent_common::defence::{Defence, holds};
 use hyper::{

@@ -19,7 +19,7 @@ struct Kernel {
 }
 
 #[derive(Default)]
-struct FakeEngine {
+struct FakeKept {
     forgotten: Mutex<Vec<PodUid>>,
     prefetched: Mutex<Vec<PodUid>>,
 }
@@ -58,7 +58,7 @@ impl PolicyMap for FakeMap {
     }
 }
 
-impl Forget for FakeEngine {
+impl Forget for FakeKept {
     async fn forget(&self, uid: PodUid) {
         self.forgotten.lock().unwrap().push(uid);
     }
@@ -71,7 +71,7 @@ impl Forget for FakeEngine {
 /// A node whose pods are left to the node's role by default.
 struct Node {
     map: FakeMap,
-    enforcer: Enforcer<FakeMap, FakeEngine>,
+    enforcer: Enforcer<FakeMap, FakeKept>,
     state: State,
 }
 
@@ -89,8 +89,7 @@ impl Node {
             stock_agent_is_here: watch::Sender::new(false),
             pods: Arc::default(),
             networks: Arc::new(Networks::new(0)),
-            engine: Arc::default(),
-            connections: ConnectionLimit::default(),
+            kept: FakeKept::default(),
             prefetch: true,
         };
         Self { map, enforcer, state: State::default() }
@@ -208,10 +207,10 @@ async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
     node.appears(pod.uid, 10).await;
     node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
     assert!(node.enforcer.pods.get(pod.uid).is_some() && node.imds(10).is_some());
-    assert!(node.enforcer.engine.forgotten.lock().unwrap().is_empty());
+    assert!(node.enforcer.kept.forgotten.lock().unwrap().is_empty());
     node.goes(pod.uid, 10).await;
     assert!(node.enforcer.pods.get(pod.uid).is_none() && node.imds(10).is_none());
-    assert_eq!(*node.enforcer.engine.forgotten.lock().unwrap(), [pod.uid]);
+    assert_eq!(*node.enforcer.kept.forgotten.lock().unwrap(), [pod.uid]);
 }
 
 #[tokio::test]
@@ -287,11 +286,11 @@ async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
     ] {
         let pod = Arc::new(pod);
         node.pod(&pod).await;
-        let prefetched = node.enforcer.engine.prefetched.lock().unwrap().contains(&pod.uid);
+        let prefetched = node.enforcer.kept.prefetched.lock().unwrap().contains(&pod.uid);
         assert_eq!(prefetched, will_ask, "{pod:?}");
     }
     node.enforcer.prefetch = false;
     let off = Arc::new(Pod { injected: true, ..pod("app", "web") });
     node.pod(&off).await;
-    assert!(!node.enforcer.engine.prefetched.lock().unwrap().contains(&off.uid));
+    assert!(!node.enforcer.kept.prefetched.lock().unwrap().contains(&off.uid));
 }
