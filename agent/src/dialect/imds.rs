@@ -316,8 +316,12 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{dialect::tests::head, testing::credentials as some_credentials};
+    use crate::{dialect::tests::head as any_head, testing::credentials as some_credentials};
     use http_body_util::BodyExt as _;
+
+    fn head(method: &str, path: &str, headers: &[(&str, &str)]) -> Parts {
+        any_head(method, path, &[&[("host", "169.254.169.254")], headers].concat())
+    }
 
     async fn text(response: Response) -> String {
         let body = response.into_body().collect().await.unwrap().to_bytes();
@@ -343,6 +347,28 @@ mod tests {
         }
         assert_eq!(ask(&head("GET", "/latest/api/token", &[])).unwrap_err().status.as_u16(), 405);
         assert_eq!(ask(&head("POST", "/latest/meta-data/", &[])).unwrap_err().status.as_u16(), 405);
+    }
+
+    #[test]
+    fn a_page_on_the_web_whose_name_leads_here_gets_nothing() {
+        let status = |headers: &[(&str, &str)]| {
+            ask(&any_head("GET", "/latest/meta-data/", headers)).map_or_else(|no| no.status.as_u16(), |_| 200)
+        };
+        for host in
+            ["169.254.169.254", "169.254.169.254:80", "[fd00:ec2::254]:80", "instance-data", "10.0.0.1"]
+        {
+            assert_eq!(status(&[("host", host)]), 200, "{host}");
+            for said in ["origin", "sec-fetch-site", "sec-fetch-mode"] {
+                assert_eq!(status(&[("host", host), (said, "same-origin")]), 403, "{host}: {said}");
+            }
+        }
+        for host in
+            ["evil.example", "169.254.169.254.evil.example", "localhost:80", "instance-data.evil.example"]
+        {
+            assert_eq!(status(&[("host", host)]), 403, "{host}");
+        }
+        assert_eq!(status(&[]), 400);
+        assert_eq!(status(&[("host", "169.254.169.254"), ("host", "169.254.169.254")]), 400);
     }
 
     #[test]
