@@ -544,7 +544,12 @@ async fn when_eks_auth_cannot_be_reached_the_answer_is_quick_and_says_so() {
     assert_eq!(answer.status, 500);
     assert!(answer.message().contains("EKS Auth cannot be reached"), "{answer:?}");
     node.faults.clear(Service::EksAuth);
-    assert_eq!(node.get("/v1/credentials", &[]).await.status, 200, "a failure is not kept");
+    // Nobody has had an answer, and so EKS Auth is asked once in two seconds.
+    let begun = Instant::now();
+    while node.get("/v1/credentials", &[]).await.status != 200 {
+        assert!(begun.elapsed() < Duration::from_secs(5), "a failure is kept");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -562,13 +567,9 @@ async fn a_slow_call_goes_on_without_its_caller_and_serves_the_next_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_of_eks_auth_keep_their_status_and_text() {
-    let node = Node::start(ImdsMode::Intercept).await;
-    let dial = |name: &str| {
-        node.eks_auth.associate("app", "web", "web-role");
-        node.dial_as(&node.pod(name, "web", |_| {}), POD_IDENTITY);
-    };
     for (status, code) in [(400, "AccessDeniedException"), (503, "ServiceUnavailableException")] {
-        dial(code.to_lowercase().as_str());
+        let node = Node::start(ImdsMode::Intercept).await;
+        node.dial_as(&web(&node), POD_IDENTITY);
         let fault = Fault::Error { status, code: code.into(), message: "words of AWS".into() };
         node.faults.set(Service::EksAuth, fault);
         let answer = node.get("/v1/credentials", &[]).await;
@@ -576,7 +577,8 @@ async fn refusals_of_eks_auth_keep_their_status_and_text() {
         assert_eq!(answer.json()["code"], code);
         assert!(answer.message().contains(&format!("({code}): words of AWS, fault: ")), "{answer:?}");
     }
-    dial("throttled");
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.dial_as(&web(&node), POD_IDENTITY);
     node.faults.set(Service::EksAuth, Fault::Throttle { retry_after: None });
     assert_eq!(node.get("/v1/credentials", &[]).await.status, 429);
 }
