@@ -83,9 +83,10 @@ pub mod program {
     pub const EGRESS: &str = "egress";
     /// `sk_lookup` on the host's network.
     pub const LOOKUP: &str = "lookup";
-    /// The programs that stay when the agent is gone, in the order in which they are attached.
+    /// The programs that stay when the agent is gone, in the order in which they are attached: those that mint a ticket,
+    /// send it, and choose who gets it come last and one right after the other.
     pub const PERMANENT: [&str; 8] =
-        [BIND4, BIND6, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, LOOKUP];
+        [BIND4, BIND6, GETPEERNAME4, GETPEERNAME6, ACTIVE, CONNECT4, CONNECT6, LOOKUP];
     /// Every program.
     pub const ALL: [&str; 10] =
         [PASSIVE, BIND4, BIND6, LOOKUP, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, EGRESS];

@@ -74,6 +74,8 @@ defences! {
     TokenOfCaller = "token-of-caller",
     /// A token opens the cache only once EKS Auth has accepted it.
     AcceptedTokens = "accepted-tokens",
+    /// A pod that is gone gets nothing, whoever says to be it. Without: as long as something of it is kept.
+    GonePods = "gone-pods",
     /// The address that was dialled says which service is meant. Without: the request's `Host`.
     DialectByAddress = "dialect-by-address",
     /// Credentials change hands between agents that prove who they are. Without: whoever asks gets them, and whoever

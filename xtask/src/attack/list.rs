@@ -26,13 +26,13 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "stolen-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner has dialled in vain",
         [RevokedTickets], packets::stolen_ticket;
     "no-ticket", "a handshake by hand without a ticket, from the address of a pod that has completed",
-        [IdentityByTicket], packets::no_ticket;
+        [IdentityByTicket, GonePods], packets::no_ticket;
     "absent-ticket", "a dial without a ticket, from an address shared with another pod",
         [IdentityByTicket], network::absent_ticket;
     "source-port-reuse", "the same from the very port that the other pod has just used",
         [IdentityByTicket], network::reused_port;
     "ip-reuse", "a new pod with the address of one that has completed asks for credentials",
-        [IdentityByTicket], network::reused_address;
+        [IdentityByTicket, GonePods], network::reused_address;
     "doubled-address", "the address and the port of a pod that lives, in a second network namespace",
         [IdentityByTicket], network::doubled_address;
     "from-the-node", "a process of the node, in no pod, dials where pods on the host's network do",
@@ -101,6 +101,8 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [RefusalWhenDown, Guard], lifetime::hung;
     "rebound-name", "a page in a pod's browser whose name resolves to the endpoint",
         [HostHeader], requests::rebound_name;
+    "rebound-imds", "the same with PUT and GET at IMDS, as a browser sends them",
+        [WebPages], requests::rebound_imds;
     "open-proxy", "a server in a pod that fetches URLs for others, and says for whom",
         [Forwarding], requests::open_proxy;
     "tricked-server", "a server in a pod that can be made to fetch a URL with GET",

