@@ -235,13 +235,14 @@ impl Interceptor {
         self.object.set_generation(generation)?;
         self.object.set_heartbeat(now()?)?;
         self.reconcile()?;
-        // The listeners come last: beside programs of another ABI both send tickets, and those of the first count, until it is
-        // gone. Connections that begin in between are the next agent's with the former one's tickets: it is a moment.
+        // Beside programs of another ABI both send tickets, and those of the first count: its own go, and at once the
+        // connections come here. What begins between the two has a ticket that the agent that gets it does not know.
         let [others @ .., lookup] = program::PERMANENT;
         for name in others {
             self.hooks.attach(&self.object, &self.pins, name)?;
         }
         self.set_egress(self.needs_egress())?;
+        self.pins.detach_others(program::ACTIVE)?;
         self.hooks.attach(&self.object, &self.pins, lookup)?;
         self.pins.remove_others()?;
         self.generation = generation;

@@ -94,19 +94,34 @@ impl Pins {
         self.own.join(LINKS)
     }
 
-    /// Removes what programs of other ABIs have left, and so detaches them.
-    pub(super) fn remove_others(&self) -> Result<(), Error> {
-        for path in children(&self.root).map_err(|source| Error::Pin { path: self.root.clone(), source })? {
-            if path != self.own && !path.ends_with(SHARED_DIRECTORY) {
-                // Programs first: none is to run beside this agent's for longer than it takes.
-                let links = path.join(LINKS);
-                let removed =
-                    children(&links).and_then(|links| links.iter().try_for_each(|link| remove(link)));
-                removed.map_err(|source| Error::Pin { path: links, source })?;
-                gone(fs::remove_dir_all(&path)).map_err(|source| Error::Pin { path, source })?;
-            }
+    /// Detaches this program of other ABIs; its pin stays.
+    pub(super) fn detach_others(&self, program: &str) -> Result<(), Error> {
+        for path in self.others()? {
+            let link = path.join(LINKS).join(program);
+            let detached = gone(Link::open(&link).and_then(|link| link.detach()));
+            detached.map_err(|source| Error::Pin { path: link, source })?;
         }
         Ok(())
+    }
+
+    /// Removes what programs of other ABIs have left, and so detaches them.
+    pub(super) fn remove_others(&self) -> Result<(), Error> {
+        for path in self.others()? {
+            // Programs first: none is to run beside this agent's for longer than it takes.
+            let links = path.join(LINKS);
+            let removed = children(&links).and_then(|links| links.iter().try_for_each(|link| remove(link)));
+            removed.map_err(|source| Error::Pin { path: links, source })?;
+            gone(fs::remove_dir_all(&path)).map_err(|source| Error::Pin { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// The directories of other ABIs.
+    fn others(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut others =
+            children(&self.root).map_err(|source| Error::Pin { path: self.root.clone(), source })?;
+        others.retain(|path| *path != self.own && !path.ends_with(SHARED_DIRECTORY));
+        Ok(others)
     }
 }
 
