@@ -211,19 +211,26 @@ impl ServiceError {
         self.status == 429 || self.code == "ThrottlingException" || asks_to_wait
     }
 
-    /// Whether it is a no that EKS Auth means. A code that it does not use is somebody else's: a proxy's, say.
-    fn is_refusal(&self) -> bool {
-        let is_no = matches!(
-            self.code.as_str(),
+    /// Whose fault it is by the service's model: `client` or `server`, and `unknown` for a code that the model has not.
+    pub(crate) fn fault(&self) -> &'static str {
+        match self.code.as_str() {
             "AccessDeniedException"
-                | "ExpiredTokenException"
-                | "InvalidParameterException"
-                | "InvalidRequestException"
-                | "InvalidTokenException"
-                | "ResourceNotFoundException"
-                | "ValidationException"
-        );
-        is_no && self.status < 500
+            | "ExpiredTokenException"
+            | "InvalidParameterException"
+            | "InvalidRequestException"
+            | "InvalidTokenException"
+            | "ResourceNotFoundException"
+            | "ThrottlingException" => "client",
+            "InternalServerException" | "ServiceUnavailableException" => "server",
+            _ => "unknown",
+        }
+    }
+
+    /// Whether it is a no that EKS Auth means, of those that do not ask for fewer calls. A code that it does not use is
+    /// somebody else's: a proxy's, say.
+    fn is_refusal(&self) -> bool {
+        let is_no = self.fault() == "client" || self.code == "ValidationException";
+        is_no && !self.is_throttling() && self.status < 500
     }
 
     /// Whether it is the token that EKS Auth does not take.

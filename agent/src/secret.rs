@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
 use zeroize::Zeroizing;
 
 /// A token, key or signature. Overwritten when it is dropped.
@@ -14,6 +15,13 @@ impl Secret {
     /// The secret itself, for the one place that sends it where it belongs.
     pub fn expose(&self) -> &str {
         &self.0
+    }
+
+    /// Its SHA-256, by which it is known again without being kept.
+    pub fn digest(&self) -> [u8; SHA256_OUTPUT_LEN] {
+        let mut sum = [0; SHA256_OUTPUT_LEN];
+        sum.copy_from_slice(digest(&SHA256, self.expose().as_bytes()).as_ref());
+        sum
     }
 }
 

@@ -35,7 +35,6 @@ use self::planted::{Bug, planted};
 use self::{
     flight::{Flight, Tokens, Waiter},
     gone::Gone,
-    trust::fingerprint,
     upkeep::supervise,
 };
 use super::{
@@ -145,7 +144,7 @@ impl<S: CredentialSource> Engine<S> {
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Error> {
         if let Some(sent) = &sent {
-            let digest = fingerprint(&sent.token);
+            let digest = sent.token.digest();
             // Where nobody can tell, the kernel's word is enough, and EKS Auth judges the token.
             if self.whose(&digest) != Some(pod.uid) && self.is_good(sent).await? {
                 let mut state = self.lock();
@@ -167,7 +166,7 @@ impl<S: CredentialSource> Engine<S> {
         address: IpAddr,
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Error> {
-        let digest = fingerprint(&sent.token);
+        let digest = sent.token.digest();
         let mut uid = self.whose(&digest);
         if !holds(Defence::AcceptedTokens) {
             uid = sent.claims.pod;

@@ -10,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN};
 use jiff::Timestamp;
 use k8s_openapi::api::{
     authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
@@ -23,7 +22,9 @@ use tracing::{debug, warn};
 
 use super::{
     issuer::{Issuer, Verdict},
-    jwt, schedule,
+    jwt,
+    plan::TokenDigest,
+    schedule,
 };
 use crate::{
     identity::{Pod, PodUid, ServiceAccountRef, pods::TOKEN_VOLUME},
@@ -48,11 +49,8 @@ pub struct Tokens {
     issuer: Issuer,
     requested: Cache<PodUid, (Secret, Timestamp)>,
     /// The last one of a pod that EKS Auth has refused: the kubelet keeps its file until most of its life is over.
-    refused: Cache<PodUid, Digest>,
+    refused: Cache<PodUid, TokenDigest>,
 }
-
-/// SHA-256.
-type Digest = [u8; SHA256_OUTPUT_LEN];
 
 /// Why there is no token.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +110,7 @@ impl Tokens {
     /// Never gives this token of a pod again, which EKS Auth has refused.
     pub async fn refused(&self, uid: PodUid, token: &Secret) {
         self.requested.invalidate(&uid).await;
-        self.refused.insert(uid, digest(token)).await;
+        self.refused.insert(uid, token.digest()).await;
     }
 
     /// The kubelet's token of the pod. `None` where the webhook has put none, or the kubelet has not written it
@@ -144,7 +142,7 @@ impl Tokens {
 
     /// What is wrong with a token of this pod, as far as one can tell here.
     async fn fault(&self, token: &Secret, pod: &Pod) -> Option<String> {
-        if self.refused.get(&pod.uid).await == Some(digest(token)) {
+        if self.refused.get(&pod.uid).await == Some(token.digest()) {
             return Some("EKS Auth has refused it".to_owned());
         }
         let claims = match jwt::read(token.expose(), Timestamp::now()) {
@@ -211,12 +209,6 @@ fn read_answer(answer: &str, service_account: &ServiceAccountRef) -> Result<(Sec
     let answer: TokenRequest = serde_json::from_str(answer).map_err(|_| empty())?;
     let status = answer.status.filter(|status| !status.token.is_empty()).ok_or_else(empty)?;
     Ok((Secret::from(status.token), status.expiration_timestamp.0))
-}
-
-fn digest(token: &Secret) -> Digest {
-    let mut digest = [0; SHA256_OUTPUT_LEN];
-    digest.copy_from_slice(aws_lc_rs::digest::digest(&SHA256, token.expose().as_bytes()).as_ref());
-    digest
 }
 
 /// Whether the Node authorizer has not heard of the pod yet; every other refusal is meant.

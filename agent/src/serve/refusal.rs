@@ -142,19 +142,7 @@ fn service_status(error: &ServiceError) -> StatusCode {
 
 /// The stock agent's text: `[request id]: (Code): message, fault: client`.
 fn service_text(error: &ServiceError) -> String {
-    // By the service's model.
-    let fault = match error.code.as_str() {
-        "AccessDeniedException"
-        | "ExpiredTokenException"
-        | "InvalidParameterException"
-        | "InvalidRequestException"
-        | "InvalidTokenException"
-        | "ResourceNotFoundException"
-        | "ThrottlingException" => "client",
-        "InternalServerException" | "ServiceUnavailableException" => "server",
-        _ => "unknown",
-    };
-    format!("[{}]: ({}): {}, fault: {fault}", error.request_id, error.code, error.message)
+    format!("[{}]: ({}): {}, fault: {}", error.request_id, error.code, error.message, error.fault())
 }
 
 fn advice(code: &str) -> &'static str {

@@ -7,7 +7,7 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use jiff::SignedDuration;
 use tokio::time::timeout;
 
-use super::{Engine, Tokens, fingerprint};
+use super::{Engine, Tokens};
 use crate::{
     credentials::{
         Credentials, Error,
@@ -52,7 +52,7 @@ impl<S: CredentialSource> Engine<S> {
     pub(super) async fn fetch(&self, key: Key, number: u64, tokens: &Tokens) -> Result<Fetched, Error> {
         if let Some(sent) = tokens.sent_and_good(self.now()) {
             let assumed = self.call(&sent.token).await?;
-            let accepted = Some(Accepted { token: fingerprint(&sent.token), pod: sent.claims.pod });
+            let accepted = Some(Accepted { token: sent.token.digest(), pod: sent.claims.pod });
             return self.checked(assumed, tokens, accepted);
         }
         let Some(pod) = tokens.pod() else {

@@ -3,7 +3,6 @@
 //! Owns their digests; a token comes here once it was verified, or once EKS Auth has accepted it.
 
 use agent_common::defence::{Defence, holds};
-use aws_lc_rs::digest::{SHA256, SHA256_OUTPUT_LEN, digest};
 
 use super::{Engine, State};
 use crate::{
@@ -15,7 +14,6 @@ use crate::{
         source::CredentialSource,
     },
     identity::PodUid,
-    secret::Secret,
 };
 
 /// A pod's tokens that are remembered: it has one, and a new one every 19 hours.
@@ -52,10 +50,4 @@ impl<S: CredentialSource> Engine<S> {
             trusted.remove(&remembered.remove(0));
         }
     }
-}
-
-pub(super) fn fingerprint(token: &Secret) -> TokenDigest {
-    let mut fingerprint = [0; SHA256_OUTPUT_LEN];
-    fingerprint.copy_from_slice(digest(&SHA256, token.expose().as_bytes()).as_ref());
-    fingerprint
 }
