@@ -339,11 +339,16 @@ async fn who_asks_on_and_on_and_never_reads_is_cut_off() {
     let client = stream.local_addr().unwrap();
     let request = b"GET /elsewhere HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n".repeat(900);
     stream.write_all(&request).unwrap();
-    // In whatever state: one that is closed with unread answers would stay for minutes.
-    let is_kept = || procfs::net::tcp().unwrap().iter().any(|socket| socket.remote_address == client);
+    // In whatever state: one that is closed with unread answers would stay for minutes. Both ends are compared: the
+    // client's port alone may also be that of a connection of another test.
+    let agent = node.address;
+    let kept = || {
+        let mut sockets = procfs::net::tcp().unwrap().into_iter();
+        sockets.find(|socket| socket.local_address == agent && socket.remote_address == client)
+    };
     let begun = Instant::now();
-    while is_kept() {
-        assert!(begun.elapsed() < Duration::from_secs(30), "it is still there");
+    while let Some(socket) = kept() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "it is still there: {socket:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
