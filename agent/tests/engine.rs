@@ -93,7 +93,7 @@ fn pods(count: usize) -> Vec<Arc<Pod>> {
 
 #[tokio::test(start_paused = true)]
 async fn a_cold_node_makes_one_call_a_pod() {
-    let five_percent = (1..=4).map(|seed| (50, seed));
+    let five_percent = (1..=20).map(|seed| (50, seed));
     for (errors_per_mille, seed) in std::iter::once((0, 0)).chain(five_percent) {
         let (world, pods) = (World::new(BUDGET), pods(250));
         world.upstream.change(|conditions| {

@@ -47,8 +47,9 @@ use super::{
 };
 use crate::identity::{Pod, PodUid};
 
-/// What a node allows itself: its pods at once after a start, one every tenth of a second in the long run.
-pub const BUDGET: Budget = Budget { per_second: 10.0, burst: 256.0 };
+/// What a node allows itself: its pods at once after a start, and again every fourth of them whose answer was lost, since
+/// their callers wait; one every tenth of a second in the long run.
+pub const BUDGET: Budget = Budget { per_second: 10.0, burst: 320.0 };
 /// Who can be served from what is at hand waits no longer for something fresher.
 const PATIENCE: Duration = Duration::from_millis(400);
 const POD_IS_GONE: &str = "the pod is gone";
