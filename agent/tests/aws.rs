@@ -22,6 +22,8 @@ const CHILD: &str = "PODGATE_TEST_CALLS";
 
 /// Set in it when it keeps a connection warm.
 const WARM: &str = "PODGATE_TEST_WARM";
+/// Set in it to the region that its instance says it is in after the first call.
+const LATER: &str = "PODGATE_TEST_REGION";
 /// How long the proxy leaves a connection open on which nothing happens.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -31,7 +33,7 @@ async fn calls() {
         Ok(config) => config,
         Err(error) => return println!("outcome: {error}"),
     };
-    let (_, instance) = watch::channel(Instance::default());
+    let (tell, instance) = watch::channel(Instance::default());
     let eks_auth = EksAuth::new(&config, "lab", "n1", instance);
     let warm = env::var_os(WARM).is_some();
     if warm {
@@ -50,6 +52,7 @@ async fn calls() {
             Err(error) => println!("outcome: {error}"),
             Ok(_) => println!("outcome: credentials"),
         }
+        tell.send_replace(Instance::in_region(env::var(LATER).ok()));
         // A connection is free for the next call once its answer has been read to the end.
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -183,6 +186,24 @@ async fn the_proxy_the_authorities_and_the_endpoint_are_the_operator_s() {
     assert!(proxy.connects().is_empty(), "NO_PROXY");
     let missing = outcomes(TEST, &[("AWS_CA_BUNDLE", "/nonexistent/ca.pem")]).await;
     assert!(missing[0].contains("/nonexistent/ca.pem, which AWS_CA_BUNDLE names"), "{missing:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_region_that_the_instance_tells_late_is_used_where_no_setting_names_one() {
+    const TEST: &str = "a_region_that_the_instance_tells_late_is_used_where_no_setting_names_one";
+    if env::var_os(CHILD).is_some() {
+        return calls().await;
+    }
+    let mut proxy = Proxy::start().await;
+    let (url, bundle) = (proxy.url.clone(), proxy.authority.path().to_str().unwrap().to_owned());
+    let late = [("HTTPS_PROXY", &*url), ("AWS_CA_BUNDLE", &*bundle), (LATER, "eu-west-1")];
+    let unset = outcomes(TEST, &[&STATIC[..], &late, &[("AWS_REGION", "")]].concat()).await;
+    assert!(unset[0].to_lowercase().contains("region"), "{unset:?}");
+    assert_eq!(unset[1], "ResourceNotFoundException: none");
+    assert_eq!(proxy.connects(), ["eks-auth.eu-west-1.api.aws:443"]);
+    let set = outcomes(TEST, &[&STATIC[..], &late].concat()).await;
+    assert_eq!(set, ["ResourceNotFoundException: none"; 2]);
+    assert_eq!(proxy.connects(), ["eks-auth.us-west-2.api.aws:443"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

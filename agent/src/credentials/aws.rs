@@ -60,12 +60,14 @@ pub enum Error {
 pub type Connections = watch::Receiver<usize>;
 
 /// The configuration of every AWS client of the agent, and what becomes of their connections. The region is
-/// `AWS_REGION`'s, the shared configuration's, or the instance's.
+/// `AWS_REGION`'s, the shared configuration's, or the instance's, if that is known yet.
 pub async fn config() -> Result<(SdkConfig, Connections), Error> {
     let (open, connections) = watch::channel(0);
     let timeouts =
         TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).operation_timeout(CALL_TIMEOUT).build();
+    // A variable that is set to nothing names none.
     let region = DefaultRegionChain::builder().build().region().await;
+    let region = region.filter(|region| !region.as_ref().is_empty());
     let config = aws_config::defaults(BehaviorVersion::latest())
         .http_client(http_client(open)?)
         .region(region.clone())

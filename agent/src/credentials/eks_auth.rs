@@ -4,10 +4,10 @@
 
 use std::time::Duration;
 
-use aws_config::SdkConfig;
+use aws_config::{Region, SdkConfig};
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_eksauth::{
-    Client,
+    Client, config,
     error::{ErrorMetadata, SdkError},
     operation::{
         RequestId as _,
@@ -77,7 +77,8 @@ impl EksAuth {
     /// A request that asks for nothing: the SDK opens no connection without one.
     async fn touch(&self) {
         let call = self.client.assume_role_for_pod_identity().cluster_name(&self.cluster_name).token("");
-        let answer = call.customize().mutate_request(ask_for_nothing).send().await;
+        let call = call.customize().config_override(self.region()).mutate_request(ask_for_nothing);
+        let answer = call.send().await;
         // It refuses, of course.
         if let Err(error) = answer
             && error.raw_response().is_none()
@@ -91,8 +92,16 @@ impl EksAuth {
         let Instance { id, zone_id, .. } = self.instance.borrow().clone();
         let call = self.client.assume_role_for_pod_identity().set_instance_id(id).set_zone(zone_id);
         let call = call.cluster_name(&self.cluster_name).token(token.expose()).eks_node_name(&self.node_name);
-        let answer = call.send().await.map_err(|error| failure(&error))?;
+        let answer = call.customize().config_override(self.region()).send().await;
+        let answer = answer.map_err(|error| failure(&error))?;
         assumed(&answer, Timestamp::now()).map_err(|reason| Error::BadAnswer { reason: reason.to_owned() })
+    }
+
+    /// Where no setting names a region, it is the instance's, which may be known only after the start.
+    fn region(&self) -> config::Builder {
+        let set = self.client.config().region();
+        let region = set.cloned().or_else(|| self.instance.borrow().region.clone().map(Region::new));
+        config::Config::builder().set_region(region).clone()
     }
 }
 
