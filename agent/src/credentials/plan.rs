@@ -224,12 +224,22 @@ impl Plan {
         }
     }
 
-    /// A pod's credentials have come in another way: with a token that EKS Auth has accepted.
+    /// A pod's credentials have come in another way: with a token that EKS Auth has accepted. A fetch that has not begun is
+    /// not needed any more.
     pub(crate) fn learn(&mut self, uid: PodUid, life: Life, now: Timestamp) {
         let now = self.tick(now);
-        let entry = self.entries.entry(Key::Pod(uid)).or_insert_with(|| Entry::new(Payer::Pod(uid), now));
+        let key = Key::Pod(uid);
+        let entry = self.entries.entry(key).or_insert_with(|| Entry::new(Payer::Pod(uid), now));
         (entry.failed, entry.lost) = (None, 0);
-        self.keep(Key::Pod(uid), life, true);
+        let phase = entry.phase;
+        if let Phase::Queued(rank) = phase {
+            self.queue.remove(rank);
+        }
+        if let Phase::Queued(_) | Phase::Delayed(_) = phase {
+            self.entry(key).waits = false;
+            self.set_phase(key, Phase::Idle);
+        }
+        self.keep(key, life, true);
     }
 
     /// A pod's credentials are those of the agent before this one, with what that had planned for them.

@@ -88,6 +88,26 @@ async fn an_answer_for_another_service_account_is_not_handed_out() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_token_brings_serves_the_pod_s_callers_who_wait_for_their_turn() {
+    let clock = virtual_clock();
+    let upstream = FakeUpstream::new(Arc::clone(&clock));
+    let one_call = Budget { per_second: 0.1, burst: 1.0 };
+    let engine = Engine::start(Arc::clone(&upstream), one_call, clock, 7, EngineMetrics::default());
+    let (web, other) = (Arc::new(pod("app", "web")), Arc::new(pod("app", "other")));
+    let (by_token, waits, in_vain) = tokio::join!(
+        engine.for_token(sent_by(&web), [10, 0, 0, 9].into(), within(800)),
+        get(&engine, &web),
+        get(&engine, &other),
+    );
+    assert_eq!(by_token.unwrap().access_key_id, waits.unwrap().access_key_id);
+    assert!(matches!(in_vain, Err(Error::Slow(_))), "there was no call left for its turn");
+    // The next call is not for the pod that needs none any more.
+    sleep(Duration::from_secs(30)).await;
+    let called: Vec<_> = upstream.calls().iter().map(|call| call.pod).collect();
+    assert_eq!(called, [web.uid, other.uid]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_token_that_nobody_can_verify_goes_to_eks_auth_itself_and_then_opens_the_cache() {
     let (upstream, engine) = engine();
     let pod = Arc::new(pod("app", "web"));
