@@ -119,8 +119,8 @@ pub mod map {
     pub const HEARTBEAT: &str = "HEARTBEAT";
     /// Listening sockets: a half for generations with even numbers, and one for those with odd ones.
     pub const SERVERS: &str = "SERVERS";
-    /// [`crate::net::Endpoint`] to `u32`: where nobody but exempt pods may listen. 1 once podgate has made sure that nobody
-    /// else did before, else 0.
+    /// [`crate::net::Endpoint`] to `u32`: where nobody but exempt pods may listen, and podgate's listeners alone get what is
+    /// dialled. The value says nothing.
     pub const GUARDED: &str = "GUARDED";
     /// One 32-byte key, by which IMDS tokens are valid across restarts. A token grants nothing by itself.
     pub const IMDS_KEY: &str = "IMDS_KEY";

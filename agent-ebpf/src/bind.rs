@@ -1,7 +1,7 @@
 //! Who may listen where the agent does.
 //!
-//! Owns that refusal; never looks at another address. Generations of the agent share its address with `SO_REUSEPORT`:
-//! without this a pod on the host's network could join them, and take their connections with the tokens in them.
+//! Owns that refusal; never looks at another address. The agent's listeners are at other ports, and are given what is
+//! dialled there: without this a pod on the host's network could wait there for the moment in which nothing is given.
 
 use agent_common::{
     counter::Counter,

@@ -13,6 +13,10 @@ use std::{
 };
 
 use agent_common::origin::Origin;
+use procfs::{
+    ProcError,
+    net::{self, TcpState},
+};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tracing::{error, warn};
@@ -40,7 +44,7 @@ pub struct Accepted {
     pub peer: IpAddr,
 }
 
-/// Makes a listener whose accepted sockets can carry an origin, beside those that other agents may have there.
+/// Makes a listener whose accepted sockets can carry an origin.
 ///
 /// # Errors
 /// When the address cannot be bound, or the kernel refuses an option that identity depends on.
@@ -49,8 +53,8 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     // Plain TCP: an MPTCP listener has no saved SYN.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    // Accepted sockets inherit it: connections of podgate's keep nobody from listening at every address.
     sockopt::set_socket_reuseaddr(&socket, true)?;
-    sockopt::set_socket_reuseport(&socket, true)?;
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
@@ -64,6 +68,15 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     // ticket.
     set_tcp_option(socket.as_fd(), libc::TCP_FASTOPEN, 0)?;
     Ok(StdListener::from(socket))
+}
+
+/// Whether somebody in the agent's network listens at this very address; whoever listens at all of them does not count.
+///
+/// # Errors
+/// When the kernel's tables of sockets cannot be read.
+pub fn is_listened_at(address: SocketAddr) -> Result<bool, ProcError> {
+    let sockets = if address.is_ipv4() { net::tcp()? } else { net::tcp6()? };
+    Ok(sockets.iter().any(|socket| socket.state == TcpState::Listen && socket.local_address == address))
 }
 
 /// Accepts until `drain` begins, and hands each connection to `serve`: at the end those too whose handshake is under way

@@ -30,7 +30,7 @@ use self::{
 
 use crate::{
     admin::{self, Probes},
-    config::Config,
+    config::{Config, TargetMode},
     credentials::{
         aws,
         eks_auth::{self, EksAuth},
@@ -220,7 +220,8 @@ pub async fn run(config: Config) -> Result<(), Error> {
 
     // It stays when the agent goes, as its programs do: dials that are sent there are refused at once, and not lost.
     let link = Link::up(&config.link).await?;
-    let opener = Opener { link, interceptor, server, origins };
+    let yields = config.target == TargetMode::Auto;
+    let opener = Opener { link, interceptor, server, origins, yields };
     let stock_agent = StockAgent::new(is_here, &mut tasks);
     Serving::new(&config, opener, &probes, in_charge, stock_agent).run(&mut tasks, &mut signals).await
 }

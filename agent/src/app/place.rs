@@ -1,6 +1,7 @@
 //! A pair of addresses at which this agent listens.
 
 use std::{
+    io,
     net::{SocketAddr, TcpListener},
     sync::{Arc, Mutex},
     time::Duration,
@@ -37,6 +38,9 @@ pub(super) struct Opener {
     pub(super) interceptor: Arc<Mutex<Interceptor>>,
     pub(super) server: Arc<Server<NodeSource>>,
     pub(super) origins: Arc<dyn OriginLookup>,
+    /// Whether EKS Pod Identity's addresses are left to whoever listens at them: AWS's own agent, perhaps, that the watch
+    /// does not show.
+    pub(super) yields: bool,
 }
 
 // === impl Opener ===
@@ -88,8 +92,17 @@ impl Opener {
     }
 
     fn listen(&self, address: SocketAddr) -> Result<TcpListener, Error> {
-        let listener = accept::listen(address);
-        let listener = listener.map_err(|source| Error::Listen { address: address.to_string(), source })?;
+        let failed = |source| Error::Listen { address: address.to_string(), source };
+        let is_service_s = Endpoint::new(address.ip(), address.port()).service().is_some();
+        if self.yields
+            && is_service_s
+            && accept::is_listened_at(address).map_err(io::Error::other).map_err(failed)?
+        {
+            return Err(failed(io::ErrorKind::AddrInUse.into()));
+        }
+        // At a port of the kernel's choice: what is dialled at `address` is given to this listener by the programs, and
+        // whoever listens at every address, as an ingress controller does, is in nobody's way.
+        let listener = accept::listen(SocketAddr::new(address.ip(), 0)).map_err(failed)?;
         // Not before: until then the address is somebody else's.
         lock(&self.interceptor).guard(address)?;
         Ok(listener)
