@@ -229,11 +229,23 @@ impl Interceptor {
     pub fn take_over(&mut self, target: Target, listeners: &[&TcpListener]) -> Result<(), Error> {
         let _alone = self.pins.lock()?;
         self.generation = 0;
+        self.object.pin_again(&self.pins)?;
         let generation = self.object.generation()? + 1;
         self.object.set_servers(generation, listeners)?;
         self.object.set_target(target)?;
         self.object.set_generation(generation)?;
         self.object.set_heartbeat(now()?)?;
+        if let Err(error) = self.put_in_force() {
+            // Whatever programs are in force, they are to wait for nobody.
+            self.object.set_heartbeat(0)?;
+            return Err(error);
+        }
+        self.generation = generation;
+        Ok(())
+    }
+
+    /// Makes maps and programs those of this agent, which is in charge already.
+    fn put_in_force(&mut self) -> Result<(), Error> {
         self.reconcile()?;
         // Beside programs of another ABI both send tickets, and those of the first count: its own go, and at once the
         // connections come here. What begins between the two has a ticket that the agent that gets it does not know.
@@ -244,9 +256,7 @@ impl Interceptor {
         self.set_egress(self.needs_egress())?;
         self.pins.detach_others(program::ACTIVE)?;
         self.hooks.attach(&self.object, &self.pins, lookup)?;
-        self.pins.remove_others()?;
-        self.generation = generation;
-        Ok(())
+        self.pins.remove_others()
     }
 
     /// Makes these the listeners that new connections come to, if this agent is in charge.

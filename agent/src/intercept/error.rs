@@ -74,6 +74,12 @@ pub enum Error {
         /// The kernel's error.
         source: io::Error,
     },
+    /// Somebody has removed what all agents of a node share.
+    #[error("{} is gone or not this agent's any more: `podgate detach` was run; start this agent again", path.display())]
+    Orphaned {
+        /// The pin.
+        path: PathBuf,
+    },
     /// A pin cannot be made, read or removed.
     #[error("the pin {}: {source}; bpffs must be mounted there, and the agent be root on it", path.display())]
     Pin {

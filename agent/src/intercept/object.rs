@@ -3,7 +3,7 @@
 //! Owns every use of a map and of a name in the object; never attaches anything.
 
 use std::{
-    fs,
+    fs, io,
     net::TcpListener,
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
@@ -28,7 +28,7 @@ use aya::{
 use super::{
     Error, Settings,
     log::{self, DebugLog},
-    pins::Pins,
+    pins::{self, Pins},
 };
 
 /// The object, or nothing where the build had none.
@@ -65,6 +65,8 @@ pub(super) type ImdsKey = [u8; 32];
 /// The object in the kernel. The programs that are attached stay when it is dropped.
 pub(super) struct Object {
     programs: Ebpf,
+    /// The maps of `PINNED` once more, to pin them again.
+    pinned: Vec<(&'static str, MapData)>,
     accepted: MapData,
     tickets: HashMap<MapData, u64, Dialled>,
     pod_tickets: HashMap<MapData, u64, u64>,
@@ -115,6 +117,10 @@ impl Object {
             .map_max_entries(map::LOG, log_bytes)
             .load(OBJECT)
             .map_err(|source| Error::Load { source: source.into() })?;
+        let pinned = PINNED.map(|(name, ..)| {
+            MapData::from_pin(pins.map(name)).map(|data| (name, data)).map_err(reading(name))
+        });
+        let pinned = pinned.into_iter().collect::<Result<_, _>>()?;
         drop(alone);
         for name in program::ALL {
             load_program(&mut ebpf, name)?;
@@ -125,6 +131,7 @@ impl Object {
         let mut egress_jobs: Array<_, u32> = take(&mut ebpf, map::EGRESS_JOBS)?;
         egress_jobs.set(0, jobs(settings), 0).map_err(writing(map::EGRESS_JOBS))?;
         Ok(Self {
+            pinned,
             accepted,
             tickets: take(&mut ebpf, map::TICKETS)?,
             pod_tickets: take(&mut ebpf, map::POD_TICKETS)?,
@@ -143,6 +150,29 @@ impl Object {
             events: Some(take(&mut ebpf, map::EVENTS)?),
             programs: ebpf,
         })
+    }
+
+    /// Pins the maps again that are not there any more: an agent of another ABI has removed them, and perhaps one of this
+    /// ABI has made others since. What agents of all ABIs share nobody removes but `podgate detach`.
+    pub(super) fn pin_again(&self, pins: &Pins) -> Result<(), Error> {
+        let mut gone = Vec::new();
+        for (name, data) in &self.pinned {
+            let path = pins.map(name);
+            let own = data.info().map_err(reading(name))?.id();
+            if !MapInfo::from_pin(&path).is_ok_and(|pinned| pinned.id() == own) {
+                if pins::is_shared(name) {
+                    return Err(Error::Orphaned { path });
+                }
+                gone.push((path, data));
+            }
+        }
+        pins.make_directories()?;
+        for (path, data) in gone {
+            let failed = |source| Error::Pin { path: path.clone(), source };
+            pins::remove(&path).map_err(failed)?;
+            data.pin(&path).map_err(|error| failed(io::Error::other(error)))?;
+        }
+        Ok(())
     }
 
     /// A loaded program.

@@ -48,7 +48,7 @@ pub(super) struct Lock {
 // === impl Pins ===
 
 impl Pins {
-    /// Makes the directories, private to root, where they are not there yet.
+    /// This ABI's, in directories private to root.
     pub(super) fn open(bpffs: &Path) -> Result<Self, Error> {
         let root = bpffs.join(PIN_DIRECTORY);
         #[cfg(not(feature = "undefended"))]
@@ -57,12 +57,18 @@ impl Pins {
         let abi = crate::undefended::abi_version();
         let own = root.join(format!("v{abi}"));
         let pins = Self { root, own };
-        let shared = pins.root.join(SHARED_DIRECTORY);
-        let maps = [pins.own.join(MAPS), shared.join(MAPS)];
-        for directory in [&pins.root, &pins.own, &shared, &maps[0], &maps[1], &pins.links()] {
+        pins.make_directories()?;
+        Ok(pins)
+    }
+
+    /// Makes the directories that are not there: agents of another ABI remove those of this one.
+    pub(super) fn make_directories(&self) -> Result<(), Error> {
+        let shared = self.root.join(SHARED_DIRECTORY);
+        let maps = [self.own.join(MAPS), shared.join(MAPS)];
+        for directory in [&self.root, &self.own, &shared, &maps[0], &maps[1], &self.links()] {
             make(directory).map_err(|source| Error::Pin { path: directory.clone(), source })?;
         }
-        Ok(pins)
+        Ok(())
     }
 
     /// Waits until no other agent changes the pins.
@@ -84,8 +90,7 @@ impl Pins {
 
     /// Where a map is.
     pub(super) fn map(&self, name: &str) -> PathBuf {
-        let directory =
-            if SHARED.contains(&name) { self.root.join(SHARED_DIRECTORY) } else { self.own.clone() };
+        let directory = if is_shared(name) { self.root.join(SHARED_DIRECTORY) } else { self.own.clone() };
         directory.join(MAPS).join(name)
     }
 
@@ -123,6 +128,11 @@ impl Pins {
         others.retain(|path| *path != self.own && !path.ends_with(SHARED_DIRECTORY));
         Ok(others)
     }
+}
+
+/// Whether agents of all ABIs have this map together.
+pub(super) fn is_shared(map: &str) -> bool {
+    SHARED.contains(&map)
 }
 
 /// Every pin of every ABI, links first, with the directories they are in, each after what is in it.

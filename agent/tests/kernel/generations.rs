@@ -247,6 +247,11 @@ fn is_eperm_at_target(node: &Node) -> bool {
     is_eperm(&stranger.run(|| TcpListener::bind((AGENT_V4, 80))))
 }
 
+/// As the agent has them: at ports of the kernel's choice.
+fn own_listeners() -> [TcpListener; 2] {
+    [(AGENT_V4, 0).into(), (AGENT_V6, 0).into()].map(|address| listen(address).unwrap())
+}
+
 fn count(interceptor: &Interceptor, counter: Counter) -> u64 {
     let counters = interceptor.counters().unwrap();
     counters.into_iter().find(|(other, _)| *other == counter).unwrap().1
@@ -261,7 +266,6 @@ fn nobody_else_may_listen_where_the_agent_does() {
     Node::run(|node| {
         let host_network = node.pod("cni", IMDS_OFF, POD_IDENTITY_OFF);
         let unknown = node.unknown_pod("new");
-        let agent = node.agent();
         let mapped = format!("[::ffff:{AGENT_V4}]:80");
         let taken: [SocketAddr; 3] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into(), mapped.parse().unwrap()];
         for address in &taken[..2] {
@@ -269,7 +273,6 @@ fn nobody_else_may_listen_where_the_agent_does() {
         }
         for pod in [&host_network, &unknown] {
             for address in taken {
-                // With the option that lets them share the port: `listen` sets it.
                 assert!(is_eperm(&pod.run(|| listen(address))), "{address}");
             }
             // Every port but the agent's, and every address.
@@ -282,12 +285,10 @@ fn nobody_else_may_listen_where_the_agent_does() {
             assert!(is_eperm(&pod.run(|| UdpSocket::bind((AGENT_V4, 80)))), "not by UDP either");
         }
         assert_eq!(node.count(Counter::DeniedBind), 8);
-        node.as_agent(|| listen(taken[0])).expect("the next generation may");
+        node.as_agent(|| listen(taken[0]).map(drop)).expect("podgate itself may");
 
-        // Without the programs anybody of the agent's user takes its connections.
         node.detach();
         host_network.run(|| listen(taken[0])).expect("the control: it is the program that refuses");
-        drop(agent);
     });
 }
 
@@ -299,21 +300,19 @@ fn whoever_listens_there_besides_gets_no_connection_while_the_agent_lives_and_af
         // Before the programs are there: at the agent's own address, and at every address.
         node.detach();
         let (address, v6): (SocketAddr, SocketAddr) = ((AGENT_V4, 80).into(), (AGENT_V6, 80).into());
-        let everywhere = [SocketAddr::from(([0, 0, 0, 0], 80)), ([0_u16; 8], 80).into()];
-        let squatting =
-            squatter.run(|| [address, v6, everywhere[0], everywhere[1]].map(|at| listen(at).unwrap()));
-        let own = node.as_agent(|| [address, v6].map(|at| listen(at).unwrap()));
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 80));
+        let squatting = squatter.run(|| [address, v6, loopback].map(|at| listen(at).unwrap()));
+        let own = node.as_agent(own_listeners);
         let waiting = |listeners: &[TcpListener]| {
             listeners.iter().flat_map(|listener| std::iter::from_fn(|| listener.accept().ok())).count()
         };
 
-        // The control: the kernel shares connections among all who listen there.
+        // The control: the kernel gives connections to who listens there.
         node.interceptor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
         node.attach();
         let dial_20 = |address: &str| (0..20).filter(|_| pod.dial(address).is_ok()).count();
         assert_eq!(dial_20(IMDS) + dial_20(IMDS_V6), 40);
-        assert!(waiting(&squatting) > 0);
-        waiting(&own);
+        assert_eq!((waiting(&own), waiting(&squatting)), (0, 40));
 
         for at in [address, v6] {
             node.interceptor.guard(at).unwrap();
@@ -334,6 +333,67 @@ fn whoever_listens_there_besides_gets_no_connection_while_the_agent_lives_and_af
         // Elsewhere everybody gets what is theirs.
         pod.dial("127.0.0.1:80").unwrap();
         assert_eq!(waiting(&squatting), 1);
+    });
+}
+
+#[test]
+fn who_listens_everywhere_is_in_nobody_s_way_and_gets_nothing_of_podgate_s() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let ingress = node.unknown_pod("ingress");
+        let everywhere = [SocketAddr::from(([0, 0, 0, 0], 80)), ([0_u16; 8], 80).into()];
+        let before = ingress.run(|| everywhere.map(|at| listen(at).unwrap()));
+        let own = node.as_agent(own_listeners);
+        for at in [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()] {
+            node.interceptor.guard(at).unwrap();
+        }
+        node.interceptor.set_listeners(&own.each_ref()).unwrap();
+        let served = [IMDS, IMDS_V6].map(|dialled| (pod.dial(dialled).unwrap(), dialled));
+        let accepted = own.each_ref().map(|listener| accept(listener));
+        for (accepted, target) in
+            accepted.iter().zip([SocketAddr::from((AGENT_V4, 80)), (AGENT_V6, 80).into()])
+        {
+            assert_eq!(accepted.local_addr().unwrap(), target, "as it was sent");
+        }
+        assert!(before.iter().all(|listener| listener.accept().is_err()));
+        // Nor is podgate in its way, while it has connections there.
+        drop(before);
+        let after = ingress.run(|| everywhere.map(|at| listen(at).unwrap()));
+        pod.dial("127.0.0.1:80").unwrap();
+        accept(&after[0]);
+        drop((served, accepted));
+    });
+}
+
+#[test]
+fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let own = node.bpffs().join(format!("podgate/v{ABI_VERSION}"));
+        // As an agent of another ABI does; another of this one may have come and gone since.
+        for comes_another in [false, true] {
+            for link in fs::read_dir(own.join("links")).unwrap() {
+                fs::remove_file(link.unwrap().path()).unwrap();
+            }
+            fs::remove_dir_all(&own).unwrap();
+            if comes_another {
+                successor(node).take_over(own_pair(), &[]).unwrap();
+            }
+            let agent = node.agent();
+            node.interceptor.take_over(own_pair(), &[]).unwrap();
+            assert_eq!(node.interceptor.beat().unwrap(), Standing::InCharge);
+            pod.dial(IMDS).unwrap();
+            assert!(agent.accept().is_some());
+            // The next one finds what this one knows.
+            let counted = node.count(Counter::Redirected);
+            assert_eq!(count(&successor(node), Counter::Redirected), counted);
+        }
+
+        // Without what all agents share, nobody's word counts.
+        let shared = node.bpffs().join("podgate/shared/maps");
+        fs::remove_file(shared.join("GENERATION")).unwrap();
+        let error = node.interceptor.take_over(own_pair(), &[]).unwrap_err().to_string();
+        assert!(error.contains("GENERATION") && error.contains("podgate detach"), "{error}");
     });
 }
 
@@ -376,8 +436,7 @@ fn new_connections_go_to_the_agent_in_charge_and_to_the_one_before_when_it_liste
         for address in addresses {
             node.interceptor.guard(address).unwrap();
         }
-        let generation = || addresses.map(|address| listen(address).unwrap());
-        let mut agents = node.as_agent(|| vec![generation(), generation(), generation()]);
+        let mut agents = node.as_agent(|| vec![own_listeners(), own_listeners(), own_listeners()]);
         let waiting = |listeners: &[TcpListener; 2]| {
             listeners.each_ref().map(|listener| std::iter::from_fn(|| listener.accept().ok()).count())
         };
