@@ -1,5 +1,5 @@
 //! The simulated cluster's state: nodes, namespaces, service accounts and pods, with resource versions and a log
-//! of changes, and the key that signs its tokens.
+//! of changes, and the keys of its tokens.
 //!
 //! Owns what exists. Never asks who wants to know: that is the API server's part.
 
@@ -50,7 +50,8 @@ pub(crate) struct TokenOrder<'a> {
 #[derive(Debug)]
 struct Inner {
     issuer: String,
-    key: SigningKey,
+    /// The newest one signs, and tokens of all are good.
+    keys: Mutex<Vec<Arc<SigningKey>>>,
     state: Mutex<State>,
     revision: watch::Sender<u64>,
 }
@@ -69,7 +70,7 @@ impl Cluster {
     pub fn new(issuer: &str) -> Self {
         let inner = Inner {
             issuer: issuer.to_owned(),
-            key: SigningKey::generate(),
+            keys: Mutex::new(vec![Arc::new(SigningKey::generate())]),
             state: Mutex::default(),
             revision: watch::Sender::new(0),
         };
@@ -159,17 +160,35 @@ impl Cluster {
 
     /// A token with these very claims, signed with the cluster's key.
     pub fn sign(&self, claims: &Claims) -> String {
-        self.inner.key.sign(claims)
+        self.signing_key().sign(claims)
     }
 
     /// The key that signs the cluster's tokens.
-    pub fn signing_key(&self) -> &SigningKey {
-        &self.inner.key
+    ///
+    /// # Panics
+    /// Never: there is always one.
+    #[expect(clippy::expect_used, reason = "there is one from the beginning")]
+    pub fn signing_key(&self) -> Arc<SigningKey> {
+        Arc::clone(self.keys().last().expect("BUG: a cluster has a key"))
+    }
+
+    /// Signs with another key from now on; tokens of those before it stay good.
+    pub fn rotate_signing_key(&self) {
+        let key = Arc::new(SigningKey::generate());
+        self.keys().push(key);
+    }
+
+    /// Drops every key but the one that signs: the tokens of the others are good no more.
+    pub fn retire_old_keys(&self) {
+        let mut keys = self.keys();
+        let old = keys.len() - 1;
+        keys.drain(..old);
     }
 
     /// The public keys of the cluster's tokens, a JSON web key set.
     pub fn jwks(&self) -> Value {
-        self.inner.key.jwks()
+        let keys: Vec<_> = self.keys().iter().map(|key| key.jwk()).collect();
+        json!({ "keys": keys })
     }
 
     /// The URL in the cluster's tokens.
@@ -184,7 +203,10 @@ impl Cluster {
 
     /// The claims of a token that this cluster signed; says nothing about time, audience or binding.
     pub(crate) fn verify(&self, token: &str) -> Result<Claims, JwtError> {
-        self.inner.key.verify(token)
+        let keys = self.keys().clone();
+        let mut verified = keys.iter().map(|key| key.verify(token));
+        let by_its_key = verified.find(|verified| *verified != Err(JwtError::UnknownKey));
+        by_its_key.unwrap_or(Err(JwtError::UnknownKey))
     }
 
     /// The claims that the API server puts into a token; `None` where an object is missing.
@@ -261,6 +283,10 @@ impl Cluster {
         let result = change(&mut state.store);
         self.inner.revision.send_replace(state.store.revision());
         result
+    }
+
+    fn keys(&self) -> MutexGuard<'_, Vec<Arc<SigningKey>>> {
+        self.inner.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

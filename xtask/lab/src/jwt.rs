@@ -145,17 +145,17 @@ impl SigningKey {
         serde_json::from_slice(&decode(claims)?).map_err(|_| Error::Malformed)
     }
 
-    /// The public key as the only one of a JSON web key set.
-    pub fn jwks(&self) -> Value {
+    /// The public key, as one of a JSON web key set.
+    pub fn jwk(&self) -> Value {
         let key = self.pair.public_key();
-        json!({"keys": [{
+        json!({
             "use": "sig",
             "kty": "RSA",
             "kid": self.id,
             "alg": "RS256",
             "n": encode(key.modulus().big_endian_without_leading_zero()),
             "e": encode(key.exponent().big_endian_without_leading_zero()),
-        }]})
+        })
     }
 }
 
@@ -213,10 +213,10 @@ mod tests {
     }
 
     #[test]
-    fn the_key_set_holds_the_key_that_signed() {
+    fn the_public_key_is_that_of_the_key_that_signed() {
         let key = SigningKey::generate();
-        let set = key.jwks();
-        let jwk = |name: &str| set["keys"][0][name].as_str().unwrap().to_owned();
+        let public = key.jwk();
+        let jwk = |name: &str| public[name].as_str().unwrap().to_owned();
         let components = aws_lc_rs::signature::RsaPublicKeyComponents {
             n: decode(&jwk("n")).unwrap(),
             e: decode(&jwk("e")).unwrap(),

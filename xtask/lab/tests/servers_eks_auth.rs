@@ -197,6 +197,23 @@ async fn a_token_that_is_not_good_is_refused() {
 }
 
 #[tokio::test]
+async fn tokens_of_an_older_key_are_good_until_it_is_retired() {
+    let fixture = Fixture::start();
+    let old = fixture.token("web-1");
+    fixture.cluster.rotate_signing_key();
+    let new = fixture.token("web-1");
+    assert_eq!(fixture.cluster.jwks()["keys"].as_array().unwrap().len(), 2);
+    for token in [&old, &new] {
+        fixture.call(token).await.unwrap();
+    }
+    fixture.cluster.retire_old_keys();
+    fixture.call(&new).await.unwrap();
+    let (code, message) = fixture.call(&old).await.unwrap_err();
+    assert_eq!(code, "InvalidTokenException");
+    assert!(message.contains("signing key"), "{message}");
+}
+
+#[tokio::test]
 async fn without_an_association_there_are_no_credentials() {
     let fixture = Fixture::start();
     let (code, message) = fixture.call(&fixture.token("idle-1")).await.unwrap_err();
