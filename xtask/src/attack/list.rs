@@ -47,7 +47,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [TicketLimit], packets::half_open_dials;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::held_connections;
-    "full-accept-queue", "four processes open connections without pause to an agent that may have 512 files open",
+    "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::full_queue;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
         [Guard], packets::raw_tcp;

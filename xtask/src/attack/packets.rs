@@ -114,7 +114,7 @@ pub(super) async fn held_connections(scene: &Scene) -> anyhow::Result<Outcome> {
     Ok(outcome?.after(&said))
 }
 
-/// Four processes open connections as fast as they can, more than wait to be accepted.
+/// Four processes go on opening connections, more than wait to be accepted.
 pub(super) async fn full_queue(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     limit_files(scene).await?;

@@ -19,7 +19,7 @@ use super::{Got, forge::Forger, ready, socket, stay, wait};
 
 /// How long one connection may take: there are many.
 const HASTE: Duration = Duration::from_millis(200);
-/// Pause between the segments of a flood that goes on.
+/// Pause in a flood that goes on.
 const PACE: Duration = Duration::from_micros(200);
 
 /// Begins dials that get no answer, since the pod is mute.
@@ -50,7 +50,8 @@ pub(super) fn hold_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
     Ok(Got { said: format!("{} connected, {open} of them still open", held.len()), ..Got::default() })
 }
 
-/// Opens connections as fast as it can, and holds so many of them: the oldest gives way. Stays when it has half.
+/// Opens connections, and holds so many of them: the oldest gives way. As fast as it can until it has half, and then at a
+/// pace that leaves an emulated machine's processor to others.
 pub(super) fn churn_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
     allow_files(count)?;
     let (mut held, mut opened) = (VecDeque::new(), 0);
@@ -68,6 +69,7 @@ pub(super) fn churn_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
     let told = thread::spawn(wait);
     while !told.is_finished() {
         open();
+        thread::sleep(PACE);
     }
     Ok(Got { number: Some(opened), ..Got::default() })
 }
