@@ -49,9 +49,9 @@ pub(crate) struct Arguments {
     /// Run attacks only whose name contains this.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Run them in a virtual machine with this kernel.
+    /// Run them in a virtual machine with this kernel; several run side by side.
     #[arg(long, value_enum, value_name = "KERNEL")]
-    vm: Option<vm::Kernel>,
+    vm: Vec<vm::Kernel>,
     /// Print the rows as JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -82,13 +82,7 @@ struct Builds {
 
 /// Builds both agents, runs the attacks, prints the table. Fails unless every attack is withstood.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let rows = match arguments.vm {
-        Some(kernel) => {
-            serde_json::from_str(&vm::attack(kernel, arguments.only.as_deref().unwrap_or_default())?)
-                .context("BUG: the virtual machine has printed other rows than ours")?
-        }
-        None => run_here(arguments)?,
-    };
+    let rows = if arguments.vm.is_empty() { run_here(arguments)? } else { run_in_machines(arguments)? };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {
@@ -96,6 +90,16 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     let is_withstood = rows.iter().all(Row::is_withstood);
     Ok(if is_withstood { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_in_machines(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for (kernel, printed) in vm::attack(&arguments.vm, arguments.only.as_deref().unwrap_or_default())? {
+        let printed: Vec<Row> = serde_json::from_str(&printed)
+            .context("BUG: the virtual machine has printed other rows than ours")?;
+        rows.extend(printed.into_iter().map(|row| row.on(kernel.series())));
+    }
+    Ok(rows)
 }
 
 fn run_here(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {

@@ -10,8 +10,10 @@ use std::{
     collections::BTreeSet,
     env, fs,
     io::{BufRead as _, BufReader},
+    panic::resume_unwind,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
 };
 
 use anyhow::{Context as _, bail};
@@ -100,10 +102,23 @@ pub(crate) fn measure(kernel: Kernel) -> anyhow::Result<Counts> {
     Ok(guest::measured(&console))
 }
 
-/// Runs the attacks whose names contain `only` in a virtual machine, which shows its progress; the rows as JSON.
-pub(crate) fn attack(kernel: Kernel, only: &str) -> anyhow::Result<String> {
+/// Runs the attacks whose names contain `only` in virtual machines side by side, each of which has one of this machine's
+/// processors and shows its progress; the rows of each as JSON.
+pub(crate) fn attack(kernels: &[Kernel], only: &str) -> anyhow::Result<Vec<(Kernel, String)>> {
+    let files = attack_files()?;
+    let machines = kernels.iter().map(|&kernel| Ok((kernel, prepare_attacks(kernel, files.clone(), only)?)));
+    let machines: Vec<_> = machines.collect::<anyhow::Result<_>>()?;
+    thread::scope(|scope| {
+        let start = |(kernel, machine)| scope.spawn(move || Ok((kernel, watch_attacks(kernel, machine)?)));
+        let running: Vec<_> = machines.into_iter().map(start).collect();
+        let ended =
+            |run: thread::ScopedJoinHandle<'_, _>| run.join().unwrap_or_else(|panic| resume_unwind(panic));
+        running.into_iter().map(ended).collect()
+    })
+}
+
+fn prepare_attacks(kernel: Kernel, mut files: Vec<File>, only: &str) -> anyhow::Result<Command> {
     let image = image(kernel)?;
-    let mut files = attack_files()?;
     for module in MODULES {
         let file = image.module(module)?;
         let name = file.file_name().map(PathBuf::from).unwrap_or_default();
@@ -111,21 +126,20 @@ pub(crate) fn attack(kernel: Kernel, only: &str) -> anyhow::Result<String> {
     }
     let qemu = boot(kernel, &image, &files, &format!("{}={only}", guest::ATTACK))?;
     let mut limited = Command::new("timeout");
-    let mut machine = limited
-        .arg(ATTACK_SECONDS)
-        .arg(qemu.get_program())
-        .args(qemu.get_args())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start the virtual machine")?;
+    limited.arg(ATTACK_SECONDS).arg(qemu.get_program()).args(qemu.get_args());
+    limited.stdin(Stdio::null()).stdout(Stdio::piped());
+    Ok(limited)
+}
+
+fn watch_attacks(kernel: Kernel, mut machine: Command) -> anyhow::Result<String> {
+    let mut machine = machine.spawn().context("cannot start the virtual machine")?;
     let console = machine.stdout.take().context("BUG: the console is not a pipe")?;
     let mut rows = None;
     for line in BufReader::new(console).lines() {
         let line = line.context("cannot read the console")?;
         match line.trim_end().strip_prefix(guest::ATTACKED) {
             Some(found) => rows = Some(found.to_owned()),
-            None => eprintln!("{line}"),
+            None => eprintln!("{:<5} {line}", kernel.series()),
         }
     }
     machine.wait()?;

@@ -12,6 +12,9 @@ use crate::report;
 /// One row.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Row {
+    /// That of the virtual machine; none for this machine's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<String>,
     attack: String,
     tried: String,
     got: String,
@@ -38,6 +41,7 @@ impl Row {
             Err(error) => format!("error: {error:#}"),
         };
         Self {
+            kernel: None,
             attack: attack.to_owned(),
             tried: tried.to_owned(),
             got: say(defended),
@@ -47,6 +51,11 @@ impl Row {
             verdict,
             seconds,
         }
+    }
+
+    /// The same, where this kernel ran.
+    pub(super) fn on(self, kernel: &str) -> Self {
+        Self { kernel: Some(kernel.to_owned()), ..self }
     }
 
     pub(super) fn is_withstood(&self) -> bool {
@@ -70,7 +79,11 @@ pub(super) fn print(rows: &[Row]) {
         report::table(&["attack", "what was tried", "what it got", "control: without …, it got", "verdict"]);
     for row in rows {
         table.add_row([
-            Cell::new(&row.attack),
+            Cell::new(
+                row.kernel
+                    .as_ref()
+                    .map_or_else(|| row.attack.clone(), |kernel| format!("{}, kernel {kernel}", row.attack)),
+            ),
             Cell::new(&row.tried),
             Cell::new(&row.got),
             Cell::new(format!("{}: {}", row.without.join(", "), row.control)),
