@@ -42,6 +42,8 @@ defences! {
     TicketLimit = "ticket-limit",
     /// A pod has so many connections open at the agent and no more.
     ConnectionLimit = "connection-limit",
+    /// So many connections are open at the port for probes and metrics, and no more.
+    ProbeLimit = "probe-limit",
     /// Every dial is its own task's. Without: a socket stays whose it was at its first dial.
     OriginOfEveryDial = "origin-of-every-dial",
     /// IPv6 and v4-mapped dials are decided like IPv4 ones. Without: they are left alone.
@@ -62,6 +64,10 @@ defences! {
     BindGuard = "bind-guard",
     /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds.
     OwnListeners = "own-listeners",
+    /// The agent listens at ports of the kernel's choice. Without: at port 80 itself, where others may be first.
+    OwnPorts = "own-ports",
+    /// The programs of the agent before stay until the next one's take their place. Without: it removes them first.
+    ReplacedInPlace = "replaced-in-place",
     /// Without an agent dials are refused. Without: left alone.
     RefusalWhenDown = "refusal-when-down",
     /// Pods that are not known yet are treated like the strictest. Without: left alone.

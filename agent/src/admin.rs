@@ -29,7 +29,7 @@ use prometheus_client::registry::Registry;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
-    sync::watch,
+    sync::{Semaphore, watch},
     time::{Instant, sleep, timeout_at},
 };
 use tracing::warn;
@@ -42,6 +42,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long the agent before this may keep the port after it was succeeded.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Most connections at a time over TCP, most of those who may command, and most of those who may not: whoever opens many is
+/// in the way of its like alone, and uses up no descriptors that pods' connections need.
+const CONNECTIONS_MAX: usize = 16;
 
 type Answer = Response<Full<Bytes>>;
 
@@ -66,11 +69,12 @@ pub async fn serve_probes(address: SocketAddr, probes: Arc<Probes>, mut in_charg
 
 async fn serve_port(address: SocketAddr, probes: &Arc<Probes>) {
     let listener = bind(address).await;
+    let places = places();
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let probes = Arc::clone(probes);
-                serve(stream, move |request| probes.answer(request));
+                serve(stream, &places, move |request| probes.answer(request));
             }
             Err(_) => sleep(PAUSE).await,
         }
@@ -96,6 +100,7 @@ async fn bind(address: SocketAddr) -> TcpListener {
 /// Answers commands for ever: those of the node and of podgate's own pod. A pod to which the socket is shown, by a
 /// hostPath, is told nothing.
 pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>, probes: Arc<Probes>) {
+    let (places, others_places) = (places(), places());
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -103,12 +108,10 @@ pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>, probes: A
                 let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
                 let may_command =
                     pid.is_some_and(|pid| whois.may_command(pid)) || !holds(Defence::OwnCommands);
-                serve(
-                    stream,
-                    move |request| {
-                        if may_command { command(&whois, &probes, request) } else { not_yours() }
-                    },
-                );
+                let places = if may_command { &places } else { &others_places };
+                serve(stream, places, move |request| {
+                    if may_command { command(&whois, &probes, request) } else { not_yours() }
+                });
             }
             Err(_) => sleep(PAUSE).await,
         }
@@ -177,11 +180,22 @@ fn not_yours() -> Answer {
     )
 }
 
+fn places() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(CONNECTIONS_MAX))
+}
+
+/// Answers on a connection, or closes it where no place is free.
 fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    places: &Arc<Semaphore>,
     answer: impl Fn(&Request<Incoming>) -> Answer + Send + Sync + 'static,
 ) {
+    let place = Arc::clone(places).try_acquire_owned().ok();
+    if place.is_none() && holds(Defence::ProbeLimit) {
+        return;
+    }
     tokio::spawn(async move {
+        let _place = place;
         let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request))));
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
