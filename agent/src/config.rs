@@ -94,7 +94,7 @@ pub struct Flags {
     pub socket: String,
     /// Directory that podgate's containers on this node share, where an agent gives its credentials to the one that takes
     /// its place; it is made private to root.
-    #[arg(long, env = "PODGATE_HANDOVER_DIR", default_value = "/run/podgate-handover")]
+    #[arg(long, env = "PODGATE_HANDOVER_DIR", default_value = DEFAULT_HANDOVER_DIR)]
     pub handover_dir: String,
     /// Seconds that requests in flight get to finish after SIGTERM.
     #[arg(long, env = "PODGATE_DRAIN_SECS", default_value = "5")]
@@ -113,6 +113,9 @@ pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
 /// Name of podgate's network link unless told otherwise.
 pub const DEFAULT_LINK: &str = "podgate0";
+
+/// Where agents hand credentials over to each other unless told otherwise.
+pub const DEFAULT_HANDOVER_DIR: &str = "/run/podgate-handover";
 
 /// Where `podgate run` listens for the other commands unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/podgate/podgate.sock";

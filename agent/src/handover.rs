@@ -15,9 +15,12 @@
 //! is believed. Never on disk. Never decides what of it is used: that is the engine's.
 
 use std::{
-    fs::{self, DirBuilder, Permissions},
+    fs::{self, DirBuilder, DirEntry, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -245,6 +248,32 @@ fn listen(directory: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(&next)?;
     fs::rename(next, socket)?;
     Ok(listener)
+}
+
+/// What agents have left in the directory, then the directory, unless something else is in it; or it is a volume of the
+/// container that this is run in, which cannot be removed from inside.
+pub fn left(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?.collect::<io::Result<Vec<_>>>()?,
+    };
+    let is_socket = |entry: &DirEntry| entry.file_name().as_bytes().starts_with(SOCKET.as_bytes());
+    let mut left: Vec<_> = entries.iter().filter(|entry| is_socket(entry)).map(DirEntry::path).collect();
+    let parent = directory.parent().unwrap_or(directory);
+    let is_volume = fs::metadata(directory)?.dev() != fs::metadata(parent)?.dev();
+    if left.len() == entries.len() && !is_volume {
+        left.push(directory.to_owned());
+    }
+    Ok(left)
+}
+
+/// Removes what [`left`] has found. What somebody else has removed is fine.
+pub fn remove(path: &Path) -> io::Result<()> {
+    let removed = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
 }
 
 /// The kubelet makes the directory of a `hostPath` for everybody to read.

@@ -17,6 +17,7 @@ use std::{
 use agent_common::{
     abi::{EXEMPT_PODGATE, EXEMPT_STOCK_AGENT, program},
     counter::Counter,
+    defence::{Defence, holds},
     net::Endpoint,
     policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
     target::Target,
@@ -151,6 +152,9 @@ impl Interceptor {
     pub fn load(settings: &Settings) -> Result<Self, Error> {
         let hooks = Hooks::open(&settings.kubepods, &settings.agent_cgroup)?;
         let pins = Pins::open(&settings.bpffs)?;
+        if !holds(Defence::ReplacedInPlace) {
+            pins.remove_links()?;
+        }
         let object = Object::load(settings, &pins)?;
         let handover_key = HandoverKey::random()?;
         handover_key.keep(&object)?;
@@ -269,6 +273,9 @@ impl Interceptor {
     /// [`HEARTBEAT_LIMIT_NS`](agent_common::target::HEARTBEAT_LIMIT_NS).
     pub fn beat(&mut self) -> Result<Standing, Error> {
         let now = now()?;
+        if self.object.is_orphaned(&self.pins)? {
+            return Ok(Standing::Detached);
+        }
         if !self.is_in_charge()? {
             let silent = Duration::from_nanos(now.saturating_sub(self.object.heartbeat()?));
             return Ok(Standing::Succeeded { silent });

@@ -117,6 +117,12 @@ impl Link {
         }
         Ok(())
     }
+
+    /// Keeps the rules right no longer; removes them, where podgate `is_detached` from the node. The link stays.
+    pub async fn leave(self, is_detached: bool) -> Result<(), Error> {
+        self.rules.end().await;
+        if is_detached { rules::remove_all(&self.handle).await } else { Ok(()) }
+    }
 }
 
 /// The address, unless it is the one that the kernel gives every link with IPv6.

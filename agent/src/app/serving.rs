@@ -34,6 +34,9 @@ use crate::{
 const BEAT: Duration = Duration::from_millis(250);
 /// When the agent that has taken over has not beaten for so long, this one takes charge again: before pods are refused.
 const TAKE_BACK_AFTER: Duration = Duration::from_secs(1);
+/// For how long an agent may fail to say that it is alive, or to take charge. It is longer than any lack that passes; then
+/// it ends, which whoever looks after its pod sees, and is started again.
+const FAILING_MAX: Duration = Duration::from_secs(10);
 /// How often EKS Pod Identity's addresses are tried that somebody else still has.
 const RETRY: Duration = Duration::from_secs(1);
 const POD_IDENTITY: [SocketAddr; 2] = [
@@ -95,11 +98,17 @@ impl<'a> Serving<'a> {
 
         let end = self.keep_charge(tasks, signals).await;
         self.probes.ready.store(false, Relaxed);
+        let is_detached = matches!(end, Err(Error::Detached));
         // Where nobody has taken over, new dials are refused at once.
-        if let Err(error) = self.interceptor().stop() {
+        if !is_detached && let Err(error) = self.interceptor().stop() {
             error!(%error, "cannot tell the kernel that this agent stops; its pods are refused after 2 s");
         }
         self.in_charge.send_replace(false);
+        // From here on the rules are as they are: what is in flight may take longer than `podgate detach` waits.
+        let rules = self.opener.link.leave(is_detached).await;
+        if let Err(error) = rules {
+            error!(%error, "`ip rule`s of podgate's may be left: `podgate detach` removes them");
+        }
         info!("stopping: requests in flight are finished");
         let places = [self.own.take(), self.pod_identity.take()].into_iter().flatten();
         let closed = join_all(places.map(|place| place.close(self.config.drain))).await;
@@ -147,14 +156,18 @@ impl<'a> Serving<'a> {
     async fn keep_charge(&mut self, tasks: &mut Tasks, signals: &mut Signals) -> Result<(), Error> {
         let mut beats = interval(BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut failing_since = None;
         loop {
             match self.beat().await {
                 Err(Error::Detached) => return Err(Error::Detached),
                 // Charge is not left for one failure: what pods get without a heartbeat is a refusal.
                 Err(error) => {
+                    if failing_since.get_or_insert_with(Instant::now).elapsed() >= FAILING_MAX {
+                        return Err(error);
+                    }
                     error!(%error, "cannot tell the kernel that this agent is alive; pods are refused after 2 s");
                 }
-                Ok(()) => {}
+                Ok(()) => failing_since = None,
             }
             if let Err(error) = self.follow_stock_agent(tasks).await {
                 error!(%error, "cannot send pods where they are to be sent; trying again");

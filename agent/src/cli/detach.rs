@@ -1,18 +1,20 @@
 //! `podgate detach`: leaves the node as if podgate had never been there.
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use serde::Serialize;
 
 use super::fail;
-use crate::{config, intercept, link};
+use crate::{config, handover, intercept, link};
 
 /// Some of a running agent's beats.
 const BEATS: Duration = Duration::from_millis(750);
+/// Time between two looks at whether an agent has restored its rules: longer than it takes for that.
+const LOOK: Duration = Duration::from_millis(250);
+/// How often is looked before it is said that somebody always does.
+const LOOKS: u32 = 40;
+/// How often nothing must be seen: an agent may be about to.
+const QUIET_LOOKS: u32 = 2;
 
 /// What to remove, and from where.
 #[derive(Debug, clap::Args)]
@@ -26,6 +28,9 @@ pub struct Args {
     /// Name of podgate's network link.
     #[arg(long, env = "PODGATE_LINK", default_value = config::DEFAULT_LINK)]
     link: String,
+    /// Directory in which podgate's agents hand credentials over to each other.
+    #[arg(long, env = "PODGATE_HANDOVER_DIR", default_value = config::DEFAULT_HANDOVER_DIR)]
+    handover_dir: PathBuf,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -37,6 +42,7 @@ struct Found {
     pins: Vec<PathBuf>,
     link: Option<String>,
     rules: Vec<String>,
+    handover: Vec<PathBuf>,
 }
 
 /// Finds, prints and removes.
@@ -52,7 +58,7 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 async fn detach(args: &Args) -> Result<(), String> {
-    let found = Found::on(&args.bpffs, &args.link).await?;
+    let found = Found::on(args).await?;
     if args.json {
         println!("{}", serde_json::to_string(&found).map_err(|error| error.to_string())?);
     } else {
@@ -70,26 +76,50 @@ async fn detach(args: &Args) -> Result<(), String> {
     if !found.pins.is_empty() {
         tokio::time::sleep(BEATS).await;
     }
-    problems.extend(link::remove(&args.link).await.err().map(|error| error.to_string()));
+    problems.extend(remove_network(&args.link).await.err());
+    for path in &found.handover {
+        let removed = handover::remove(path);
+        problems.extend(removed.err().map(|error| format!("cannot remove {}: {error}", path.display())));
+    }
     if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }
+}
+
+/// Removes the link and the rules, and again those that an agent restores which has not noticed yet that it is detached.
+async fn remove_network(link: &str) -> Result<(), String> {
+    let mut quiet = 0;
+    for _ in 0..LOOKS {
+        link::remove(link).await.map_err(|error| error.to_string())?;
+        tokio::time::sleep(LOOK).await;
+        let (_, rules) = link::find_all(link).await.map_err(|error| error.to_string())?;
+        quiet = if rules.is_empty() { quiet + 1 } else { 0 };
+        if quiet == QUIET_LOOKS {
+            return Ok(());
+        }
+    }
+    Err("an agent restores podgate's `ip rule`s again and again: delete the DaemonSet, or kill `podgate run`, and repeat"
+        .to_owned())
 }
 
 // === impl Found ===
 
 impl Found {
-    async fn on(bpffs: &Path, link: &str) -> Result<Self, String> {
-        let pins = intercept::pinned(bpffs).map_err(|error| error.to_string())?;
-        let (link, rules) = link::find_all(link).await.map_err(|error| error.to_string())?;
-        Ok(Self { pins, link, rules })
+    async fn on(args: &Args) -> Result<Self, String> {
+        let pins = intercept::pinned(&args.bpffs).map_err(|error| error.to_string())?;
+        let (link, rules) = link::find_all(&args.link).await.map_err(|error| error.to_string())?;
+        let directory = &args.handover_dir;
+        let handover = handover::left(directory)
+            .map_err(|error| format!("cannot look into {}: {error}", directory.display()))?;
+        Ok(Self { pins, link, rules, handover })
     }
 
     fn for_people(&self, dry_run: bool) -> String {
         let verb = if dry_run { "would remove" } else { "removing" };
-        let pins = self.pins.iter().map(|pin| format!("{verb} {}\n", pin.display()));
+        let path = |path: &PathBuf| format!("{verb} {}\n", path.display());
+        let (pins, handover) = (self.pins.iter().map(path), self.handover.iter().map(path));
         let rules = self.rules.iter().map(|rule| format!("{verb} the rule {rule}\n"));
         let link =
             self.link.iter().map(|link| format!("{verb} the network link {link} with its addresses\n"));
-        let lines: String = pins.chain(rules).chain(link).collect();
+        let lines: String = pins.chain(rules).chain(link).chain(handover).collect();
         if lines.is_empty() { "nothing of podgate's is on this node\n".to_owned() } else { lines }
     }
 }
@@ -100,16 +130,18 @@ mod tests {
 
     #[test]
     fn people_see_each_thing_or_that_there_is_none() {
-        let nothing = Found { pins: vec![], link: None, rules: vec![] };
+        let nothing = Found { pins: vec![], link: None, rules: vec![], handover: vec![] };
         assert_eq!(nothing.for_people(false), "nothing of podgate's is on this node\n");
         let found = Found {
             pins: vec!["/sys/fs/bpf/podgate/v1/links/connect4".into()],
             link: Some("podgate0".into()),
             rules: vec!["from all to 169.254.170.23 lookup 255 proto 80".into()],
+            handover: vec!["/run/podgate-handover/handover.sock".into()],
         };
         let expected = "would remove /sys/fs/bpf/podgate/v1/links/connect4\n\
                         would remove the rule from all to 169.254.170.23 lookup 255 proto 80\n\
-                        would remove the network link podgate0 with its addresses\n";
+                        would remove the network link podgate0 with its addresses\n\
+                        would remove /run/podgate-handover/handover.sock\n";
         assert_eq!(found.for_people(true), expected);
     }
 }

@@ -158,8 +158,7 @@ impl Object {
         let mut gone = Vec::new();
         for (name, data) in &self.pinned {
             let path = pins.map(name);
-            let own = data.info().map_err(reading(name))?.id();
-            if !MapInfo::from_pin(&path).is_ok_and(|pinned| pinned.id() == own) {
+            if is_gone(&path, name, data)? {
                 if pins::is_shared(name) {
                     return Err(Error::Orphaned { path });
                 }
@@ -173,6 +172,12 @@ impl Object {
             data.pin(&path).map_err(|error| failed(io::Error::other(error)))?;
         }
         Ok(())
+    }
+
+    /// Whether what agents of all ABIs share was removed.
+    pub(super) fn is_orphaned(&self, pins: &Pins) -> Result<bool, Error> {
+        let mut shared = self.pinned.iter().filter(|(name, _)| pins::is_shared(name));
+        shared.try_fold(false, |is, (name, data)| Ok(is || is_gone(&pins.map(name), name, data)?))
     }
 
     /// A loaded program.
@@ -424,6 +429,16 @@ fn check_shape(
     let fits =
         is_so(info.key_size(), key) && is_so(info.value_size(), value) && info.max_entries() == entries;
     if fits { Ok(()) } else { Err(Error::Shape { path: path.to_owned() }) }
+}
+
+/// Whether a map's pin is gone, or another map's. One that cannot be asked is there: too many open files, which pods may
+/// bring about, remove nothing.
+fn is_gone(path: &Path, name: &'static str, data: &MapData) -> Result<bool, Error> {
+    let own = data.info().map_err(reading(name))?.id();
+    Ok(match MapInfo::from_pin(path) {
+        Ok(pinned) => pinned.id() != own,
+        Err(error) => errno(&error) == Some(libc::ENOENT),
+    })
 }
 
 /// Takes a map out of the object, as the type that the agent expects.

@@ -113,12 +113,17 @@ impl Pins {
     pub(super) fn remove_others(&self) -> Result<(), Error> {
         for path in self.others()? {
             // Programs first: none is to run beside this agent's for longer than it takes.
-            let links = path.join(LINKS);
-            let removed = children(&links).and_then(|links| links.iter().try_for_each(|link| remove(link)));
-            removed.map_err(|source| Error::Pin { path: links, source })?;
+            remove_all(&path.join(LINKS))?;
             gone(fs::remove_dir_all(&path)).map_err(|source| Error::Pin { path, source })?;
         }
         Ok(())
+    }
+
+    /// Detaches the programs of all ABIs.
+    pub(super) fn remove_links(&self) -> Result<(), Error> {
+        let own = self.links();
+        let others = self.others()?.into_iter().map(|path| path.join(LINKS));
+        others.chain([own]).try_for_each(|links| remove_all(&links))
     }
 
     /// The directories of other ABIs.
@@ -133,6 +138,12 @@ impl Pins {
 /// Whether agents of all ABIs have this map together.
 pub(super) fn is_shared(map: &str) -> bool {
     SHARED.contains(&map)
+}
+
+/// Removes all links of a directory.
+fn remove_all(links: &Path) -> Result<(), Error> {
+    let removed = children(links).and_then(|links| links.iter().try_for_each(|link| remove(link)));
+    removed.map_err(|source| Error::Pin { path: links.to_owned(), source })
 }
 
 /// Every pin of every ABI, links first, with the directories they are in, each after what is in it.

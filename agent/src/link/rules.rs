@@ -45,7 +45,7 @@ pub(super) struct Rules {
     handle: Handle,
     /// Locked while rules are changed.
     targets: Arc<Mutex<BTreeSet<IpAddr>>>,
-    _follower: AbortOnDrop,
+    follower: AbortOnDrop,
 }
 
 /// What a rule of podgate's says: from `source`, or from anybody, to `destination` by `table`.
@@ -63,7 +63,7 @@ impl Rules {
     pub(super) fn follow(handle: Handle) -> Self {
         let targets = Arc::<Mutex<BTreeSet<IpAddr>>>::default();
         let follower = AbortOnDrop(tokio::spawn(follow(Arc::clone(&targets))));
-        Self { handle, targets, _follower: follower }
+        Self { handle, targets, follower }
     }
 
     /// Makes the rules that one more target needs, and adopts those that an agent before this has left.
@@ -84,6 +84,13 @@ impl Rules {
             rule.remove(&self.handle).await.map_err(|error| refused(&error))?;
         }
         Ok(())
+    }
+
+    /// Changes none from now on.
+    pub(super) async fn end(mut self) {
+        self.follower.0.abort();
+        // It ends no other way than by this.
+        let _ = (&mut self.follower.0).await;
     }
 }
 

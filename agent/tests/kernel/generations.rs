@@ -11,7 +11,7 @@ use std::{
 
 use agent::{
     accept::listen,
-    intercept::{Interceptor, Settings, Standing, pinned},
+    intercept::{Interceptor, Settings, Standing, pinned, unpin},
 };
 use agent_common::{
     abi::ABI_VERSION,
@@ -394,6 +394,25 @@ fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
         fs::remove_file(shared.join("GENERATION")).unwrap();
         let error = node.interceptor.take_over(own_pair(), &[]).unwrap_err().to_string();
         assert!(error.contains("GENERATION") && error.contains("podgate detach"), "{error}");
+    });
+}
+
+#[test]
+fn every_agent_notices_that_podgate_was_detached_and_takes_no_later_one_for_its_successor() {
+    Node::run(|node| {
+        let mut in_charge = successor(node);
+        in_charge.take_over(own_pair(), &[]).unwrap();
+        assert!(matches!(node.interceptor.beat().unwrap(), Standing::Succeeded { .. }));
+        for pin in pinned(node.bpffs()).unwrap() {
+            unpin(&pin).unwrap();
+        }
+        assert_eq!(in_charge.beat().unwrap(), Standing::Detached);
+        assert_eq!(node.interceptor.beat().unwrap(), Standing::Detached);
+        let mut later = successor(node);
+        later.take_over(own_pair(), &[]).unwrap();
+        assert_eq!(later.beat().unwrap(), Standing::InCharge);
+        assert_eq!(in_charge.beat().unwrap(), Standing::Detached);
+        assert_eq!(node.interceptor.beat().unwrap(), Standing::Detached);
     });
 }
 
