@@ -51,7 +51,13 @@ pub trait PolicyMap: Send + 'static {
 
 /// What pods' coming and going means to what is kept for them.
 pub trait Forget: Send + Sync + 'static {
-    /// The pod is gone.
+    /// The API server shows the pod, which has no cgroup yet.
+    fn awaits_cgroup(&self, uid: PodUid);
+    /// The pod has a cgroup, for the first time or again.
+    fn has_cgroup(&self, uid: PodUid);
+    /// The pod's cgroup is gone, and the API server may go on to show it.
+    fn gone(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
+    /// The pod has no cgroup, and the API server has it no more.
     fn forget(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
     /// The pod is going to ask.
     fn prefetch(&self, pod: &Arc<Pod>);
@@ -96,6 +102,8 @@ struct State {
     exempt: HashSet<PodUid>,
     /// Pods that the API server has no more, but whose cgroup may still be there.
     deleted: HashSet<PodUid>,
+    /// Pods whose cgroup is gone, but that the API server may still have.
+    gone: HashSet<PodUid>,
     /// What pods get that are not in the map, in a network of their own and on the host's.
     unknown: Option<(PodPolicy, PodPolicy)>,
     pods_synced: bool,
@@ -177,6 +185,8 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 state.cgroups.insert(uid, id);
                 state.in_force.remove(&uid);
                 state.exempt.remove(&uid);
+                state.gone.remove(&uid);
+                self.kept.has_cgroup(uid);
                 if let Some(pod) = self.pods.get(uid) {
                     self.apply(state, &pod);
                 }
@@ -197,9 +207,10 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                     state.in_force.remove(&uid);
                     state.exempt.remove(&uid);
                     self.networks.forget(uid);
-                    self.kept.forget(uid).await;
                     if state.deleted.remove(&uid) {
-                        self.pods.forget(uid);
+                        self.forget(uid).await;
+                    } else {
+                        self.is_gone(state, uid).await;
                     }
                 }
             }
@@ -216,6 +227,7 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                     state.stock_agents.remove(&pod.uid);
                 }
                 report(&pod.annotations, Place::Pod, &pod.full_name());
+                self.note_absence(state, &pod).await;
                 self.apply(state, &pod);
                 self.prefetch(&pod);
             }
@@ -223,7 +235,14 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
                 state.stock_agents.remove(&uid);
                 self.on_deleted(state, uid).await;
             }
-            ClusterEvent::PodsSynced => state.pods_synced = true,
+            ClusterEvent::PodsSynced => {
+                state.pods_synced = true;
+                let never_shown: Vec<_> =
+                    state.gone.extract_if(|uid| self.pods.get(*uid).is_none()).collect();
+                for uid in never_shown {
+                    self.forget(uid).await;
+                }
+            }
             ClusterEvent::NamespaceChanged(name) => {
                 if let Some(annotations) = self.policies.namespaces.get(&name) {
                     report(&annotations, Place::Namespace, &name);
@@ -269,10 +288,35 @@ impl<M: PolicyMap, S: Forget> Enforcer<M, S> {
             // Its containers may be terminating, and need their credentials to the end.
             state.deleted.insert(uid);
         } else {
-            self.kept.forget(uid).await;
-            self.pods.forget(uid);
-            debug!(pod.uid = %uid, "forgot a pod");
+            state.gone.remove(&uid);
+            self.forget(uid).await;
         }
+    }
+
+    /// Notes what there is no cgroup for. Of a pod whose containers have all ended none comes any more, also where it went
+    /// before this agent came.
+    async fn note_absence(&self, state: &mut State, pod: &Pod) {
+        if state.cgroups.contains_key(&pod.uid) {
+            return;
+        }
+        if pod.finished {
+            self.is_gone(state, pod.uid).await;
+        } else {
+            self.kept.awaits_cgroup(pod.uid);
+        }
+    }
+
+    /// What the API server still shows of the pod brings nothing of it back; a new cgroup would.
+    async fn is_gone(&self, state: &mut State, uid: PodUid) {
+        if state.gone.insert(uid) {
+            self.kept.gone(uid).await;
+        }
+    }
+
+    async fn forget(&self, uid: PodUid) {
+        self.kept.forget(uid).await;
+        self.pods.forget(uid);
+        debug!(pod.uid = %uid, "forgot a pod");
     }
 
     fn is_stock_agent(&self, pod: &Pod) -> bool {

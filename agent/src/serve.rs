@@ -4,6 +4,7 @@
 //! parses a format, never calls AWS.
 
 use std::{
+    borrow::Cow,
     convert::Infallible,
     net::IpAddr,
     sync::{
@@ -48,7 +49,7 @@ use crate::{
         is_forwarded, pod_identity,
     },
     drain::DrainWatch,
-    identity::{CallerResolver, Dialler, Pod, PodUid, ServiceAccountRef},
+    identity::{CallerResolver, Dialler, Error as IdentityError, Pod, PodUid, ServiceAccountRef},
     instance::Instance,
     policies::Policies,
     policy::{ImdsMode, Policy},
@@ -93,13 +94,13 @@ struct Waiting<'a> {
     is_answered: bool,
 }
 
-/// A connection and what is known of it: the kernel's word does not change during its life.
+/// A connection and what the kernel said of it when it was accepted. That holds for as long as the pod has its cgroup.
 struct Connection {
     origin: Option<Origin>,
     peer: IpAddr,
     /// The service at whose own address podgate took it; `None` for podgate's own pair.
     to: Option<Service>,
-    dialler: OnceLock<Dialler>,
+    dialler: Option<Dialler>,
     caller: Place,
     requests: AtomicU32,
     /// Set once the dial is known to be from the pod's own network.
@@ -129,7 +130,7 @@ impl<S: CredentialSource> Server<S> {
             to: to(&stream, origin.as_ref()),
             origin,
             peer,
-            dialler: dialler.map(OnceLock::from).unwrap_or_default(),
+            dialler,
             caller,
             requests: AtomicU32::new(0),
             own_network: OnceLock::new(),
@@ -170,7 +171,8 @@ impl<S: CredentialSource> Server<S> {
             Ok(response) => (response, None),
             Err(refusal) => (dialect.refuse(&refusal), Some(refusal)),
         };
-        if connection.requests.fetch_add(1, Relaxed) + 1 >= REQUESTS_MAX {
+        let requests = connection.requests.fetch_add(1, Relaxed) + 1;
+        if requests >= REQUESTS_MAX || connection.caller.is_nobody_s() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         self.metrics.count(dialect, response.status());
@@ -436,7 +438,7 @@ impl<S: CredentialSource> Server<S> {
         if connection.own_network.get().is_some() || !holds(Defence::OwnNetwork) {
             return Ok(Some(pod));
         }
-        match self.resolver.own_network(&pod, dialler, origin, connection.peer).await {
+        match self.resolver.own_network(&pod, &dialler, origin, connection.peer).await {
             Ok(()) => {
                 let _ = connection.own_network.set(());
                 Ok(Some(pod))
@@ -449,12 +451,15 @@ impl<S: CredentialSource> Server<S> {
         }
     }
 
-    fn dialler<'a>(&self, connection: &'a Connection, origin: &Origin) -> Result<&'a Dialler, Refusal> {
-        if let Some(dialler) = connection.dialler.get() {
-            return Ok(dialler);
-        }
-        let dialler = self.resolver.dialler(origin.cgroup_id).map_err(|error| refusal::identity(&error))?;
-        Ok(connection.dialler.get_or_init(|| dialler))
+    /// The pod whose cgroup dialled, as long as it has one: a process of another pod may have been given its connection.
+    fn dialler<'a>(&self, connection: &'a Connection, origin: &Origin) -> Result<Cow<'a, Dialler>, Refusal> {
+        let cgroup_id = origin.cgroup_id;
+        let dialler = match &connection.dialler {
+            Some(_) if connection.caller.is_nobody_s() => Err(IdentityError::CgroupGone { cgroup_id }),
+            Some(dialler) => Ok(Cow::Borrowed(dialler)),
+            None => self.resolver.dialler(cgroup_id).map(Cow::Owned),
+        };
+        dialler.map_err(|error| refusal::identity(&error))
     }
 }
 
@@ -477,7 +482,7 @@ impl Connection {
     }
 
     fn uid(&self) -> Option<PodUid> {
-        self.dialler.get().map(|dialler| dialler.uid)
+        self.dialler.as_ref().map(|dialler| dialler.uid)
     }
 
     /// The service that the caller dialled. Without an origin nobody knows, nor where the caller dialled podgate itself:

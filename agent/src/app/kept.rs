@@ -21,8 +21,21 @@ pub(super) struct Kept<S> {
 // === impl Kept ===
 
 impl<S: CredentialSource> Forget for Kept<S> {
+    fn awaits_cgroup(&self, uid: PodUid) {
+        self.engine.awaits_cgroup(uid);
+    }
+
+    fn has_cgroup(&self, uid: PodUid) {
+        self.engine.has_cgroup(uid);
+    }
+
+    async fn gone(&self, uid: PodUid) {
+        self.connections.end(uid);
+        self.engine.gone(uid).await;
+    }
+
     async fn forget(&self, uid: PodUid) {
-        self.connections.forget(uid);
+        self.connections.end(uid);
         self.engine.forget(uid).await;
     }
 

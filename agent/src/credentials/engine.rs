@@ -20,9 +20,9 @@ use jiff::Timestamp;
 use papaya::HashMap as ConcurrentMap;
 use tokio::{sync::Notify, time::Instant as TokioInstant};
 
+mod absent;
 mod fetch;
 mod flight;
-mod gone;
 mod handed_over;
 #[cfg(test)]
 pub(super) mod planted;
@@ -33,8 +33,8 @@ pub use self::handed_over::HandedOver;
 #[cfg(test)]
 use self::planted::{Bug, planted};
 use self::{
+    absent::Absent,
     flight::{Flight, Tokens, Waiter},
-    gone::Gone,
     upkeep::supervise,
 };
 use super::{
@@ -86,7 +86,7 @@ struct State {
     flights: u64,
     /// Why EKS Auth gave no answer the last time, if it has given none since.
     outage: Option<Error>,
-    gone: Gone,
+    absent: Absent,
     /// When the pods in need were last counted.
     counted_at: Timestamp,
 }
@@ -115,7 +115,7 @@ impl<S: CredentialSource> Engine<S> {
             held: HashMap::new(),
             flights: 0,
             outage: None,
-            gone: Gone::default(),
+            absent: Absent::default(),
             counted_at: Timestamp::MIN,
         };
         let engine = Arc::new_cyclic(|myself| Self {
@@ -196,7 +196,7 @@ impl<S: CredentialSource> Engine<S> {
     /// Fetches a pod's credentials before it asks.
     pub fn prefetch(&self, pod: &Arc<Pod>) {
         let mut state = self.lock();
-        if state.gone.contains(pod.uid, self.now()) {
+        if state.absent.is_gone(pod.uid, TokioInstant::now()) {
             return;
         }
         self.adopt_for(&mut state, pod);
@@ -206,11 +206,32 @@ impl<S: CredentialSource> Engine<S> {
         self.act(&mut state);
     }
 
-    /// Drops everything about a pod that is gone, a fetch under way included.
+    /// The pod has no cgroup yet. Its credentials may be fetched, but nobody can have had any.
+    pub fn awaits_cgroup(&self, uid: PodUid) {
+        self.lock().absent.awaits(uid);
+    }
+
+    /// The pod has a cgroup, perhaps again: as when the kubelet starts its containers anew.
+    pub fn has_cgroup(&self, uid: PodUid) {
+        self.lock().absent.came(uid);
+    }
+
+    /// The pod's cgroup is gone. Drops everything about it, a fetch under way included, and nothing is kept for it until it
+    /// has a cgroup again, whatever the API server shows.
+    pub async fn gone(&self, uid: PodUid) {
+        self.drop_pod(uid, |absent| absent.gone(uid)).await;
+    }
+
+    /// The API server has the pod no more, and it has no cgroup. Drops everything about it; what is still on its way counts
+    /// for nothing.
     pub async fn forget(&self, uid: PodUid) {
+        self.drop_pod(uid, |absent| absent.deleted(uid, TokioInstant::now())).await;
+    }
+
+    async fn drop_pod(&self, uid: PodUid, note: impl FnOnce(&mut Absent)) {
         {
             let mut state = self.lock();
-            state.gone.insert(uid, self.now());
+            note(&mut state.absent);
             state.held.remove(&uid);
             self.give_up(&mut state, Key::Pod(uid));
         }
@@ -318,7 +339,7 @@ impl<S: CredentialSource> Engine<S> {
     }
 
     fn is_here(&self, state: &State, uid: PodUid) -> Result<(), Error> {
-        if state.gone.contains(uid, self.now()) && holds(Defence::GonePods) {
+        if state.absent.is_gone(uid, TokioInstant::now()) && holds(Defence::GonePods) {
             return Err(Error::Token { reason: POD_IS_GONE.to_owned() });
         }
         Ok(())

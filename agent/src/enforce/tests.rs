@@ -20,8 +20,17 @@ struct Kernel {
 
 #[derive(Default)]
 struct FakeKept {
-    forgotten: Mutex<Vec<PodUid>>,
+    told: Mutex<Vec<(Told, PodUid)>>,
     prefetched: Mutex<Vec<PodUid>>,
+}
+
+/// What is told of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Awaits,
+    Has,
+    Gone,
+    Forget,
 }
 
 impl PolicyMap for FakeMap {
@@ -58,9 +67,33 @@ impl PolicyMap for FakeMap {
     }
 }
 
+impl FakeKept {
+    fn tell(&self, what: Told, uid: PodUid) {
+        self.told.lock().unwrap().push((what, uid));
+    }
+
+    /// What was told of a pod, in order.
+    fn told(&self, uid: PodUid) -> Vec<Told> {
+        let told = self.told.lock().unwrap();
+        told.iter().filter(|(_, of)| *of == uid).map(|(what, _)| *what).collect()
+    }
+}
+
 impl Forget for FakeKept {
+    fn awaits_cgroup(&self, uid: PodUid) {
+        self.tell(Told::Awaits, uid);
+    }
+
+    fn has_cgroup(&self, uid: PodUid) {
+        self.tell(Told::Has, uid);
+    }
+
+    async fn gone(&self, uid: PodUid) {
+        self.tell(Told::Gone, uid);
+    }
+
     async fn forget(&self, uid: PodUid) {
-        self.forgotten.lock().unwrap().push(uid);
+        self.tell(Told::Forget, uid);
     }
 
     fn prefetch(&self, pod: &Arc<Pod>) {
@@ -207,10 +240,59 @@ async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
     node.appears(pod.uid, 10).await;
     node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
     assert!(node.enforcer.pods.get(pod.uid).is_some() && node.imds(10).is_some());
-    assert!(node.enforcer.kept.forgotten.lock().unwrap().is_empty());
+    assert_eq!(node.enforcer.kept.told(pod.uid), [Told::Awaits, Told::Has]);
     node.goes(pod.uid, 10).await;
     assert!(node.enforcer.pods.get(pod.uid).is_none() && node.imds(10).is_none());
-    assert_eq!(*node.enforcer.kept.forgotten.lock().unwrap(), [pod.uid]);
+    assert_eq!(node.enforcer.kept.told(pod.uid), [Told::Awaits, Told::Has, Told::Forget]);
+}
+
+#[tokio::test]
+async fn a_pod_whose_cgroup_is_gone_is_so_until_it_has_another_or_the_api_server_drops_it() {
+    use Told::{Awaits, Forget, Gone, Has};
+    let mut node = Node::new();
+    let [restarted, deleted, finished] = std::array::from_fn(|_| Arc::new(pod("app", "web")));
+    for (pod, id) in [(&restarted, 10), (&deleted, 20), (&finished, 30)] {
+        node.pod(pod).await;
+        node.appears(pod.uid, id).await;
+        node.goes(pod.uid, id).await;
+        assert_eq!(node.enforcer.kept.told(pod.uid), [Awaits, Has, Gone]);
+        assert!(node.enforcer.pods.get(pod.uid).is_some());
+    }
+    node.appears(restarted.uid, 11).await;
+    assert_eq!(node.enforcer.kept.told(restarted.uid), [Awaits, Has, Gone, Has]);
+    node.cluster(ClusterEvent::PodDeleted(deleted.uid)).await;
+    assert_eq!(node.enforcer.kept.told(deleted.uid), [Awaits, Has, Gone, Forget]);
+    node.pod(&Arc::new(Pod { finished: true, ..(*finished).clone() })).await;
+    assert_eq!(node.enforcer.kept.told(finished.uid), [Awaits, Has, Gone], "once is enough");
+}
+
+#[tokio::test]
+async fn a_cgroup_that_is_made_anew_under_the_same_name_is_the_pod_s() {
+    use Told::{Awaits, Gone, Has};
+    let mut node = Node::new();
+    let pod = Arc::new(pod("app", "web"));
+    node.pod(&pod).await;
+    node.appears(pod.uid, 10).await;
+    node.goes(pod.uid, 10).await;
+    node.appears(pod.uid, 11).await;
+    node.goes(pod.uid, 10).await;
+    assert_eq!(node.enforcer.kept.told(pod.uid), [Awaits, Has, Gone, Has]);
+}
+
+#[tokio::test]
+async fn what_had_ended_before_this_agent_came_is_gone_and_what_nobody_shows_is_forgotten() {
+    use Told::{Forget, Gone, Has};
+    let mut node = Node::new();
+    let finished = Arc::new(Pod { finished: true, ..pod("app", "web") });
+    node.pod(&finished).await;
+    assert_eq!(node.enforcer.kept.told(finished.uid), [Gone]);
+    let unshown = pod("app", "web").uid;
+    node.appears(unshown, 10).await;
+    node.goes(unshown, 10).await;
+    assert_eq!(node.enforcer.kept.told(unshown), [Has, Gone], "the watch may be late");
+    node.cluster(ClusterEvent::PodsSynced).await;
+    assert_eq!(node.enforcer.kept.told(unshown), [Has, Gone, Forget]);
+    assert_eq!(node.enforcer.kept.told(finished.uid), [Gone]);
 }
 
 #[tokio::test]

@@ -1,13 +1,13 @@
 //! What a caller may take of the agent: connections, and lines of its log.
 //!
-//! Owns the counts; never closes a connection, never asks whose it is.
+//! Owns the counts, and whose connections are nobody's any more; never closes one, never asks whose it is.
 
 use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Instant,
 };
@@ -43,6 +43,8 @@ pub(super) struct Place(Arc<Caller>);
 #[derive(Debug, Default)]
 struct Caller {
     connections: AtomicU32,
+    /// Whether it is a pod whose cgroup is gone: whoever has its connections now is somebody else.
+    is_gone: AtomicBool,
     log: Lines,
     audit: Lines,
 }
@@ -75,9 +77,11 @@ impl ConnectionLimit {
         Some(Place(Arc::clone(caller)))
     }
 
-    /// Forgets a pod that is gone.
-    pub fn forget(&self, uid: PodUid) {
-        self.callers().remove(&Whose::Pod(uid));
+    /// The pod is gone, and its connections are nobody's from now on. One of the same UID that comes again has others.
+    pub fn end(&self, uid: PodUid) {
+        if let Some(caller) = self.callers().remove(&Whose::Pod(uid)) {
+            caller.is_gone.store(true, Relaxed);
+        }
     }
 
     fn callers(&self) -> MutexGuard<'_, HashMap<Whose, Arc<Caller>>> {
@@ -88,6 +92,11 @@ impl ConnectionLimit {
 // === impl Place ===
 
 impl Place {
+    /// Whether the connection is that of a pod which is gone.
+    pub(super) fn is_nobody_s(&self) -> bool {
+        self.0.is_gone.load(Relaxed) && holds(Defence::GonePods)
+    }
+
     /// Whether a line may be logged, and how many were not since the last one.
     pub(super) fn may_log(&self) -> Option<u64> {
         self.0.log.one_more(Instant::now())
@@ -155,10 +164,12 @@ mod tests {
     fn a_pod_that_is_gone_is_forgotten_and_what_it_leaves_open_harms_nobody() {
         let (limit, uid) = (ConnectionLimit::default(), crate::testing::pod_uid());
         let left_open = limit.enter(Whose::Pod(uid)).unwrap();
-        limit.forget(uid);
-        assert!(limit.callers().is_empty());
+        assert!(!left_open.is_nobody_s());
+        limit.end(uid);
+        assert!(left_open.is_nobody_s() && limit.callers().is_empty());
+        let again = limit.enter(Whose::Pod(uid)).unwrap();
         drop(left_open);
-        assert!(limit.enter(Whose::Pod(uid)).is_some());
+        assert!(!again.is_nobody_s(), "its containers were started anew");
     }
 
     #[test]

@@ -38,12 +38,14 @@ impl<S: CredentialSource> Engine<S> {
         entries.filter_map(|(uid, ready)| state.handed_over(*uid, ready)).collect()
     }
 
-    /// Takes what the agent before this one had, and keeps it from everybody until its pods are known.
+    /// Takes what the agent before this one has now, and keeps it from everybody until its pods are known. What it had
+    /// before counts no more: the pods of what is missing are gone.
     pub fn hold(&self, entries: Vec<HandedOver>) {
-        self.lock().held.extend(entries.into_iter().map(|entry| (entry.pod, entry)));
+        self.lock().held = entries.into_iter().map(|entry| (entry.pod, entry)).collect();
     }
 
-    /// All pods of the node are known now: what is held for them is theirs, and what is held for others is dropped.
+    /// All pods of the node are known now, and which of them have no cgroup: what is held for those that may have one is
+    /// theirs, and what is held for others is dropped.
     pub fn adopt(&self, pods: &Pods) {
         let mut state = self.lock();
         let held: Vec<_> = state.held.keys().copied().collect();
@@ -55,12 +57,12 @@ impl<S: CredentialSource> Engine<S> {
         self.act(&mut state);
     }
 
-    /// Gives a pod what is held for it.
+    /// Gives a pod what is held for it, unless it has no cgroup: it may be gone already.
     pub(super) fn adopt_for(&self, state: &mut State, pod: &Arc<Pod>) {
-        let Some(entry) = state.held.remove(&pod.uid) else { return };
-        if self.is_here(state, pod.uid).is_err() {
+        if !state.absent.may_run(pod.uid) {
             return;
         }
+        let Some(entry) = state.held.remove(&pod.uid) else { return };
         if entry.service_account != pod.service_account {
             warn!(pod.uid = %pod.uid, pod.name = pod.full_name(), held = %entry.service_account,
                 "what was handed over is for another service account: dropped");

@@ -1,3 +1,5 @@
+use std::sync::atomic::AtomicI64;
+
 use jiff::SignedDuration;
 use proptest::prelude::*;
 use tokio::time::sleep;
@@ -153,20 +155,61 @@ async fn a_pod_that_is_gone_leaves_nothing_not_even_a_call_under_way() {
     let pod = Arc::new(pod("app", "web"));
     upstream.change(|conditions| conditions.verdict = Verdict::Good);
     engine.for_pod(&pod, Some(sent_by(&pod)), Floor::Imds, within(800)).await.unwrap();
-    engine.forget(pod.uid).await;
+    engine.gone(pod.uid).await;
     assert!(engine.ready.is_empty() && engine.trusted.is_empty() && engine.lock().records.is_empty());
 
     let pod = Arc::new(self::pod("app", "web"));
     upstream.change(|conditions| conditions.weather = Weather::Hangs);
     let (answer, ()) = tokio::join!(get(&engine, &pod), async {
         sleep(Duration::from_millis(100)).await;
-        engine.forget(pod.uid).await;
+        engine.gone(pod.uid).await;
     });
     assert!(answer.is_err());
     upstream.change(|conditions| conditions.weather = Weather::Fair);
-    sleep(gone::REMEMBERED.unsigned_abs()).await;
+    engine.has_cgroup(pod.uid);
     get(&engine, &pod).await.unwrap();
     assert_eq!(upstream.overlaps(), 0, "the call was given up");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_whose_cgroup_is_gone_gets_nothing_for_as_long_as_the_api_server_shows_it() {
+    let set = Arc::<AtomicI64>::default();
+    let (offset, steady) = (Arc::clone(&set), virtual_clock());
+    let (upstream, engine) =
+        engine_at(Arc::new(move || steady() + SignedDuration::from_mins(offset.load(Relaxed))));
+    let pod = Arc::new(pod("app", "web"));
+    let ask_all = async || {
+        engine.prefetch(&pod);
+        [
+            get(&engine, &pod).await,
+            engine.for_pod(&pod, Some(sent_by(&pod)), Floor::Container, within(800)).await,
+            engine.for_token(sent_by(&pod), [10, 0, 0, 9].into(), within(800)).await,
+        ]
+    };
+    upstream.change(|conditions| conditions.verdict = Verdict::Good);
+    assert!(ask_all().await.iter().all(Result::is_ok));
+    engine.gone(pod.uid).await;
+    for (passes, clock) in [(0, 0), (2, 0), (0, 2), (0, -5), (600, 0)] {
+        sleep(Duration::from_mins(passes)).await;
+        set.fetch_add(clock, Relaxed);
+        for answer in ask_all().await {
+            assert!(matches!(answer, Err(Error::Token { .. })), "after {passes}, {clock} min: {answer:?}");
+        }
+    }
+    assert_eq!(upstream.calls().len(), 1);
+    assert!(engine.ready.is_empty() && engine.trusted.is_empty() && engine.lock().records.is_empty());
+
+    // The kubelet starts its containers anew.
+    engine.has_cgroup(pod.uid);
+    assert!(ask_all().await.iter().all(Result::is_ok));
+
+    // The API server has it no more: what is on its way is given a minute.
+    engine.gone(pod.uid).await;
+    engine.forget(pod.uid).await;
+    sleep(absent::REMEMBERED / 2).await;
+    assert!(ask_all().await.iter().all(Result::is_err));
+    sleep(absent::REMEMBERED / 2).await;
+    assert!(engine.for_token(sent_by(&pod), [10, 0, 0, 9].into(), within(800)).await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]

@@ -54,12 +54,45 @@ async fn nothing_is_believed_of_a_pod_that_is_not_seen_or_has_another_service_ac
     next.forget(pods[3].uid).await;
     next.adopt(&known(&seen));
     assert_eq!(next.metrics.handed_over.get(), 1);
-    sleep(gone::REMEMBERED.unsigned_abs()).await;
+    sleep(absent::REMEMBERED).await;
     for (pod, calls) in [(&renamed, 5), (&pods[1], 5), (&pods[2], 6), (&pods[3], 7)] {
         assert!(are_of(&get(&next, pod).await.unwrap(), pod.uid));
         assert_eq!(upstream.calls().len(), calls);
     }
     assert!(next.lock().held.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_former_agent_has_dropped_meanwhile_is_dropped() {
+    let (upstream, former) = engine();
+    let pods = pods(2);
+    get_all(&former, &pods).await;
+    let next = next(&upstream, &former);
+    next.hold(former.to_hand_over());
+    former.gone(pods[1].uid).await;
+    next.hold(former.to_hand_over());
+    next.adopt(&known(&pods));
+    assert_eq!((next.metrics.handed_over.get(), next.ready.len()), (1, 1));
+    assert!(next.alive(pods[1].uid).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_held_for_a_pod_without_a_cgroup_is_not_its_own() {
+    let (upstream, former) = engine();
+    let pods = pods(3);
+    get_all(&former, &pods).await;
+    let next = next(&upstream, &former);
+    next.hold(former.to_hand_over());
+    for pod in &pods[..2] {
+        next.awaits_cgroup(pod.uid);
+    }
+    next.prefetch(&pods[0]);
+    sleep(Duration::from_millis(100)).await;
+    assert_eq!((upstream.calls().len(), next.metrics.handed_over.get()), (4, 0), "it is fetched ahead");
+    next.has_cgroup(pods[1].uid);
+    next.adopt(&known(&pods));
+    assert_eq!(next.metrics.handed_over.get(), 2);
+    assert_eq!(next.alive(pods[0].uid).unwrap().credentials.access_key_id, format!("{} 4", pods[0].uid));
 }
 
 #[tokio::test(start_paused = true)]
