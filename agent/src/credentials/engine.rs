@@ -323,7 +323,8 @@ impl<S: CredentialSource> Engine<S> {
                     let record = state.records.entry(key).or_default();
                     let flight = record.flight.get_or_insert_default();
                     let Some(engine) = self.myself.upgrade() else { return };
-                    flight.begin(state.flights, engine.fly(key, class, state.flights, record.tokens.clone()));
+                    let (tokens, is_second) = (record.tokens.clone(), flight.is_second());
+                    flight.begin(state.flights, engine.fly(key, class, state.flights, tokens, is_second));
                 }
             }
         }

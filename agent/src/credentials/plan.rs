@@ -80,6 +80,8 @@ pub(crate) enum Outcome {
     Failed(Failure),
     /// With no call yet: the token that it lingered for is there.
     HasToken,
+    /// EKS Auth does not take the token, and there may be another one.
+    TokenRefused,
 }
 
 /// What becomes of a fetch's callers.

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::{Engine, Tokens};
 use crate::{
     credentials::{
-        Credentials, Error,
+        Credentials, Error, ServiceError,
         eks_auth::Assumed,
         plan::{Key, TokenDigest},
         source::CredentialSource,
@@ -35,6 +35,8 @@ pub(super) enum Fetched {
     Credentials { credentials: Arc<Credentials>, accepted: Option<Accepted> },
     /// The pod's token, which was long in coming: EKS Auth is called for others meanwhile.
     Token,
+    /// Nothing with the token that podgate had: another one is worth a call when it is this fetch's turn again.
+    TokenRefused(ServiceError),
 }
 
 /// A token that a caller sent and EKS Auth has accepted.
@@ -48,8 +50,15 @@ pub(super) struct Accepted {
 // === impl Engine ===
 
 impl<S: CredentialSource> Engine<S> {
-    /// Fetches with the token that the caller sent, or else with one that podgate finds.
-    pub(super) async fn fetch(&self, key: Key, number: u64, tokens: &Tokens) -> Result<Fetched, Error> {
+    /// Fetches with the token that the caller sent, or else with one that podgate finds: with two of those at most, as
+    /// `is_second` tells.
+    pub(super) async fn fetch(
+        &self,
+        key: Key,
+        number: u64,
+        tokens: &Tokens,
+        is_second: bool,
+    ) -> Result<Fetched, Error> {
         if let Some(sent) = tokens.sent_and_good(self.now()) {
             let assumed = self.call(&sent.token).await?;
             let accepted = Some(Accepted { token: sent.token.digest(), pod: sent.claims.pod });
@@ -66,18 +75,13 @@ impl<S: CredentialSource> Engine<S> {
             return sought.await.map(|_| Fetched::Token);
         };
         let token = token?;
-        let assumed = match self.call(&token).await {
-            Err(Error::Service(error)) if error.is_about_the_token() => {
+        match self.call(&token).await {
+            Err(Error::Service(error)) if error.is_about_the_token() && !is_second => {
                 self.source.refused(pod.uid, &token).await;
-                let other = self.token(pod).await?;
-                if other == token {
-                    return Err(Error::Service(error));
-                }
-                self.call(&other).await?
+                Ok(Fetched::TokenRefused(error))
             }
-            called => called?,
-        };
-        self.checked(assumed, tokens, None)
+            called => self.checked(called?, tokens, None),
+        }
     }
 
     async fn token(&self, pod: &Pod) -> Result<Secret, Error> {

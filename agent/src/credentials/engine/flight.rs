@@ -51,6 +51,8 @@ pub(super) struct Flight {
     news: watch::Sender<News>,
     /// Its number, and its task, once it is under way.
     task: Option<(u64, AbortHandle)>,
+    /// Whether EKS Auth has refused a token that podgate found for it.
+    token_refused: bool,
 }
 
 /// What is known of a flight.
@@ -111,6 +113,11 @@ impl Flight {
         Waiter { news: self.news.subscribe(), hope, last_error }
     }
 
+    /// Whether the next token is the second one.
+    pub(super) fn is_second(&self) -> bool {
+        self.token_refused
+    }
+
     /// It is under way from now on.
     pub(super) fn begin(&mut self, number: u64, flight: impl Future<Output = ()> + Send + 'static) {
         self.task = Some((number, tokio::spawn(flight).abort_handle()));
@@ -155,8 +162,15 @@ impl Waiter {
 
 impl<S: CredentialSource> Engine<S> {
     /// A flight from its beginning to its end.
-    pub(super) async fn fly(self: Arc<Self>, key: Key, class: Class, number: u64, tokens: Tokens) {
-        let fetched = AssertUnwindSafe(self.fetch(key, number, &tokens)).catch_unwind().await;
+    pub(super) async fn fly(
+        self: Arc<Self>,
+        key: Key,
+        class: Class,
+        number: u64,
+        tokens: Tokens,
+        is_second: bool,
+    ) {
+        let fetched = AssertUnwindSafe(self.fetch(key, number, &tokens, is_second)).catch_unwind().await;
         let bug = |_| Err(Error::BadAnswer { reason: "BUG: the call has panicked".to_owned() });
         let fetched = fetched.unwrap_or_else(bug);
         let landed = catch_unwind(AssertUnwindSafe(|| self.land(key, class, number, fetched)));
@@ -187,6 +201,15 @@ impl<S: CredentialSource> Engine<S> {
                 if let Some(flight) = state.records.get_mut(&key).and_then(|record| record.flight.as_mut()) {
                     flight.task = None;
                 }
+                return self.act(state);
+            }
+            Ok(Fetched::TokenRefused(error)) => {
+                let landing = state.plan.landed(key, Outcome::TokenRefused, self.now());
+                if let Some(flight) = state.records.get_mut(&key).and_then(|record| record.flight.as_mut()) {
+                    flight.token_refused = true;
+                }
+                state.outage = None;
+                self.tell(state, key, landing, Err(Error::Service(error)));
                 return self.act(state);
             }
             Ok(Fetched::Credentials { credentials, accepted }) => {

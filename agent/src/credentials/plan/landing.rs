@@ -62,6 +62,13 @@ impl Plan {
                 self.take_turn_again(key, rank);
                 return Landing::GoesOn;
             }
+            // The next call is one more.
+            Outcome::TokenRefused => {
+                self.pace.answered();
+                self.service_answers(now);
+                self.take_turn_again(key, rank);
+                return Landing::GoesOn;
+            }
             Outcome::Failed(failure) => return self.failed(key, failure, rank, begun_at, now),
         }
         Landing::Over

@@ -504,6 +504,43 @@ fn a_fetch_that_lingers_for_its_token_has_nobody_else_s_place() {
 }
 
 #[test]
+fn a_token_that_is_refused_costs_a_call_and_the_next_one_another() {
+    let mut tokens = 0;
+    let mut world = World::new(move |key, now| {
+        tokens += 1;
+        if tokens == 1 { Outcome::TokenRefused } else { lives(360)(key, now) }
+    });
+    world.plan = Plan::new(Budget { per_second: 0.1, burst: 1.0 }, 7, START);
+    let [bad, next] = [pod_uid(), pod_uid()];
+    world.ask(bad);
+    world.pass(secs(9));
+    assert_eq!((world.calls_of(bad), world.plan.calling, world.plan.flights()), (1, 0, 1), "it has no place");
+    assert!(!world.plan.service_is_away());
+    world.ask(next);
+    world.pass(secs(2));
+    assert_eq!((world.calls_of(bad), world.calls_of(next)), (2, 0), "it was first");
+    world.pass(secs(10));
+    assert_eq!((world.calls_of(bad), world.calls_of(next), world.lives.len()), (2, 1, 2));
+}
+
+#[test]
+fn a_refusal_of_a_token_is_an_answer_of_a_service_that_was_away() {
+    let mut world = World::new(|_, now| match now {
+        now if now < START + secs(10) => Outcome::Failed(Failure::Outage),
+        now if now < START + secs(14) => Outcome::TokenRefused,
+        _ => lives(360)(Key::Token([0; 32]), now),
+    });
+    let uids = [pod_uid(), pod_uid(), pod_uid()];
+    for _ in 0..12 {
+        uids.iter().for_each(|uid| _ = world.ask(*uid));
+        world.pass(secs(1));
+    }
+    assert!(!world.plan.service_is_away());
+    world.pass(secs(5));
+    assert_eq!((world.lives.len(), world.plan.flights()), (3, 0));
+}
+
+#[test]
 fn what_is_learnt_is_no_failure_any_more() {
     let mut world = World::new(|_, _| Outcome::Failed(Failure::Refused));
     let uid = pod_uid();

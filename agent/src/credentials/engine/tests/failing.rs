@@ -49,6 +49,27 @@ async fn a_token_that_eks_auth_refuses_is_dropped_and_the_next_one_tried_at_once
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_call_with_another_token_waits_for_its_turn_and_its_caller_learns_why() {
+    let clock = virtual_clock();
+    let upstream = FakeUpstream::new(Arc::clone(&clock));
+    let one_call = Budget { per_second: 0.1, burst: 1.0 };
+    let engine = Engine::start(Arc::clone(&upstream), one_call, clock, 7, EngineMetrics::default());
+    let pod = Arc::new(pod("app", "web"));
+    upstream.change(|conditions| conditions.bad_tokens = true);
+    let answer = get(&engine, &pod).await;
+    assert!(
+        matches!(&answer, Err(Error::Service(error)) if error.code == "InvalidTokenException"),
+        "{answer:?}"
+    );
+    upstream.change(|conditions| conditions.bad_tokens = false);
+    sleep(Duration::from_secs(8)).await;
+    assert_eq!((upstream.bad_tokens(), upstream.calls().len()), (1, 0), "the budget has no other call yet");
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!((upstream.bad_tokens(), upstream.calls().len()), (1, 1));
+    assert!(are_of(&get(&engine, &pod).await.unwrap(), pod.uid));
+}
+
+#[tokio::test(start_paused = true)]
 async fn operators_are_told_once_in_a_row_and_how_many_pods_are_in_need() {
     let (upstream, engine) = engine();
     upstream.change(|conditions| conditions.life = SignedDuration::from_mins(60));
