@@ -18,4 +18,5 @@ mod roles;
 mod routing;
 mod startup;
 mod stock_agent;
+mod take_back;
 mod upgrade;
