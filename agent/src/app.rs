@@ -34,7 +34,7 @@ use crate::{
     credentials::{
         aws,
         eks_auth::{self, EksAuth},
-        engine::{self, Engine},
+        engine::{self, Clock, Engine},
         issuer::Issuer,
         kube_identity::{self, Clients},
         metrics::EngineMetrics,
@@ -278,11 +278,12 @@ pub fn engine(
 ) -> Arc<Engine<NodeSource>> {
     let issuer = Issuer::new(kube.own.clone());
     issuer.prepare();
-    let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), issuer.clone());
+    let clock: Clock = Arc::new(Timestamp::now);
+    let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), issuer.clone(), Arc::clone(&clock));
     let source = NodeSource { issuer, tokens, eks_auth };
     // Chances that differ between nodes are enough.
     let seed = RandomState::new().hash_one(&config.node_name);
-    Engine::start(source, engine::BUDGET, Arc::new(Timestamp::now), seed, metrics)
+    Engine::start(source, engine::BUDGET, clock, seed, metrics)
 }
 
 /// Loads the kernel side. Nothing changes for pods yet.

@@ -9,6 +9,8 @@ use jiff::Timestamp;
 pub mod aws;
 pub mod eks_auth;
 pub mod engine;
+#[cfg(test)]
+mod fake_cluster;
 pub mod issuer;
 pub mod jwt;
 pub mod kube_identity;

@@ -1,5 +1,9 @@
 //! The whole agent but for the kernel, in process: real requests in, the lab's servers behind.
 
+#[path = "pipeline/freshness.rs"]
+mod freshness;
+#[path = "pipeline/keys.rs"]
+mod keys;
 #[path = "pipeline/node.rs"]
 mod node;
 

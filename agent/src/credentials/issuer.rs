@@ -216,3 +216,6 @@ impl Known {
 fn verdict(judged: Result<Verdict, signature::Error>) -> Verdict {
     judged.unwrap_or_else(|error| Verdict::Bad(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

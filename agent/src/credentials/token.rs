@@ -21,6 +21,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tracing::{debug, warn};
 
 use super::{
+    engine::Clock,
     issuer::{Issuer, Verdict},
     jwt,
     plan::TokenDigest,
@@ -47,6 +48,7 @@ pub struct Tokens {
     kubelet_pods: PathBuf,
     kube: Client,
     issuer: Issuer,
+    clock: Clock,
     requested: Cache<PodUid, (Secret, Timestamp)>,
     /// The last one of a pod that EKS Auth has refused: the kubelet keeps its file until most of its life is over.
     refused: Cache<PodUid, TokenDigest>,
@@ -77,11 +79,11 @@ pub enum Error {
 impl Tokens {
     /// Tokens from the kubelet whose `--root-dir` is `kubelet_root`, as far as `issuer` takes them for good, and from the
     /// API server.
-    pub fn new(kubelet_root: &Path, kube: Client, issuer: Issuer) -> Self {
+    pub fn new(kubelet_root: &Path, kube: Client, issuer: Issuer, clock: Clock) -> Self {
         let life = Duration::from_secs(LIFE_SECS.unsigned_abs());
         let requested = Cache::builder().max_capacity(REQUESTED_MAX).time_to_live(life).build();
         let refused = Cache::builder().max_capacity(REQUESTED_MAX).time_to_live(life).build();
-        Self { kubelet_pods: kubelet_root.join("pods"), kube, issuer, requested, refused }
+        Self { kubelet_pods: kubelet_root.join("pods"), kube, issuer, clock, requested, refused }
     }
 
     /// A token bound to this pod, good now.
@@ -89,7 +91,7 @@ impl Tokens {
         if let Some(token) = self.kubelets(pod).await {
             return Ok(token);
         }
-        let now = Timestamp::now();
+        let now = (self.clock)();
         if let Some((token, until)) = self.requested.get(&pod.uid).await
             && now < until
         {
@@ -145,7 +147,7 @@ impl Tokens {
         if self.refused.get(&pod.uid).await == Some(token.digest()) {
             return Some("EKS Auth has refused it".to_owned());
         }
-        let claims = match jwt::read(token.expose(), Timestamp::now()) {
+        let claims = match jwt::read(token.expose(), (self.clock)()) {
             Ok(claims) if claims.pod == Some(pod.uid) => claims,
             Ok(_) => return Some("it is not bound to the pod".to_owned()),
             Err(error) => return Some(error.to_string()),
@@ -240,31 +242,4 @@ pub(crate) fn read_projected(volume: &Path) -> io::Result<Secret> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-
-    #[test]
-    fn the_kubelet_s_chain_of_links_is_followed_and_no_way_out() {
-        let volume = tempfile::tempdir().unwrap();
-        let at = |path: &str| volume.path().join(path);
-        assert_eq!(read_projected(&at("absent")).unwrap_err().kind(), io::ErrorKind::NotFound);
-
-        std::fs::create_dir(at("..2026_01_01")).unwrap();
-        std::fs::write(at("..2026_01_01/eks-pod-identity-token"), "a.b.c\n").unwrap();
-        symlink("..2026_01_01", at("..data")).unwrap();
-        symlink("..data/eks-pod-identity-token", at(TOKEN_VOLUME)).unwrap();
-        assert_eq!(read_projected(volume.path()).unwrap().expose(), "a.b.c");
-
-        std::fs::write(at("..2026_01_01/eks-pod-identity-token"), vec![b'a'; jwt::MAX_LEN + 1]).unwrap();
-        assert!(read_projected(volume.path()).is_err());
-
-        let elsewhere = tempfile::NamedTempFile::new().unwrap();
-        for target in [elsewhere.path(), Path::new("../../../../../../etc/hostname"), Path::new("..data")] {
-            std::fs::remove_file(at(TOKEN_VOLUME)).unwrap();
-            symlink(target, at(TOKEN_VOLUME)).unwrap();
-            assert!(read_projected(volume.path()).is_err(), "{}", target.display());
-        }
-    }
-}
+mod tests;

@@ -13,7 +13,9 @@ use std::{
 use agent::{
     accept, app,
     config::{Config, KubeIdentity, LogFormat, TargetMode, WhenDown},
-    credentials::{eks_auth, kube_identity::Clients, metrics::EngineMetrics, source::NodeSource},
+    credentials::{
+        eks_auth, engine::Engine, kube_identity::Clients, metrics::EngineMetrics, source::NodeSource,
+    },
     dialect::imds_token::ImdsTokens,
     drain::{Drain, drain},
     identity::{CallerResolver, PodUid, Pods, ServiceAccountRef, network::Networks},
@@ -56,6 +58,8 @@ pub(crate) struct Node {
     pub(crate) cluster: Cluster,
     pub(crate) eks_auth: EksAuth,
     pub(crate) faults: Faults,
+    pub(crate) engine: Arc<Engine<NodeSource>>,
+    pub(crate) engine_metrics: EngineMetrics,
     pub(crate) kubelet: tempfile::TempDir,
     _kube_api: KubeApi,
     registry: Registry,
@@ -118,15 +122,13 @@ impl Node {
         let namespaces = Arc::clone(&policies.namespaces);
         let (_, instance) = watch::channel(Instance::default());
         let mut registry = Registry::default();
+        let client = eks_auth::EksAuth::new(&aws, CLUSTER, NODE, instance.clone());
+        let engine_metrics = EngineMetrics::default();
+        let engine = app::engine(&config, &kube, client, engine_metrics.clone());
         let server = Server {
             policies,
             resolver,
-            engine: app::engine(
-                &config,
-                &kube,
-                eks_auth::EksAuth::new(&aws, CLUSTER, NODE, instance.clone()),
-                EngineMetrics::default(),
-            ),
+            engine: Arc::clone(&engine),
             imds_tokens: ImdsTokens::new(&[7; 32]),
             token_delegates: config.token_delegates.clone(),
             instance,
@@ -145,6 +147,8 @@ impl Node {
             cluster,
             eks_auth,
             faults,
+            engine,
+            engine_metrics,
             kubelet,
             _kube_api: kube_api,
             registry,

@@ -1,0 +1,82 @@
+//! What is fresh enough for whom: each dialect has the floor of its clients.
+
+use std::sync::Arc;
+
+use agent::{
+    credentials::{Credentials, Role, engine::HandedOver},
+    identity::{Pod, PodUid, Pods, ServiceAccountRef},
+    testing,
+};
+use jiff::{SignedDuration, Timestamp};
+
+use super::{
+    ECS, Fault, Faults, IMDS, ImdsMode, Node, POD_IDENTITY, Service, TestPod, imds_credentials, injected,
+};
+
+/// Gives the agent credentials of the pod's that it has fetched long ago.
+fn kept(node: &Node, pod: &TestPod, minutes_left: i64) -> String {
+    let service_account = ServiceAccountRef { namespace: "app".into(), name: "web".into() };
+    let pod = Pod {
+        uid: PodUid::parse(&pod.uid).unwrap(),
+        service_account: service_account.clone(),
+        ..testing::pod("app", "web")
+    };
+    let now = Timestamp::now();
+    let expiration = now + SignedDuration::from_mins(minutes_left);
+    let credentials = Credentials {
+        access_key_id: "ASIAKEPT".into(),
+        secret_access_key: "secret".into(),
+        session_token: "session".into(),
+        expiration,
+        obtained_at: expiration - SignedDuration::from_hours(6),
+        role: Role { account_id: "123456789012".into(), partition: "aws".into(), name: "web-role".into() },
+    };
+    let kept = credentials.access_key_id.clone();
+    node.engine.hold(vec![HandedOver {
+        pod: pod.uid,
+        service_account,
+        credentials: Arc::new(credentials),
+        refresh_at: now,
+        asked: true,
+    }]);
+    let known = Pods::default();
+    known.insert(&Arc::new(pod));
+    node.engine.adopt(&known);
+    kept
+}
+
+/// Which of the callers at each of these addresses get what is kept without a look for fresher ones. A caller for whom it is
+/// not good enough is counted, since EKS Auth hangs.
+async fn content(minutes_left: i64) -> Vec<&'static str> {
+    let faults = Faults::default();
+    faults.set(Service::EksAuth, Fault::Hang);
+    let node = Node::start_with(ImdsMode::Intercept, faults).await;
+    let pod = injected(&node);
+    let kept = kept(&node, &pod, minutes_left);
+    let token = pod.token(&node);
+    let mut content = Vec::new();
+    for (caller, address) in [("pod", POD_IDENTITY), ("ecs", ECS), ("imds", IMDS), ("token", "")] {
+        let before = node.engine_metrics.below_floor.get();
+        match caller {
+            "token" => node.dial_anonymously(),
+            _ => node.dial_as(&pod, address),
+        }
+        let answer = match address {
+            IMDS => imds_credentials(&node).await,
+            ECS => node.get("/v1/credentials", &[("Authorization", &token), ("Host", ECS)]).await,
+            _ => node.get("/v1/credentials", &[("Authorization", &token)]).await,
+        };
+        assert_eq!((answer.status, answer.json()["AccessKeyId"].as_str()), (200, Some(&*kept)), "{caller}");
+        if node.engine_metrics.below_floor.get() == before {
+            content.push(caller);
+        }
+    }
+    content
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_dialect_has_the_floor_of_its_clients() {
+    assert_eq!(content(31).await, ["pod", "ecs", "imds", "token"]);
+    assert_eq!(content(25).await, ["pod", "ecs", "token"]);
+    assert_eq!(content(19).await, [""; 0]);
+}
