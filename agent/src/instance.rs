@@ -5,7 +5,10 @@
 
 use std::time::Duration;
 
-use aws_config::imds::client::{Client, error::ImdsError};
+use aws_config::{
+    imds::client::{Client, error::ImdsError},
+    provider_config::ProviderConfig,
+};
 use serde::Deserialize;
 use tokio::{sync::watch, time::sleep};
 use tracing::{info, warn};
@@ -62,7 +65,13 @@ impl Instance {
 
 /// The node's IMDS, asked once and not again: whoever asks tries again by itself.
 pub fn imds() -> Client {
-    Client::builder().max_attempts(1).build()
+    Client::builder().configure(&directly()).max_attempts(1).build()
+}
+
+/// How the SDK is to ask the node's IMDS: by no proxy. The SDK's own client would ask by that of `HTTP_PROXY`, and get what
+/// the IMDS of the proxy's own host says.
+pub(crate) fn directly() -> ProviderConfig {
+    ProviderConfig::default().with_http_client(aws_smithy_http_client::Builder::new().build_http())
 }
 
 /// Keeps the copy up to date for ever. While the node's IMDS is away, what is known stays.

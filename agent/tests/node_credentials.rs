@@ -8,17 +8,20 @@ use std::{
     net::TcpListener,
     path::Path,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
-use agent::credentials::aws;
+use agent::{
+    credentials::aws,
+    instance::{self, Instance},
+};
 use lab::{
     faults::{Fault, Faults, Service},
     imds::{Imds, ImdsConfig, NodeCredentials},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 
 /// Set in the process that asks for credentials.
@@ -32,6 +35,7 @@ struct Asker {
 }
 
 impl Asker {
+    /// A variable that is empty is not set.
     fn start(test: &str, variables: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env::current_exe().unwrap());
         command.args(["--exact", test, "--nocapture"]);
@@ -42,7 +46,13 @@ impl Asker {
             command.env_remove(inherited);
         }
         command.env(CHILD, "1").env("HOME", "/nonexistent").env("AWS_REGION", "us-west-2");
-        command.envs(variables.iter().copied());
+        for (name, value) in variables {
+            if value.is_empty() {
+                command.env_remove(name)
+            } else {
+                command.env(name, value)
+            };
+        }
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (to, from) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
         Self { process, to, from: BufReader::new(from) }
@@ -161,6 +171,68 @@ async fn the_instance_s_role_is_had_by_imds_v2_and_kept_while_that_is_away() {
         return answer().await;
     }
     let faults = Faults::default();
+    let imds = imds(&faults);
+    let endpoint = format!("http://{}", imds.address());
+    let asking = tokio::task::spawn_blocking(move || {
+        let mut asker = Asker::start(
+            "the_instance_s_role_is_had_by_imds_v2_and_kept_while_that_is_away",
+            &[("AWS_EC2_METADATA_SERVICE_ENDPOINT", endpoint.as_str())],
+        );
+        let first = asker.ask();
+        faults.set(Service::Imds, Fault::Drop);
+        (first, asker.ask())
+    });
+    let (first, second) = asking.await.unwrap();
+    for answer in [&first, &second] {
+        assert!(answer.starts_with("ASIANODE for "), "{first}, {second}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_proxy_is_on_the_way_to_imds_though_a_profile_begins_there_and_goes_on_to_sts_by_it() {
+    const TEST: &str =
+        "no_proxy_is_on_the_way_to_imds_though_a_profile_begins_there_and_goes_on_to_sts_by_it";
+    if env::var_os(CHILD).is_some() {
+        let (copy, mut instance) = watch::channel(Instance::default());
+        tokio::spawn(instance::follow(instance::imds(), copy));
+        let known = instance.wait_for(|instance| instance.zone.is_some());
+        tokio::time::timeout(Duration::from_secs(5), known).await.unwrap().unwrap();
+        return answer().await;
+    }
+    let imds = imds(&Faults::default());
+    let endpoint = format!("http://{}", imds.address());
+    let (proxy, mut asked) = proxy().await;
+    let mut profile = tempfile::NamedTempFile::new().unwrap();
+    profile
+        .write_all(
+            b"[default]\nrole_arn = arn:aws:iam::123456789012:role/other\n\
+            credential_source = Ec2InstanceMetadata\n",
+        )
+        .unwrap();
+    let answer = tokio::task::spawn_blocking(move || {
+        let variables = [
+            ("AWS_CONFIG_FILE", profile.path().to_str().unwrap()),
+            ("AWS_EC2_METADATA_SERVICE_ENDPOINT", &endpoint),
+            ("AWS_ENDPOINT_URL_STS", "http://sts.test.invalid"),
+            ("AWS_REGION", ""),
+            ("HTTP_PROXY", &proxy),
+        ];
+        Asker::start(TEST, &variables).ask()
+    });
+    let answer = answer.await.unwrap();
+    let mut through_proxy = Vec::new();
+    asked.close();
+    while let Some(request) = asked.recv().await {
+        through_proxy.push(request);
+    }
+    assert!(answer.starts_with("ASIAOTHER for "), "{answer}, {through_proxy:?}");
+    let sts = |request: &String| request.contains("Action=AssumeRole") && request.contains("ASIANODE");
+    assert!(through_proxy.iter().all(sts), "{through_proxy:?}");
+    assert_eq!(through_proxy.len(), 1);
+}
+
+/// An IMDS whose instance has a role, by IMDSv2 alone.
+fn imds(faults: &Faults) -> Imds {
     let credentials = NodeCredentials {
         access_key_id: "ASIANODE".into(),
         secret_access_key: "secret".into(),
@@ -178,20 +250,39 @@ async fn the_instance_s_role_is_had_by_imds_v2_and_kept_while_that_is_away() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let imds = Imds::serve(vec![listener], config, faults.clone()).unwrap();
     imds.v2_required(true);
-    let endpoint = format!("http://{}", imds.address());
-    let asking = tokio::task::spawn_blocking(move || {
-        let mut asker = Asker::start(
-            "the_instance_s_role_is_had_by_imds_v2_and_kept_while_that_is_away",
-            &[("AWS_EC2_METADATA_SERVICE_ENDPOINT", endpoint.as_str())],
-        );
-        let first = asker.ask();
-        faults.set(Service::Imds, Fault::Drop);
-        (first, asker.ask())
+    imds
+}
+
+/// A proxy with a security token service behind it, and nothing else. It tells what it was asked.
+async fn proxy() -> (String, mpsc::UnboundedReceiver<String>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let (tell, asked) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = Vec::new();
+            let is_whole = |request: &[u8]| {
+                let text = String::from_utf8_lossy(request).into_owned();
+                text.contains("\r\n\r\n") && (!text.starts_with("POST") || text.contains("Version="))
+            };
+            while !is_whole(&request) && stream.read_buf(&mut request).await.unwrap() > 0 {}
+            let request = String::from_utf8_lossy(&request).into_owned();
+            let body = "<AssumeRoleResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><AssumeRoleResult>\
+                <Credentials><AccessKeyId>ASIAOTHER</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>\
+                <SessionToken>session</SessionToken><Expiration>2099-01-01T00:00:00Z</Expiration></Credentials>\
+                <AssumedRoleUser><Arn>arn:aws:sts::123456789012:assumed-role/other/n1</Arn>\
+                <AssumedRoleId>AROA:n1</AssumedRoleId></AssumedRoleUser>\
+                </AssumeRoleResult></AssumeRoleResponse>";
+            let status = if request.starts_with("POST") { "200 OK" } else { "404 Not Found" };
+            let _ = tell.send(request);
+            let answer = format!(
+                "HTTP/1.1 {status}\r\nContent-Type: text/xml\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            );
+            let _ = stream.write_all(answer.as_bytes()).await;
+        }
     });
-    let (first, second) = asking.await.unwrap();
-    for answer in [&first, &second] {
-        assert!(answer.starts_with("ASIANODE for "), "{first}, {second}");
-    }
+    (endpoint, asked)
 }
 
 /// A security token service that gives everybody the same keys, and tells what it was asked.

@@ -5,8 +5,9 @@
 use std::{env, fs, io, path::PathBuf, time::Duration};
 
 use aws_config::{
-    BehaviorVersion, SdkConfig, default_provider::region::DefaultRegionChain, retry::RetryConfig,
-    timeout::TimeoutConfig,
+    BehaviorVersion, Region, SdkConfig, environment::region::EnvironmentVariableRegionProvider,
+    imds::region::ImdsRegionProvider, meta::region::RegionProviderChain,
+    profile::region::ProfileFileRegionProvider, retry::RetryConfig, timeout::TimeoutConfig,
 };
 use aws_credential_types::provider::ProvideCredentials as _;
 use aws_smithy_http_client::{
@@ -22,7 +23,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::node::NodeCredentials;
-use crate::error::chain;
+use crate::{error::chain, instance};
 
 /// A connection takes a millisecond within a region.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -65,9 +66,7 @@ pub async fn config() -> Result<(SdkConfig, Connections), Error> {
     let (open, connections) = watch::channel(0);
     let timeouts =
         TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).operation_timeout(CALL_TIMEOUT).build();
-    // A variable that is set to nothing names none.
-    let region = DefaultRegionChain::builder().build().region().await;
-    let region = region.filter(|region| !region.as_ref().is_empty());
+    let region = region().await;
     let config = aws_config::defaults(BehaviorVersion::latest())
         .http_client(http_client(open)?)
         .region(region.clone())
@@ -92,6 +91,15 @@ pub async fn check(config: &SdkConfig) {
         }
         Err(_) => warn!("the node's AWS credentials did not come in time"),
     }
+}
+
+/// The region where the SDK looks for it.
+async fn region() -> Option<Region> {
+    let chain = RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
+        .or_else(ProfileFileRegionProvider::new())
+        .or_else(ImdsRegionProvider::builder().configure(&instance::directly()).build());
+    // A variable that is set to nothing names none.
+    chain.region().await.filter(|region| !region.as_ref().is_empty())
 }
 
 /// Connections through `HTTPS_PROXY` but for `NO_PROXY`, to who has a certificate of the system's authorities or of those

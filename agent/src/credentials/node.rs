@@ -17,6 +17,8 @@ use aws_credential_types::provider::{
 };
 use aws_smithy_http_client::pool::Client;
 
+use crate::instance;
+
 /// Static keys do not say when they end: whoever puts others in their file is heard after this time.
 const READ_EVERY: Duration = Duration::from_mins(1);
 
@@ -39,7 +41,8 @@ impl NodeCredentials {
     /// STS is asked in `region` over `http_client`'s connections. The instance's role never is: no proxy is on the way to
     /// the node's own IMDS.
     pub(super) fn new(region: Option<Region>, http_client: Client) -> Self {
-        Self { region, http_client, instance_role: Arc::new(ImdsCredentialsProvider::builder().build()) }
+        let instance_role = ImdsCredentialsProvider::builder().configure(&instance::directly()).build();
+        Self { region, http_client, instance_role: Arc::new(instance_role) }
     }
 
     /// The files are read anew each time: the SDK's own provider reads them once in its life, and its configuration, too.
@@ -49,7 +52,9 @@ impl NodeCredentials {
             .with_http_client(self.http_client.clone());
         let profile = ProfileFileCredentialsProvider::builder()
             .configure(&sts)
-            .with_custom_provider("EcsContainer", NotFromContainer);
+            .with_custom_provider("EcsContainer", NotFromContainer)
+            // The SDK's own would be asked over the same connections as STS.
+            .with_custom_provider("Ec2InstanceMetadata", Arc::clone(&self.instance_role));
         let web_identity = WebIdentityTokenCredentialsProvider::builder().configure(&sts);
         let chain =
             CredentialsProviderChain::first_try("Environment", EnvironmentVariableCredentialsProvider::new())
