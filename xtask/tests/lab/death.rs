@@ -3,7 +3,8 @@
 use std::{fs, process::Stdio, time::Duration};
 
 use anyhow::Context as _;
-use lab::{Pod, lab::NODE_ROLE, netns::NetNs};
+use futures::TryStreamExt as _;
+use lab::{Lab, Pod, lab::NODE_ROLE, netns::NetNs};
 use tokio::time::sleep;
 
 use crate::node::{self, IMDS, Node, POD_IDENTITY, ROLES};
@@ -53,6 +54,30 @@ fn target_is_up(netns: &NetNs) -> anyhow::Result<[bool; 3]> {
             read("fib_trie")?.contains(TARGET_V4),
             read("if_inet6")?.contains(TARGET_V6),
         ])
+    })
+}
+
+/// `podgate detach`; what it prints.
+pub(crate) async fn detach(lab: &Lab, more: &[&str]) -> anyhow::Result<String> {
+    let (bpffs, handover) = (lab.node.place.bpffs(), lab.node.place.handover());
+    let [bpffs, handover] = [bpffs.display().to_string(), handover.display().to_string()];
+    let arguments = [&["detach", "--bpffs", &bpffs, "--handover-dir", &handover], more].concat();
+    let mut command = lab.agent_tool(&node::agent_binary()?, &arguments)?;
+    let output = command.stdin(Stdio::null()).output().await?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn remove_link(netns: &NetNs) -> anyhow::Result<()> {
+    netns.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection()?;
+            tokio::spawn(connection);
+            let mut links = handle.link().get().match_name(LINK.to_owned()).execute();
+            let link = links.try_next().await?.context("there is no link")?;
+            Ok(handle.link().del(link.header.index).execute().await?)
+        })
     })
 }
 
@@ -116,34 +141,48 @@ async fn detach_leaves_the_node_as_it_was_with_and_without_an_agent() -> anyhow:
     let pod = node.pod("web")?;
     node.agent.kill().await?;
     let bpffs = node.lab.node.place.bpffs();
-    let detach = async |node: &Node, more: &[&str]| -> anyhow::Result<String> {
-        let arguments = [&["detach", "--bpffs", bpffs.to_str().context("a path")?], more].concat();
-        let mut command = node.lab.agent_tool(&node::agent_binary()?, &arguments)?;
-        let output = command.stdin(Stdio::null()).output().await?;
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ok(String::from_utf8(output.stdout)?)
-    };
+    let handover = node.lab.node.place.handover();
 
-    let listed = detach(&node, &["--dry-run"]).await?;
-    for thing in ["links/connect4", "maps/POLICIES", "podgate/v1", LINK] {
+    let listed = detach(&node.lab, &["--dry-run"]).await?;
+    let socket = handover.join("handover.sock");
+    for thing in ["links/connect4", "maps/POLICIES", "podgate/v1", LINK, &socket.display().to_string()] {
         assert!(listed.contains("would remove") && listed.contains(thing), "{thing}: {listed}");
     }
     assert_refused(&node, &pod, "ECONNREFUSED").await?;
     // Half of it is missing.
     fs::remove_file(bpffs.join("podgate/v1/maps/TARGETS"))?;
     fs::remove_file(bpffs.join("podgate/v1/links/connect6"))?;
-    detach(&node, &[]).await?;
+    detach(&node.lab, &[]).await?;
     assert_eq!(target_is_up(&node.lab.node.netns)?, [false; 3]);
-    assert!(!bpffs.join("podgate").exists());
+    assert!(!bpffs.join("podgate").exists() && !handover.exists());
     assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE), "nothing is between the pod and IMDS");
-    assert!(detach(&node, &[]).await?.contains("nothing of podgate's"), "once more is fine");
+    assert!(detach(&node.lab, &[]).await?.contains("nothing of podgate's"), "once more is fine");
 
     // Under a running agent as well, which an operator may do in need: it ends.
     node.agent = node.lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
-    detach(&node, &[]).await?;
+    detach(&node.lab, &[]).await?;
     assert!(!node.agent.wait().await?.success());
     assert!(node.agent.log_text()?.contains("podgate detach"), "{}", node.agent.log_tail());
     assert_eq!(target_is_up(&node.lab.node.netns)?, [false; 3]);
+    assert!(!handover.exists());
     assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE));
     node.lab.down()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_fails_to_take_charge_ends_and_the_one_that_is_started_again_serves()
+-> anyhow::Result<()> {
+    let mut node = Node::intercepting().await?;
+    let pod = node.pod("web")?;
+    let other = node.lab.add_agent_pod("podgate-other")?;
+    let spec = node::agent(&["--imds", "intercept"])?;
+    let mut successor = node.lab.start_agent_in(&other, &spec).await?;
+    // What the one before it needs is gone, and so is its successor.
+    remove_link(&node.lab.node.netns)?;
+    successor.kill().await?;
+    assert!(!node.agent.wait().await?.success(), "the kubelet is to see it");
+    assert!(node.agent.log_text()?.contains("cannot go on"), "{}", node.agent.log_tail());
+    node.agent = node.lab.start_agent(&spec).await?;
+    node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
+    node.down().await
 }

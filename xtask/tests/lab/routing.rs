@@ -1,7 +1,8 @@
 //! Every way in which a node may route its pods, and the pods' way to podgate in each.
 
-use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, process::Stdio, time::Duration};
 
+use anyhow::Context as _;
 use futures::TryStreamExt as _;
 use lab::{EnvKind, Lab, LabSpec, Pod, netns::Routing};
 use rtnetlink::{
@@ -11,9 +12,16 @@ use rtnetlink::{
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
-use tokio::time::{Instant, sleep};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::Child,
+    time::{Instant, sleep},
+};
 
-use crate::node::{self, HELPER, IMDS, Node, POD_IDENTITY};
+use crate::{
+    death::detach,
+    node::{self, HELPER, IMDS, Node, POD_IDENTITY},
+};
 
 const IMDS_V6: &str = "http://[fd00:ec2::254]";
 const POD_IDENTITY_V6: &str = "http://[fd00:ec2::23]/v1/credentials";
@@ -23,6 +31,12 @@ for address in ['10.10.0.10', 'fd10::10']:
     try: socket.create_connection((address, 9), 0.3)
     except TimeoutError: print('lost')
     except OSError as error: print(errno.errorcode[error.errno])";
+/// Sends half a request, and waits.
+const SLOW_CLIENT: &str = "import socket, time
+client = socket.create_connection(('169.254.170.23', 80))
+client.send(b'GET /v1/cred')
+print('begun')
+time.sleep(60)";
 /// The number of podgate's rules.
 const PROTOCOL: RuleAttribute = RuleAttribute::Protocol(RouteProtocol::Other(80));
 /// In which podgate follows the node's rules.
@@ -169,11 +183,40 @@ async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_podgate_s
     assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "its successor adopts them");
     assert!(agent.stop().await?.success());
     assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "as its programs stay");
-    let bpffs = lab.node.place.bpffs().display().to_string();
-    let mut detach = lab.agent_tool(&node::agent_binary()?, &["detach", "--bpffs", &bpffs])?;
-    assert!(detach.status().await?.success());
+    assert!(detach(&lab, &[]).await?.contains("removing the rule"));
     assert_eq!(own_rules(&lab)?, BTreeSet::new());
     lab.down()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_stay_away_after_detach_though_agents_still_finish_what_they_have() -> anyhow::Result<()> {
+    let Node { lab, mut agent } = routed(Routing::StrictSecurityGroups).await?;
+    let pod = lab.add_pod(&node::spec("slow"))?;
+    let other = lab.add_agent_pod("podgate-other")?;
+    let slow = begin_request(&lab, &pod).await?;
+    let mut successor = lab.start_agent_in(&other, &node::agent(&["--imds", "intercept"])?).await?;
+    let slow = [slow, begin_request(&lab, &pod).await?];
+    assert!(!own_rules(&lab)?.is_empty());
+
+    detach(&lab, &[]).await?;
+    assert_eq!(own_rules(&lab)?, BTreeSet::new());
+    for agent in [&mut agent, &mut successor] {
+        assert!(!agent.wait().await?.success());
+        assert!(agent.log_text()?.contains("podgate detach"), "{}", agent.log_tail());
+    }
+    sleep(SOON).await;
+    assert_eq!(own_rules(&lab)?, BTreeSet::new());
+    drop(slow);
+    lab.down()
+}
+
+/// A client that has sent half a request; killed when dropped.
+async fn begin_request(lab: &Lab, pod: &Pod) -> anyhow::Result<Child> {
+    let mut client = lab.exec(pod, EnvKind::None, &["python3", "-uc", SLOW_CLIENT])?;
+    let mut client = client.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    let stdout = client.stdout.take().context("the client's output is not a pipe")?;
+    assert_eq!(BufReader::new(stdout).lines().next_line().await?.as_deref(), Some("begun"));
+    Ok(client)
 }
 
 #[tokio::test(flavor = "multi_thread")]
