@@ -130,10 +130,8 @@ async fn run_all(attacks: &[&Attack], builds: &Builds) -> Vec<Row> {
     for attack in attacks {
         let began = Instant::now();
         // Both at once: on nodes of their own they do not see each other.
-        let (defended, control) = tokio::join!(
-            attack.run_on(&builds.release, &[]),
-            attack.run_on(&builds.undefended, attack.without)
-        );
+        let (defended, control) =
+            tokio::join!(attack.run_on(builds, &[]), attack.run_on(builds, attack.without));
         let names = (attack.name, attack.tried);
         let row = Row::new(names, attack.without, defended, control, began.elapsed().as_secs_f64());
         eprintln!("{}", row.line());
@@ -145,8 +143,8 @@ async fn run_all(attacks: &[&Attack], builds: &Builds) -> Vec<Row> {
 // === impl Attack ===
 
 impl Attack {
-    async fn run_on(&self, binary: &std::path::Path, without: &[Defence]) -> anyhow::Result<Outcome> {
-        let scene = Scene::up(binary, without)?;
+    async fn run_on(&self, builds: &Builds, without: &[Defence]) -> anyhow::Result<Outcome> {
+        let scene = Scene::up(builds, without)?;
         if !self.is_early {
             scene.start_agent().await?;
         }

@@ -13,6 +13,7 @@ mod segment;
 mod socket;
 
 use std::{
+    collections::BTreeSet,
     io::{self, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     path::PathBuf,
@@ -21,6 +22,7 @@ use std::{
 
 use anyhow::Context as _;
 use lab::cgroup;
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// The name of the hidden subcommand.
@@ -40,7 +42,7 @@ pub(super) enum Act {
     Ask { dial: Dial, request: String },
     /// The three requests of IMDSv2, each with these headers.
     Imds { to: SocketAddr, headers: String },
-    /// The same again and again until told to stop; the first credentials, or the last refusal.
+    /// The same again and again until told to stop; every answer with other credentials, or the last refusal.
     ImdsForEver { to: SocketAddr },
     /// Connects, stays, and sends these bytes when told to.
     AskLater { to: SocketAddr, request: String },
@@ -68,6 +70,8 @@ pub(super) enum Act {
     OfferHandover { path: PathBuf, entries: String },
     /// Sends first segments of handshakes, stays, and goes on with it.
     FloodHandshakes { from: Ipv4Addr, to: Ipv4Addr, count: u32 },
+    /// Listens at this port of every address, shares it with nobody who comes later, and stays.
+    Squat { port: u16 },
     /// Listens where somebody else does, makes all connections come here, and tells what is sent on the first.
     Join { at: SocketAddr },
     /// Sends a packet; whether anything came back.
@@ -113,6 +117,9 @@ pub(super) struct Got {
     pub(super) number: Option<u64>,
     /// How long it took.
     pub(super) milliseconds: u64,
+    /// When it asked and when it was refused, where it did so again and again, in milliseconds of `CLOCK_MONOTONIC`.
+    pub(super) asked_at: BTreeSet<u64>,
+    pub(super) refused_at: BTreeSet<u64>,
 }
 
 // === impl Dial ===
@@ -153,6 +160,12 @@ impl Got {
             (None, 0) => self.said.chars().take(60).collect(),
             (None, status) => format!("HTTP {status}"),
         }
+    }
+
+    /// The access keys in what was said.
+    pub(super) fn access_keys(&self) -> BTreeSet<&str> {
+        let after_name = self.said.split("\"AccessKeyId\"").skip(1);
+        after_name.filter_map(|text| text.split('"').nth(1)).collect()
     }
 
     fn of(result: io::Result<String>) -> Self {
@@ -219,6 +232,10 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
         Act::FloodHandshakes { from, to, count } => {
             flood::handshakes(&forge::Forger::new(*from, *to, Layer::Link)?, *count)?
         }
+        Act::Squat { port } => {
+            join::squat(*port)?;
+            Got::default()
+        }
         Act::Join { at } => Got::of(join::join(*at)),
         Act::Knock { to, how } => Got::of(forge::knock(*to, *how)),
     })
@@ -254,17 +271,29 @@ fn imds(to: SocketAddr, headers: &str) -> io::Result<String> {
 fn imds_for_ever(to: SocketAddr) -> anyhow::Result<Got> {
     ready()?;
     let told = std::thread::spawn(wait);
-    let mut last = Got::default();
-    let mut attempts = 0;
+    let mut all = Got { number: Some(0), ..Got::default() };
     while !told.is_finished() {
-        last = Got::of(imds(to, ""));
-        attempts += 1;
-        if last.said.contains(lab::lab::NODE_ACCESS_KEY_ID) {
-            break;
+        let began = now_ms();
+        let got = Got::of(imds(to, ""));
+        all.number = all.number.map(|attempts| attempts + 1);
+        all.asked_at.insert(began);
+        if got.access_keys().is_empty() {
+            all.refused_at.insert(began);
+            if all.access_keys().is_empty() {
+                (all.said, all.error) = (got.said, got.error);
+            }
+        } else if !got.access_keys().is_subset(&all.access_keys()) {
+            all.said.push_str(&got.said);
+            all.error = None;
         }
     }
-    last.said = format!("{attempts} attempts, the last: {}", last.said);
-    Ok(last)
+    Ok(all)
+}
+
+/// `CLOCK_MONOTONIC` in milliseconds: the same for everybody on the machine.
+pub(super) fn now_ms() -> u64 {
+    let now = Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn body_of_success(answer: &str) -> Option<&str> {

@@ -1,13 +1,16 @@
-//! Attacks while the agent is not there: who asks without pause may not get the node's role in between.
+//! Attacks while the agent is not there, or another takes its place: who asks without pause may not get the node's role in
+//! between.
 
 use std::time::Duration;
 
+use anyhow::bail;
+use lab::{Pod, PodSpec};
 use tokio::time::sleep;
 
 use super::{
     IMDS,
-    attacker::Act,
-    scene::{Outcome, Place, Scene},
+    attacker::{self, Act},
+    scene::{self, Outcome, Place, Scene, on_host_network, victim},
 };
 
 /// More than the programs wait for a beat.
@@ -17,8 +20,20 @@ const HANGS: Duration = Duration::from_secs(5);
 /// Long enough for a few attempts.
 const MOMENT: Duration = Duration::from_millis(500);
 
+/// How often an agent is succeeded.
+const SUCCESSIONS: usize = 3;
+/// Where whoever listens at every address is in the way of who listens at one.
+const HTTP: u16 = 80;
+
+/// What those who ask see of what happens to the agent.
+#[derive(PartialEq, Eq)]
+enum Sees {
+    Refusals,
+    Nothing,
+}
+
 pub(super) async fn killed(scene: &Scene) -> anyhow::Result<Outcome> {
-    meanwhile(scene, async || {
+    meanwhile(scene, Sees::Refusals, async || {
         scene.kill_agent().await?;
         sleep(STALE).await;
         scene.start_agent().await
@@ -27,7 +42,7 @@ pub(super) async fn killed(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn stopped(scene: &Scene) -> anyhow::Result<Outcome> {
-    meanwhile(scene, async || {
+    meanwhile(scene, Sees::Refusals, async || {
         scene
             .agent(async |agent| {
                 agent.terminate()?;
@@ -41,7 +56,7 @@ pub(super) async fn stopped(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn hung(scene: &Scene) -> anyhow::Result<Outcome> {
-    meanwhile(scene, async || {
+    meanwhile(scene, Sees::Refusals, async || {
         scene.agent(async |agent| agent.suspend()).await?;
         sleep(HANGS).await;
         scene.agent(async |agent| agent.resume()).await
@@ -49,16 +64,72 @@ pub(super) async fn hung(scene: &Scene) -> anyhow::Result<Outcome> {
     .await
 }
 
+pub(super) async fn succeeded(scene: &Scene) -> anyhow::Result<Outcome> {
+    meanwhile(scene, Sees::Nothing, async || {
+        for _ in 0..SUCCESSIONS {
+            scene.succeed_agent().await?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+pub(super) async fn succeeded_by_other_abi(scene: &Scene) -> anyhow::Result<Outcome> {
+    meanwhile(scene, Sees::Nothing, async || {
+        scene.succeed_agent_by_other_abi().await?;
+        scene.succeed_agent().await
+    })
+    .await
+}
+
+/// Somebody listens at every address, who could while no agent was there.
+pub(super) async fn squatted_after_death(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.victim().await?;
+    scene.kill_agent().await?;
+    squatted(scene, &victim).await
+}
+
+/// The same on a node that has just been booted.
+pub(super) async fn squatted_at_boot(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.lab.add_pod(&victim())?;
+    squatted(scene, &victim).await
+}
+
+async fn squatted(scene: &Scene, victim: &Pod) -> anyhow::Result<Outcome> {
+    let squatter = scene.lab.add_pod(&on_host_network(scene::attacker(), ("podgate.dev/imds", "off")))?;
+    let tenant = scene.lab.add_pod(&PodSpec::new("evil", "tenant").role("tenant-role"))?;
+    let squatting = scene.must_begin(Place::In(&squatter), &Act::Squat { port: HTTP }).await?;
+    let started = scene.start_agent().await;
+    let got = scene.act(Place::In(&tenant), &Act::Imds { to: IMDS, headers: String::new() }).await?;
+    let loot = scene.loot(&got, Some(&tenant));
+    let outcome = if loot.is_harm { loot } else { scene.unharmed(victim).await? };
+    squatting.finish().await?;
+    Ok(match started {
+        Ok(()) => outcome,
+        Err(_) => outcome.after("the agent does not start"),
+    })
+}
+
 /// What a pod gets that asks IMDS without pause while something happens to the agent.
 async fn meanwhile(
     scene: &Scene,
+    sees: Sees,
     happens: impl AsyncFnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
     let attacker = scene.attacker()?;
+    scene.until_served(&attacker).await?;
     let asking = scene.must_begin(Place::In(&attacker), &Act::ImdsForEver { to: IMDS }).await?;
     sleep(MOMENT).await;
+    let began = attacker::now_ms();
     happens().await?;
+    let time = began..attacker::now_ms();
     sleep(MOMENT).await;
     let got = asking.finish().await?;
-    Ok(scene.loot(&got, Some(&attacker)))
+    let outcome = scene.loot(&got, Some(&attacker));
+    let (asked, refused) = (got.asked_at.range(time.clone()).count(), got.refused_at.range(time).count());
+    if asked == 0 || sees == Sees::Refusals && refused == 0 && !outcome.is_harm {
+        bail!("no attempt has met what happened to the agent: {asked} asked then, {refused} were refused");
+    }
+    let attempts = got.number.unwrap_or_default();
+    Ok(outcome.after(&format!("{attempts} attempts")))
 }

@@ -47,6 +47,8 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [TicketLimit], packets::half_open_dials;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::held_connections;
+    "held-probes", "1,000 idle connections to the port for probes and metrics of an agent that may have 512 files open",
+        [ProbeLimit], packets::held_probes;
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::full_queue;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
@@ -99,6 +101,15 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [RefusalWhenDown, Guard], lifetime::stopped;
     "agent-hung", "the same while it hangs",
         [RefusalWhenDown, Guard], lifetime::hung;
+    "agent-succeeded", "the same while others take over from it, one after the other",
+        [ReplacedInPlace], lifetime::succeeded;
+    "agent-of-another-abi", "the same while one of another ABI takes over from it, and then one of its own again",
+        [ReplacedInPlace], lifetime::succeeded_by_other_abi;
+    "squatted-port", "a pod on the host's network listens at port 80 of every address after the agent is killed with -9, and \
+                      it is started again",
+        [OwnPorts], lifetime::squatted_after_death;
+    "squatted-port-at-boot", "the same before the agent is started for the first time",
+        [OwnPorts], lifetime::squatted_at_boot, early;
     "rebound-name", "a page in a pod's browser whose name resolves to the endpoint",
         [HostHeader], requests::rebound_name;
     "rebound-imds", "the same with PUT and GET at IMDS, as a browser sends them",

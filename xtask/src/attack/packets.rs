@@ -1,6 +1,6 @@
 //! Attacks with packets: handshakes by hand, floods, and what is no TCP connection at all.
 
-use std::{fs, time::Duration};
+use std::{fs, net::SocketAddr, time::Duration};
 
 use agent_common::net::{IMDS_V4, POD_IDENTITY_V4, POD_IDENTITY_V6};
 use anyhow::Context as _;
@@ -105,10 +105,19 @@ pub(super) async fn half_open_dials(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn held_connections(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
+    held(scene, &scene.attacker()?, POD_IDENTITY).await
+}
+
+pub(super) async fn held_probes(scene: &Scene) -> anyhow::Result<Outcome> {
+    let attacker = scene.lab.add_pod(&PodSpec { host_network: true, ..attacker() })?;
+    held(scene, &attacker, lab::agent::ADMIN).await
+}
+
+async fn held(scene: &Scene, attacker: &Pod, to: SocketAddr) -> anyhow::Result<Outcome> {
+    let victim = scene.victim().await?;
     limit_files(scene).await?;
-    let act = Act::HoldConnections { to: POD_IDENTITY, count: 1_000 };
-    let held = scene.must_begin(Place::In(&attacker), &act).await?;
+    let act = Act::HoldConnections { to, count: 1_000 };
+    let held = scene.must_begin(Place::In(attacker), &act).await?;
     let outcome = scene.unharmed(&victim).await;
     let said = held.finish().await?.said;
     Ok(outcome?.after(&said))

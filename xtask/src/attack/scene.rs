@@ -4,13 +4,13 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::Stdio,
     sync::atomic::{AtomicU32, Ordering::Relaxed},
     time::Duration,
 };
 
-use agent_common::defence::Defence;
+use agent_common::{abi::ABI_VERSION, defence::Defence};
 use anyhow::{Context as _, bail};
 use lab::{
     AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter,
@@ -24,13 +24,15 @@ use tokio::{
 };
 
 use super::{
-    POD_IDENTITY, PROGRAM,
+    Builds, POD_IDENTITY, PROGRAM,
     attacker::{self, Act, Got},
     get,
 };
 
 /// The environment of `podgate-undefended` that switches defences off.
 const WITHOUT: &str = "PODGATE_WITHOUT";
+/// The one that says of which ABI it is to be.
+const ABI: &str = "PODGATE_ABI";
 /// Pods are kept from the node's role.
 const FLAGS: [&str; 2] = ["--imds", "intercept"];
 /// Longer than any attacker takes.
@@ -45,7 +47,10 @@ const SDK_MILLISECONDS: u64 = 1_000;
 pub(super) struct Scene {
     pub(super) lab: Lab,
     spec: AgentSpec,
+    /// The same of another ABI, as only the undefended build can be.
+    other_abi: AgentSpec,
     agent: Mutex<Option<AgentProcess>>,
+    successors: AtomicU32,
 }
 
 /// Where an attacker is.
@@ -98,23 +103,45 @@ impl Outcome {
 // === impl Scene ===
 
 impl Scene {
-    /// A node without an agent yet.
-    pub(super) fn up(binary: &Path, without: &[Defence]) -> anyhow::Result<Self> {
+    /// A node without an agent yet, which will be without these defences.
+    pub(super) fn up(builds: &Builds, without: &[Defence]) -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("attack-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
         let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
-        let mut spec = AgentSpec::new(binary, &FLAGS);
-        if !without.is_empty() {
-            let labels: Vec<_> = without.iter().map(|defence| defence.label()).collect();
-            spec.env.insert(WITHOUT.to_owned(), labels.join(","));
+        let labels: Vec<_> = without.iter().map(|defence| defence.label()).collect();
+        let mut other_abi = AgentSpec::new(&builds.undefended, &FLAGS);
+        other_abi.env.insert(WITHOUT.to_owned(), labels.join(","));
+        let mut spec = other_abi.clone();
+        if without.is_empty() {
+            spec = AgentSpec::new(&builds.release, &FLAGS);
         }
-        Ok(Self { lab, spec, agent: Mutex::default() })
+        other_abi.env.insert(ABI.to_owned(), (ABI_VERSION + 1).to_string());
+        Ok(Self { lab, spec, other_abi, agent: Mutex::default(), successors: AtomicU32::new(0) })
     }
 
     /// Starts the agent, in the place of the one before it if there was one.
     pub(super) async fn start_agent(&self) -> anyhow::Result<()> {
         *self.agent.lock().await = Some(self.lab.start_agent(&self.spec).await?);
         Ok(())
+    }
+
+    /// Lets another agent, in a pod of its own, take over from the one that serves, and then ends that one: as a rolling
+    /// update does.
+    pub(super) async fn succeed_agent(&self) -> anyhow::Result<()> {
+        self.succeed(&self.spec).await
+    }
+
+    /// The same with an agent of another ABI.
+    pub(super) async fn succeed_agent_by_other_abi(&self) -> anyhow::Result<()> {
+        self.succeed(&self.other_abi).await
+    }
+
+    async fn succeed(&self, spec: &AgentSpec) -> anyhow::Result<()> {
+        let number = self.successors.fetch_add(1, Relaxed);
+        let pod = self.lab.add_agent_pod(&format!("podgate-next{number}"))?;
+        let next = self.lab.start_agent_in(&pod, spec).await?;
+        let former = self.agent.lock().await.replace(next).context("BUG: there is no agent")?;
+        former.stop().await.map(drop)
     }
 
     /// Kills the agent with -9.
@@ -148,7 +175,7 @@ impl Scene {
     /// A pod of the namespace `shop` that others are after, with a role of its own. It is served already: its credentials
     /// are cached, and its address is known.
     pub(super) async fn victim(&self) -> anyhow::Result<Pod> {
-        let victim = self.lab.add_pod(&PodSpec::new("shop", "victim").role("victim-role"))?;
+        let victim = self.lab.add_pod(&victim())?;
         self.until_served(&victim).await?;
         Ok(victim)
     }
@@ -201,9 +228,15 @@ impl Scene {
         Running::spawn(command?)
     }
 
-    /// Whose the access key is that an attacker holds, if it holds one. `own` is the pod whose key it may.
+    /// Whose the access keys are that an attacker holds, if it holds some: the worst of it. `own` is the pod whose keys it
+    /// may.
     pub(super) fn loot(&self, got: &Got, own: Option<&Pod>) -> Outcome {
-        let Some(key) = access_key(&got.said) else { return Outcome::nothing(got.refusal()) };
+        let whose = got.access_keys().into_iter().map(|key| self.whose(key, own));
+        let worst = whose.max_by_key(|outcome| outcome.is_harm);
+        worst.unwrap_or_else(|| Outcome::nothing(got.refusal()))
+    }
+
+    fn whose(&self, key: &str, own: Option<&Pod>) -> Outcome {
         if key == NODE_ACCESS_KEY_ID {
             return Outcome::harm(format!("the node's role, {NODE_ROLE}"));
         }
@@ -234,7 +267,7 @@ impl Scene {
     pub(super) async fn is_served(&self, pod: &Pod) -> anyhow::Result<Result<(), String>> {
         let request = get(POD_IDENTITY.ip(), PROGRAM, "");
         let got = self.act(Place::In(pod), &ask(POD_IDENTITY, &request)).await?;
-        let key = access_key(&got.said).and_then(|key| self.lab.eks_auth.issued(key));
+        let key = got.access_keys().pop_first().and_then(|key| self.lab.eks_auth.issued(key));
         Ok(match key {
             Some(issued) if issued.pod_uid != pod.uid => Err("another pod's role".to_owned()),
             Some(_) if got.milliseconds > SDK_MILLISECONDS => Err(format!("{} ms", got.milliseconds)),
@@ -289,6 +322,11 @@ impl Running {
     }
 }
 
+/// The pod that others are after.
+pub(super) fn victim() -> PodSpec {
+    PodSpec::new("shop", "victim").role("victim-role")
+}
+
 /// The attacker's pod.
 pub(super) fn attacker() -> PodSpec {
     PodSpec::new("evil", "attacker").role("attacker-role")
@@ -307,13 +345,6 @@ pub(super) fn ask(to: SocketAddr, request: &str) -> Act {
 /// The IPv4 address of a pod.
 pub(super) fn address(pod: &Pod) -> anyhow::Result<Ipv4Addr> {
     pod.addresses.v4.context("BUG: the lab's pods have IPv4 addresses")
-}
-
-/// The first access key in a text.
-fn access_key(text: &str) -> Option<&str> {
-    let at = text.find("\"AccessKeyId\"")?;
-    let value = text[at..].split('"').nth(3)?;
-    Some(value)
 }
 
 /// Where HTTP is served at this address.
