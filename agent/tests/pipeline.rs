@@ -2,6 +2,8 @@
 
 #[path = "pipeline/freshness.rs"]
 mod freshness;
+#[path = "pipeline/gone.rs"]
+mod gone;
 #[path = "pipeline/keys.rs"]
 mod keys;
 #[path = "pipeline/node.rs"]
@@ -26,6 +28,7 @@ const POD_IDENTITY: &str = "169.254.170.23";
 const ECS: &str = "169.254.170.2";
 const ROLES: &str = "/latest/meta-data/iam/security-credentials/";
 const TOKEN: &str = "/latest/api/token";
+const NOT_ITS_AUDIENCE: &str = "its audience is not pods.eks.amazonaws.com";
 const TTL: (&str, &str) = ("X-aws-ec2-metadata-token-ttl-seconds", "21600");
 
 async fn session(node: &Node) -> String {
@@ -222,10 +225,8 @@ async fn where_nobody_can_verify_a_token_it_goes_to_eks_auth_itself() {
     assert_eq!(node.eks_auth.calls(), 2, "and once is enough");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here() {
-    let node = Node::start(ImdsMode::Intercept).await;
-    let pod = injected(&node);
+/// Tokens that are no good, and what is said of them where the cluster's keys are known.
+fn bad_tokens(node: &Node) -> [(String, &'static str); 5] {
     let life = Duration::from_hours(1);
     let audience = node.cluster.mint_pod_token("app", "web-0", &["sts.amazonaws.com"], life);
     let mut claims = node.cluster.pod_claims("app", "web-0", &["pods.eks.amazonaws.com"], life);
@@ -236,13 +237,20 @@ async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here
     claims.iss = node.cluster.issuer().into();
     claims.kubernetes.pod = None;
     let unbound = node.cluster.sign(&claims);
-    for (token, reason) in [
-        (audience, "its audience is not pods.eks.amazonaws.com"),
+    [
+        (audience, NOT_ITS_AUDIENCE),
+        (unbound, "it is not bound to a pod"),
         (forged, "its signature is wrong"),
         (other_key, "a key that is not the cluster's"),
         (issuer, "its issuer is not this cluster"),
-        (unbound, "it is not bound to a pod"),
-    ] {
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    let pod = injected(&node);
+    for (token, reason) in bad_tokens(&node) {
         node.dial_anonymously();
         let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
         assert_eq!(answer.status, 400, "{answer:?}");
@@ -253,6 +261,44 @@ async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here
         assert!((400..=403).contains(&answer.status), "{answer:?}");
     }
     assert_eq!(node.eks_auth.calls(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_cluster_s_keys_a_token_for_somebody_else_is_refused_here_and_a_forged_one_by_eks_auth() {
+    let deny = |kube_api: &KubeApi| kube_api.allow_issuer_discovery(false);
+    for number in 0..5 {
+        // Who has sent one waits before the next.
+        let node = Node::start_where(ImdsMode::Intercept, Faults::default(), deny).await;
+        let pod = injected(&node);
+        let (token, reason) = bad_tokens(&node)[number].clone();
+        let get = async || node.get("/v1/credentials", &[("Authorization", &token)]).await;
+        node.dial_anonymously();
+        let anonymous = get().await;
+        node.dial_as(&pod, POD_IDENTITY);
+        let answers = [anonymous, get().await];
+        assert!(answers.iter().all(|answer| (400..=403).contains(&answer.status)), "{answers:?}");
+        if number < 2 {
+            assert!(answers[0].message().contains(reason), "{answers:?}");
+            assert_eq!(node.eks_auth.calls(), 0, "{reason}");
+        } else {
+            assert!(node.eks_auth.calls() > 0, "{reason}: nobody else can tell");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kubelet_s_token_for_somebody_else_is_not_shown_to_eks_auth() {
+    for has_keys in [true, false] {
+        let change =
+            if has_keys { |_: &KubeApi| {} } else { |api: &KubeApi| api.allow_issuer_discovery(false) };
+        let node = Node::start_where(ImdsMode::Intercept, Faults::default(), change).await;
+        let pod = injected(&node);
+        let life = Duration::from_hours(1);
+        pod.kubelet_writes(&node, &node.cluster.mint_pod_token("app", "web-0", &["sts.amazonaws.com"], life));
+        node.dial_as(&pod, IMDS);
+        assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
+        assert_eq!((node.eks_auth.calls(), node.eks_auth.refusals().len()), (1, 0), "keys: {has_keys}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,7 +2,7 @@
 //!
 //! Owns the cluster's keys: fetched from the API server as the agent itself (which `system:service-account-issuer-discovery`
 //! lets every service account do), kept, and fetched again when they are old or a token names another. Never takes a token
-//! for good that it cannot verify, nor for bad because it cannot reach the keys.
+//! for good that it cannot verify, nor for bad because it cannot reach the keys: for what it says of itself alone.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -90,6 +90,10 @@ impl Issuer {
 
     /// Judges a token that has been read already, as `claims`, and whose times are right.
     pub async fn judge(&self, token: &Secret, claims: &Claims) -> Verdict {
+        // What it says of itself takes no key to read: EKS Auth is not to see a token that is meant for somebody else.
+        if let Some(reason) = not_for_eks_auth(claims) {
+            return Verdict::Bad(reason);
+        }
         let Some(known) = self.known().await else { return Verdict::Unknown };
         match known.judge(token, claims) {
             Err(signature::Error::UnknownKey) => {
@@ -203,14 +207,16 @@ impl Known {
         if claims.issuer.as_ref() != Some(&self.issuer) {
             return Ok(Verdict::Bad("its issuer is not this cluster".to_owned()));
         }
-        if !claims.audiences.iter().any(|audience| audience == AUDIENCE) {
-            return Ok(Verdict::Bad(format!("its audience is not {AUDIENCE}")));
-        }
-        if claims.pod.is_none() {
-            return Ok(Verdict::Bad("it is not bound to a pod".to_owned()));
-        }
         self.keys.verify(token.expose()).map(|()| Verdict::Good)
     }
+}
+
+/// Why a token is not for EKS Auth, whoever has issued it.
+fn not_for_eks_auth(claims: &Claims) -> Option<String> {
+    if !claims.audiences.iter().any(|audience| audience == AUDIENCE) {
+        return Some(format!("its audience is not {AUDIENCE}"));
+    }
+    claims.pod.is_none().then(|| "it is not bound to a pod".to_owned())
 }
 
 fn verdict(judged: Result<Verdict, signature::Error>) -> Verdict {

@@ -59,6 +59,7 @@ pub(crate) struct Node {
     pub(crate) eks_auth: EksAuth,
     pub(crate) faults: Faults,
     pub(crate) engine: Arc<Engine<NodeSource>>,
+    pub(crate) connections: ConnectionLimit,
     pub(crate) engine_metrics: EngineMetrics,
     pub(crate) kubelet: tempfile::TempDir,
     _kube_api: KubeApi,
@@ -125,6 +126,7 @@ impl Node {
         let client = eks_auth::EksAuth::new(&aws, CLUSTER, NODE, instance.clone());
         let engine_metrics = EngineMetrics::default();
         let engine = app::engine(&config, &kube, client, engine_metrics.clone());
+        let connections = ConnectionLimit::default();
         let server = Server {
             policies,
             resolver,
@@ -132,7 +134,7 @@ impl Node {
             imds_tokens: ImdsTokens::new(&[7; 32]),
             token_delegates: config.token_delegates.clone(),
             instance,
-            connections: ConnectionLimit::default(),
+            connections: connections.clone(),
             metrics: RequestMetrics::register(&mut registry),
         };
         let (events, mut received) = mpsc::channel(64);
@@ -149,6 +151,7 @@ impl Node {
             faults,
             engine,
             engine_metrics,
+            connections,
             kubelet,
             _kube_api: kube_api,
             registry,
