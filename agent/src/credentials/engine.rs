@@ -42,7 +42,7 @@ use super::{
     jwt::SentToken,
     metrics::EngineMetrics,
     plan::{Action, Answer, Key, Payer, Plan, TokenDigest},
-    schedule::Floor,
+    schedule::{Floor, Life},
     source::CredentialSource,
 };
 use crate::identity::{Pod, PodUid};
@@ -73,6 +73,8 @@ pub struct Engine<S> {
 /// Credentials at hand.
 struct Ready {
     credentials: Arc<Credentials>,
+    /// From when it was known last that there are no better ones.
+    life: Life,
     /// Whether anybody has been served from them.
     asked: AtomicBool,
 }
@@ -190,7 +192,7 @@ impl<S: CredentialSource> Engine<S> {
         }
         let payer = Payer::Address(address.to_canonical());
         let waiter = self.join(&mut self.lock(), Key::Token(digest), payer, tokens)?;
-        waiter.wait(deadline.into()).await
+        self.counted(waiter.wait(deadline.into()).await, Floor::Container)
     }
 
     /// Fetches a pod's credentials before it asks.
@@ -245,6 +247,28 @@ impl<S: CredentialSource> Engine<S> {
         floor: Floor,
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Error> {
+        self.counted(self.best_of_pod(uid, tokens, floor, deadline).await, floor)
+    }
+
+    /// Counts what has little life left, however it came.
+    fn counted(
+        &self,
+        answer: Result<Arc<Credentials>, Error>,
+        floor: Floor,
+    ) -> Result<Arc<Credentials>, Error> {
+        if answer.as_ref().is_ok_and(|credentials| credentials.life().is_below(floor, self.now())) {
+            self.metrics.below_floor.inc();
+        }
+        answer
+    }
+
+    async fn best_of_pod(
+        &self,
+        uid: PodUid,
+        tokens: Tokens,
+        floor: Floor,
+        deadline: Instant,
+    ) -> Result<Arc<Credentials>, Error> {
         let ready = self.ready.pin().get(&uid).cloned();
         if let Some(ready) = &ready
             && self.is_fresh(ready, floor)
@@ -275,10 +299,7 @@ impl<S: CredentialSource> Engine<S> {
             Err(error) => Err(error),
         };
         match (fetched, self.alive(uid)) {
-            (Err(_), Some(spare)) => {
-                self.metrics.below_floor.inc();
-                Ok(Arc::clone(&spare.credentials))
-            }
+            (Err(_), Some(spare)) => Ok(Arc::clone(&spare.credentials)),
             (fetched, _) => fetched,
         }
     }
@@ -371,7 +392,7 @@ impl<S: CredentialSource> Engine<S> {
         if planted(Bug::ExpiredOut) {
             return true;
         }
-        self.now() < ready.credentials.life().good_until(floor)
+        self.now() < ready.life.good_until(floor)
     }
 
     fn is_alive(&self, ready: &Ready) -> bool {

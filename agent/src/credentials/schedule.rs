@@ -70,6 +70,11 @@ impl Life {
         self.expiration - self.left().min(floor.life())
     }
 
+    /// Whether less than the floor is left of them.
+    pub(super) fn is_below(self, floor: Floor, now: Timestamp) -> bool {
+        self.expiration.duration_since(now) < floor.life()
+    }
+
     /// When to fetch the next ones: between one half and three quarters of the time until the higher floor, so that
     /// what was obtained at once is not due at once.
     pub(super) fn refresh_at(self, chance: Chance) -> Timestamp {
@@ -135,6 +140,16 @@ mod tests {
         {
             assert_eq!(life(minutes).good_until(Floor::Imds), at(imds), "{minutes}");
             assert_eq!(life(minutes).good_until(Floor::Container), at(container), "{minutes}");
+        }
+    }
+
+    #[test]
+    fn what_is_below_a_floor_is_told_by_what_is_left() {
+        for (minute, imds, container) in
+            [(0, false, false), (30, false, false), (31, true, false), (41, true, true)]
+        {
+            assert_eq!(life(60).is_below(Floor::Imds, at(minute)), imds, "{minute}");
+            assert_eq!(life(60).is_below(Floor::Container, at(minute)), container, "{minute}");
         }
     }
 

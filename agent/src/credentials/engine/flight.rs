@@ -264,19 +264,19 @@ impl<S: CredentialSource> Engine<S> {
         if planted(Bug::Mixed) {
             for key in state.records.keys() {
                 if let Key::Pod(other) = key {
-                    self.hand(*other, &credentials);
+                    self.hand(*other, &credentials, life);
                 }
             }
         }
-        self.hand(uid, &credentials);
+        self.hand(uid, &credentials, life);
         if key != Key::Pod(uid) {
             state.tell_who_queues(uid, &credentials);
         }
         credentials
     }
 
-    pub(super) fn hand(&self, uid: PodUid, credentials: &Arc<Credentials>) {
-        let ready = Ready { credentials: Arc::clone(credentials), asked: AtomicBool::new(false) };
+    pub(super) fn hand(&self, uid: PodUid, credentials: &Arc<Credentials>, life: Life) {
+        let ready = Ready { credentials: Arc::clone(credentials), life, asked: AtomicBool::new(false) };
         self.ready.pin().insert(uid, Arc::new(ready));
     }
 

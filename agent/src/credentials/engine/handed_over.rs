@@ -76,7 +76,7 @@ impl<S: CredentialSource> Engine<S> {
         let record = state.records.entry(Key::Pod(pod.uid)).or_default();
         record.tokens.update(Tokens::new(None, Some(pod)));
         state.plan.adopt(pod.uid, life, entry.refresh_at, entry.asked, self.now());
-        self.hand(pod.uid, &entry.credentials);
+        self.hand(pod.uid, &entry.credentials, life);
         self.metrics.handed_over.inc();
     }
 }

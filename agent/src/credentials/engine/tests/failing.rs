@@ -119,6 +119,34 @@ async fn what_lives_shorter_does_not_take_the_place_of_what_lives_longer() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_kept_since_it_lives_longer_is_not_fetched_again_for_everybody_who_asks() {
+    let (upstream, engine) = engine();
+    let pod = Arc::new(pod("app", "web"));
+    let first = get(&engine, &pod).await.unwrap();
+    get(&engine, &pod).await.unwrap();
+    upstream.change(|conditions| conditions.life = SignedDuration::from_mins(4));
+    // 25 minutes are left of it.
+    sleep(Duration::from_mins(335)).await;
+    let (calls, counted) = (upstream.calls().len(), engine.metrics.below_floor.get());
+    for _ in 0..60 {
+        assert_eq!(get(&engine, &pod).await.unwrap(), first);
+        let by_container = engine.for_pod(&pod, None, Floor::Container, within(800)).await;
+        assert_eq!(by_container.unwrap(), first);
+        sleep(Duration::from_secs(1)).await;
+    }
+    let calls = upstream.calls().len() - calls;
+    assert!((1..=2).contains(&calls), "{calls}");
+    assert_eq!(engine.metrics.below_floor.get() - counted, 60, "it is below the floor of IMDS alone");
+    // Nor in its last minutes, when the others would live longer.
+    sleep(Duration::from_mins(20)).await;
+    for _ in 0..60 {
+        let credentials = get(&engine, &pod).await.unwrap();
+        assert!(credentials.expiration.duration_since(engine.now()) > SignedDuration::from_mins(1));
+        sleep(Duration::from_secs(1)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_schedule_that_panics_goes_on() {
     let (upstream, engine) = engine();
     let pod = Arc::new(pod("app", "web"));
