@@ -14,7 +14,7 @@ use super::{Error, plan::Class};
 #[derive(Clone, Debug, Default)]
 pub struct EngineMetrics {
     fetches: Family<FetchLabels, Counter>,
-    /// Answers with credentials that have little life left, because fresher ones could not be had.
+    /// Answers with credentials that have less life left than their floor.
     pub below_floor: Counter,
     /// Pods whose credentials are those of the agent before this one.
     pub handed_over: Counter,
@@ -47,7 +47,7 @@ impl EngineMetrics {
         );
         registry.register(
             "podgate_credentials_below_floor",
-            "Answers with credentials of little life because fresher ones could not be had (unstable)",
+            "Answers with credentials that have less life left than 30 minutes on IMDS, or 20 elsewhere (unstable)",
             metrics.below_floor.clone(),
         );
         registry.register(
