@@ -62,7 +62,8 @@ defences! {
     Guard = "guard",
     /// Nobody else listens where the agent does.
     BindGuard = "bind-guard",
-    /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds.
+    /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds among those who share
+    /// its port, the agent at first.
     OwnListeners = "own-listeners",
     /// The agent listens at ports of the kernel's choice. Without: at port 80 itself, where others may be first.
     OwnPorts = "own-ports",

@@ -12,7 +12,10 @@ use std::{
     time::Duration,
 };
 
-use agent_common::origin::Origin;
+use agent_common::{
+    defence::{Defence, holds},
+    origin::Origin,
+};
 use procfs::{
     ProcError,
     net::{self, TcpState},
@@ -55,6 +58,9 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
     // Accepted sockets inherit it: connections of podgate's keep nobody from listening at every address.
     sockopt::set_socket_reuseaddr(&socket, true)?;
+    if !holds(Defence::OwnListeners) {
+        sockopt::set_socket_reuseport(&socket, true)?;
+    }
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }

@@ -102,7 +102,8 @@ impl Opener {
         }
         // At a port of the kernel's choice: what is dialled at `address` is given to this listener by the programs, and
         // whoever listens at every address, as an ingress controller does, is in nobody's way.
-        let port = if holds(Defence::OwnPorts) { 0 } else { address.port() };
+        let is_apart = holds(Defence::OwnPorts) && holds(Defence::OwnListeners);
+        let port = if is_apart { 0 } else { address.port() };
         let listener = accept::listen(SocketAddr::new(address.ip(), port)).map_err(failed)?;
         // Not before: until then the address is somebody else's.
         lock(&self.interceptor).guard(address)?;
