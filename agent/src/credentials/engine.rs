@@ -286,6 +286,8 @@ impl<S: CredentialSource> Engine<S> {
             let mut state = self.lock();
             // A flight may have landed meanwhile: the caller needs no other one.
             let ready = self.ready.pin().get(&uid).cloned();
+            #[cfg(test)]
+            let ready = ready.filter(|_| !planted(Bug::OneLook));
             if let Some(ready) = ready.filter(|ready| self.is_fresh(ready, floor)) {
                 ready.asked.store(true, Relaxed);
                 self.first_asked(&mut state, uid);

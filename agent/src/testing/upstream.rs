@@ -74,8 +74,12 @@ pub struct Call {
     pub pod: PodUid,
     /// When it came.
     pub at: Timestamp,
-    /// When it was answered with credentials, if it was.
-    pub served_at: Option<Timestamp>,
+    /// When it came, by a clock that nobody sets.
+    pub came: Instant,
+    /// Whether another one for the same pod was under way then.
+    pub overlaps: bool,
+    /// When it was answered with credentials, if it was, by a clock that nobody sets.
+    pub served_at: Option<Instant>,
 }
 
 /// The double.
@@ -87,8 +91,7 @@ pub struct FakeUpstream {
 struct State {
     conditions: Conditions,
     calls: Vec<Call>,
-    under_way: HashMap<PodUid, u32>,
-    overlaps: usize,
+    spans: Vec<Span>,
     kept_tokens: HashMap<PodUid, (ServiceAccountRef, Secret)>,
     token_requests: usize,
     bad_tokens: usize,
@@ -96,8 +99,16 @@ struct State {
     filled_at: Timestamp,
 }
 
-/// A call under way; it is over when this is dropped.
-struct UnderWay<'a>(&'a FakeUpstream, PodUid);
+/// A call, or a wait for a token.
+struct Span {
+    pod: PodUid,
+    is_call: bool,
+    from: Instant,
+    until: Option<Instant>,
+}
+
+/// The span of this number is over when this is dropped.
+struct UnderWay<'a>(&'a FakeUpstream, usize);
 
 // === impl Conditions ===
 
@@ -129,8 +140,7 @@ impl FakeUpstream {
         let state = State {
             conditions: Conditions::default(),
             calls: Vec::new(),
-            under_way: HashMap::new(),
-            overlaps: 0,
+            spans: Vec::new(),
             kept_tokens: HashMap::new(),
             token_requests: 0,
             bad_tokens: 0,
@@ -152,7 +162,14 @@ impl FakeUpstream {
 
     /// Calls that came while another one for the same pod was under way.
     pub fn overlaps(&self) -> usize {
-        self.lock().overlaps
+        self.lock().calls.iter().filter(|call| call.overlaps).count()
+    }
+
+    /// How much was under way for a pod at that time, tokens included.
+    pub fn under_way(&self, pod: PodUid, at: Instant) -> usize {
+        let is_it =
+            |span: &&Span| span.pod == pod && span.from <= at && span.until.is_none_or(|until| at <= until);
+        self.lock().spans.iter().filter(is_it).count()
     }
 
     /// Calls with a token of nobody, which are refused.
@@ -167,13 +184,19 @@ impl FakeUpstream {
 
     fn arrive(&self, pod: PodUid) -> (usize, Conditions, bool, UnderWay<'_>) {
         let now = (self.clock)();
+        let under_way = self.begin(pod, true);
         let mut state = self.lock();
-        state.calls.push(Call { pod, at: now, served_at: None });
-        let under_way = state.under_way.entry(pod).or_default();
-        *under_way += 1;
-        state.overlaps += usize::from(*state.under_way.get(&pod).unwrap_or(&0) > 1);
+        let calls = state.spans.iter().filter(|span| span.is_call && span.pod == pod && span.until.is_none());
+        let overlaps = calls.count() > 1;
+        state.calls.push(Call { pod, at: now, came: Instant::now(), overlaps, served_at: None });
         let throttled = state.conditions.throttle.is_some_and(|rate| !state.take(rate, now));
-        (state.calls.len(), state.conditions.clone(), throttled, UnderWay(self, pod))
+        (state.calls.len(), state.conditions.clone(), throttled, under_way)
+    }
+
+    fn begin(&self, pod: PodUid, is_call: bool) -> UnderWay<'_> {
+        let mut state = self.lock();
+        state.spans.push(Span { pod, is_call, from: Instant::now(), until: None });
+        UnderWay(self, state.spans.len() - 1)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -201,9 +224,7 @@ impl State {
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        if let Some(under_way) = self.0.lock().under_way.get_mut(&self.1) {
-            *under_way -= 1;
-        }
+        self.0.lock().spans[self.1].until = Some(Instant::now());
     }
 }
 
@@ -234,6 +255,7 @@ impl CredentialSource for Arc<FakeUpstream> {
                 (state.conditions.clone(), state.token_requests)
             };
             if !conditions.token_latency.is_zero() {
+                let _under_way = self.begin(pod.uid, false);
                 sleep(conditions.token_latency).await;
             }
             if !conditions.api_server {
@@ -276,7 +298,7 @@ impl CredentialSource for Arc<FakeUpstream> {
             }
             let (namespace, name) = account.split_once('/').ok_or_else(invalid)?;
             let now = (self.clock)();
-            self.lock().calls[call - 1].served_at = Some(now);
+            self.lock().calls[call - 1].served_at = Some(Instant::now());
             Ok(Assumed {
                 service_account: ServiceAccountRef { namespace: namespace.into(), name: name.into() },
                 credentials: Credentials {

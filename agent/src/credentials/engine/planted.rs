@@ -1,4 +1,4 @@
-//! Bugs that the tests plant, to show that the model finds them. Not part of a build that is no test.
+//! Bugs that the tests plant, to show that they are found. Not part of a build that is no test.
 
 use std::cell::Cell;
 
@@ -13,6 +13,10 @@ pub(in crate::credentials) enum Bug {
     Mixed,
     /// Whoever waits is not told.
     LostWakeUp,
+    /// Whoever waits for a turn that comes no more is not told.
+    QueueNotTold,
+    /// Who has not found anything does not look again when nobody else can put anything there.
+    OneLook,
     /// A token that nobody has judged opens what is kept for the pod that it names.
     ForgedOpens,
     /// The schedule is not told of what is planned.
@@ -29,7 +33,7 @@ thread_local! {
     static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
 }
 
-/// Plants a bug in everything on this thread, or none.
+/// Plants a bug in everything on this thread, or none. Where an engine runs on several, each has to be planted.
 pub(super) fn plant(bug: Option<Bug>) {
     PLANTED.set(bug);
 }
