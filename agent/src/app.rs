@@ -148,14 +148,14 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let (in_charge, is_in_charge) = watch::channel(false);
     let answers = admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge.clone());
     tasks.spawn("the probes' server", answers);
-    let whois = Whois {
+    let whois = Arc::new(Whois {
         kubepods: Arc::clone(&node.kubepods),
         pods: Arc::clone(&known.pods),
         policies: known.policies.clone(),
         own: node.own_pod,
         stock_agent: config.stock_agent.clone(),
-    };
-    serve_commands(&config, &probes, whois, &mut tasks)?;
+    });
+    serve_commands(&config, &probes, &whois, &mut tasks)?;
 
     let kube = kube_identity::clients(config.kube_identity, &config.node_name).await?;
     let (aws, connections) = aws::config().await?;
@@ -179,10 +179,13 @@ pub async fn run(config: Config) -> Result<(), Error> {
         metrics: request_metrics,
     });
     let (engine, pods) = (Arc::clone(&server.engine), Arc::clone(&known.pods));
+    let of_agents = Arc::clone(&interceptor);
+    let is_podgate_s = move |pod| lock(&of_agents).is_podgate_s(pod).is_ok_and(|is| is);
     let former = Former {
         directory: config.handover_dir.clone(),
         key: lock(&interceptor).handover_key(),
         entries: move || engine.to_hand_over(),
+        may_be_next: move |pid| whois.is_in_no_pod_but(pid, &is_podgate_s),
         metrics: handovers.clone(),
     };
     tasks.spawn("the hand-over of credentials", former.serve(is_in_charge));
@@ -302,12 +305,12 @@ fn load(config: &Config, node: &Node) -> Result<(SharedInterceptor, Arc<dyn Orig
 fn serve_commands(
     config: &Config,
     probes: &Arc<Probes>,
-    whois: Whois,
+    whois: &Arc<Whois>,
     tasks: &mut Tasks,
 ) -> Result<(), Error> {
     let refused = |source| Error::Listen { address: config.socket.display().to_string(), source };
     let listener = admin::bind_commands(&config.socket).map_err(refused)?;
-    let (whois, probes) = (Arc::new(whois), Arc::clone(probes));
+    let (whois, probes) = (Arc::clone(whois), Arc::clone(probes));
     tasks.spawn("the commands' server", admin::serve_commands(listener, whois, probes));
     Ok(())
 }

@@ -12,7 +12,8 @@
 //!
 //! The key is with the former agent's programs in the kernel, and takes `CAP_SYS_ADMIN` to read. So whoever gets at the
 //! socket or puts another in its place, as a pod can that the host's files are shown to, learns nothing, and nothing of it
-//! is believed. Never on disk. Never decides what of it is used: that is the engine's.
+//! is believed. A process of a pod that is none of podgate's is not listened to, so that it keeps no agent waiting. Never on
+//! disk. Never decides what of it is used: that is the engine's.
 
 use std::{
     fs::{self, DirBuilder, DirEntry, Permissions},
@@ -25,6 +26,8 @@ use std::{
     time::Duration,
 };
 
+use agent_common::defence::{Defence, holds};
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
@@ -34,7 +37,7 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{UnixListener, UnixStream},
     sync::watch,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -52,6 +55,10 @@ const HELLO: [u8; 16] = *b"podgate/hand/v1\n";
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Most bytes that are taken: several times what all pods of the largest instance need.
 const SEALED_MAX: usize = 8 << 20;
+/// Conversations at once. There is one next agent, and each of the others ends with its time.
+const AT_ONCE: usize = 8;
+/// The log has one line in this time of those who got nothing.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 /// After an error that lasts, as too many open files.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -72,6 +79,11 @@ pub enum Error {
         "the other side does not have the key: it is no agent in charge of this node, or has just been succeeded"
     )]
     NoProof,
+    /// A process of another pod, or one that is gone already.
+    #[error(
+        "the other side is no process of podgate's or of the node's own: a pod to which the socket is shown?"
+    )]
+    Foreign,
     /// Too much, or not what an agent says.
     #[error("the other side is no podgate, or one that this one does not understand")]
     Garbage,
@@ -87,15 +99,24 @@ struct Labels {
     outcome: &'static str,
 }
 
+/// Who got nothing, as the log tells.
+#[derive(Debug, Default)]
+struct Complaints {
+    last: Option<Instant>,
+    left_out: u64,
+}
+
 /// What one agent gives to the next.
 #[derive(Debug)]
-pub struct Former<E> {
+pub struct Former<E, M> {
     /// Where the socket is.
     pub directory: PathBuf,
     /// That of this agent's own programs.
     pub key: HandoverKey,
     /// What is given, as it is when it is asked for.
     pub entries: E,
+    /// Whether the process with this id may be the next agent.
+    pub may_be_next: M,
     /// What is counted.
     pub metrics: HandoverMetrics,
 }
@@ -109,6 +130,7 @@ impl Error {
             Self::Io(_) => "failed",
             Self::Slow => "slow",
             Self::NoProof => "no_proof",
+            Self::Foreign => "foreign",
             Self::Garbage => "garbage",
         }
     }
@@ -136,7 +158,7 @@ impl HandoverMetrics {
 
 // === impl Former ===
 
-impl<E: Fn() -> Vec<HandedOver>> Former<E> {
+impl<E: Fn() -> Vec<HandedOver>, M: Fn(i32) -> bool> Former<E, M> {
     /// Answers from the moment on at which this agent is in charge, also when it is no more: until another one has put its
     /// socket in the place of this one. Never ends.
     pub async fn serve(self, mut in_charge: watch::Receiver<bool>) {
@@ -162,22 +184,35 @@ impl<E: Fn() -> Vec<HandedOver>> Former<E> {
                 return std::future::pending().await;
             }
         };
-        // One after the other: there is one next agent.
+        let (mut conversations, mut complaints) = (FuturesUnordered::new(), Complaints::default());
         loop {
-            let Ok((stream, _)) = listener.accept().await else {
-                sleep(PAUSE).await;
-                continue;
-            };
-            let answered = in_time(self.answer(stream)).await;
-            self.metrics.count("former", &answered);
-            match answered {
-                Ok(pods) => info!(pods, "credentials are handed over to the next agent"),
-                Err(error) => warn!(%error, "somebody has asked for a hand-over and got nothing"),
+            tokio::select! {
+                accepted = listener.accept(), if conversations.len() < AT_ONCE => match accepted {
+                    Ok((stream, _)) => conversations.push(in_time(self.answer(stream))),
+                    Err(_) => sleep(PAUSE).await,
+                },
+                Some(answered) = conversations.next() => self.report(&answered, &mut complaints),
+            }
+        }
+    }
+
+    fn report(&self, answered: &Result<usize, Error>, complaints: &mut Complaints) {
+        self.metrics.count("former", answered);
+        match answered {
+            Ok(pods) => info!(pods, "credentials are handed over to the next agent"),
+            Err(error) => {
+                if let Some(more) = complaints.one_more(Instant::now()) {
+                    warn!(%error, more, "somebody has asked for a hand-over and got nothing");
+                }
             }
         }
     }
 
     async fn answer(&self, mut stream: UnixStream) -> Result<usize, Error> {
+        let peer = stream.peer_cred()?.pid();
+        if !peer.is_some_and(&self.may_be_next) && holds(Defence::HandoverProof) {
+            return Err(Error::Foreign);
+        }
         let mut hello = [0; HELLO.len() + NONCE];
         stream.read_exact(&mut hello).await?;
         let Some((&HELLO, next)) = hello.split_first_chunk() else { return Err(Error::Garbage) };
@@ -197,6 +232,20 @@ impl<E: Fn() -> Vec<HandedOver>> Former<E> {
         stream.write_all(&length.to_be_bytes()).await?;
         stream.write_all(&sealed).await?;
         Ok(entries.len())
+    }
+}
+
+// === impl Complaints ===
+
+impl Complaints {
+    /// How many have been left out since the last one, if it is time for another.
+    fn one_more(&mut self, now: Instant) -> Option<u64> {
+        if self.last.is_some_and(|last| now < last + COMPLAIN_EVERY) {
+            self.left_out += 1;
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.left_out))
     }
 }
 

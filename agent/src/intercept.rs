@@ -189,6 +189,11 @@ impl Interceptor {
         }
     }
 
+    /// Whether a pod is podgate's: its agent has said so, which takes access to the maps.
+    pub fn is_podgate_s(&self, pod_cgroup_id: u64) -> Result<bool, Error> {
+        Ok(self.object.exempted()?.contains(&(pod_cgroup_id, EXEMPT_PODGATE)))
+    }
+
     /// Applies policies to those again whose cgroup is gone.
     pub fn forget_exempt(&mut self, is_gone: impl Fn(u64) -> bool) -> Result<(), Error> {
         for (pod, _) in self.object.exempted()? {

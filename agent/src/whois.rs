@@ -109,10 +109,16 @@ impl Whois {
     /// Whether a process may command this agent: one of the node's, in no pod, or of podgate's own pod. What cannot be
     /// seen may not.
     pub fn may_command(&self, pid: i32) -> bool {
+        self.is_in_no_pod_but(pid, |pod| Some(pod) == self.own)
+    }
+
+    /// Whether a process is one of the node's, in no pod, or of a pod that is one of `those` by the id of its cgroup. What
+    /// cannot be seen is not.
+    pub fn is_in_no_pod_but(&self, pid: i32, those: impl Fn(u64) -> bool) -> bool {
         let cgroup = self.kubepods.of_process(Some(pid));
         cgroup.is_ok_and(|cgroup| {
             !cgroup.starts_with(self.kubepods.path())
-                || self.pod_at(&cgroup).is_some_and(|found| self.is_own(&found))
+                || self.pod_at(&cgroup).and_then(|found| self.id_of(&found)).is_some_and(those)
         })
     }
 
@@ -122,8 +128,11 @@ impl Whois {
     }
 
     fn is_own(&self, found: &PodPath) -> bool {
-        let id = cgroupfs::cgroup_id(&self.kubepods.path().join(&found.pod)).ok();
-        id.is_some() && id == self.own
+        self.own.is_some() && self.id_of(found) == self.own
+    }
+
+    fn id_of(&self, found: &PodPath) -> Option<u64> {
+        cgroupfs::cgroup_id(&self.kubepods.path().join(&found.pod)).ok()
     }
 }
 

@@ -1,4 +1,7 @@
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 use proptest::{collection::vec, prelude::*};
 use tempfile::TempDir;
@@ -18,6 +21,13 @@ struct Scene {
 
 impl Scene {
     async fn of(entries: Vec<HandedOver>) -> Self {
+        Self::with(entries, |pid| pid == std::process::id().cast_signed()).await
+    }
+
+    async fn with(
+        entries: Vec<HandedOver>,
+        may_be_next: impl Fn(i32) -> bool + Send + Sync + 'static,
+    ) -> Self {
         let (directory, key) = (TempDir::new().unwrap(), HandoverKey::random().unwrap());
         let (in_charge, is_in_charge) = watch::channel(true);
         let metrics = HandoverMetrics::default();
@@ -25,6 +35,7 @@ impl Scene {
             directory: directory.path().to_owned(),
             key: key.clone(),
             entries: move || entries.clone(),
+            may_be_next,
             metrics: metrics.clone(),
         };
         let serving = tokio::spawn(former.serve(is_in_charge));
@@ -162,6 +173,53 @@ async fn whoever_has_no_proof_gets_a_nonce_and_no_more() {
     }
     assert_eq!(scene.counted("ok"), 0);
     assert_eq!(scene.ask(&scene.key).await.unwrap().len(), 1, "and the next agent is answered");
+}
+
+#[tokio::test]
+async fn who_says_nothing_keeps_nobody_waiting() {
+    let scene = Scene::of(vec![entry("web")]).await;
+    let mut silent = Vec::new();
+    for _ in 0..4 {
+        silent.push(scene.connect().await);
+    }
+    let begun = Instant::now();
+    assert_eq!(scene.ask(&scene.key).await.unwrap().len(), 1);
+    assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+    // Each has its time, and no more.
+    for stream in &mut silent {
+        assert!(rest(stream).await.is_empty());
+    }
+    assert!(begun.elapsed() < 2 * PATIENCE, "{:?}", begun.elapsed());
+    assert_eq!((scene.counted("slow"), scene.counted("ok")), (4, 1));
+}
+
+#[tokio::test]
+async fn a_process_of_somebody_else_s_pod_is_not_listened_to_however_often_it_comes() {
+    let is_foreign = Arc::new(AtomicBool::new(true));
+    let of_former = Arc::clone(&is_foreign);
+    let scene = Scene::with(vec![entry("web")], move |_| !of_former.load(Relaxed)).await;
+    let mut silent = Vec::new();
+    for _ in 0..10 * AT_ONCE {
+        silent.push(scene.connect().await);
+    }
+    let begun = Instant::now();
+    scene.ask(&scene.key).await.unwrap_err();
+    for stream in &mut silent {
+        assert!(rest(stream).await.is_empty());
+    }
+    is_foreign.store(false, Relaxed);
+    assert_eq!(scene.ask(&scene.key).await.unwrap().len(), 1);
+    assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+    assert_eq!(scene.counted("foreign"), 10 * AT_ONCE as u64 + 1);
+}
+
+#[test]
+fn the_log_has_a_line_now_and_then_and_tells_how_many_it_has_not() {
+    let (mut complaints, begun) = (Complaints::default(), Instant::now());
+    let after = |seconds| begun + Duration::from_secs(seconds);
+    let lines: Vec<_> = (0..25).map(|second| complaints.one_more(after(second))).collect();
+    let told: Vec<_> = lines.into_iter().flatten().collect();
+    assert_eq!(told, [0, 9, 9]);
 }
 
 #[tokio::test]
