@@ -151,7 +151,7 @@ impl<S: CredentialSource> Engine<S> {
             // Where nobody can tell, the kernel's word is enough, and EKS Auth judges the token.
             if self.whose(&digest) != Some(pod.uid) && self.is_good(sent).await? {
                 let mut state = self.lock();
-                self.is_here(&state, pod.uid)?;
+                state.is_here(pod.uid)?;
                 self.trust(&mut state, pod.uid, digest);
             }
         }
@@ -182,7 +182,7 @@ impl<S: CredentialSource> Engine<S> {
             uid = sent.claims.pod;
             if let Some(uid) = uid {
                 let mut state = self.lock();
-                self.is_here(&state, uid)?;
+                state.is_here(uid)?;
                 self.trust(&mut state, uid, digest);
             }
         }
@@ -293,7 +293,7 @@ impl<S: CredentialSource> Engine<S> {
                 self.first_asked(&mut state, uid);
                 return Ok(Arc::clone(&ready.credentials));
             }
-            self.is_here(&state, uid)?;
+            state.is_here(uid)?;
             self.join(&mut state, Key::Pod(uid), Payer::Pod(uid), tokens)
         };
         let fetched = match joined {
@@ -362,13 +362,6 @@ impl<S: CredentialSource> Engine<S> {
         self.act(state);
     }
 
-    fn is_here(&self, state: &State, uid: PodUid) -> Result<(), Error> {
-        if state.absent.is_gone(uid, TokioInstant::now()) && holds(Defence::GonePods) {
-            return Err(Error::Token { reason: POD_IS_GONE.to_owned() });
-        }
-        Ok(())
-    }
-
     fn drop_record(&self, state: &mut State, key: Key) {
         #[cfg(test)]
         if planted(Bug::ForgetLeaves) {
@@ -419,6 +412,19 @@ impl<S: CredentialSource> Engine<S> {
 impl<S> std::fmt::Debug for Engine<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("pods", &self.ready.len()).finish_non_exhaustive()
+    }
+}
+
+// === impl State ===
+
+impl State {
+    /// # Errors
+    /// When the pod is gone.
+    fn is_here(&self, uid: PodUid) -> Result<(), Error> {
+        if self.absent.is_gone(uid, TokioInstant::now()) && holds(Defence::GonePods) {
+            return Err(Error::Token { reason: POD_IS_GONE.to_owned() });
+        }
+        Ok(())
     }
 }
 

@@ -253,7 +253,7 @@ impl<S: CredentialSource> Engine<S> {
     /// Puts what a flight has brought where callers find it.
     fn keep(&self, state: &mut State, key: Key, got: Got) -> Arc<Credentials> {
         let Got { credentials, life, uid, token } = got;
-        let Some(uid) = uid.filter(|uid| self.is_here(state, *uid).is_ok()) else { return credentials };
+        let Some(uid) = uid.filter(|uid| state.is_here(*uid).is_ok()) else { return credentials };
         if let Some(digest) = token {
             self.trust(state, uid, digest);
         }
