@@ -1,4 +1,5 @@
 //! A pod goes, and a connection of its is left in somebody's hands.
+#![expect(clippy::unwrap_used, reason = "test code")]
 
 use std::{
     io::{Read as _, Write as _},
@@ -49,10 +50,10 @@ async fn a_connection_of_a_pod_that_is_gone_is_nobody_s_by_whatever_word_and_a_n
     let node = Node::start(ImdsMode::Intercept).await;
     let (pod, with_token) = (web(&node), node.pod("web-1", "web", |spec| spec.token_volume = true));
     let token = with_token.token(&node);
-    let (none, by_token) = (("Accept", "*/*"), ("Authorization", token.as_str()));
+    let (nothing, by_token) = (("Accept", "*/*"), ("Authorization", token.as_str()));
     for (pod, address, method, path, header) in [
-        (&pod, POD_IDENTITY, "GET", "/v1/credentials", none),
-        (&pod, ECS, "GET", "/v1/credentials/x", none),
+        (&pod, POD_IDENTITY, "GET", "/v1/credentials", nothing),
+        (&pod, ECS, "GET", "/v1/credentials/x", nothing),
         (&pod, IMDS, "PUT", TOKEN, TTL),
         (&with_token, POD_IDENTITY, "GET", "/v1/credentials", by_token),
     ] {

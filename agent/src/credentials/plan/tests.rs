@@ -532,7 +532,9 @@ fn a_refusal_of_a_token_is_an_answer_of_a_service_that_was_away() {
     });
     let uids = [pod_uid(), pod_uid(), pod_uid()];
     for _ in 0..12 {
-        uids.iter().for_each(|uid| _ = world.ask(*uid));
+        for uid in uids {
+            world.ask(uid);
+        }
         world.pass(secs(1));
     }
     assert!(!world.plan.service_is_away());
