@@ -56,8 +56,8 @@ pub(super) enum Act {
     Sniff { from: Ipv4Addr },
     /// Begins so many dials, none of which ends, and stays.
     BeginDials { to: Vec<SocketAddr>, count: u32 },
-    /// Opens so many connections, says nothing on them, and stays.
-    HoldConnections { to: SocketAddr, count: u32 },
+    /// Opens so many connections, stays, and says this on them as long as it does.
+    HoldConnections { to: SocketAddr, count: u32, saying: String },
     /// The same with ever new connections, as fast as it can, in the place of its oldest.
     ChurnConnections { to: SocketAddr, count: u32 },
     /// Passes connections on, as a mesh's sidecar does, and stays.
@@ -217,7 +217,7 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
             Got { number: sniffer.ticket_from(*from, SNIFFING)?, ..Got::default() }
         }
         Act::BeginDials { to, count } => flood::begin_dials(to, *count)?,
-        Act::HoldConnections { to, count } => flood::hold_connections(*to, *count)?,
+        Act::HoldConnections { to, count, saying } => flood::hold_connections(*to, *count, saying)?,
         Act::ChurnConnections { to, count } => flood::churn_connections(*to, *count)?,
         Act::Relay { at, to } => {
             relay::relay(*at, *to)?;

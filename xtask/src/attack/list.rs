@@ -47,7 +47,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [TicketLimit], packets::half_open_dials;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::held_connections;
-    "held-probes", "1,000 idle connections to the port for probes and metrics of an agent that may have 512 files open",
+    "held-probes", "520 connections to the port for probes and metrics of an agent that may have 512 files open",
         [ProbeLimit], packets::held_probes;
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::full_queue;

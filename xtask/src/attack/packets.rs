@@ -1,6 +1,6 @@
 //! Attacks with packets: handshakes by hand, floods, and what is no TCP connection at all.
 
-use std::{fs, net::SocketAddr, time::Duration};
+use std::{fs, time::Duration};
 
 use agent_common::net::{IMDS_V4, POD_IDENTITY_V4, POD_IDENTITY_V6};
 use anyhow::Context as _;
@@ -27,6 +27,8 @@ const TICK: u32 = 26;
 const TICKS: u64 = 40;
 /// As many files as the agent may have open while connections are held.
 const AGENT_FILES: u64 = 512;
+/// How many probes leave it none.
+const PROBES: u32 = 520;
 
 pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
@@ -105,19 +107,21 @@ pub(super) async fn half_open_dials(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn held_connections(scene: &Scene) -> anyhow::Result<Outcome> {
-    held(scene, &scene.attacker()?, POD_IDENTITY).await
+    let act = Act::HoldConnections { to: POD_IDENTITY, count: 1_000, saying: String::new() };
+    held(scene, &scene.attacker()?, &act).await
 }
 
 pub(super) async fn held_probes(scene: &Scene) -> anyhow::Result<Outcome> {
     let attacker = scene.lab.add_pod(&PodSpec { host_network: true, ..attacker() })?;
-    held(scene, &attacker, lab::agent::ADMIN).await
+    // Whoever asks now and then is not cut off as who is idle. More than these would not fit into the queue.
+    let saying = "GET /livez HTTP/1.1\r\nHost: podgate\r\n\r\n".to_owned();
+    held(scene, &attacker, &Act::HoldConnections { to: lab::agent::ADMIN, count: PROBES, saying }).await
 }
 
-async fn held(scene: &Scene, attacker: &Pod, to: SocketAddr) -> anyhow::Result<Outcome> {
+async fn held(scene: &Scene, attacker: &Pod, act: &Act) -> anyhow::Result<Outcome> {
     let victim = scene.victim().await?;
     limit_files(scene).await?;
-    let act = Act::HoldConnections { to, count: 1_000 };
-    let held = scene.must_begin(Place::In(attacker), &act).await?;
+    let held = scene.must_begin(Place::In(attacker), act).await?;
     let outcome = scene.unharmed(&victim).await;
     let said = held.finish().await?.said;
     Ok(outcome?.after(&said))

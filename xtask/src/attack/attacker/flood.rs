@@ -2,7 +2,8 @@
 
 use std::{
     collections::VecDeque,
-    fs, io,
+    fs,
+    io::{self, Write as _},
     net::{SocketAddr, TcpStream},
     os::fd::OwnedFd,
     thread,
@@ -19,8 +20,10 @@ use super::{Got, forge::Forger, ready, socket, stay, wait};
 
 /// How long one connection may take: there are many.
 const HASTE: Duration = Duration::from_millis(200);
-/// Pause in a flood that goes on.
+/// Pause between the segments of a flood that goes on.
 const PACE: Duration = Duration::from_micros(200);
+/// Pause between connections.
+const PAUSE: Duration = Duration::from_millis(4);
 
 /// Begins dials that get no answer, since the pod is mute.
 pub(super) fn begin_dials(to: &[SocketAddr], count: u32) -> io::Result<Got> {
@@ -41,17 +44,24 @@ pub(super) fn begin_dials(to: &[SocketAddr], count: u32) -> io::Result<Got> {
     Ok(Got { number: held.len().try_into().ok(), ..Got::default() })
 }
 
-/// Opens connections and says nothing.
-pub(super) fn hold_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
+/// Opens connections, and says this again and again on each.
+pub(super) fn hold_connections(to: SocketAddr, count: u32, saying: &str) -> io::Result<Got> {
     allow_files(count)?;
     let held: Vec<_> = (0..count).filter_map(|_| TcpStream::connect_timeout(&to, HASTE).ok()).collect();
-    stay()?;
+    ready()?;
+    let told = thread::spawn(wait);
+    while !told.is_finished() {
+        for mut stream in &held {
+            // One that the other side has closed is counted in the end.
+            let _ = stream.write_all(saying.as_bytes());
+        }
+        thread::sleep(HASTE);
+    }
     let open = held.iter().filter(|stream| is_open(stream)).count();
     Ok(Got { said: format!("{} connected, {open} of them still open", held.len()), ..Got::default() })
 }
 
-/// Opens connections, and holds so many of them: the oldest gives way. As fast as it can until it has half, and then at a
-/// pace that leaves an emulated machine's processor to others.
+/// Opens connections, and holds so many of them: the oldest gives way. Stays when it has half.
 pub(super) fn churn_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
     allow_files(count)?;
     let (mut held, mut opened) = (VecDeque::new(), 0);
@@ -63,13 +73,14 @@ pub(super) fn churn_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
         if held.len() > count as usize {
             held.pop_front();
         }
+        // An emulated machine's processor is left to the agent: files and the queue are to be used up, not that.
+        thread::sleep(PAUSE);
     };
     (0..count / 2).for_each(|_| open());
     ready()?;
     let told = thread::spawn(wait);
     while !told.is_finished() {
         open();
-        thread::sleep(PACE);
     }
     Ok(Got { number: Some(opened), ..Got::default() })
 }
@@ -92,10 +103,10 @@ pub(super) fn handshakes(forger: &Forger, count: u32) -> io::Result<Got> {
     Ok(Got { said: format!("{number} handshakes begun"), ..Got::default() })
 }
 
-/// Whether the other side has not hung up.
-fn is_open(stream: &TcpStream) -> bool {
-    let silent = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
-    matches!(silent, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+/// Whether the other side has not hung up, whatever it has said.
+fn is_open(mut stream: &TcpStream) -> bool {
+    let said = stream.set_nonblocking(true).and_then(|()| io::copy(&mut stream, &mut io::sink()));
+    matches!(said, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
 }
 
 fn allow_files(count: u32) -> io::Result<()> {
