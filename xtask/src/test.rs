@@ -213,6 +213,7 @@ fn cargo_test(arguments: &[String], environment: &[(&str, PathBuf)]) -> Command 
 
 /// What the tests with root need built, by the variable that tells them where it is.
 fn kernel_environment(tier: Tier) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
+    bpftool::install()?;
     Ok(if tier == Tier::Lab {
         clients::install_packages()?;
         vec![
@@ -220,7 +221,6 @@ fn kernel_environment(tier: Tier) -> anyhow::Result<Vec<(&'static str, PathBuf)>
             (UNDEFENDED_VARIABLE, ebpf::build_undefended_agent()?),
         ]
     } else {
-        bpftool::install()?;
         vec![(OBJECT_VARIABLE, ebpf::build_object()?.path)]
     })
 }

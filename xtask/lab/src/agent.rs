@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::{cgroup, node::Node, pod::PodSpec, process::Process};
+use crate::{cgroup, memory::MemoryLimit, node::Node, pod::PodSpec, process::Process};
 
 /// Where the agent's probes and metrics are.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9163);
@@ -122,6 +122,11 @@ impl AgentProcess {
     /// Lets it go on (SIGCONT).
     pub fn resume(&self) -> anyhow::Result<()> {
         self.signal(Signal::SIGCONT)
+    }
+
+    /// Leaves the agent hardly any memory: the kernel kills it when it wants more than so many bytes.
+    pub fn limit_memory(&self, bytes: u64) -> anyhow::Result<MemoryLimit> {
+        MemoryLimit::set(&self.container, self.process.pid, bytes)
     }
 
     /// Waits for the agent to exit by itself, or after [`AgentProcess::terminate`].

@@ -13,6 +13,7 @@ pub mod imds;
 pub mod jwt;
 pub mod kube_api;
 pub mod lab;
+pub mod memory;
 pub mod netns;
 pub mod node;
 pub mod pod;

@@ -1,8 +1,13 @@
 //! When the agent is gone or hangs: its pods are refused at once, and served when it is back.
 
-use std::{fs, process::Stdio, time::Duration};
+use std::{
+    fs,
+    os::unix::process::ExitStatusExt as _,
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use futures::TryStreamExt as _;
 use lab::{Lab, Pod, lab::NODE_ROLE, netns::NetNs};
 use tokio::time::sleep;
@@ -11,6 +16,10 @@ use crate::node::{self, IMDS, Node, POD_IDENTITY, ROLES};
 
 /// More than the programs wait for a beat.
 const STALE: Duration = Duration::from_millis(2300);
+/// Less than any request takes that is not the first.
+const MEMORY: u64 = 16 * 1024;
+/// For so long clients ask an agent that has no more.
+const CLIENTS: Duration = Duration::from_secs(30);
 /// The link and both addresses of the agent's target, as `/proc/net` shows them.
 const LINK: &str = "podgate0";
 const TARGET_V4: &str = "169.254.170.23";
@@ -81,13 +90,15 @@ fn remove_link(netns: &NetNs) -> anyhow::Result<()> {
     })
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_killed_agent_s_pods_are_refused_at_once_and_served_by_the_next_one() -> anyhow::Result<()> {
+/// The agent is killed: its pods are refused, and served by the next one.
+async fn assert_nobody_notices_the_next_agent(
+    kill: impl AsyncFnOnce(&mut Node, &Pod) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let mut node = Node::intercepting().await?;
     let pod = node.pod("web")?;
     let session = node.session(&pod, IMDS, &[]).await?;
     node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
-    node.agent.kill().await?;
+    kill(&mut node, &pod).await?;
     // Nobody listens any more; then nobody has beaten for too long.
     assert_refused(&node, &pod, "ECONNREFUSED").await?;
     sleep(STALE).await;
@@ -100,6 +111,32 @@ async fn a_killed_agent_s_pods_are_refused_at_once_and_served_by_the_next_one() 
     let role = node.curl(&pod, &["-H", &session, ROLES]).await?;
     assert_eq!((role.status, role.body.as_str()), (200, "web-role"), "a session outlives the agent");
     node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_agent_s_pods_are_refused_at_once_and_served_by_the_next_one() -> anyhow::Result<()> {
+    assert_nobody_notices_the_next_agent(async |node: &mut Node, _: &Pod| {
+        node.agent.kill().await?;
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pods_of_an_agent_that_is_out_of_memory_are_refused_at_once_and_served_by_the_next_one()
+-> anyhow::Result<()> {
+    assert_nobody_notices_the_next_agent(async |node: &mut Node, pod: &Pod| {
+        let limit = node.agent.limit_memory(MEMORY)?;
+        let begun = Instant::now();
+        while node.agent.process().is_running() {
+            ensure!(begun.elapsed() < CLIENTS, "the agent does with {MEMORY} bytes");
+            node.curl(pod, &["--max-time", "1", ROLES]).await?;
+        }
+        assert!(limit.kills()? > 0, "the kernel has killed it for its memory");
+        assert_eq!(node.agent.wait().await?.signal(), Some(9));
+        Ok(())
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]

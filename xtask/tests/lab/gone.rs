@@ -62,14 +62,17 @@ async fn a_second_after_a_pod_s_cgroup_nothing_is_left_of_it_though_the_api_serv
     let token = node.lab.cluster.mint_pod_token(&pod.namespace, &pod.name, &[audience], SOON * 600);
     let header = format!("Authorization: {token}");
     let by_token = async || node.curl_on_node(&["-H", &header, POD_IDENTITY]).await;
-    let before = by_token().await?.access_key_id().context("the token opens what is kept")?;
+    by_token().await?.access_key_id().context("the token opens what is kept")?;
     let cgroup = cgroup_id(&pod)?;
     assert_eq!(maps_with(&node, cgroup).await?, BY_POD);
 
     node.lab.complete_pod(&pod)?;
     let kernel = until("the kernel's state", async || Ok(maps_with(&node, cgroup).await?.is_empty())).await?;
-    let kept = async || Ok(by_token().await?.access_key_id().as_ref() != Some(&before));
-    let agent = until("what was kept in the agent", kept).await?;
+    let is_refused = async || {
+        let answer = by_token().await?;
+        Ok((400..600).contains(&answer.status) && answer.body.contains("the pod is gone"))
+    };
+    let agent = until("what was kept in the agent", is_refused).await?;
     println!(
         "after the end of the cgroup: nothing in the kernel after {kernel:?}, in the agent after {agent:?}"
     );
@@ -80,6 +83,8 @@ async fn a_second_after_a_pod_s_cgroup_nothing_is_left_of_it_though_the_api_serv
     sleep(Duration::from_millis(500)).await;
     assert_eq!(node.lab.eks_auth.calls(), calls, "fetched for a pod that is gone");
     assert_eq!(maps_with(&node, cgroup).await?, [""; 0]);
+    assert!(is_refused().await?, "its token opens nothing");
+    assert_eq!(node.lab.eks_auth.calls(), calls, "nor does anybody ask with it");
     node.lab.delete_pod(&pod)?;
 
     assert_eq!(maps_with(&node, cgroup_id(&stays)?).await?, BY_POD, "the others' is there");

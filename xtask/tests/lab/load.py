@@ -1,7 +1,8 @@
 """A steady load from a pod: requests on connections of their own, begun on time whatever becomes of the others.
 
-Arguments: host, requests a second, and the path of the credentials; without a path they are asked for as by IMDSv2. Ends when its standard input does. Prints a JSON list: for each request when it was due
-(seconds since the first), how long it took from then (milliseconds), and what came of it.
+Arguments: host, requests a second, and the path of the credentials; without a path they are asked for as by IMDSv2.
+Ends when its standard input does. Prints a JSON list: for each request when it was due (seconds since the first), how long
+it took from then (milliseconds), and what came of it.
 """
 
 import json
