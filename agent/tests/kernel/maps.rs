@@ -74,9 +74,7 @@ impl Bpffs {
     /// Pins every map of the programs' object that an agent may pin; their names.
     fn pin_all(&self) -> Vec<String> {
         let ebpf = EbpfLoader::new().load(OBJECT).unwrap();
-        let is_pinned =
-            |name: &str, map: &Map| !name.starts_with('.') && !matches!(map, Map::ReusePortSockArray(_));
-        let maps: Vec<_> = ebpf.maps().filter(|(name, map)| is_pinned(name, map)).collect();
+        let maps: Vec<_> = ebpf.maps().filter(|(name, _)| !name.starts_with('.')).collect();
         for (name, map) in &maps {
             map.pin(self.pins.join(name)).unwrap();
         }
