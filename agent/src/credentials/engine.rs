@@ -52,7 +52,6 @@ use crate::identity::{Pod, PodUid};
 pub const BUDGET: Budget = Budget { per_second: 10.0, burst: 320.0 };
 /// Who can be served from what is at hand waits no longer for something fresher.
 const PATIENCE: Duration = Duration::from_millis(400);
-const POD_IS_GONE: &str = "the pod is gone";
 
 /// Tells the time.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
@@ -206,38 +205,6 @@ impl<S: CredentialSource> Engine<S> {
         state.records.entry(Key::Pod(pod.uid)).or_default().tokens.update(tokens);
         state.plan.prefetch(pod.uid, self.now());
         self.act(&mut state);
-    }
-
-    /// The pod has no cgroup yet. Its credentials may be fetched, but nobody can have had any.
-    pub fn awaits_cgroup(&self, uid: PodUid) {
-        self.lock().absent.awaits(uid);
-    }
-
-    /// The pod has a cgroup, perhaps again: as when the kubelet starts its containers anew.
-    pub fn has_cgroup(&self, uid: PodUid) {
-        self.lock().absent.came(uid);
-    }
-
-    /// The pod's cgroup is gone. Drops everything about it, a fetch under way included, and nothing is kept for it until it
-    /// has a cgroup again, whatever the API server shows.
-    pub async fn gone(&self, uid: PodUid) {
-        self.drop_pod(uid, |absent| absent.gone(uid)).await;
-    }
-
-    /// The API server has the pod no more, and it has no cgroup. Drops everything about it; what is still on its way counts
-    /// for nothing.
-    pub async fn forget(&self, uid: PodUid) {
-        self.drop_pod(uid, |absent| absent.deleted(uid, TokioInstant::now())).await;
-    }
-
-    async fn drop_pod(&self, uid: PodUid, note: impl FnOnce(&mut Absent)) {
-        {
-            let mut state = self.lock();
-            note(&mut state.absent);
-            state.held.remove(&uid);
-            self.give_up(&mut state, Key::Pod(uid));
-        }
-        self.source.forget(uid).await;
     }
 
     async fn of_pod(
@@ -412,19 +379,6 @@ impl<S: CredentialSource> Engine<S> {
 impl<S> std::fmt::Debug for Engine<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("pods", &self.ready.len()).finish_non_exhaustive()
-    }
-}
-
-// === impl State ===
-
-impl State {
-    /// # Errors
-    /// When the pod is gone.
-    fn is_here(&self, uid: PodUid) -> Result<(), Error> {
-        if self.absent.is_gone(uid, TokioInstant::now()) && holds(Defence::GonePods) {
-            return Err(Error::Token { reason: POD_IS_GONE.to_owned() });
-        }
-        Ok(())
     }
 }
 

@@ -1,18 +1,25 @@
 //! Pods that have no cgroup on this node: those that have none yet, and those that have none any more.
 //!
-//! Owns that memory, which is as large as what the API server shows of the node, and bounded beyond; never learns by
-//! itself that a cgroup comes or goes.
+//! Owns that memory, and what the engine makes of it. It is as large as what the API server shows of the node, and bounded
+//! beyond. Never learns by itself that a cgroup comes or goes.
 
 use std::{collections::HashMap, time::Duration};
 
+use agent_common::defence::{Defence, holds};
 use tokio::time::Instant;
 
-use crate::identity::PodUid;
+use super::{Engine, State};
+use crate::{
+    credentials::{Error, plan::Key, source::CredentialSource},
+    identity::PodUid,
+};
 
 /// Longer than any request, and than news of a pod take that the API server has no more.
 pub(super) const REMEMBERED: Duration = Duration::from_mins(1);
 /// More than a node loses in that time.
 const MOST: usize = 1024;
+/// What callers are told.
+pub(super) const POD_IS_GONE: &str = "the pod is gone";
 
 /// The pods. Whoever is not among them may have a cgroup.
 #[derive(Debug, Default)]
@@ -26,6 +33,53 @@ enum Absence {
     Gone,
     /// The API server has it no more either, since then. By a clock that nobody sets.
     Deleted(Instant),
+}
+
+// === impl Engine ===
+
+impl<S: CredentialSource> Engine<S> {
+    /// The pod has no cgroup yet. Its credentials may be fetched, but nobody can have had any.
+    pub fn awaits_cgroup(&self, uid: PodUid) {
+        self.lock().absent.awaits(uid);
+    }
+
+    /// The pod has a cgroup, perhaps again: as when the kubelet starts its containers anew.
+    pub fn has_cgroup(&self, uid: PodUid) {
+        self.lock().absent.came(uid);
+    }
+
+    /// The pod's cgroup is gone. Drops everything about it, a fetch under way included, and nothing is kept for it until it
+    /// has a cgroup again, whatever the API server shows.
+    pub async fn gone(&self, uid: PodUid) {
+        self.drop_pod(uid, |absent| absent.gone(uid)).await;
+    }
+
+    /// The API server has the pod no more, and it has no cgroup. Drops everything about it; what is still on its way counts
+    /// for nothing.
+    pub async fn forget(&self, uid: PodUid) {
+        self.drop_pod(uid, |absent| absent.deleted(uid, Instant::now())).await;
+    }
+
+    async fn drop_pod(&self, uid: PodUid, note: impl FnOnce(&mut Absent)) {
+        {
+            let mut state = self.lock();
+            note(&mut state.absent);
+            state.held.remove(&uid);
+            self.give_up(&mut state, Key::Pod(uid));
+        }
+        self.source.forget(uid).await;
+    }
+}
+
+impl State {
+    /// # Errors
+    /// When the pod is gone.
+    pub(super) fn is_here(&self, uid: PodUid) -> Result<(), Error> {
+        if self.absent.is_gone(uid, Instant::now()) && holds(Defence::GonePods) {
+            return Err(Error::Token { reason: POD_IS_GONE.to_owned() });
+        }
+        Ok(())
+    }
 }
 
 // === impl Absent ===

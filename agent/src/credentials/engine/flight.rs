@@ -21,7 +21,8 @@ use tracing::{debug, error, info, warn};
 #[cfg(test)]
 use super::planted::{Bug, planted};
 use super::{
-    Engine, POD_IS_GONE, Ready, State,
+    Engine, Ready, State,
+    absent::POD_IS_GONE,
     fetch::{Accepted, Fetched},
 };
 use crate::{
