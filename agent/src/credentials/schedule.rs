@@ -12,7 +12,7 @@ const REFUSED: (Duration, Duration) = (Duration::from_secs(10), Duration::from_m
 /// First and longest pause after a failure while somebody waits for credentials.
 const WANTED: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
 /// First and longest pause where no token can be had while somebody waits: longer, since the API server has all nodes.
-const NO_TOKEN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+const NO_TOKEN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
 /// First and longest pause after a failure while there are credentials that can be served.
 const AHEAD: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(5));
 /// Less life than this, and a refresh is as urgent as a caller who waits.
@@ -171,8 +171,8 @@ mod tests {
         assert_eq!(refused, [10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0]);
         let outage: Vec<_> = (1..7).map(|times| seconds(Failure::Outage, times)).collect();
         assert_eq!(outage, [0.0, 0.25, 0.5, 1.0, 2.0, 2.0]);
-        let no_token: Vec<_> = [1, 2, 3, 8, 9, 10].map(|times| seconds(Failure::NoToken, times)).into();
-        assert_eq!(no_token, [0.0, 0.25, 0.5, 16.0, 30.0, 30.0]);
+        let no_token: Vec<_> = [1, 2, 3, 7, 8, 9].map(|times| seconds(Failure::NoToken, times)).into();
+        assert_eq!(no_token, [0.0, 0.25, 0.5, 8.0, 10.0, 10.0]);
         let ahead: Vec<_> =
             [1, 2, 7, 99].map(|times| pause_ahead(Failure::Outage, times, 0.0).as_secs()).into();
         assert_eq!(ahead, [5, 10, 300, 300]);

@@ -9,7 +9,7 @@ use std::{
 
 use proptest::{
     collection::vec,
-    test_runner::{Config, TestCaseError, TestRunner},
+    test_runner::{Config, RngSeed, TestCaseError, TestRunner},
 };
 use tokio::task::{JoinSet, LocalSet};
 
@@ -22,6 +22,10 @@ use crate::{
 };
 
 const PODS: usize = 3;
+/// Where the runs' chances begin.
+const SEED: u64 = 1;
+/// Turns of all tasks after which nothing is left that could happen at this very time.
+const SETTLED: usize = 16;
 
 /// Something that happens.
 #[derive(Clone, Debug)]
@@ -260,6 +264,10 @@ impl World {
             }
             Event::Verdict(verdict) => upstream.change(|conditions| conditions.verdict = verdict),
             Event::Clock { minutes } => {
+                // Who has been answered by now looks at what it got by the clock as it was.
+                for _ in 0..SETTLED {
+                    tokio::task::yield_now().await;
+                }
                 self.set.fetch_add(minutes, SeqCst);
             }
             Event::Prefetch(pod) => self.engine.prefetch(&self.pods[pod]),
@@ -311,6 +319,10 @@ impl World {
     }
 
     async fn probe(&mut self) {
+        // EKS Auth is known to be there.
+        if get(&self.engine, &Arc::new(pod_of(PODS))).await.is_err() {
+            self.trouble = Some("a new pod is not served in fair weather");
+        }
         // A lost answer is made up for at once, and a refusal told at once.
         let (lost, refused) = (Arc::new(pod_of(PODS)), Arc::new(pod_of(PODS)));
         self.upstream.change(|conditions| conditions.weather = Weather::Says(500, "InternalServerException"));
@@ -384,7 +396,7 @@ fn check(budget: Budget, events: Vec<Event>) -> Result<(), TestCaseError> {
             continue;
         }
         let came = calls.iter().filter(|call| call.pod == pod).filter_map(|call| call.served_at);
-        let mut came = came.filter(|came| *came >= waits_from && *came < at);
+        let mut came = came.filter(|came| *came > waits_from && *came < at);
         let missed = came.find(|came| upstream.under_way(pod, *came) == 1);
         prop_assert!(missed.is_none(), "a lost wake-up: {answer:?} although {missed:?}");
     }
@@ -397,7 +409,18 @@ fn budget() -> impl Strategy<Value = Budget> {
 }
 
 fn find(cases: u32) -> Result<(), String> {
-    let config = Config { cases, failure_persistence: None, max_shrink_iters: 200, ..Config::default() };
+    // The same runs each time, or others: `PROPTEST_RNG_SEED` says which.
+    let seed = match Config::default().rng_seed {
+        RngSeed::Random => RngSeed::Fixed(SEED),
+        fixed @ RngSeed::Fixed(_) => fixed,
+    };
+    let config = Config {
+        cases,
+        failure_persistence: None,
+        max_shrink_iters: 200,
+        rng_seed: seed,
+        ..Config::default()
+    };
     let runs = (budget(), vec(event(), 1..60));
     let runner = TestRunner::new(config).run(&runs, |(budget, events)| check(budget, events));
     runner.map_err(|error| error.to_string())
