@@ -279,8 +279,8 @@ async fn unverifiable_tokens_by_the_thousand_leave_the_others_their_turn() {
     assert!(!statuses.contains_key(&Some(200)));
     assert!(took < Duration::from_secs(15));
     // Four at once, and one more each time that a pause is over.
-    let forged = node.eks_auth.calls() - callers.len() as u64;
-    assert!((1..=8).contains(&forged), "{forged}");
+    let in_vain = node.eks_auth.calls() - callers.len() as u64;
+    assert!((1..=8).contains(&in_vain), "{in_vain}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

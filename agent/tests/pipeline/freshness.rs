@@ -1,4 +1,5 @@
 //! What is fresh enough for whom: each dialect has the floor of its clients.
+#![expect(clippy::unwrap_used, reason = "test code")]
 
 use std::sync::Arc;
 
