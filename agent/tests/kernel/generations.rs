@@ -349,7 +349,7 @@ fn who_listens_everywhere_is_in_nobody_s_way_and_gets_nothing_of_podgate_s() {
         }
         node.interceptor.set_listeners(&own.each_ref()).unwrap();
         let served = [IMDS, IMDS_V6].map(|dialled| (pod.dial(dialled).unwrap(), dialled));
-        let accepted = own.each_ref().map(|listener| accept(listener));
+        let accepted = own.each_ref().map(accept);
         for (accepted, target) in
             accepted.iter().zip([SocketAddr::from((AGENT_V4, 80)), (AGENT_V6, 80).into()])
         {

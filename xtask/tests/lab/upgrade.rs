@@ -28,6 +28,8 @@ const ACCEPTED: usize = 2;
 const PAUSE: Duration = Duration::from_millis(100);
 /// What a request may take while agents are killed under it.
 const LONGEST: f64 = 1000.0;
+/// What the kernel takes to send a SYN again that came at the very moment when its listener was closed.
+const SYN_AGAIN: f64 = 1000.0;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn upgrades_under_load_lose_no_request() -> anyhow::Result<()> {
@@ -144,7 +146,7 @@ async fn a_successor_that_dies_at_once_is_succeeded_by_the_agent_before_it() -> 
     );
     assert!(failed.iter().all(|(_, _, outcome)| reset(outcome)), "{failed:?}");
     assert!(failed.len() <= LOST * ACCEPTED, "{failed:?}");
-    assert!(requests.longest() < LONGEST);
+    assert!(requests.longest() < LONGEST + SYN_AGAIN);
     requests.assert_own(&node, &pod);
     assert!(node.agent.log_text()?.contains("taking charge again"), "{}", node.agent.log_tail());
     node.down().await
