@@ -145,7 +145,9 @@ mod tests {
         std::fs::remove_file(other).unwrap();
         let left = handover::left(&directory).unwrap();
         assert_eq!((left.len(), left.last()), (3, Some(&directory)));
-        left.iter().for_each(|path| handover::remove(path).unwrap());
+        for path in &left {
+            handover::remove(path).unwrap();
+        }
         assert!(!directory.exists());
     }
 
