@@ -23,7 +23,7 @@ const HASTE: Duration = Duration::from_millis(200);
 /// Pause between the segments of a flood that goes on.
 const PACE: Duration = Duration::from_micros(200);
 /// Pause between connections.
-const PAUSE: Duration = Duration::from_millis(4);
+const PAUSE: Duration = Duration::from_millis(16);
 
 /// Begins dials that get no answer, since the pod is mute.
 pub(super) fn begin_dials(to: &[SocketAddr], count: u32) -> io::Result<Got> {
