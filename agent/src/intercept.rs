@@ -278,7 +278,7 @@ impl Interceptor {
     /// [`HEARTBEAT_LIMIT_NS`](agent_common::target::HEARTBEAT_LIMIT_NS).
     pub fn beat(&mut self) -> Result<Standing, Error> {
         let now = now()?;
-        if self.object.is_orphaned(&self.pins)? {
+        if self.object.is_orphaned(&self.pins) {
             return Ok(Standing::Detached);
         }
         if !self.is_in_charge()? {

@@ -129,29 +129,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sockets_go_and_their_directory_unless_something_else_is_in_it() {
-        let parent = tempfile::tempdir().unwrap();
-        let directory = parent.path().join("handover");
-        assert!(handover::left(&directory).unwrap().is_empty());
-        std::fs::create_dir(&directory).unwrap();
-        let [socket, next, other] = ["handover.sock", "handover.sock.12", "notes"].map(|name| {
-            let path = directory.join(name);
-            std::fs::write(&path, "").unwrap();
-            path
-        });
-        let mut left = handover::left(&directory).unwrap();
-        left.sort();
-        assert_eq!(left, [&*socket, &*next]);
-        std::fs::remove_file(other).unwrap();
-        let left = handover::left(&directory).unwrap();
-        assert_eq!((left.len(), left.last()), (3, Some(&directory)));
-        for path in &left {
-            handover::remove(path).unwrap();
-        }
-        assert!(!directory.exists());
-    }
-
-    #[test]
     fn people_see_each_thing_or_that_there_is_none() {
         let nothing = Found { pins: vec![], link: None, rules: vec![], handover: vec![] };
         assert_eq!(nothing.for_people(false), "nothing of podgate's is on this node\n");

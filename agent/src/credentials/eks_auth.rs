@@ -101,7 +101,7 @@ impl EksAuth {
     fn region(&self) -> config::Builder {
         let set = self.client.config().region();
         let region = set.cloned().or_else(|| self.instance.borrow().region.clone().map(Region::new));
-        config::Config::builder().set_region(region).clone()
+        config::Config::builder().region(region)
     }
 }
 

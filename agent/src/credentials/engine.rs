@@ -154,7 +154,7 @@ impl<S: CredentialSource> Engine<S> {
                 self.trust(&mut state, pod.uid, digest);
             }
         }
-        self.of_pod(pod.uid, Tokens::new(sent, Some(pod)), floor, deadline).await
+        self.counted(self.of_pod(pod.uid, Tokens::new(sent, Some(pod)), floor, deadline).await, floor)
     }
 
     /// The credentials of the pod that a token is bound to, for a caller at `address` that nobody vouches for. What the
@@ -186,12 +186,14 @@ impl<S: CredentialSource> Engine<S> {
             }
         }
         let tokens = Tokens::new(Some(sent), None);
-        if let Some(uid) = uid {
-            return self.of_pod(uid, tokens, Floor::Container, deadline).await;
-        }
-        let payer = Payer::Address(address.to_canonical());
-        let waiter = self.join(&mut self.lock(), Key::Token(digest), payer, tokens)?;
-        self.counted(waiter.wait(deadline.into()).await, Floor::Container)
+        let answer = if let Some(uid) = uid {
+            self.of_pod(uid, tokens, Floor::Container, deadline).await
+        } else {
+            let payer = Payer::Address(address.to_canonical());
+            let waiter = self.join(&mut self.lock(), Key::Token(digest), payer, tokens)?;
+            waiter.wait(deadline.into()).await
+        };
+        self.counted(answer, Floor::Container)
     }
 
     /// Fetches a pod's credentials before it asks.
@@ -207,16 +209,6 @@ impl<S: CredentialSource> Engine<S> {
         self.act(&mut state);
     }
 
-    async fn of_pod(
-        &self,
-        uid: PodUid,
-        tokens: Tokens,
-        floor: Floor,
-        deadline: Instant,
-    ) -> Result<Arc<Credentials>, Error> {
-        self.counted(self.best_of_pod(uid, tokens, floor, deadline).await, floor)
-    }
-
     /// Counts what has little life left, however it came.
     fn counted(
         &self,
@@ -229,7 +221,7 @@ impl<S: CredentialSource> Engine<S> {
         answer
     }
 
-    async fn best_of_pod(
+    async fn of_pod(
         &self,
         uid: PodUid,
         tokens: Tokens,

@@ -233,12 +233,9 @@ impl Plan {
         let key = Key::Pod(uid);
         let entry = self.entries.entry(key).or_insert_with(|| Entry::new(Payer::Pod(uid), now));
         (entry.failed, entry.lost) = (None, 0);
-        let phase = entry.phase;
-        if let Phase::Queued(rank) = phase {
+        if let Phase::Queued(rank) | Phase::Delayed(rank) = entry.phase {
+            entry.waits = false;
             self.queue.remove(rank);
-        }
-        if let Phase::Queued(_) | Phase::Delayed(_) = phase {
-            self.entry(key).waits = false;
             self.set_phase(key, Phase::Idle);
         }
         self.keep(key, life, true);

@@ -214,6 +214,29 @@ async fn a_process_of_somebody_else_s_pod_is_not_listened_to_however_often_it_co
 }
 
 #[test]
+fn sockets_go_and_their_directory_unless_something_else_is_in_it() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("handover");
+    assert!(left(&directory).unwrap().is_empty());
+    fs::create_dir(&directory).unwrap();
+    let [socket, next, other] = ["handover.sock", "handover.sock.12", "notes"].map(|name| {
+        let path = directory.join(name);
+        fs::write(&path, "").unwrap();
+        path
+    });
+    let mut found = left(&directory).unwrap();
+    found.sort();
+    assert_eq!(found, [&*socket, &*next]);
+    fs::remove_file(other).unwrap();
+    let found = left(&directory).unwrap();
+    assert_eq!((found.len(), found.last()), (3, Some(&directory)));
+    for path in &found {
+        remove(path).unwrap();
+    }
+    assert!(!directory.exists());
+}
+
+#[test]
 fn the_log_has_a_line_now_and_then_and_tells_how_many_it_has_not() {
     let (mut complaints, begun) = (Complaints::default(), Instant::now());
     let after = |seconds| begun + Duration::from_secs(seconds);

@@ -65,8 +65,8 @@ pub(super) type ImdsKey = [u8; 32];
 /// The object in the kernel. The programs that are attached stay when it is dropped.
 pub(super) struct Object {
     programs: Ebpf,
-    /// The maps of `PINNED` once more, to pin them again.
-    pinned: Vec<(&'static str, MapData)>,
+    /// The maps of `PINNED` once more, to pin them again, with the kernel's ids.
+    pinned: Vec<(&'static str, u32, MapData)>,
     accepted: MapData,
     tickets: HashMap<MapData, u64, Dialled>,
     pod_tickets: HashMap<MapData, u64, u64>,
@@ -118,9 +118,10 @@ impl Object {
             .load(OBJECT)
             .map_err(|source| Error::Load { source: source.into() })?;
         let pinned = PINNED.map(|(name, ..)| {
-            MapData::from_pin(pins.map(name)).map(|data| (name, data)).map_err(reading(name))
+            let data = MapData::from_pin(pins.map(name)).map_err(reading(name))?;
+            Ok((name, data.info().map_err(reading(name))?.id(), data))
         });
-        let pinned = pinned.into_iter().collect::<Result<_, _>>()?;
+        let pinned = pinned.into_iter().collect::<Result<_, Error>>()?;
         drop(alone);
         for name in program::ALL {
             load_program(&mut ebpf, name)?;
@@ -156,9 +157,9 @@ impl Object {
     /// ABI has made others since. What agents of all ABIs share nobody removes but `podgate detach`.
     pub(super) fn pin_again(&self, pins: &Pins) -> Result<(), Error> {
         let mut gone = Vec::new();
-        for (name, data) in &self.pinned {
+        for (name, id, data) in &self.pinned {
             let path = pins.map(name);
-            if is_gone(&path, name, data)? {
+            if is_gone(&path, *id) {
                 if pins::is_shared(name) {
                     return Err(Error::Orphaned { path });
                 }
@@ -175,9 +176,9 @@ impl Object {
     }
 
     /// Whether what agents of all ABIs share was removed.
-    pub(super) fn is_orphaned(&self, pins: &Pins) -> Result<bool, Error> {
-        let mut shared = self.pinned.iter().filter(|(name, _)| pins::is_shared(name));
-        shared.try_fold(false, |is, (name, data)| Ok(is || is_gone(&pins.map(name), name, data)?))
+    pub(super) fn is_orphaned(&self, pins: &Pins) -> bool {
+        let mut shared = self.pinned.iter().filter(|(name, ..)| pins::is_shared(name));
+        shared.any(|(name, id, _)| is_gone(&pins.map(name), *id))
     }
 
     /// A loaded program.
@@ -433,12 +434,11 @@ fn check_shape(
 
 /// Whether a map's pin is gone, or another map's. One that cannot be asked is there: too many open files, which pods may
 /// bring about, remove nothing.
-fn is_gone(path: &Path, name: &'static str, data: &MapData) -> Result<bool, Error> {
-    let own = data.info().map_err(reading(name))?.id();
-    Ok(match MapInfo::from_pin(path) {
-        Ok(pinned) => pinned.id() != own,
+fn is_gone(path: &Path, id: u32) -> bool {
+    match MapInfo::from_pin(path) {
+        Ok(pinned) => pinned.id() != id,
         Err(error) => errno(&error) == Some(libc::ENOENT),
-    })
+    }
 }
 
 /// Takes a map out of the object, as the type that the agent expects.

@@ -58,7 +58,7 @@ pub(super) enum Act {
     BeginDials { to: Vec<SocketAddr>, count: u32 },
     /// Opens so many connections, stays, and says this on them as long as it does.
     HoldConnections { to: SocketAddr, count: u32, saying: String },
-    /// The same with ever new connections, as fast as it can, in the place of its oldest.
+    /// Opens connections on and on, and holds so many: a new one takes the place of its oldest.
     ChurnConnections { to: SocketAddr, count: u32 },
     /// Passes connections on, as a mesh's sidecar does, and stays.
     Relay { at: SocketAddr, to: SocketAddr },

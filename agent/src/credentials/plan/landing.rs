@@ -44,8 +44,7 @@ impl Plan {
                 return Landing::GoesOn;
             }
             Outcome::Got(life) => {
-                self.pace.answered();
-                self.service_answers(now);
+                self.has_answered(now);
                 let entry = self.entry(key);
                 let waits = std::mem::take(&mut entry.waits);
                 (entry.failed, entry.lost) = (None, 0);
@@ -64,8 +63,7 @@ impl Plan {
             }
             // The next call is one more.
             Outcome::TokenRefused => {
-                self.pace.answered();
-                self.service_answers(now);
+                self.has_answered(now);
                 self.take_turn_again(key, rank);
                 return Landing::GoesOn;
             }
@@ -94,8 +92,7 @@ impl Plan {
         let payer = self.entry(key).payer;
         match failure {
             Failure::Refused => {
-                self.pace.answered();
-                self.service_answers(now);
+                self.has_answered(now);
                 if let Payer::Address(address) = payer {
                     let chance = self.chances.draw();
                     self.strangers.refused(address, begun_at, now, chance);
@@ -188,6 +185,12 @@ impl Plan {
             self.may_ask_again(Failure::NoToken, now);
             self.entry(key).failed = None;
         }
+    }
+
+    /// EKS Auth has answered, and not that it is asked too much.
+    fn has_answered(&mut self, now: Timestamp) {
+        self.pace.answered();
+        self.service_answers(now);
     }
 
     /// If EKS Auth was away, nobody need wait longer because of that.
