@@ -8,7 +8,7 @@ use core::{
 use crate::{
     event::Event,
     net::Endpoint,
-    origin::{Dialled, Origin},
+    origin::{Origin, PendingOrigin},
     policy::PodPolicy,
     target::Target,
 };
@@ -47,15 +47,15 @@ pub const TICKETS_MAX: u32 = PODS_MAX * TICKETS_PER_POD;
 pub const POLICIES_MAX: u32 = 4_096;
 /// A value of `EXEMPT`: a pod of podgate's.
 pub const EXEMPT_PODGATE: u64 = 0;
-/// A value of `EXEMPT`: a pod of AWS's own agent.
-pub const EXEMPT_STOCK_AGENT: u64 = 1;
-/// Most cgroups that are exempt at a time: pods of podgate and of AWS's own agent, those that were killed included.
+/// A value of `EXEMPT`: a pod of the EKS Pod Identity Agent.
+pub const EXEMPT_EKS_AGENT: u64 = 1;
+/// Most cgroups that are exempt at a time: pods of podgate and of the EKS Pod Identity Agent, those that were killed included.
 pub const EXEMPT_MAX: u32 = 64;
 /// Most listeners of one generation: an IPv4 and an IPv6 one at podgate's own pair of addresses, and at EKS Pod
 /// Identity's.
 pub const LISTENERS_MAX: u32 = 4;
 /// Most addresses that only podgate may listen at: those of one generation, and of some before it with other settings.
-pub const GUARDED_MAX: u32 = 16;
+pub const RESERVED_MAX: u32 = 16;
 /// Slots of `COUNTERS`: room for those to come, which go to the end, so that an agent finds those of the one before it.
 pub const COUNTERS_MAX: u32 = 64;
 /// Bytes of the ring buffer, a power of two: some 2,900 events of 80 bytes and 8 of header.
@@ -94,11 +94,11 @@ pub mod program {
 
 /// Names of the maps; the kernel keeps 15 characters.
 pub mod map {
-    /// Socket storage of the dialling socket: [`crate::origin::Dialled`].
+    /// Socket storage of the dialling socket: [`crate::origin::PendingOrigin`].
     pub const ORIGINS: &str = "ORIGINS";
     /// Socket storage of the accepted socket: [`crate::origin::Origin`].
     pub const ACCEPTED: &str = "ACCEPTED";
-    /// Ticket to [`crate::origin::Dialled`], from the SYN to the accept.
+    /// Ticket to [`crate::origin::PendingOrigin`], from the SYN to the accept.
     pub const TICKETS: &str = "TICKETS";
     /// Pod cgroup id to `u64`: how many entries of `TICKETS` are the pod's.
     pub const POD_TICKETS: &str = "POD_TICKETS";
@@ -109,24 +109,24 @@ pub mod map {
     pub const UNKNOWN_POD: &str = "UNKNOWN_POD";
     /// Two `u64`: the cgroup ids of the quality-of-service classes, by [`crate::policy::QosClass`]; 0 where
     /// there is none yet.
-    pub const CLASSES: &str = "CLASSES";
-    /// Pod cgroup id to `u64`: pods that no policy applies to, [`super::EXEMPT_PODGATE`] or [`super::EXEMPT_STOCK_AGENT`].
+    pub const QOS_CLASSES: &str = "QOS_CLASSES";
+    /// Pod cgroup id to `u64`: pods that no policy applies to, [`super::EXEMPT_PODGATE`] or [`super::EXEMPT_EKS_AGENT`].
     pub const EXEMPT: &str = "EXEMPT";
-    /// One `u64`: which generation of the agent is in charge of the node; counts up. The same for every ABI.
+    /// One `u64`: which generation of the agent is active on the node; counts up. The same for every ABI.
     pub const GENERATION: &str = "GENERATION";
     /// One `u64`: when it has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 when it has stopped. The same for every
     /// ABI.
     pub const HEARTBEAT: &str = "HEARTBEAT";
     /// Listening sockets: a half for generations with even numbers, and one for those with odd ones.
-    pub const SERVERS: &str = "SERVERS";
+    pub const LISTENERS: &str = "LISTENERS";
     /// [`crate::net::Endpoint`] to `u32`: where nobody but exempt pods may listen, and podgate's listeners alone get what is
     /// dialled. The value says nothing.
-    pub const GUARDED: &str = "GUARDED";
+    pub const RESERVED: &str = "RESERVED";
     /// One 32-byte key, by which IMDS tokens are valid across restarts. A token grants nothing by itself.
     pub const IMDS_KEY: &str = "IMDS_KEY";
     /// Two [`crate::target::Target`] slots.
     pub const TARGETS: &str = "TARGETS";
-    /// One `u32`: which slot of `TARGETS` is in force.
+    /// One `u32`: which slot of `TARGETS` is effective.
     pub const TARGET_INDEX: &str = "TARGET_INDEX";
     /// One `u32`: what the program [`super::program::EGRESS`] is to do, of [`crate::egress`]'s `JOB_*`.
     pub const EGRESS_JOBS: &str = "EGRESS_JOBS";
@@ -169,7 +169,7 @@ const _: () = {
     assert!(offset_of!(Origin, state) == 80);
     assert!(offset_of!(Origin, comm) == 88);
 
-    assert!(size_of::<Dialled>() == 112 && offset_of!(Dialled, counts_for) == 104);
+    assert!(size_of::<PendingOrigin>() == 112 && offset_of!(PendingOrigin, counts_for) == 104);
 
     assert!(size_of::<Event>() == 80 && align_of::<Event>() == 8);
     assert!(offset_of!(Event, address) == 32);

@@ -44,9 +44,9 @@ counters! {
     /// Dials of a pod that has as many tickets alive as it may have, or whose tickets cannot be counted.
     DeniedLimit = "denied_limit",
     /// Dials refused because the agent is down.
-    DeniedDown = "denied_down",
-    /// Dials left to AWS's own agent because podgate's is down.
-    PassedDown = "passed_down",
+    DeniedAgentDown = "denied_agent_down",
+    /// Dials left to the EKS Pod Identity Agent because podgate's is down.
+    PassedAgentDown = "passed_agent_down",
     /// Attempts of others to listen where the agent does.
     DeniedBind = "denied_bind",
     /// Dials for which there was no target, no socket or no storage.
@@ -74,7 +74,7 @@ counters! {
     /// Connections accepted with a valid ticket but without room for the origin: the caller is anonymous.
     AcceptedNoRoom = "accepted_no_room",
     /// Packets stopped on their way from a guarded pod to IMDS or the agent: no dial of theirs was let through.
-    GuardDropped = "guard_dropped",
+    EgressDropped = "egress_dropped",
     /// Connections of pods in mode `audit` that asked IMDS for the node's credentials.
     AuditedCredentials = "audited_credentials",
     /// Connections of pods in mode `audit` that asked IMDS for user data.

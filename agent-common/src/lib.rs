@@ -10,7 +10,7 @@
 
 pub mod abi;
 pub mod counter;
-pub mod defence;
+pub mod defense;
 pub mod egress;
 pub mod event;
 pub mod net;

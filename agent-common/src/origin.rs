@@ -24,7 +24,7 @@ pub struct Origin {
     pub ticket: u64,
     /// When it was dialled, and from the beginning of the handshake on, when that began: nanoseconds of
     /// `CLOCK_BOOTTIME`. The ticket's life counts from here.
-    pub dialled_at_ns: u64,
+    pub started_at_ns: u64,
     /// The address the pod dialled.
     pub orig_dst: Endpoint,
     /// The address it was sent to instead; may be the same.
@@ -40,7 +40,7 @@ pub struct Origin {
 /// An origin on its way from the dial to the accept.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Dialled {
+pub struct PendingOrigin {
     /// What the accepted socket will have.
     pub origin: Origin,
     /// The cgroup that its ticket counts for in `POD_TICKETS`: the pod's own, or as near as can be told while nothing
@@ -51,7 +51,7 @@ pub struct Dialled {
 // SAFETY: `repr(C)`, no padding (asserted in `abi`), every bit pattern is valid.
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya reads the record from a map as bytes")]
-unsafe impl aya::Pod for Dialled {}
+unsafe impl aya::Pod for PendingOrigin {}
 
 // SAFETY: `repr(C)`, no padding (asserted in `abi`), every bit pattern is valid.
 #[cfg(feature = "user")]

@@ -14,7 +14,7 @@ pub const POD_IDENTITY_OFF: u32 = 0;
 /// `PodPolicy::pod_identity`: redirected to the agent.
 pub const POD_IDENTITY_ON: u32 = 1;
 
-/// A quality-of-service class whose pods have a cgroup between them and kubepods; as a number, its slot in `CLASSES`.
+/// A quality-of-service class whose pods have a cgroup between them and kubepods; as a number, its slot in `QOS_CLASSES`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum QosClass {
@@ -40,7 +40,7 @@ pub struct PodPolicy {
 }
 
 impl PodPolicy {
-    /// Nothing of the pod is touched: of podgate's own, of AWS's own agent's, and, where no annotation asks for more, of
+    /// Nothing of the pod is touched: of podgate's own, of the EKS Pod Identity Agent's, and, where no annotation asks for more, of
     /// one that is not known yet and dials through the host's network.
     pub const EXEMPT: Self = Self { imds: IMDS_OFF, pod_identity: POD_IDENTITY_OFF };
 }

@@ -17,7 +17,7 @@ pub struct Target {
 
 /// `Target::when_down`: `EPERM`, which costs an SDK nothing; a dial that nobody answers costs it up to minutes.
 pub const WHEN_DOWN_DENY: u64 = 0;
-/// `Target::when_down`: left alone, because AWS's own agent answers there.
+/// `Target::when_down`: left alone, because the EKS Pod Identity Agent answers there.
 pub const WHEN_DOWN_PASS: u64 = 1;
 
 /// The agent counts as down when it has not beaten for this long, in nanoseconds.

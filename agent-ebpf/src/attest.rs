@@ -5,7 +5,7 @@
 
 use agent_common::{
     counter::Counter,
-    defence::{Defence, holds},
+    defense::{Defense, holds},
 };
 use aya_ebpf::bindings::BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB;
 
@@ -31,13 +31,13 @@ pub(crate) fn passive(handshake: &Handshake) {
         return;
     }
     // With SYN cookies there is no saved SYN; the ACK that completes the handshake has the option as well.
-    let of_segment = || handshake.ticket_of_segment().filter(|_| holds(Defence::TicketInAck));
+    let of_segment = || handshake.ticket_of_segment().filter(|_| holds(Defense::TicketInAck));
     let Some(number) = handshake.ticket_of_syn().or_else(of_segment) else {
         return count(Counter::NoTicket);
     };
     // SAFETY: the slot may be reused while it is copied, but then the removal below fails and the copy is dropped.
     let Some(dialled) = (unsafe { TICKETS.get(number).copied() }) else { return refuse(handshake) };
-    if holds(Defence::SingleUse) && TICKETS.remove(number).is_err() {
+    if holds(Defense::SingleUse) && TICKETS.remove(number).is_err() {
         // Somebody else has redeemed it in between.
         return refuse(handshake);
     }

@@ -5,11 +5,11 @@
 
 use agent_common::{
     counter::Counter,
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     net::Endpoint,
 };
 
-use crate::{caller, connect::Verdict, counters::count, ctx::Dial, events, maps::GUARDED};
+use crate::{caller, connect::Verdict, counters::count, ctx::Dial, events, maps::RESERVED};
 
 /// `cgroup/bind4`.
 #[inline(always)]
@@ -25,7 +25,10 @@ pub(crate) fn bind6(bind: &Dial) -> Verdict {
 
 #[inline(always)]
 fn judge(bind: &Dial, address: &Endpoint) -> Verdict {
-    if GUARDED.get_ptr(address).is_none() || caller::current_is_exempt() || !holds(Defence::BindGuard) {
+    if RESERVED.get_ptr(address).is_none()
+        || caller::current_is_exempt()
+        || !holds(Defense::AddressReservation)
+    {
         return Verdict::Allow;
     }
     count(Counter::DeniedBind);

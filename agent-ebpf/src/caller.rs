@@ -3,7 +3,7 @@
 //! Owns the walk from a cgroup to a pod and its policy; never decides what the pod gets.
 
 use agent_common::{
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     policy::{
         IMDS_DENY, POD_IDENTITY_ON, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK,
     },
@@ -13,7 +13,7 @@ use aya_ebpf::helpers::bpf_get_current_ancestor_cgroup_id;
 use crate::{
     ctx::Dial,
     globals::{HOST_NETNS, KUBEPODS_ID, KUBEPODS_LEVEL},
-    maps::{CLASSES, EXEMPT, POLICIES, UNKNOWN_POD},
+    maps::{EXEMPT, POLICIES, QOS_CLASSES, UNKNOWN_POD},
 };
 
 /// The strictest policy, for the case that the map has none.
@@ -74,7 +74,7 @@ impl Lineage {
     pub(crate) fn of(ancestor: impl Fn(u32) -> u64) -> Option<Self> {
         let level = KUBEPODS_LEVEL.load();
         let outer = ancestor(level + 1);
-        let is_below_kubepods = ancestor(level) == KUBEPODS_ID.load() || !holds(Defence::BelowKubepods);
+        let is_below_kubepods = ancestor(level) == KUBEPODS_ID.load() || !holds(Defense::BelowKubepods);
         let in_pod = is_below_kubepods && outer != 0;
         in_pod.then(|| Self { outer, inner: ancestor(level + 2) })
     }
@@ -83,7 +83,7 @@ impl Lineage {
     /// many as it likes. A class that the agent has not told of yet counts for a pod: its pods share a limit until then.
     #[inline(always)]
     fn is_in_class(&self) -> bool {
-        let is = |class| CLASSES.get(class as u32).is_some_and(|cgroup_id| *cgroup_id == self.outer);
+        let is = |class| QOS_CLASSES.get(class as u32).is_some_and(|cgroup_id| *cgroup_id == self.outer);
         is(QosClass::Burstable) || is(QosClass::BestEffort)
     }
 
@@ -110,13 +110,13 @@ impl Lineage {
 /// What a pod gets of which nothing is known.
 #[inline(always)]
 pub(crate) fn unknown(slot: u32) -> PodPolicy {
-    if !holds(Defence::UnknownPods) {
+    if !holds(Defense::UnknownPods) {
         return PodPolicy::EXEMPT;
     }
     UNKNOWN_POD.get(slot).copied().unwrap_or(STRICTEST)
 }
 
-/// Whether the running task is podgate's own, or of AWS's own agent.
+/// Whether the running task is podgate's own, or of the EKS Pod Identity Agent.
 #[inline(always)]
 pub(crate) fn current_is_exempt() -> bool {
     Lineage::current().is_some_and(|lineage| is_exempt(lineage.inner) || is_exempt(lineage.outer))

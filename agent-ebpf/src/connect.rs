@@ -4,7 +4,7 @@
 
 use agent_common::{
     counter::Counter,
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     net::{Endpoint, HTTP_PORT, NetPort, Service},
     origin::{Origin, STATE_MINTED},
     policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, PodPolicy},
@@ -66,7 +66,7 @@ pub(crate) fn connect4(dial: &Dial) -> Verdict {
 /// `cgroup/connect6`, of v4-mapped dials too.
 #[inline(always)]
 pub(crate) fn connect6(dial: &Dial) -> Verdict {
-    if !holds(Defence::Ipv6) {
+    if !holds(Defense::Ipv6) {
         return Verdict::Allow;
     }
     let Ok(redirect) = decide(dial, &dial.address6()) else { return Verdict::Deny };
@@ -80,8 +80,8 @@ pub(crate) fn connect6(dial: &Dial) -> Verdict {
 #[inline(always)]
 fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoint>, Refused> {
     let service = destination.service();
-    let in_force = target::in_force();
-    let target = in_force.and_then(|target| target::endpoint(target, destination.is_ip4()));
+    let effective = target::effective();
+    let target = effective.and_then(|target| target::endpoint(target, destination.is_ip4()));
     let at_target = target.is_some_and(|target| target.same_address(destination));
     if service.is_none() && !at_target {
         return Ok(None);
@@ -110,8 +110,8 @@ fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoin
             _ if !(dial.is_tcp() && is_served(destination, service, target)) => Err(Counter::DeniedPort),
             Mode::Deny => Err(Counter::Denied),
             Mode::Serve if !target::agent_is_alive() => {
-                what = Counter::PassedDown;
-                when_down(dial, in_force, service, at_target)
+                what = Counter::PassedAgentDown;
+                when_down(dial, effective, service, at_target)
             }
             Mode::Serve => send_to_agent(dial, &caller, destination, target),
         },
@@ -135,23 +135,23 @@ fn is_served(destination: &Endpoint, service: Option<Service>, target: Option<&E
     service.is_some() && destination.port == HTTP || target.is_some_and(|target| target.same(destination))
 }
 
-/// What a dial gets while there is no agent to send it to: AWS's own agent where there is one, never the node's role.
+/// What a dial gets while there is no agent to send it to: the EKS Pod Identity Agent where there is one, never the node's role.
 #[inline(always)]
 fn when_down(
     dial: &Dial,
-    in_force: Option<&Target>,
+    effective: Option<&Target>,
     service: Option<Service>,
     at_target: bool,
 ) -> Result<Option<&'static Endpoint>, Counter> {
-    let passes = in_force.is_some_and(|target| target.when_down == WHEN_DOWN_PASS);
+    let passes = effective.is_some_and(|target| target.when_down == WHEN_DOWN_PASS);
     if passes && !at_target && matches!(service, Some(Service::PodIdentity))
-        || !holds(Defence::RefusalWhenDown)
+        || !holds(Defense::RefusalWhenDown)
     {
         forget(dial);
-        count(Counter::PassedDown);
+        count(Counter::PassedAgentDown);
         return Ok(None);
     }
-    Err(Counter::DeniedDown)
+    Err(Counter::DeniedAgentDown)
 }
 
 /// What the policy says. The agent's own address is served to every pod that has any business with the agent.
@@ -195,22 +195,22 @@ fn send_to_agent(
         return Err(Counter::DeniedLimit);
     }
     // SAFETY: these helpers have no precondition.
-    let (cgroup_id, dialled_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
+    let (cgroup_id, started_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
     let former = (dialled.origin.cgroup_id, dialled.origin.pod_cgroup_id);
     dialled.counts_for = caller.counts_for;
     dialled.origin = Origin {
         cgroup_id,
         pod_cgroup_id: caller.pod_cgroup_id,
         netns_cookie: dial.netns_cookie(),
-        ticket: ticket::mint(dial.socket_cookie(), dialled_at_ns),
-        dialled_at_ns,
+        ticket: ticket::mint(dial.socket_cookie(), started_at_ns),
+        started_at_ns,
         orig_dst: *destination,
         target: *target,
         state: STATE_MINTED,
         tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
         comm: bpf_get_current_comm().unwrap_or_default(),
     };
-    if !holds(Defence::OriginOfEveryDial) && former.0 != 0 {
+    if !holds(Defense::OriginOfEveryConnect) && former.0 != 0 {
         (dialled.origin.cgroup_id, dialled.origin.pod_cgroup_id) = former;
     }
     count(Counter::Redirected);

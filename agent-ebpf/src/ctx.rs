@@ -246,14 +246,14 @@ impl Handshake {
         self.set_callbacks(unsafe { (*self.0).bpf_sock_ops_cb_flags } & !callbacks);
     }
 
-    /// Reserves room for the ticket in the segment at hand; false when there is none.
+    /// Reserves room for the ticket in the segment cached; false when there is none.
     #[inline(always)]
     pub(crate) fn reserve_option(&self) -> bool {
         // SAFETY: see above.
         unsafe { bpf_reserve_hdr_opt(self.0, u32::from(TICKET_OPTION_LEN), 0) == 0 }
     }
 
-    /// Writes the ticket into the segment at hand. Fails without harm where a second program has written it.
+    /// Writes the ticket into the segment cached. Fails without harm where a second program has written it.
     #[inline(always)]
     pub(crate) fn store_option(&self, ticket: u64) {
         let option = TicketOption {
@@ -274,7 +274,7 @@ impl Handshake {
         self.load_option(SAVED_SYN)
     }
 
-    /// The ticket in the segment at hand: the handshake's last ACK.
+    /// The ticket in the segment cached: the handshake's last ACK.
     #[inline(always)]
     pub(crate) fn ticket_of_segment(&self) -> Option<u64> {
         self.load_option(0)

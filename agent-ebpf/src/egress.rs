@@ -5,8 +5,8 @@
 
 use agent_common::{
     counter::Counter,
-    defence::{Defence, holds},
-    egress::{Asked, JOB_AUDIT_PATHS, JOB_GUARD},
+    defense::{Defense, holds},
+    egress::{Asked, JOB_AUDIT_PATHS, JOB_FILTER},
     net::{Endpoint, HTTP_PORT, Service},
     policy::{IMDS_AUDIT, IMDS_DENY, IMDS_OFF, UNKNOWN_IN_POD_NETWORK},
 };
@@ -53,7 +53,7 @@ pub(crate) fn egress(packet: &Packet) -> Verdict {
 #[inline(always)]
 fn is_ours(destination: &Endpoint) -> bool {
     matches!(destination.service(), Some(Service::Imds))
-        || target::in_force()
+        || target::effective()
             .and_then(|target| target::endpoint(target, destination.is_ip4()))
             .is_some_and(|target| target.same_address(destination))
 }
@@ -78,10 +78,10 @@ fn judge(packet: &Packet, destination: Endpoint) -> Verdict {
     if imds == IMDS_AUDIT && jobs & JOB_AUDIT_PATHS != 0 {
         audit(packet, socket, pod_cgroup_id, destination);
     }
-    if matches!(imds, IMDS_OFF | IMDS_AUDIT) || jobs & JOB_GUARD == 0 || !holds(Defence::Guard) {
+    if matches!(imds, IMDS_OFF | IMDS_AUDIT) || jobs & JOB_FILTER == 0 || !holds(Defense::Guard) {
         return Verdict::Pass;
     }
-    tell(Counter::GuardDropped, packet, pod_cgroup_id, destination);
+    tell(Counter::EgressDropped, packet, pod_cgroup_id, destination);
     Verdict::Drop
 }
 

@@ -5,7 +5,7 @@
 
 use agent_common::{
     abi::TICKETS_PER_POD,
-    defence::{Defence, holds},
+    defense::{Defense, holds},
 };
 use aya_ebpf::bindings::BPF_NOEXIST;
 
@@ -70,14 +70,14 @@ impl Count {
 /// Whether the pod may dial: false at the limit, and where there is no room for its count.
 #[inline(always)]
 pub(crate) fn has_room(pod: u64) -> bool {
-    Count::of(pod).is_some_and(|count| count.get() < LIMIT || !holds(Defence::TicketLimit))
+    Count::of(pod).is_some_and(|count| count.get() < LIMIT || !holds(Defense::TicketLimit))
 }
 
 /// Counts one more ticket; false when the pod may have no more, however many of its dials [`has_room`] has let through.
 #[inline(always)]
 pub(crate) fn take(pod: u64) -> bool {
     let Some(count) = Count::of(pod) else { return false };
-    if count.add(1) < LIMIT || !holds(Defence::TicketLimit) {
+    if count.add(1) < LIMIT || !holds(Defense::TicketLimit) {
         return true;
     }
     count.add(u64::MAX);

@@ -6,12 +6,12 @@
 
 use agent_common::{
     abi::LISTENERS_MAX,
-    defence::{Defence, holds},
+    defense::{Defense, holds},
 };
 
 use crate::{
     ctx::Lookup,
-    maps::{GENERATION, GUARDED, SERVERS},
+    maps::{GENERATION, LISTENERS, RESERVED},
 };
 
 /// What becomes of the connection.
@@ -38,14 +38,14 @@ impl Verdict {
 /// `sk_lookup` on the host's network.
 #[inline(always)]
 pub(crate) fn lookup(lookup: &Lookup) -> Verdict {
-    if !lookup.is_tcp() || GUARDED.get_ptr(lookup.local()).is_none() || !holds(Defence::OwnListeners) {
+    if !lookup.is_tcp() || RESERVED.get_ptr(lookup.local()).is_none() || !holds(Defense::OwnListeners) {
         return Verdict::Pass;
     }
     // A generation's listeners have one half of the map, the next one's the other.
     let half = GENERATION.get(0).map_or(0, |generation| u32::from(generation & 1 != 0));
     for slot in 0..2 * LISTENERS_MAX {
         let place = (slot + half * LISTENERS_MAX) % (2 * LISTENERS_MAX);
-        if lookup.takes(&SERVERS, place) {
+        if lookup.takes(&LISTENERS, place) {
             return Verdict::Pass;
         }
     }

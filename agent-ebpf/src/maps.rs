@@ -3,10 +3,10 @@
 //! Owns the maps' types and names (`agent_common::abi::map`); never looks anything up.
 
 use agent_common::{
-    abi::{COUNTERS_MAX, EVENTS_BYTES, EXEMPT_MAX, GUARDED_MAX, LISTENERS_MAX, POLICIES_MAX, TICKETS_MAX},
+    abi::{COUNTERS_MAX, EVENTS_BYTES, EXEMPT_MAX, LISTENERS_MAX, POLICIES_MAX, RESERVED_MAX, TICKETS_MAX},
     event::Event,
     net::Endpoint,
-    origin::{Dialled, Origin},
+    origin::{Origin, PendingOrigin},
     policy::PodPolicy,
     target::Target,
 };
@@ -17,7 +17,7 @@ use aya_ebpf::{
 
 /// The origin of a dialling socket; lives and dies with it.
 #[btf_map]
-pub(crate) static ORIGINS: SkStorage<Dialled> = SkStorage::new();
+pub(crate) static ORIGINS: SkStorage<PendingOrigin> = SkStorage::new();
 
 /// The origin of an accepted socket. Apart from `ORIGINS`, because the agent's accepted sockets are no dials.
 #[btf_map]
@@ -25,7 +25,7 @@ pub(crate) static ACCEPTED: SkStorage<Origin> = SkStorage::new();
 
 /// Ticket to origin, from the SYN until the accept. A plain hash: it never evicts somebody else's ticket.
 #[btf_map]
-pub(crate) static TICKETS: HashMap<u64, Dialled, { TICKETS_MAX as usize }> = HashMap::new();
+pub(crate) static TICKETS: HashMap<u64, PendingOrigin, { TICKETS_MAX as usize }> = HashMap::new();
 
 /// Pod cgroup id to how many entries of `TICKETS` are the pod's. Made here when a pod first dials, forgotten by the agent.
 #[btf_map]
@@ -41,7 +41,7 @@ pub(crate) static UNKNOWN_POD: Array<PodPolicy, 2> = Array::new();
 
 /// The cgroups between kubepods and pods that are not Guaranteed, written by the agent as they appear.
 #[btf_map]
-pub(crate) static CLASSES: Array<u64, 2> = Array::new();
+pub(crate) static QOS_CLASSES: Array<u64, 2> = Array::new();
 
 /// Cgroups of pods that no policy applies to, written by the agent before it dials or listens.
 #[btf_map]
@@ -57,11 +57,11 @@ pub(crate) static HEARTBEAT: Array<u64, 1> = Array::new();
 
 /// The listeners of this generation and of the one before it. Those that are closed leave by themselves.
 #[btf_map]
-pub(crate) static SERVERS: SockMap<{ 2 * LISTENERS_MAX as usize }> = SockMap::new();
+pub(crate) static LISTENERS: SockMap<{ 2 * LISTENERS_MAX as usize }> = SockMap::new();
 
 /// Where nobody but exempt pods may listen, written by the agent before it listens there.
 #[btf_map]
-pub(crate) static GUARDED: HashMap<Endpoint, u32, { GUARDED_MAX as usize }> = HashMap::new();
+pub(crate) static RESERVED: HashMap<Endpoint, u32, { RESERVED_MAX as usize }> = HashMap::new();
 
 /// The key of IMDS tokens. No program reads it: it is a map to outlive the agent.
 #[btf_map]
@@ -71,7 +71,7 @@ pub(crate) static IMDS_KEY: Array<[u8; 32], 1> = Array::new();
 #[btf_map]
 pub(crate) static TARGETS: Array<Target, 2> = Array::new();
 
-/// Which slot of `TARGETS` is in force.
+/// Which slot of `TARGETS` is effective.
 #[btf_map]
 pub(crate) static TARGET_INDEX: Array<u32, 1> = Array::new();
 

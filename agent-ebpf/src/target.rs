@@ -1,4 +1,4 @@
-//! The agent's address in force, and whether the agent is alive behind it.
+//! The agent's address effective, and whether the agent is alive behind it.
 //!
 //! Owns the reading of both; never decides what follows.
 
@@ -10,9 +10,9 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 
 use crate::maps::{HEARTBEAT, TARGET_INDEX, TARGETS};
 
-/// The target in force.
+/// The target effective.
 #[inline(always)]
-pub(crate) fn in_force() -> Option<&'static Target> {
+pub(crate) fn effective() -> Option<&'static Target> {
     TARGETS.get(*TARGET_INDEX.get(0)?)
 }
 

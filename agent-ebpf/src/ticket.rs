@@ -6,8 +6,8 @@
 use agent_common::{
     abi::UNANSWERED_AFTER,
     counter::Counter,
-    defence::{Defence, holds},
-    origin::{Dialled, Origin, STATE_MINTED, STATE_SENT, STATE_SPENT},
+    defense::{Defense, holds},
+    origin::{Origin, PendingOrigin, STATE_MINTED, STATE_SENT, STATE_SPENT},
     siphash::siphash24,
 };
 use aya_ebpf::bindings::{
@@ -27,18 +27,18 @@ use crate::{
 
 /// The ticket of a dial. It never repeats: no other socket has the cookie, and the socket dials once at a time.
 #[inline(always)]
-pub(crate) fn mint(socket_cookie: u64, dialled_at_ns: u64) -> u64 {
-    if !holds(Defence::UnguessableTickets) {
-        return dialled_at_ns >> 26;
+pub(crate) fn mint(socket_cookie: u64, started_at_ns: u64) -> u64 {
+    if !holds(Defense::UnguessableTickets) {
+        return started_at_ns >> 26;
     }
-    siphash24(TICKET_KEY.load(), [socket_cookie, dialled_at_ns])
+    siphash24(TICKET_KEY.load(), [socket_cookie, started_at_ns])
 }
 
 /// The socket's dial is over: its ticket is worth nothing any more. Whether it could have been redeemed until now.
 #[inline(always)]
-pub(crate) fn revoke(Dialled { origin, counts_for }: &mut Dialled) -> bool {
+pub(crate) fn revoke(PendingOrigin { origin, counts_for }: &mut PendingOrigin) -> bool {
     let was_alive =
-        origin.state == STATE_SENT && holds(Defence::RevokedTickets) && TICKETS.remove(origin.ticket).is_ok();
+        origin.state == STATE_SENT && holds(Defense::RevokedTickets) && TICKETS.remove(origin.ticket).is_ok();
     if was_alive {
         limit::give_back(*counts_for);
         count(Counter::TicketDropped);
@@ -74,14 +74,14 @@ pub(crate) fn active(handshake: &Handshake) {
 ///
 /// Here and not in `connect`, because a `connect` that fails for want of a route is never heard of again.
 #[inline(always)]
-fn begin(handshake: &Handshake, dialled: &mut Dialled) {
+fn begin(handshake: &Handshake, dialled: &mut PendingOrigin) {
     // The socket may have been dialled elsewhere since, or a second program may have been here before.
     if dialled.origin.state != STATE_MINTED || !dialled.origin.target.same(&handshake.remote()) {
         return;
     }
     dialled.origin.state = STATE_SENT;
     // A dial that waits for its first data begins long after `connect`.
-    dialled.origin.dialled_at_ns = events::now();
+    dialled.origin.started_at_ns = events::now();
     if !store(dialled) {
         dialled.origin.state = STATE_SPENT;
         count(Counter::TicketsFull);
@@ -95,7 +95,7 @@ fn begin(handshake: &Handshake, dialled: &mut Dialled) {
 
 /// Makes the ticket one that can be redeemed, and counts it first, so that no count is ever less than it should be.
 #[inline(always)]
-fn store(dialled: &Dialled) -> bool {
+fn store(dialled: &PendingOrigin) -> bool {
     if !limit::take(dialled.counts_for) {
         return false;
     }
@@ -125,7 +125,7 @@ fn reserve(handshake: &Handshake, origin: &Origin) {
 /// The connection is over. One that never was, and was not refused at once either, is worth knowing of: without a word
 /// from here its client only knows that it has waited in vain.
 #[inline(always)]
-fn end(handshake: &Handshake, dialled: &mut Dialled) {
+fn end(handshake: &Handshake, dialled: &mut PendingOrigin) {
     #[expect(clippy::cast_possible_truncation, reason = "a fraction of a second")]
     const AFTER_NS: u64 = UNANSWERED_AFTER.as_nanos() as u64;
     let is_unanswered = handshake.old_state() == BPF_TCP_SYN_SENT && age(&dialled.origin) >= AFTER_NS;
@@ -138,5 +138,5 @@ fn end(handshake: &Handshake, dialled: &mut Dialled) {
 /// How long ago the handshake began, in nanoseconds.
 #[inline(always)]
 pub(crate) fn age(origin: &Origin) -> u64 {
-    events::now().wrapping_sub(origin.dialled_at_ns)
+    events::now().wrapping_sub(origin.started_at_ns)
 }

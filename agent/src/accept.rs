@@ -13,7 +13,7 @@ use std::{
 };
 
 use agent_common::{
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     origin::Origin,
 };
 use procfs::{
@@ -30,11 +30,11 @@ use crate::{drain::DrainWatch, intercept::OriginLookup};
 const BACKLOG: i32 = 4096;
 /// How long a handshake that has begun may take to reach the queue: on the node it takes microseconds.
 const HANDSHAKES: Duration = Duration::from_millis(100);
-/// What is sent and not read for so long ends its connection, as the stock agent's write timeout does after 30 s: a client
-/// that asks and never reads would keep it, and a draining agent, for ever.
+/// What is sent and not read for so long ends its connection, as the EKS Pod Identity Agent's write timeout does after 30 s: a client
+/// that asks and never reads would keep it, and a draining agent, forever.
 const UNREAD: Duration = Duration::from_secs(10);
 /// After an error that lasts, as too many open files.
-const PAUSE: Duration = Duration::from_millis(50);
+const RETRY_DELAY: Duration = Duration::from_millis(50);
 
 /// An accepted connection.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
     // Accepted sockets inherit it: connections of podgate's keep nobody from listening at every address.
     sockopt::set_socket_reuseaddr(&socket, true)?;
-    if !holds(Defence::OwnListeners) {
+    if !holds(Defense::OwnListeners) {
         sockopt::set_socket_reuseport(&socket, true)?;
     }
     if address.is_ipv6() {
@@ -115,7 +115,7 @@ pub async fn accept(
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 warn!(%error, "cannot accept connections; trying again");
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(RETRY_DELAY).await;
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Probes and metrics over TCP, and commands over a private Unix socket.
 //!
 //! Owns what operators and the kubelet ask; never serves a pod, never returns a secret. The TCP port belongs to the agent
-//! in charge of the node, so that metrics come from one; each agent has a Unix socket of its own, where the kubelet's
+//! active on the node, so that metrics come from one; each agent has a Unix socket of its own, where the kubelet's
 //! probes (`podgate probe`) get this very agent's answer.
 
 use std::{
@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use agent_common::defence::{Defence, holds};
+use agent_common::defense::{Defense, holds};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
@@ -39,9 +39,9 @@ use crate::whois::Whois;
 /// How long a question may take to arrive.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// After an error that lasts, as too many open files.
-const PAUSE: Duration = Duration::from_millis(50);
-/// How long the agent before this may keep the port after it was succeeded.
-const PATIENCE: Duration = Duration::from_secs(5);
+const RETRY_DELAY: Duration = Duration::from_millis(50);
+/// How long the predecessor may keep the port after it was succeeded.
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Most connections at a time over TCP, most of those who may command, and most of those who may not: whoever opens many is
 /// in the way of its like alone, and uses up no descriptors that pods' connections need.
 const CONNECTIONS_MAX: usize = 16;
@@ -58,11 +58,11 @@ pub struct Probes {
 }
 
 /// Answers probes at `address` whenever this agent is in charge.
-pub async fn serve_probes(address: SocketAddr, probes: Arc<Probes>, mut in_charge: watch::Receiver<bool>) {
-    while in_charge.wait_for(|in_charge| *in_charge).await.is_ok() {
+pub async fn serve_probes(address: SocketAddr, probes: Arc<Probes>, mut active: watch::Receiver<bool>) {
+    while active.wait_for(|active| *active).await.is_ok() {
         tokio::select! {
             () = serve_port(address, &probes) => {}
-            _ = in_charge.wait_for(|in_charge| !in_charge) => {}
+            _ = active.wait_for(|active| !active) => {}
         }
     }
 }
@@ -76,28 +76,28 @@ async fn serve_port(address: SocketAddr, probes: &Arc<Probes>) {
                 let probes = Arc::clone(probes);
                 serve(stream, &places, move |request| probes.answer(request));
             }
-            Err(_) => sleep(PAUSE).await,
+            Err(_) => sleep(RETRY_DELAY).await,
         }
     }
 }
 
-/// Waits until the agent before this has left the port, and complains when it takes too long: pods are served without
+/// Waits until the predecessor has left the port, and complains when it takes too long: pods are served without
 /// metrics as well.
 async fn bind(address: SocketAddr) -> TcpListener {
-    let mut complain_at = Instant::now() + PATIENCE;
+    let mut complain_at = Instant::now() + TIMEOUT;
     loop {
         let error = match TcpListener::bind(address).await {
             Ok(listener) => return listener,
             Err(error) => error,
         };
-        if timeout_at(complain_at, sleep(PAUSE)).await.is_err() {
+        if timeout_at(complain_at, sleep(RETRY_DELAY)).await.is_err() {
             warn!(%address, %error, "cannot listen for probes and metrics: trying again");
-            complain_at += 10 * PATIENCE;
+            complain_at += 10 * TIMEOUT;
         }
     }
 }
 
-/// Answers commands for ever: those of the node and of podgate's own pod. A pod to which the socket is shown, by a
+/// Answers commands forever: those of the node and of podgate's own pod. A pod to which the socket is shown, by a
 /// hostPath, is told nothing.
 pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>, probes: Arc<Probes>) {
     let (places, others_places) = (places(), places());
@@ -107,18 +107,18 @@ pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>, probes: A
                 let (whois, probes) = (Arc::clone(&whois), Arc::clone(&probes));
                 let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
                 let may_command =
-                    pid.is_some_and(|pid| whois.may_command(pid)) || !holds(Defence::OwnCommands);
+                    pid.is_some_and(|pid| whois.may_command(pid)) || !holds(Defense::OwnCommands);
                 let places = if may_command { &places } else { &others_places };
                 serve(stream, places, move |request| {
                     if may_command { command(&whois, &probes, request) } else { not_yours() }
                 });
             }
-            Err(_) => sleep(PAUSE).await,
+            Err(_) => sleep(RETRY_DELAY).await,
         }
     }
 }
 
-/// Makes the socket for commands. What an agent before this left is replaced.
+/// Makes the socket for commands. What a predecessor left is replaced.
 ///
 /// # Errors
 /// When the socket cannot be made, or the directory is not the user's own and private.
@@ -191,7 +191,7 @@ fn serve(
     answer: impl Fn(&Request<Incoming>) -> Answer + Send + Sync + 'static,
 ) {
     let place = Arc::clone(places).try_acquire_owned().ok();
-    if place.is_none() && holds(Defence::ProbeLimit) {
+    if place.is_none() && holds(Defense::ProbeLimit) {
         return;
     }
     tokio::spawn(async move {

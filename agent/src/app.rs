@@ -15,47 +15,46 @@ use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-mod kept;
 mod node;
-mod place;
-mod serving;
+mod pod_state;
 mod signal;
-mod stock_agent;
-mod tasks;
 
-use self::{
-    kept::Kept, node::Node, place::Opener, serving::Serving, signal::Signals, stock_agent::StockAgent,
-    tasks::Tasks,
-};
-
+pub(crate) use self::signal::Signals;
+use self::{node::Node, pod_state::PodState};
 use crate::{
     admin::{self, Probes},
     config::{Config, TargetMode},
+    control::{kernel_events, reconcile::Reconciler},
     credentials::{
-        aws,
-        eks_auth::{self, EksAuth},
-        engine::{self, Clock, Engine},
-        issuer::Issuer,
+        aws::{
+            self,
+            eks_auth::{self, EksAuth},
+        },
+        cache::{self, Clock, CredentialCache},
         kube_identity::{self, Clients},
-        metrics::EngineMetrics,
+        metrics::CacheMetrics,
         source::NodeSource,
-        token::Tokens,
+        token::{Tokens, issuer::Issuer},
     },
     dialect::imds_token::ImdsTokens,
-    enforce::Enforcer,
-    handover::{self, Former, HandoverMetrics},
     identity::{
         CallerResolver, Pods,
         cgroupfs::{self, CgroupPaths as _},
         network::Networks,
         tree,
     },
-    instance::{self, Instance},
+    instance_metadata::{self, Instance},
     intercept::{self, Interceptor, OriginLookup},
-    link::{self, Link},
-    observe,
-    policies::Policies,
+    netdev::{self, Link},
+    policy::lookup::Policies,
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
+    takeover::{
+        active::Serving,
+        eks_agent::EksAgent,
+        listeners::Opener,
+        transfer::{self, HandoverMetrics, Predecessor},
+    },
+    tasks::Tasks,
     whois::Whois,
 };
 
@@ -87,7 +86,7 @@ pub enum Error {
     Kube(#[from] kube_identity::Error),
     /// The link failed.
     #[error(transparent)]
-    Link(#[from] link::Error),
+    Link(#[from] netdev::Error),
     /// An address or socket cannot be listened on.
     #[error("cannot listen on {address}: {source}{}", in_use(source))]
     Listen {
@@ -111,7 +110,7 @@ pub enum Error {
     /// An operator wants podgate off the node.
     #[error("`podgate detach` was run on this node: this agent ends; one that is started attaches again")]
     Detached,
-    /// A part that runs for ever has ended.
+    /// A part that runs forever has ended.
     #[error("BUG: {0} has ended; the agent stops rather than serve without it")]
     Ended(&'static str),
 }
@@ -141,19 +140,19 @@ pub async fn run(config: Config) -> Result<(), Error> {
 
     let mut registry = Registry::default();
     let request_metrics = RequestMetrics::register(&mut registry);
-    let engine_metrics = EngineMetrics::register(&mut registry);
+    let engine_metrics = CacheMetrics::register(&mut registry);
     let handovers = HandoverMetrics::register(&mut registry);
     intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
-    let (in_charge, is_in_charge) = watch::channel(false);
-    let answers = admin::serve_probes(config.admin, Arc::clone(&probes), is_in_charge.clone());
+    let (active, is_active) = watch::channel(false);
+    let answers = admin::serve_probes(config.admin, Arc::clone(&probes), is_active.clone());
     tasks.spawn("the probes' server", answers);
     let whois = Arc::new(Whois {
         kubepods: Arc::clone(&node.kubepods),
         pods: Arc::clone(&known.pods),
         policies: known.policies.clone(),
         own: node.own_pod,
-        stock_agent: config.stock_agent.clone(),
+        eks_agent: config.eks_agent.clone(),
     });
     serve_commands(&config, &probes, &whois, &mut tasks)?;
 
@@ -161,7 +160,10 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let (aws, connections) = aws::config().await?;
     aws::check(&aws).await;
     let (instance, of_instance) = watch::channel(Instance::in_region(aws.region().map(ToString::to_string)));
-    tasks.spawn("the copy of the instance's metadata", instance::follow(instance::imds(), instance));
+    tasks.spawn(
+        "the copy of the instance's metadata",
+        instance_metadata::follow(instance_metadata::imds(), instance),
+    );
     let eks_auth = EksAuth::new(&aws, &config.cluster_name, &config.node_name, of_instance.clone());
     let warm = eks_auth.clone().keep_warm(connections, eks_auth::WARM_EVERY);
     tasks.spawn("the connection to EKS Auth", warm);
@@ -180,38 +182,38 @@ pub async fn run(config: Config) -> Result<(), Error> {
     });
     let (engine, pods) = (Arc::clone(&server.engine), Arc::clone(&known.pods));
     let of_agents = Arc::clone(&interceptor);
-    let is_podgate_s = move |pod| lock(&of_agents).is_podgate_s(pod).is_ok_and(|is| is);
-    let former = Former {
+    let is_podgate_pod = move |pod| lock(&of_agents).is_podgate_pod(pod).is_ok_and(|is| is);
+    let former = Predecessor {
         directory: config.handover_dir.clone(),
         key: lock(&interceptor).handover_key(),
-        entries: move || engine.to_hand_over(),
-        may_be_next: move |pid| whois.is_in_no_pod_but(pid, &is_podgate_s),
+        entries: move || engine.to_transfer(),
+        may_be_next: move |pid| whois.is_in_no_pod_but(pid, &is_podgate_pod),
         metrics: handovers.clone(),
     };
-    tasks.spawn("the hand-over of credentials", former.serve(is_in_charge));
+    tasks.spawn("the handover of credentials", former.serve(is_active));
     let events = lock(&interceptor).events()?;
-    tasks.spawn("the kernel's events", observe::run(events, Arc::clone(&server)));
+    tasks.spawn("the kernel's events", kernel_events::run(events, Arc::clone(&server)));
     if let Some(log) = lock(&interceptor).debug_log()? {
-        observe::follow(log);
+        kernel_events::follow(log);
     }
 
-    let (stock_agent_is_here, is_here) = watch::channel(false);
-    let enforcer = Enforcer {
+    let (eks_agent_is_here, is_here) = watch::channel(false);
+    let enforcer = Reconciler {
         policies: known.policies.clone(),
         map: Arc::clone(&interceptor),
         own: node.own_pod,
-        stock_agent: config.stock_agent.clone(),
-        stock_agent_is_here,
+        eks_agent: config.eks_agent.clone(),
+        eks_agent_is_here,
         pods: Arc::clone(&known.pods),
         networks: Arc::clone(&known.networks),
-        kept: Kept { engine: Arc::clone(&server.engine), connections: server.connections.clone() },
+        kept: PodState { engine: Arc::clone(&server.engine), connections: server.connections.clone() },
         prefetch: config.prefetch,
     };
     // Before any of its pods is known: what was handed over is not fetched ahead again.
     inherit(&config, &server.engine, &handovers).await;
     let mut is_synced = follow(&config, &node, kube, known, enforcer, &mut tasks)?;
     // Existing pods have their policies before the first of their dials is decided. Without the API server this agent
-    // does not take charge, and is not ready; the one before it goes on as it can.
+    // does not become active, and is not ready; the one before it goes on as it can.
     tokio::select! {
         Ok(_) = is_synced.wait_for(|synced| *synced) => {}
         ended = tasks.ended() => return Err(ended),
@@ -225,23 +227,23 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let link = Link::up(&config.link).await?;
     let yields = config.target == TargetMode::Auto;
     let opener = Opener { link, interceptor, server, origins, yields };
-    let stock_agent = StockAgent::new(is_here, &mut tasks);
-    Serving::new(&config, opener, &probes, in_charge, stock_agent).run(&mut tasks, &mut signals).await
+    let eks_agent = EksAgent::new(is_here, &mut tasks);
+    Serving::new(&config, opener, &probes, active, eks_agent).run(&mut tasks, &mut signals).await
 }
 
-/// Takes over the credentials of the agent in charge, if one is alive. Whatever is in the way of that, they can be fetched.
-async fn inherit(config: &Config, engine: &Engine<NodeSource>, handovers: &HandoverMetrics) {
+/// Takes over the credentials of the active agent, if one is alive. Whatever is in the way of that, they can be fetched.
+async fn inherit(config: &Config, engine: &CredentialCache<NodeSource>, handovers: &HandoverMetrics) {
     let key = match intercept::handover_key(&config.bpffs) {
         Ok(Some(key)) => key,
         Ok(None) => return,
         Err(error) => {
-            warn!(%error, "cannot find the key of the agent before this one: all credentials are fetched again");
+            warn!(%error, "cannot find the key of the predecessor: all credentials are fetched again");
             return;
         }
     };
-    match handover::ask(&config.handover_dir, &key, handovers).await {
+    match transfer::ask(&config.handover_dir, &key, handovers).await {
         Ok(entries) => engine.hold(entries),
-        Err(handover::Error::Nobody) => info!("no agent before this one is alive: credentials are fetched"),
+        Err(transfer::Error::Nobody) => info!("no agent before this one is alive: credentials are fetched"),
         Err(error) => {
             warn!(directory = %config.handover_dir.display(), %error, "no credentials were handed over: they are fetched again");
         }
@@ -254,7 +256,7 @@ fn follow(
     node: &Node,
     kube: Clients,
     known: Known,
-    enforcer: Enforcer<SharedInterceptor, Kept<NodeSource>>,
+    enforcer: Reconciler<SharedInterceptor, PodState<NodeSource>>,
     tasks: &mut Tasks,
 ) -> Result<watch::Receiver<bool>, Error> {
     let (events, received) = mpsc::channel(CLUSTER_EVENTS);
@@ -277,16 +279,16 @@ pub fn engine(
     config: &Config,
     kube: &Clients,
     eks_auth: EksAuth,
-    metrics: EngineMetrics,
-) -> Arc<Engine<NodeSource>> {
+    metrics: CacheMetrics,
+) -> Arc<CredentialCache<NodeSource>> {
     let issuer = Issuer::new(kube.own.clone());
     issuer.prepare();
     let clock: Clock = Arc::new(Timestamp::now);
     let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), issuer.clone(), Arc::clone(&clock));
     let source = NodeSource { issuer, tokens, eks_auth };
-    // Chances that differ between nodes are enough.
+    // JitterSource that differ between nodes are enough.
     let seed = RandomState::new().hash_one(&config.node_name);
-    Engine::start(source, engine::BUDGET, clock, seed, metrics)
+    CredentialCache::start(source, cache::BUDGET, clock, seed, metrics)
 }
 
 /// Loads the kernel side. Nothing changes for pods yet.
@@ -315,14 +317,14 @@ fn serve_commands(
     Ok(())
 }
 
-fn lock(interceptor: &Mutex<Interceptor>) -> MutexGuard<'_, Interceptor> {
+pub(crate) fn lock(interceptor: &Mutex<Interceptor>) -> MutexGuard<'_, Interceptor> {
     interceptor.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn in_use(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            "; somebody else listens there, perhaps AWS's own agent: `ss -ltnp` tells who"
+            "; somebody else listens there, perhaps the EKS Pod Identity Agent: `ss -ltnp` tells who"
         }
         _ => "",
     }

@@ -49,13 +49,13 @@ pub struct Flags {
     pub imds_v1: String,
     /// Whether raw and UDP packets to IMDS and to podgate are stopped too, of pods in intercept or deny: auto (while
     /// there is such a pod) or off.
-    #[arg(long, env = "PODGATE_GUARD", default_value = "auto")]
+    #[arg(long, env = "PODGATE_EGRESS_FILTER", default_value = "auto")]
     pub guard: String,
     /// Tell what pods in audit ask the instance metadata service for: credentials, user-data or something else.
     #[arg(long, env = "PODGATE_AUDIT_PATHS")]
     pub audit_paths: bool,
     /// Where dials are sent to: pod-identity (to 169.254.170.23 and its IPv6 counterpart, which podgate has for itself
-    /// then), own (to podgate's own pair of addresses) or auto (own while AWS's own agent is on the node, else
+    /// then), own (to podgate's own pair of addresses) or auto (own while the EKS Pod Identity Agent is on the node, else
     /// pod-identity).
     #[arg(long, env = "PODGATE_TARGET", default_value = "auto")]
     pub target: String,
@@ -65,10 +65,10 @@ pub struct Flags {
     /// IPv6 address and port of podgate's own pair, or "none".
     #[arg(long, env = "PODGATE_TARGET_V6", default_value = "[fd70:6f64:6761:7465::1]:80")]
     pub target_v6: String,
-    /// AWS's own agent: the pods of this daemon set, as NAMESPACE/NAME, or "none".
-    #[arg(long, env = "PODGATE_STOCK_AGENT", default_value = "kube-system/eks-pod-identity-agent")]
-    pub stock_agent: String,
-    /// What pods' dials to EKS Pod Identity get while no podgate is alive: auto (AWS's own agent where it answers,
+    /// the EKS Pod Identity Agent: the pods of this daemon set, as NAMESPACE/NAME, or "none".
+    #[arg(long, env = "PODGATE_EKS_AGENT", default_value = "kube-system/eks-pod-identity-agent")]
+    pub eks_agent: String,
+    /// What pods' dials to EKS Pod Identity get while no podgate is alive: auto (the EKS Pod Identity Agent where it answers,
     /// else a refusal) or deny. Dials to the instance metadata service are always refused then.
     #[arg(long, env = "PODGATE_WHEN_DOWN", default_value = "auto")]
     pub when_down: String,
@@ -80,7 +80,7 @@ pub struct Flags {
     #[arg(long, env = "PODGATE_PREFETCH", default_value = "auto")]
     pub prefetch: String,
     /// Name of the network link that carries these addresses.
-    #[arg(long, env = "PODGATE_LINK", default_value = DEFAULT_LINK)]
+    #[arg(long, env = "PODGATE_NETDEV", default_value = DEFAULT_NETDEV)]
     pub link: String,
     /// Who the agent is at the API server: associated-node (impersonate the own node, Kubernetes 1.36 and
     /// later) or own (whoever the kubeconfig or the service account says).
@@ -112,7 +112,7 @@ pub struct Flags {
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
 /// Name of podgate's network link unless told otherwise.
-pub const DEFAULT_LINK: &str = "podgate0";
+pub const DEFAULT_NETDEV: &str = "podgate0";
 
 /// Where agents hand credentials over to each other unless told otherwise.
 pub const DEFAULT_HANDOVER_DIR: &str = "/run/podgate-handover";
@@ -145,11 +145,11 @@ pub struct Config {
     pub target_v4: Option<SocketAddrV4>,
     /// IPv6 side of podgate's own pair.
     pub target_v6: Option<SocketAddrV6>,
-    /// Whose pods are AWS's own agent.
-    pub stock_agent: Option<DaemonSetRef>,
+    /// LimitKey pods are the EKS Pod Identity Agent.
+    pub eks_agent: Option<DaemonSetRef>,
     /// What dials to EKS Pod Identity get while no podgate is alive.
     pub when_down: WhenDown,
-    /// Whose pods may present the tokens of other pods.
+    /// LimitKey pods may present the tokens of other pods.
     pub token_delegates: Vec<ServiceAccountRef>,
     /// Whether credentials are fetched before pods ask.
     pub prefetch: bool,
@@ -186,7 +186,7 @@ pub enum KubeIdentity {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TargetMode {
-    /// To podgate's own pair of addresses while AWS's own agent is on the node, else to EKS Pod Identity's.
+    /// To podgate's own pair of addresses while the EKS Pod Identity Agent is on the node, else to EKS Pod Identity's.
     Auto,
     /// To EKS Pod Identity's addresses, which podgate has for itself.
     PodIdentity,
@@ -198,7 +198,7 @@ pub enum TargetMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WhenDown {
-    /// AWS's own agent, where it answers; else `EPERM`.
+    /// the EKS Pod Identity Agent, where it answers; else `EPERM`.
     Auto,
     /// `EPERM`.
     Deny,
@@ -240,16 +240,16 @@ impl Config {
         let imds = problems.check("imds", &flags.imds, rules::imds_mode);
         let imds_floor = problems.check("imds-floor", &flags.imds_floor, rules::imds_mode);
         let imds_v1 = problems.check("imds-v1", &flags.imds_v1, rules::allow_or_deny);
-        let guard = problems.check("guard", &flags.guard, rules::auto_or_off);
+        let guard = problems.check("egress-filter", &flags.guard, rules::auto_or_off);
         let target = problems.check("target", &flags.target, rules::target_mode);
         let target_v4 = problems.check("target-v4", &flags.target_v4, rules::target_v4);
         let target_v6 = problems.check("target-v6", &flags.target_v6, rules::target_v6);
-        let stock_agent = problems.check("stock-agent", &flags.stock_agent, rules::stock_agent);
+        let eks_agent = problems.check("eks-agent", &flags.eks_agent, rules::eks_agent);
         let when_down = problems.check("when-down", &flags.when_down, rules::when_down);
         let token_delegates =
             problems.check("token-delegate", &flags.token_delegate, rules::service_accounts);
         let prefetch = problems.check("prefetch", &flags.prefetch, rules::auto_or_off);
-        let link = problems.check("link", &flags.link, rules::link_name);
+        let link = problems.check("link", &flags.link, rules::netdev_name);
         let kube_identity = problems.check("kube-identity", &flags.kube_identity, rules::kube_identity);
         let admin = problems.check("admin", &flags.admin, rules::socket_addr);
         let socket = problems.check("socket", &flags.socket, rules::absolute);
@@ -274,7 +274,7 @@ impl Config {
                 target: target?,
                 target_v4: target_v4?,
                 target_v6: target_v6?,
-                stock_agent: stock_agent?,
+                eks_agent: eks_agent?,
                 when_down: when_down?,
                 token_delegates: token_delegates?,
                 prefetch: prefetch?,

@@ -7,24 +7,17 @@ use std::{fmt, time::Duration};
 use jiff::Timestamp;
 
 pub mod aws;
-pub mod eks_auth;
-pub mod engine;
-#[cfg(test)]
-mod fake_cluster;
-pub mod issuer;
-pub mod jwt;
+pub mod cache;
 pub mod kube_identity;
 pub mod metrics;
-mod node;
-mod plan;
-pub mod schedule;
+mod scheduler;
 pub mod source;
 pub mod token;
 
-pub use self::plan::Budget;
-use self::{
-    plan::Outcome,
-    schedule::{Failure, Life},
+pub use self::scheduler::{Budget, freshness::Floor};
+use self::scheduler::{
+    Outcome,
+    freshness::{Failure, Life},
 };
 use crate::{identity::ServiceAccountRef, secret::Secret};
 
@@ -213,7 +206,7 @@ impl ServiceError {
         self.status == 429 || self.code == "ThrottlingException" || asks_to_wait
     }
 
-    /// Whose fault it is by the service's model: `client` or `server`, and `unknown` for a code that the model has not.
+    /// LimitKey fault it is by the service's model: `client` or `server`, and `unknown` for a code that the model has not.
     pub(crate) fn fault(&self) -> &'static str {
         match self.code.as_str() {
             "AccessDeniedException"

@@ -9,7 +9,7 @@
 use std::borrow::Cow;
 
 use agent_common::{
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     net::Service,
 };
 use bytes::Bytes;
@@ -61,7 +61,7 @@ impl Dialect {
     /// service that the request is meant for, by its `Host`; else of the one whose address the connection came `to`; else
     /// by the path.
     pub fn pick(dialled: Option<Service>, to: Option<Service>, headers: &HeaderMap, path: &str) -> Self {
-        let dialled = dialled.filter(|_| holds(Defence::DialectByAddress));
+        let dialled = dialled.filter(|_| holds(Defense::DialectByAddress));
         match dialled.or_else(|| meant(headers)).or(to) {
             Some(Service::PodIdentity) => Self::PodIdentity,
             Some(Service::Ecs) => Self::Ecs,
@@ -114,7 +114,7 @@ fn meant(headers: &HeaderMap) -> Option<Service> {
 /// Whether a proxy passed the request on. Such a request may be somebody else's, whom a server in the pod was
 /// tricked into fetching a URL for.
 pub fn is_forwarded(headers: &HeaderMap) -> bool {
-    holds(Defence::Forwarding)
+    holds(Defense::Forwarding)
         && [FORWARDED_FOR, FORWARDED, VIA].iter().any(|name| headers.contains_key(name))
 }
 

@@ -9,6 +9,7 @@ use agent_common::origin::Origin;
 pub mod cgroup;
 pub mod cgroupfs;
 pub mod namespaces;
+pub mod netns;
 pub mod network;
 pub mod pods;
 pub mod tree;
@@ -38,7 +39,7 @@ pub struct CallerResolver {
 
 /// The pod whose cgroup dialled.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Dialler {
+pub struct SourcePod {
     /// The pod.
     pub uid: PodUid,
     /// Its own cgroup, relative to kubepods.
@@ -94,7 +95,7 @@ impl CallerResolver {
     }
 
     /// The pod whose cgroup dialled; needs nothing but the kernel.
-    pub fn dialler(&self, cgroup_id: u64) -> Result<Dialler, Error> {
+    pub fn source_pod(&self, cgroup_id: u64) -> Result<SourcePod, Error> {
         let path = self.node.below_kubepods(cgroup_id).map_err(|source| {
             if source.raw_os_error() == Some(rustix::io::Errno::STALE.raw_os_error()) {
                 Error::CgroupGone { cgroup_id }
@@ -104,12 +105,12 @@ impl CallerResolver {
         })?;
         let found = path.as_deref().and_then(cgroup::parse).ok_or(Error::NotAPod { cgroup_id })?;
         match found.owner {
-            Owner::Pod(uid) => Ok(Dialler { uid, cgroup: found.pod }),
+            Owner::Pod(uid) => Ok(SourcePod { uid, cgroup: found.pod }),
             #[cfg(feature = "undefended")]
             Owner::StaticPod(ref config_hash)
                 if let Some(uid) = crate::undefended::mirror_of(&self.pods, config_hash) =>
             {
-                Ok(Dialler { uid, cgroup: found.pod })
+                Ok(SourcePod { uid, cgroup: found.pod })
             }
             Owner::StaticPod(config_hash) => Err(Error::StaticPod { config_hash }),
         }
@@ -129,14 +130,14 @@ impl CallerResolver {
     pub async fn own_network(
         &self,
         pod: &Arc<Pod>,
-        dialler: &Dialler,
+        source_pod: &SourcePod,
         origin: &Origin,
         peer: IpAddr,
     ) -> Result<(), Error> {
         let cookie = origin.netns_cookie;
         let verdict = match self.networks.judge(pod, cookie, peer) {
             Verdict::Unproven => {
-                let (node, cgroup) = (Arc::clone(&self.node), dialler.cgroup.clone());
+                let (node, cgroup) = (Arc::clone(&self.node), source_pod.cgroup.clone());
                 let asked = tokio::task::spawn_blocking(move || node.network(&cgroup)).await;
                 // Whatever fails here proves nothing.
                 self.networks.prove(pod, cookie, asked.ok().and_then(Result::ok).flatten())

@@ -15,9 +15,9 @@ use std::{
 };
 
 use agent_common::{
-    abi::{EXEMPT_PODGATE, EXEMPT_STOCK_AGENT, program},
+    abi::{EXEMPT_EKS_AGENT, EXEMPT_PODGATE, program},
     counter::Counter,
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     net::Endpoint,
     policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
     target::Target,
@@ -63,7 +63,7 @@ pub struct Settings {
     pub kubepods_level: u32,
     /// Cgroup id of the kubepods cgroup.
     pub kubepods_id: u64,
-    /// Cookie of the host's network namespace, as [`crate::netns::own_cookie`] gives it; 0 for none.
+    /// Cookie of the host's network namespace, as [`crate::identity::netns::own_cookie`] gives it; 0 for none.
     pub host_netns_cookie: u64,
     /// Whether pods in `intercept` and `deny` are kept from IMDS and the target where `connect` does not see it.
     pub guard: bool,
@@ -100,20 +100,20 @@ struct Wanted {
     unknown_on_host_network: Option<PodPolicy>,
     /// The cgroups of the quality-of-service classes.
     classes: HashMap<QosClass, u64>,
-    /// Pods of AWS's own agent.
-    stock_agents: HashSet<u64>,
+    /// Pods of the EKS Pod Identity Agent.
+    eks_agents: HashSet<u64>,
 }
 
-/// Whose word counts on this node.
+/// LimitKey word counts on this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
     /// This agent's.
-    InCharge,
+    Active,
     /// Nobody's: `podgate detach` has removed the programs.
     Detached,
     /// That of another, which took over and has not beaten for so long; or nobody's.
-    Succeeded {
-        /// Since its last beat; for ever, if it has stopped.
+    Superseded {
+        /// Since its last beat; forever, if it has stopped.
         silent: Duration,
     },
 }
@@ -147,12 +147,12 @@ impl Wanted {
 // === impl Interceptor ===
 
 impl Interceptor {
-    /// Loads the programs into the kernel, with the maps that an agent before this has left, and attaches the one that
+    /// Loads the programs into the kernel, with the maps that a predecessor has left, and attaches the one that
     /// redeems tickets to the agent's own cgroup. Nothing changes for pods before [`take_over`](Self::take_over).
     pub fn load(settings: &Settings) -> Result<Self, Error> {
         let hooks = Hooks::open(&settings.kubepods, &settings.agent_cgroup)?;
         let pins = Pins::open(&settings.bpffs)?;
-        if !holds(Defence::ReplacedInPlace) {
+        if !holds(Defense::ReplacedInPlace) {
             pins.remove_links()?;
         }
         let object = Object::load(settings, &pins)?;
@@ -178,19 +178,19 @@ impl Interceptor {
         self.object.exempt(pod_cgroup_id, EXEMPT_PODGATE)
     }
 
-    /// The same for a pod of AWS's own agent; or no more.
-    pub fn set_stock_agent(&mut self, pod_cgroup_id: u64, is_one: bool) -> Result<(), Error> {
+    /// The same for a pod of the EKS Pod Identity Agent; or no more.
+    pub fn set_eks_agent(&mut self, pod_cgroup_id: u64, is_one: bool) -> Result<(), Error> {
         if is_one {
-            self.wanted.stock_agents.insert(pod_cgroup_id);
-            self.object.exempt(pod_cgroup_id, EXEMPT_STOCK_AGENT)
+            self.wanted.eks_agents.insert(pod_cgroup_id);
+            self.object.exempt(pod_cgroup_id, EXEMPT_EKS_AGENT)
         } else {
-            self.wanted.stock_agents.remove(&pod_cgroup_id);
+            self.wanted.eks_agents.remove(&pod_cgroup_id);
             self.object.unexempt(pod_cgroup_id)
         }
     }
 
     /// Whether a pod is podgate's: its agent has said so, which takes access to the maps.
-    pub fn is_podgate_s(&self, pod_cgroup_id: u64) -> Result<bool, Error> {
+    pub fn is_podgate_pod(&self, pod_cgroup_id: u64) -> Result<bool, Error> {
         Ok(self.object.exempted()?.contains(&(pod_cgroup_id, EXEMPT_PODGATE)))
     }
 
@@ -217,14 +217,14 @@ impl Interceptor {
     }
 
     /// Guards no other address than these any more, if this agent is in charge.
-    pub fn guard_only(&mut self, addresses: &[SocketAddr]) -> Result<(), Error> {
+    pub fn reserve_only(&mut self, addresses: &[SocketAddr]) -> Result<(), Error> {
         let Some(_alone) = self.charge()? else { return Ok(()) };
         let kept = |endpoint: &Endpoint| {
             addresses.iter().any(|kept| Endpoint::new(kept.ip(), kept.port()).same(endpoint))
         };
-        for endpoint in self.object.all_guarded()? {
+        for endpoint in self.object.reservations()? {
             if !kept(&endpoint) {
-                self.object.unguard(endpoint)?;
+                self.object.release(endpoint)?;
             }
         }
         Ok(())
@@ -244,8 +244,8 @@ impl Interceptor {
         self.object.set_target(target)?;
         self.object.set_generation(generation)?;
         self.object.set_heartbeat(now()?)?;
-        if let Err(error) = self.put_in_force() {
-            // Whatever programs are in force, they are to wait for nobody.
+        if let Err(error) = self.activate() {
+            // Whatever programs are effective, they are to wait for nobody.
             self.object.set_heartbeat(0)?;
             return Err(error);
         }
@@ -254,7 +254,7 @@ impl Interceptor {
     }
 
     /// Makes maps and programs those of this agent, which is in charge already.
-    fn put_in_force(&mut self) -> Result<(), Error> {
+    fn activate(&mut self) -> Result<(), Error> {
         self.reconcile()?;
         // Beside programs of another ABI both send tickets, and those of the first count: its own go, and at once the
         // connections come here. What begins between the two has a ticket that the agent that gets it does not know.
@@ -281,13 +281,13 @@ impl Interceptor {
         if self.object.is_orphaned(&self.pins) {
             return Ok(Standing::Detached);
         }
-        if !self.is_in_charge()? {
+        if !self.is_active()? {
             let silent = Duration::from_nanos(now.saturating_sub(self.object.heartbeat()?));
-            return Ok(Standing::Succeeded { silent });
+            return Ok(Standing::Superseded { silent });
         }
         self.object.set_heartbeat(now)?;
         let is_attached = self.hooks.is_attached(&self.pins, program::CONNECT4);
-        Ok(if is_attached { Standing::InCharge } else { Standing::Detached })
+        Ok(if is_attached { Standing::Active } else { Standing::Detached })
     }
 
     /// Says that this agent serves no more: dials are refused at once, until another takes over. Nothing happens when
@@ -335,7 +335,7 @@ impl Interceptor {
     /// Forgets the pod with this cgroup, which is gone. One that is not known is fine.
     pub fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
         self.wanted.policies.remove(&pod_cgroup_id);
-        self.wanted.stock_agents.remove(&pod_cgroup_id);
+        self.wanted.eks_agents.remove(&pod_cgroup_id);
         let Some(_alone) = self.charge()? else { return Ok(()) };
         self.object.remove_policy(pod_cgroup_id)?;
         self.object.unexempt(pod_cgroup_id)?;
@@ -353,23 +353,23 @@ impl Interceptor {
         Ok(key)
     }
 
-    /// By which another agent knows this one while its programs are in force.
+    /// By which another agent knows this one while its programs are effective.
     pub fn handover_key(&self) -> HandoverKey {
         self.handover_key.clone()
     }
 
     /// Another may take over at any time: the kernel knows best.
-    fn is_in_charge(&self) -> Result<bool, Error> {
+    fn is_active(&self) -> Result<bool, Error> {
         Ok(self.generation != 0 && self.object.generation()? == self.generation)
     }
 
     /// If this agent is in charge, sees to it that it stays so as long as the lock is held.
     fn charge(&self) -> Result<Option<Lock>, Error> {
-        if !self.is_in_charge()? {
+        if !self.is_active()? {
             return Ok(None);
         }
         let lock = self.pins.lock()?;
-        Ok(self.is_in_charge()?.then_some(lock))
+        Ok(self.is_active()?.then_some(lock))
     }
 
     /// Makes the maps what this agent wants in them.
@@ -387,7 +387,7 @@ impl Interceptor {
             }
         }
         for (pod, why) in self.object.exempted()? {
-            if why == EXEMPT_STOCK_AGENT && !self.wanted.stock_agents.contains(&pod) {
+            if why == EXEMPT_EKS_AGENT && !self.wanted.eks_agents.contains(&pod) {
                 self.object.unexempt(pod)?;
             }
         }

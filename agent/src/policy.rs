@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use agent_common::{
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
 };
 use serde::Serialize;
@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::identity::Pod;
 
 mod annotation;
+pub mod lookup;
 
 use self::annotation::{Allowance, Read, Switch, read};
 
@@ -201,7 +202,7 @@ fn imds(defaults: Defaults, namespace: &Annotations, pod: &Pod) -> (ImdsMode, Re
         Read::Unreadable(_) => guarded(base),
     });
     let may_loosen = matches!(read(namespace, ANNOTATION_IMDS_POD_OVERRIDE), Read::Value(true))
-        || !holds(Defence::PodsOnlyTighten);
+        || !holds(Defense::PodsOnlyTighten);
     match read(&pod.annotations, ANNOTATION_IMDS) {
         Read::Value(mode) if may_loosen || mode > of_namespace.0 => raised((mode, Reason::Pod)),
         Read::Absent | Read::Value(_) => of_namespace,

@@ -15,7 +15,7 @@ use std::{
 };
 
 use agent_common::{
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     net::{Endpoint, Service},
     origin::Origin,
 };
@@ -38,27 +38,29 @@ mod refusal;
 
 pub use self::limit::ConnectionLimit;
 use self::{
-    limit::{Place, Whose},
+    limit::{LimitKey, Place},
     metrics::RequestMetrics,
 };
 use crate::{
     accept::Accepted,
-    credentials::{Credentials, engine::Engine, jwt::SentToken, schedule::Floor, source::CredentialSource},
+    credentials::{
+        Credentials, Floor, cache::CredentialCache, source::CredentialSource, token::claims::SentToken,
+    },
     dialect::{
         Dialect, Refusal, Response, ecs, forwarded, imds, imds::ReadPath, imds_token::ImdsTokens,
         is_forwarded, pod_identity,
     },
     drain::DrainWatch,
-    identity::{CallerResolver, Dialler, Error as IdentityError, Pod, PodUid, ServiceAccountRef},
-    instance::Instance,
-    policies::Policies,
+    identity::{CallerResolver, Error as IdentityError, Pod, PodUid, ServiceAccountRef, SourcePod},
+    instance_metadata::Instance,
+    policy::lookup::Policies,
     policy::{ImdsMode, Policy},
 };
 
 /// Every request is answered by then: SDKs give up at one second.
 pub const DEADLINE: Duration = Duration::from_millis(800);
 /// What a request waits for says a little earlier what is missing.
-const PATIENCE: Duration = Duration::from_millis(780);
+const TIMEOUT: Duration = Duration::from_millis(780);
 /// After so many requests a connection is closed. SDKs send a few an hour.
 const REQUESTS_MAX: u32 = 1_000;
 /// How long a request's head may take, and how long a connection may be idle.
@@ -74,10 +76,10 @@ pub struct Server<S> {
     /// Who a caller is.
     pub resolver: CallerResolver,
     /// What it gets.
-    pub engine: Arc<Engine<S>>,
+    pub engine: Arc<CredentialCache<S>>,
     /// The session tokens of IMDSv2.
     pub imds_tokens: ImdsTokens,
-    /// Whose pods may present the tokens of other pods on this node.
+    /// LimitKey pods may present the tokens of other pods on this node.
     pub token_delegates: Vec<ServiceAccountRef>,
     /// What is known of the instance.
     pub instance: watch::Receiver<Instance>,
@@ -100,7 +102,7 @@ struct Connection {
     peer: IpAddr,
     /// The service at whose own address podgate took it; `None` for podgate's own pair.
     to: Option<Service>,
-    dialler: Option<Dialler>,
+    source_pod: Option<SourcePod>,
     caller: Place,
     requests: AtomicU32,
     /// Set once the dial is known to be from the pod's own network.
@@ -118,10 +120,11 @@ impl<S: CredentialSource> Server<S> {
         drain: DrainWatch,
     ) -> Option<impl Future<Output = ()> + Send + use<S>> {
         let Accepted { stream, origin, peer } = accepted;
-        let dialler = origin.as_ref().and_then(|origin| self.resolver.dialler(origin.cgroup_id).ok());
+        let source_pod = origin.as_ref().and_then(|origin| self.resolver.source_pod(origin.cgroup_id).ok());
         #[cfg(feature = "undefended")]
-        let (origin, dialler) = crate::undefended::by_address(peer, origin, dialler);
-        let whose = dialler.as_ref().map_or(Whose::Address(peer), |dialler| Whose::Pod(dialler.uid));
+        let (origin, source_pod) = crate::undefended::by_address(peer, origin, source_pod);
+        let whose =
+            source_pod.as_ref().map_or(LimitKey::Address(peer), |source_pod| LimitKey::Pod(source_pod.uid));
         let Some(caller) = self.connections.enter(whose) else {
             self.metrics.refused_connections.inc();
             return None;
@@ -130,7 +133,7 @@ impl<S: CredentialSource> Server<S> {
             to: to(&stream, origin.as_ref()),
             origin,
             peer,
-            dialler,
+            source_pod,
             caller,
             requests: AtomicU32::new(0),
             own_network: OnceLock::new(),
@@ -163,7 +166,7 @@ impl<S: CredentialSource> Server<S> {
         let (head, _) = request.into_parts();
         let dialect = Dialect::pick(connection.dialled(), connection.to, &head.headers, head.uri.path());
         let mut waiting = Waiting { metrics: &self.metrics, dialect, is_answered: false };
-        let answer = self.answer(dialect, connection, &head, begun + PATIENCE);
+        let answer = self.answer(dialect, connection, &head, begun + TIMEOUT);
         let answer = tokio::time::timeout_at((begun + DEADLINE).into(), answer).await;
         waiting.is_answered = true;
         let answer = answer.unwrap_or_else(|_| Err(refusal::slow()));
@@ -172,7 +175,7 @@ impl<S: CredentialSource> Server<S> {
             Err(refusal) => (dialect.refuse(&refusal), Some(refusal)),
         };
         let requests = connection.requests.fetch_add(1, Relaxed) + 1;
-        if requests >= REQUESTS_MAX || connection.caller.is_nobody_s() {
+        if requests >= REQUESTS_MAX || connection.caller.is_revoked() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         self.metrics.count(dialect, response.status());
@@ -235,7 +238,7 @@ impl<S: CredentialSource> Server<S> {
         }
     }
 
-    /// The container endpoints: by the caller's token, by the kernel's word, or by both, which must agree.
+    /// The container endpoints: by the caller's token, by the kernel's attestation, or by both, which must agree.
     async fn container(
         &self,
         connection: &Connection,
@@ -243,26 +246,26 @@ impl<S: CredentialSource> Server<S> {
         sent: Option<SentToken>,
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Refusal> {
-        let vouched = match &connection.origin {
+        let attested = match &connection.origin {
             None => None,
-            Some(origin) => self.vouched(connection, origin, sent.as_ref(), deadline).await?,
+            Some(origin) => self.attested(connection, origin, sent.as_ref(), deadline).await?,
         };
-        if let Some(pod) = &vouched
+        if let Some(pod) = &attested
             && !self.policy(pod, deadline).await?.pod_identity
         {
             return Err(refusal::pod_identity_is_off());
         }
-        let (pod, sent) = match (vouched, sent) {
+        let (pod, sent) = match (attested, sent) {
             (None, None) => return Err(pod_identity::no_token("")),
             (None, Some(sent)) => return self.anonymous(connection, sent, deadline).await,
             (Some(pod), Some(sent)) if sent.claims.pod == Some(pod.uid) => (pod, Some(sent)),
             (Some(delegate), Some(sent)) if self.token_delegates.contains(&delegate.service_account) => {
                 return self.delegated(connection, &delegate, sent, deadline).await;
             }
-            (Some(_), Some(sent)) if !holds(Defence::TokenOfCaller) => {
+            (Some(_), Some(sent)) if !holds(Defense::TokenOfCaller) => {
                 return self.anonymous(connection, sent, deadline).await;
             }
-            (Some(pod), Some(sent)) => return Err(self.foreign_token(connection, &pod, &sent)),
+            (Some(pod), Some(sent)) => return Err(self.mismatched_token(connection, &pod, &sent)),
             (Some(pod), None) => {
                 if !self.policy(&pod, deadline).await?.tokenless {
                     return Err(pod_identity::no_token(refusal::TOKENLESS_HINT));
@@ -289,8 +292,8 @@ impl<S: CredentialSource> Server<S> {
     }
 
     /// The refusal of a token that is not the caller's own, and word of it: somebody may have stolen it.
-    fn foreign_token(&self, connection: &Connection, pod: &Pod, sent: &SentToken) -> Refusal {
-        self.metrics.count_foreign_token(&pod.service_account);
+    fn mismatched_token(&self, connection: &Connection, pod: &Pod, sent: &SentToken) -> Refusal {
+        self.metrics.count_mismatched_token(&pod.service_account);
         if let Some(more) = connection.caller.may_audit() {
             let process = connection.process();
             warn!(
@@ -304,7 +307,7 @@ impl<S: CredentialSource> Server<S> {
                 "a pod presented a token that is not its own; what it says of itself is not verified"
             );
         }
-        refusal::somebody_else_s_token()
+        refusal::mismatched_token()
     }
 
     /// A caller that the operator lets present the tokens of other pods, as CSI drivers do while they fill a pod's volumes.
@@ -343,7 +346,7 @@ impl<S: CredentialSource> Server<S> {
         if !verified.map_err(|error| refusal::credentials(&error, None))? {
             return Err(refusal::unverified());
         }
-        let uid = sent.claims.pod.ok_or_else(refusal::somebody_else_s_token)?;
+        let uid = sent.claims.pod.ok_or_else(refusal::mismatched_token)?;
         let pod = self.resolver.pod(uid, deadline).await.map_err(|error| refusal::identity(&error))?;
         if self.policy(&pod, deadline).await?.pod_identity {
             Ok(pod)
@@ -361,7 +364,7 @@ impl<S: CredentialSource> Server<S> {
     ) -> Result<Response, Refusal> {
         let origin = connection.origin.as_ref().ok_or_else(refusal::anonymous)?;
         let ask = imds::ask(head)?;
-        let uid = self.dialler(connection, origin)?.uid;
+        let uid = self.source_pod(connection, origin)?.uid;
         let (session, path) = match ask {
             // Never waits for anything: every SDK that knows IMDSv2 begins here.
             imds::Ask::Token { ttl_secs } => {
@@ -399,8 +402,8 @@ impl<S: CredentialSource> Server<S> {
         {
             return imds::fact(fact, &self.instance.borrow());
         }
-        let vouched = self.vouched(connection, origin, None, deadline).await?;
-        let pod = vouched.ok_or_else(refusal::anonymous)?;
+        let attested = self.attested(connection, origin, None, deadline).await?;
+        let pod = attested.ok_or_else(refusal::anonymous)?;
         allow_read(self.policy(&pod, deadline).await?, head, has_session)?;
         match path {
             ReadPath::Fact(fact) => return imds::fact(fact, &self.instance.borrow()),
@@ -419,47 +422,54 @@ impl<S: CredentialSource> Server<S> {
 
     /// The pod that dialled, if the dial came from its own network. One through another's is not the pod's own: with a
     /// token it is anonymous, without one it is refused.
-    async fn vouched(
+    async fn attested(
         &self,
         connection: &Connection,
         origin: &Origin,
         sent: Option<&SentToken>,
         deadline: Instant,
     ) -> Result<Option<Arc<Pod>>, Refusal> {
-        let dialler = self.dialler(connection, origin)?;
+        let source_pod = self.source_pod(connection, origin)?;
         let pod = match sent {
             // The token names the very pod whose cgroup dialled: EKS Auth knows it, even if the watch does not yet.
-            Some(sent) if sent.claims.pod == Some(dialler.uid) => self.resolver.known(dialler.uid),
+            Some(sent) if sent.claims.pod == Some(source_pod.uid) => self.resolver.known(source_pod.uid),
             _ => Some(
-                self.resolver.pod(dialler.uid, deadline).await.map_err(|error| refusal::identity(&error))?,
+                self.resolver
+                    .pod(source_pod.uid, deadline)
+                    .await
+                    .map_err(|error| refusal::identity(&error))?,
             ),
         };
         let Some(pod) = pod else { return Ok(None) };
-        if connection.own_network.get().is_some() || !holds(Defence::OwnNetwork) {
+        if connection.own_network.get().is_some() || !holds(Defense::OwnNetwork) {
             return Ok(Some(pod));
         }
-        match self.resolver.own_network(&pod, &dialler, origin, connection.peer).await {
+        match self.resolver.own_network(&pod, &source_pod, origin, connection.peer).await {
             Ok(()) => {
                 let _ = connection.own_network.set(());
                 Ok(Some(pod))
             }
             Err(error) if sent.is_none() => Err(refusal::foreign_network(&error)),
             Err(error) => {
-                debug!(%error, "the kernel's word does not count, the token must");
+                debug!(%error, "the kernel's attestation does not count, the token must");
                 Ok(None)
             }
         }
     }
 
     /// The pod whose cgroup dialled, as long as it has one: a process of another pod may have been given its connection.
-    fn dialler<'a>(&self, connection: &'a Connection, origin: &Origin) -> Result<Cow<'a, Dialler>, Refusal> {
+    fn source_pod<'a>(
+        &self,
+        connection: &'a Connection,
+        origin: &Origin,
+    ) -> Result<Cow<'a, SourcePod>, Refusal> {
         let cgroup_id = origin.cgroup_id;
-        let dialler = match &connection.dialler {
-            Some(_) if connection.caller.is_nobody_s() => Err(IdentityError::CgroupGone { cgroup_id }),
-            Some(dialler) => Ok(Cow::Borrowed(dialler)),
-            None => self.resolver.dialler(cgroup_id).map(Cow::Owned),
+        let source_pod = match &connection.source_pod {
+            Some(_) if connection.caller.is_revoked() => Err(IdentityError::CgroupGone { cgroup_id }),
+            Some(source_pod) => Ok(Cow::Borrowed(source_pod)),
+            None => self.resolver.source_pod(cgroup_id).map(Cow::Owned),
         };
-        dialler.map_err(|error| refusal::identity(&error))
+        source_pod.map_err(|error| refusal::identity(&error))
     }
 }
 
@@ -482,7 +492,7 @@ impl Connection {
     }
 
     fn uid(&self) -> Option<PodUid> {
-        self.dialler.as_ref().map(|dialler| dialler.uid)
+        self.source_pod.as_ref().map(|source_pod| source_pod.uid)
     }
 
     /// The service that the caller dialled. Without an origin nobody knows, nor where the caller dialled podgate itself:
@@ -493,7 +503,7 @@ impl Connection {
     }
 }
 
-/// HTTP/1.1 as every connection speaks it. Names of headers are written as EC2 and the stock agent write them.
+/// HTTP/1.1 as every connection speaks it. Names of headers are written as EC2 and the EKS Pod Identity Agent write them.
 pub fn protocol() -> http1::Builder {
     let mut protocol = http1::Builder::new();
     protocol
@@ -522,7 +532,7 @@ fn allow_read(policy: Policy, head: &Parts, has_session: bool) -> Result<(), Ref
     if has_session {
         return Ok(());
     }
-    if !policy.imds_v1 && holds(Defence::ImdsV1) {
+    if !policy.imds_v1 && holds(Defense::ImdsV1) {
         return Err(imds::v1_is_off());
     }
     if is_forwarded(&head.headers) { Err(forwarded()) } else { Ok(()) }

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::{
-    credentials::{Credentials, Role, jwt::Claims},
+    credentials::{Credentials, Role, token::claims::Claims},
     identity::{Pod, PodUid, ServiceAccountRef, cgroupfs::CgroupPaths, network::PodProcesses},
     intercept::{self, OriginLookup},
 };

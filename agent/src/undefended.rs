@@ -1,4 +1,4 @@
-//! podgate without some of its defences, as the suite of attacks wants it to show what they are for.
+//! podgate without some of its defenses, as the suite of attacks wants it to show what they are for.
 //!
 //! Owns which of them are off, and what stands in the place of those that are more than one condition. It is in no build
 //! but that of `podgate-undefended`.
@@ -14,7 +14,7 @@ use std::{
 
 use agent_common::{
     abi::ABI_VERSION,
-    defence::{Defence, holds, switch_off},
+    defense::{Defense, holds, switch_off},
     origin::Origin,
 };
 use tokio::{
@@ -22,9 +22,9 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::identity::{Dialler, PodUid, Pods};
+use crate::identity::{PodUid, Pods, SourcePod};
 
-/// Which defences are off: labels, separated by commas.
+/// Which defenses are off: labels, separated by commas.
 const VARIABLE: &str = "PODGATE_WITHOUT";
 /// The ABI that the pins are to be of.
 const ABI_VARIABLE: &str = "PODGATE_ABI";
@@ -32,17 +32,17 @@ const ABI_VARIABLE: &str = "PODGATE_ABI";
 const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
 /// Who was first known at an address.
-static KNOWN: LazyLock<Mutex<HashMap<IpAddr, (Origin, Dialler)>>> = LazyLock::new(Mutex::default);
+static KNOWN: LazyLock<Mutex<HashMap<IpAddr, (Origin, SourcePod)>>> = LazyLock::new(Mutex::default);
 
 /// A connection whose requests seem to have no bodies.
 pub(crate) struct Unframed(pub(crate) TcpStream);
 
-/// Switches off what the environment names. An error names what is no defence.
+/// Switches off what the environment names. An error names what is no defense.
 pub(crate) fn init() -> Result<(), String> {
     let without = env::var(VARIABLE).unwrap_or_default();
     for label in without.split(',').filter(|label| !label.is_empty()) {
-        let defence = Defence::ALL.iter().find(|defence| defence.label() == label);
-        switch_off(*defence.ok_or_else(|| format!("{VARIABLE}: there is no defence {label}"))?);
+        let defense = Defense::ALL.iter().find(|defense| defense.label() == label);
+        switch_off(*defense.ok_or_else(|| format!("{VARIABLE}: there is no defense {label}"))?);
     }
     Ok(())
 }
@@ -50,7 +50,7 @@ pub(crate) fn init() -> Result<(), String> {
 /// What this build says of itself.
 pub(crate) fn warning() -> String {
     let off: Vec<_> =
-        Defence::ALL.iter().filter(|defence| !holds(**defence)).map(|defence| defence.label()).collect();
+        Defense::ALL.iter().filter(|defense| !holds(**defense)).map(|defense| defense.label()).collect();
     format!(
         "UNDEFENDED BUILD, for the suite of attacks only: never run it where credentials are real. Switched off: {}",
         if off.is_empty() { "nothing".to_owned() } else { off.join(", ") }
@@ -62,19 +62,19 @@ pub(crate) fn warning() -> String {
 pub(crate) fn by_address(
     peer: IpAddr,
     origin: Option<Origin>,
-    dialler: Option<Dialler>,
-) -> (Option<Origin>, Option<Dialler>) {
-    if holds(Defence::IdentityByTicket) {
-        return (origin, dialler);
+    source_pod: Option<SourcePod>,
+) -> (Option<Origin>, Option<SourcePod>) {
+    if holds(Defense::IdentityByTicket) {
+        return (origin, source_pod);
     }
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let found = match origin.zip(dialler.clone()) {
+    let found = match origin.zip(source_pod.clone()) {
         Some(own) => Some(known.entry(peer).or_insert(own).clone()),
         None => known.get(&peer).cloned(),
     };
     match found {
-        Some((origin, dialler)) => (Some(origin), Some(dialler)),
-        None => (origin, dialler),
+        Some((origin, source_pod)) => (Some(origin), Some(source_pod)),
+        None => (origin, source_pod),
     }
 }
 
@@ -87,7 +87,7 @@ pub(crate) fn abi_version() -> u32 {
 
 /// The pod that says of itself that it stands for a static pod.
 pub(crate) fn mirror_of(pods: &Pods, config_hash: &str) -> Option<PodUid> {
-    if holds(Defence::StaticPods) { None } else { pods.annotated(CONFIG_HASH, config_hash) }
+    if holds(Defense::StaticPods) { None } else { pods.annotated(CONFIG_HASH, config_hash) }
 }
 
 // === impl Unframed ===
@@ -100,7 +100,7 @@ impl AsyncRead for Unframed {
     ) -> Poll<std::io::Result<()>> {
         let before = buffer.filled().len();
         let result = ready!(Pin::new(&mut self.0).poll_read(cx, buffer));
-        if !holds(Defence::Framing) {
+        if !holds(Defense::Framing) {
             hide_length(&mut buffer.filled_mut()[before..]);
         }
         Poll::Ready(result)

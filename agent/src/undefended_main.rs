@@ -1,4 +1,4 @@
-//! The `podgate-undefended` binary: podgate for the suite of attacks, in which defences can be switched off. It is in no
+//! The `podgate-undefended` binary: podgate for the suite of attacks, in which defenses can be switched off. It is in no
 //! image and no package.
 
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! Whose identity would a process get, and why?
+//! LimitKey identity would a process get, and why?
 //!
 //! Owns the answer for people; takes the very steps that a request takes, and hands nothing out.
 
@@ -13,7 +13,7 @@ use crate::{
         cgroup::{self, Owner, PodPath},
         cgroupfs::{self, Kubepods},
     },
-    policies::Policies,
+    policy::lookup::Policies,
 };
 
 /// Answers for processes of this node.
@@ -27,8 +27,8 @@ pub struct Whois {
     pub policies: Policies,
     /// The cgroup of podgate's own pod.
     pub own: Option<u64>,
-    /// Whose pods are AWS's own agent.
-    pub stock_agent: Option<DaemonSetRef>,
+    /// LimitKey pods are the EKS Pod Identity Agent.
+    pub eks_agent: Option<DaemonSetRef>,
 }
 
 /// What is known of a process.
@@ -86,8 +86,9 @@ impl Whois {
                     Some(pod) => {
                         answer.pod = Some(pod.full_name());
                         answer.service_account = Some(pod.service_account.to_string());
-                        if self.stock_agent.as_ref().is_some_and(|stock_agent| stock_agent.controls(&pod)) {
-                            let because = "it is AWS's own agent, which podgate does not touch".to_owned();
+                        if self.eks_agent.as_ref().is_some_and(|eks_agent| eks_agent.controls(&pod)) {
+                            let because =
+                                "it is the EKS Pod Identity Agent, which podgate does not touch".to_owned();
                             return Ok(Answer { because, ..answer });
                         }
                         let Some(policy) = self.policies.of(&pod) else {

@@ -5,8 +5,8 @@
 use std::{env, io::Write as _, process::Command, sync::Arc, time::Duration};
 
 use agent::{
-    credentials::{Error, aws, eks_auth::EksAuth},
-    instance::Instance,
+    credentials::{Error, aws, aws::eks_auth::EksAuth},
+    instance_metadata::Instance,
     secret::Secret,
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};

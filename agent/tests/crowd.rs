@@ -106,14 +106,14 @@ async fn cold_node(pods: usize) -> (Node, Vec<Caller>) {
 }
 
 fn crowd(node: Node, pods: usize) -> (Node, Vec<Caller>) {
-    node.dial_anonymously();
+    node.connect_anonymously();
     node.eks_auth.associate("app", "web", "web-role");
     let pods = (0..pods).map(|n| node.pod(&format!("web-{n}"), "web", |spec| spec.token_volume = true));
     let callers = (0..).zip(pods).map(|(n, pod)| Caller::new(&node, n, &pod)).collect();
     (node, callers)
 }
 
-/// Whose credentials these are.
+/// LimitKey credentials these are.
 fn owner(node: &Node, body: &str) -> String {
     let body: serde_json::Value = serde_json::from_str(body).unwrap();
     node.eks_auth.issued(body["AccessKeyId"].as_str().unwrap()).unwrap().pod_name
@@ -289,7 +289,7 @@ async fn known_pods_are_served_while_the_api_server_is_away_and_new_ones_when_it
     let node = Node::start(ImdsMode::Intercept).await;
     node.eks_auth.associate("app", "web", "web-role");
     let get = async |pod: &TestPod| {
-        node.dial_as(pod, "169.254.170.23");
+        node.connect_as(pod, "169.254.170.23");
         node.get("/v1/credentials", &[]).await
     };
     let known = node.pod("known-0", "web", |_| {});

@@ -3,7 +3,7 @@
 
 use std::{net::TcpListener, time::Duration};
 
-use agent::instance::{self, Instance};
+use agent::instance_metadata::{self, Instance};
 use aws_config::imds::client::Client;
 use lab::{
     faults::{Fault, Faults, Service},
@@ -11,7 +11,7 @@ use lab::{
 };
 use tokio::{sync::watch, time::timeout};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn serve(faults: &Faults) -> Imds {
     let config = ImdsConfig {
@@ -39,12 +39,12 @@ async fn what_the_node_s_imds_says_is_copied_once_it_is_there_and_nothing_of_its
     faults.set(Service::Imds, Fault::Drop);
     let client = Client::builder().max_attempts(1).endpoint(format!("http://{}", imds.address()));
     let (copy, mut known) = watch::channel(Instance::in_region(Some("us-west-2".into())));
-    tokio::spawn(instance::follow(client.unwrap().build(), copy));
+    tokio::spawn(instance_metadata::follow(client.unwrap().build(), copy));
 
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(*known.borrow(), Instance::in_region(Some("us-west-2".into())), "the IMDS is away");
     faults.clear(Service::Imds);
-    timeout(PATIENCE, known.changed()).await.unwrap().unwrap();
+    timeout(TIMEOUT, known.changed()).await.unwrap().unwrap();
     let expected = Instance {
         region: Some("eu-west-1".into()),
         zone: Some("eu-west-1b".into()),

@@ -13,7 +13,7 @@ use std::{
 
 use agent::{
     credentials::aws,
-    instance::{self, Instance},
+    instance_metadata::{self, Instance},
 };
 use lab::{
     faults::{Fault, Faults, Service},
@@ -194,7 +194,7 @@ async fn no_proxy_is_on_the_way_to_imds_though_a_profile_begins_there_and_goes_o
         "no_proxy_is_on_the_way_to_imds_though_a_profile_begins_there_and_goes_on_to_sts_by_it";
     if env::var_os(CHILD).is_some() {
         let (copy, mut instance) = watch::channel(Instance::default());
-        tokio::spawn(instance::follow(instance::imds(), copy));
+        tokio::spawn(instance_metadata::follow(instance_metadata::imds(), copy));
         let known = instance.wait_for(|instance| instance.zone.is_some());
         tokio::time::timeout(Duration::from_secs(5), known).await.unwrap().unwrap();
         return answer().await;

@@ -66,11 +66,11 @@ fn injected(node: &Node) -> TestPod {
 async fn a_pod_gets_its_own_role_from_each_address() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
-    node.dial_as(&pod, IMDS);
+    node.connect_as(&pod, IMDS);
     assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
-    node.dial_as(&pod, POD_IDENTITY);
+    node.connect_as(&pod, POD_IDENTITY);
     assert_eq!(node.role_of(&node.get("/v1/credentials", &[]).await), "web-role for web-0");
-    node.dial_as(&pod, ECS);
+    node.connect_as(&pod, ECS);
     let ecs = node.get("/v1/credentials/anything", &[("Host", ECS)]).await;
     assert_eq!(node.role_of(&ecs), "web-role for web-0");
     assert_eq!(ecs.json()["RoleArn"], "arn:aws:iam::123456789012:role/web-role");
@@ -82,9 +82,9 @@ async fn pods_of_one_service_account_get_credentials_of_their_own() {
     let node = Node::start(ImdsMode::Intercept).await;
     let first = web(&node);
     let second = node.pod("web-1", "web", |_| {});
-    node.dial_as(&first, IMDS);
+    node.connect_as(&first, IMDS);
     assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
-    node.dial_as(&second, IMDS);
+    node.connect_as(&second, IMDS);
     assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-1");
 }
 
@@ -92,7 +92,7 @@ async fn pods_of_one_service_account_get_credentials_of_their_own() {
 async fn imds_v1_is_refused_with_the_way_to_allow_it_and_served_where_it_is_allowed() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
-    node.dial_as(&pod, IMDS);
+    node.connect_as(&pod, IMDS);
     let refused = node.get(ROLES, &[]).await;
     assert_eq!(refused.status, 401);
     assert!(refused.body.contains("podgate.dev/imds-v1: allow"), "{refused:?}");
@@ -100,7 +100,7 @@ async fn imds_v1_is_refused_with_the_way_to_allow_it_and_served_where_it_is_allo
     let allowed = node.pod("old-0", "web", |spec| {
         spec.annotations.insert("podgate.dev/imds-v1".into(), "allow".into());
     });
-    node.dial_as(&allowed, IMDS);
+    node.connect_as(&allowed, IMDS);
     assert_eq!(node.get(ROLES, &[]).await.body, "web-role");
     let credentials = node.get(&format!("{ROLES}web-role"), &[]).await;
     assert_eq!(node.role_of(&credentials), "web-role for old-0");
@@ -113,9 +113,9 @@ async fn a_session_token_is_of_no_use_to_another_pod() {
     let node = Node::start(ImdsMode::Intercept).await;
     let first = web(&node);
     let second = node.pod("web-1", "web", |_| {});
-    node.dial_as(&first, IMDS);
+    node.connect_as(&first, IMDS);
     let stolen = session(&node).await;
-    node.dial_as(&second, IMDS);
+    node.connect_as(&second, IMDS);
     for token in [stolen.as_str(), "INVALID", ""] {
         let answer = node.get(ROLES, &[("X-aws-ec2-metadata-token", token)]).await;
         assert_eq!(answer.status, 401, "{token:?} {answer:?}");
@@ -125,7 +125,7 @@ async fn a_session_token_is_of_no_use_to_another_pod() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_of_the_node_is_served() {
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), IMDS);
+    node.connect_as(&web(&node), IMDS);
     for path in [
         "/latest/user-data",
         "/latest/meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
@@ -137,15 +137,15 @@ async fn nothing_of_the_node_is_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_webhook_s_token_is_served_as_the_stock_agent_does_with_and_without_an_origin() {
+async fn the_webhook_s_token_is_served_as_the_eks_agent_does_with_and_without_an_origin() {
     let node = Node::start(ImdsMode::Audit).await;
     let pod = injected(&node);
     let token = pod.token(&node);
-    node.dial_anonymously();
+    node.connect_anonymously();
     let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
     assert_eq!(node.role_of(&answer), "web-role for web-0");
     assert!(answer.head.contains("content-length:"), "{answer:?}");
-    node.dial_as(&pod, POD_IDENTITY);
+    node.connect_as(&pod, POD_IDENTITY);
     let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
     assert_eq!(node.role_of(&answer), "web-role for web-0");
     assert_eq!(node.eks_auth.calls(), 1);
@@ -154,7 +154,7 @@ async fn the_webhook_s_token_is_served_as_the_stock_agent_does_with_and_without_
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_is_anonymous_without_a_token() {
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_anonymously();
+    node.connect_anonymously();
     let answer = node.get("/v1/credentials", &[]).await;
     assert_eq!((answer.status, answer.message().as_str()), (400, "Service account token cannot be empty"));
     for (method, path) in [("PUT", TOKEN), ("GET", ROLES), ("GET", "/")] {
@@ -168,9 +168,9 @@ async fn nobody_is_anonymous_without_a_token() {
 async fn a_hung_api_server_does_not_hold_a_pod_for_ever() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
-    node.dial_as(&pod, IMDS);
+    node.connect_as(&pod, IMDS);
     imds_v2(&node, "/latest/meta-data/").await;
-    node.dial_as(&pod, POD_IDENTITY);
+    node.connect_as(&pod, POD_IDENTITY);
     node.faults.set(Service::KubeApi, Fault::Hang);
     assert_eq!(node.get("/v1/credentials", &[]).await.status, 503, "there is no token to be had");
     node.faults.clear(Service::KubeApi);
@@ -185,7 +185,7 @@ async fn a_forged_token_without_an_origin_never_gets_what_is_kept_for_its_pod() 
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
     let genuine = pod.token(&node);
-    node.dial_anonymously();
+    node.connect_anonymously();
     let header = |token: &str| [("Authorization", token.to_owned())];
     let get = async |token: &str| {
         let [(name, value)] = header(token);
@@ -209,7 +209,7 @@ async fn where_nobody_can_verify_a_token_it_goes_to_eks_auth_itself() {
     let node = Node::start_with(ImdsMode::Intercept, faults).await;
     let pod = injected(&node);
     let genuine = pod.token(&node);
-    node.dial_anonymously();
+    node.connect_anonymously();
     for _ in 0..2 {
         let answer = node.get("/v1/credentials", &[("Authorization", &genuine)]).await;
         assert_eq!(node.role_of(&answer), "web-role for web-0");
@@ -251,12 +251,12 @@ async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
     for (token, reason) in bad_tokens(&node) {
-        node.dial_anonymously();
+        node.connect_anonymously();
         let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
         assert_eq!(answer.status, 400, "{answer:?}");
         assert!(answer.message().contains(reason), "{answer:?}");
-        // Nor does the kernel's word help a token that is known to be bad.
-        node.dial_as(&pod, POD_IDENTITY);
+        // Nor does the kernel's attestation help a token that is known to be bad.
+        node.connect_as(&pod, POD_IDENTITY);
         let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
         assert!((400..=403).contains(&answer.status), "{answer:?}");
     }
@@ -272,9 +272,9 @@ async fn without_the_cluster_s_keys_a_token_for_somebody_else_is_refused_here_an
         let pod = injected(&node);
         let (token, reason) = bad_tokens(&node)[number].clone();
         let get = async || node.get("/v1/credentials", &[("Authorization", &token)]).await;
-        node.dial_anonymously();
+        node.connect_anonymously();
         let anonymous = get().await;
-        node.dial_as(&pod, POD_IDENTITY);
+        node.connect_as(&pod, POD_IDENTITY);
         let answers = [anonymous, get().await];
         assert!(answers.iter().all(|answer| (400..=403).contains(&answer.status)), "{answers:?}");
         if number < 2 {
@@ -295,7 +295,7 @@ async fn a_kubelet_s_token_for_somebody_else_is_not_shown_to_eks_auth() {
         let pod = injected(&node);
         let life = Duration::from_hours(1);
         pod.kubelet_writes(&node, &node.cluster.mint_pod_token("app", "web-0", &["sts.amazonaws.com"], life));
-        node.dial_as(&pod, IMDS);
+        node.connect_as(&pod, IMDS);
         assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
         assert_eq!((node.eks_auth.calls(), node.eks_auth.refusals().len()), (1, 0), "keys: {has_keys}");
     }
@@ -306,7 +306,7 @@ async fn a_stolen_token_is_worthless_to_a_pod() {
     let node = Node::start(ImdsMode::Intercept).await;
     let victim = injected(&node);
     let thief = node.pod("thief-0", "thief", |_| {});
-    node.dial_as(&thief, POD_IDENTITY);
+    node.connect_as(&thief, POD_IDENTITY);
     let answer = node.get("/v1/credentials", &[("Authorization", &victim.token(&node))]).await;
     assert_eq!(answer.status, 403, "{answer:?}");
     assert_eq!(node.eks_auth.calls(), 0);
@@ -318,7 +318,7 @@ async fn a_delegate_is_served_by_other_pods_tokens_if_they_are_verified_and_nobo
     let app = injected(&node);
     let [delegate, other] = ["csi", "csi-2"].map(|name| node.pod(&format!("{name}-0"), name, |_| {}));
     let ask = async |pod: &TestPod, token: &str| {
-        node.dial_as(pod, POD_IDENTITY);
+        node.connect_as(pod, POD_IDENTITY);
         node.get("/v1/credentials", &[("Authorization", token)]).await
     };
     let token = app.token(&node);
@@ -349,7 +349,7 @@ async fn a_delegate_is_served_by_other_pods_tokens_if_they_are_verified_and_nobo
     for line in [
         "podgate_delegated_requests_total{namespace=\"app\",service_account=\"csi\",answer=\"served\"} 1",
         "podgate_delegated_requests_total{namespace=\"app\",service_account=\"csi\",answer=\"refused\"} 4",
-        "podgate_foreign_tokens_total{namespace=\"app\",service_account=\"csi-2\"} 1",
+        "podgate_mismatched_tokens_total{namespace=\"app\",service_account=\"csi-2\"} 1",
     ] {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
@@ -359,7 +359,7 @@ async fn a_delegate_is_served_by_other_pods_tokens_if_they_are_verified_and_nobo
 async fn a_connection_carries_so_many_requests_and_then_ends() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
-    node.dial_as(&pod, POD_IDENTITY);
+    node.connect_as(&pod, POD_IDENTITY);
     let address = node.address;
     let served = tokio::task::spawn_blocking(move || {
         let mut stream = TcpStream::connect(address).unwrap();
@@ -381,7 +381,7 @@ async fn a_connection_carries_so_many_requests_and_then_ends() {
 async fn who_asks_on_and_on_and_never_reads_is_cut_off() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
-    node.dial_as(&pod, POD_IDENTITY);
+    node.connect_as(&pod, POD_IDENTITY);
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
     sockopt::set_socket_recv_buffer_size(&socket, 2048).unwrap();
     rustix::net::connect(&socket, &node.address).unwrap();
@@ -408,7 +408,7 @@ async fn a_caller_who_does_not_wait_is_counted() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
     node.faults.set(Service::EksAuth, Fault::Hang);
-    node.dial_as(&pod, POD_IDENTITY);
+    node.connect_as(&pod, POD_IDENTITY);
     let mut stream = TcpStream::connect(node.address).unwrap();
     stream.write_all(b"GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n").unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -423,7 +423,7 @@ async fn without_the_cluster_s_keys_a_delegate_is_told_to_try_again_and_eks_auth
     let node = Node::start_where(ImdsMode::Intercept, Faults::default(), deny).await;
     let app = injected(&node);
     let delegate = node.pod("csi-0", "csi", |_| {});
-    node.dial_as(&delegate, POD_IDENTITY);
+    node.connect_as(&delegate, POD_IDENTITY);
     let answer = node.get("/v1/credentials", &[("Authorization", &app.token(&node))]).await;
     assert_eq!(answer.status, 503, "{answer:?}");
     assert_eq!(node.eks_auth.calls(), 0);
@@ -438,7 +438,7 @@ async fn the_cluster_s_keys_come_in_the_end_though_the_api_server_is_slow_and_no
     let app = injected(&node);
     let delegate = node.pod("csi-0", "csi", |_| {});
     let token = app.token(&node);
-    node.dial_as(&delegate, POD_IDENTITY);
+    node.connect_as(&delegate, POD_IDENTITY);
     let begun = Instant::now();
     loop {
         let mut stream = TcpStream::connect(node.address).unwrap();
@@ -459,7 +459,7 @@ async fn the_cluster_s_keys_come_in_the_end_though_the_api_server_is_slow_and_no
 async fn a_stolen_token_is_worthless_to_a_pod_that_the_watch_has_not_shown() {
     let node = Node::start(ImdsMode::Intercept).await;
     let victim = injected(&node);
-    node.dial_as(&node.cgroup_of("thief", "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11"), POD_IDENTITY);
+    node.connect_as(&node.cgroup_of("thief", "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11"), POD_IDENTITY);
     let answer = node.get("/v1/credentials", &[("Authorization", &victim.token(&node))]).await;
     assert_eq!(answer.status, 503, "{answer:?}");
     assert_eq!(node.eks_auth.calls(), 0);
@@ -469,13 +469,13 @@ async fn a_stolen_token_is_worthless_to_a_pod_that_the_watch_has_not_shown() {
 async fn a_pod_that_has_a_token_must_send_it() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
-    node.dial_as(&pod, POD_IDENTITY);
+    node.connect_as(&pod, POD_IDENTITY);
     let answer = node.get("/v1/credentials", &[]).await;
     assert_eq!(answer.status, 400);
     assert!(answer.message().starts_with("Service account token cannot be empty"), "{answer:?}");
-    // IMDS has no token: there the kernel's word is enough, and the kubelet's file the token.
+    // IMDS has no token: there the kernel's attestation is enough, and the kubelet's file the token.
     pod.kubelet_writes(&node, &pod.token(&node));
-    node.dial_as(&pod, IMDS);
+    node.connect_as(&pod, IMDS);
     assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
 }
 
@@ -486,11 +486,11 @@ async fn a_mesh_s_proxy_that_dials_for_others_gets_neither_role_and_keeps_the_to
     node.eks_auth.associate("app", "proxy", "proxy-role");
     let proxy = node.pod("proxy-0", "proxy", |_| {});
     // The proxy's own dials, from its own network, are its own.
-    node.dial_as(&proxy, POD_IDENTITY);
+    node.connect_as(&proxy, POD_IDENTITY);
     assert_eq!(node.role_of(&node.get("/v1/credentials", &[]).await), "proxy-role for proxy-0");
 
     for address in [POD_IDENTITY, ECS, IMDS] {
-        node.dial_through_another_network(&proxy, address);
+        node.connect_through_another_network(&proxy, address);
         let refused = match address {
             IMDS => imds_v2(&node, ROLES).await,
             _ => node.get("/v1/credentials", &[("Host", address)]).await,
@@ -498,10 +498,10 @@ async fn a_mesh_s_proxy_that_dials_for_others_gets_neither_role_and_keeps_the_to
         assert_eq!(refused.status, 403, "{refused:?}");
         assert!(refused.body.contains("exclude 169.254.169.254/32"), "{refused:?}");
     }
-    node.dial_through_another_network(&proxy, POD_IDENTITY);
+    node.connect_through_another_network(&proxy, POD_IDENTITY);
     let token = application.token(&node);
     let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
-    assert_eq!(node.role_of(&answer), "web-role for web-0", "as with the stock agent");
+    assert_eq!(node.role_of(&answer), "web-role for web-0", "as with the EKS Pod Identity Agent");
     // A token that names the proxy gets nothing that is kept for the proxy.
     let (signed, _) = proxy.token(&node).rsplit_once('.').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
     let forged = format!("{signed}.Zm9yZ2Vk");
@@ -512,7 +512,7 @@ async fn a_mesh_s_proxy_that_dials_for_others_gets_neither_role_and_keeps_the_to
 async fn annotations_of_pod_and_namespace_decide_at_once() {
     let node = Node::start(ImdsMode::Audit).await;
     let pod = web(&node);
-    node.dial_as(&pod, IMDS);
+    node.connect_as(&pod, IMDS);
     assert_eq!(imds_v2(&node, ROLES).await.status, 503, "audit: not ours");
     node.cluster.annotate_namespace("app", "podgate.dev/imds", Some("intercept"));
     node.until(|| async { imds_v2(&node, ROLES).await.status == 200 }).await;
@@ -529,7 +529,7 @@ async fn a_service_account_without_association_is_named_at_once() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = node.pod("web-0", "lonely", |_| {});
     for address in [IMDS, POD_IDENTITY] {
-        node.dial_as(&pod, address);
+        node.connect_as(&pod, address);
         let answer = match address {
             IMDS => imds_v2(&node, ROLES).await,
             _ => node.get("/v1/credentials", &[]).await,
@@ -548,7 +548,7 @@ async fn who_is_not_a_pod_is_refused() {
         ("elsewhere/pod0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11/c", "belongs to no pod"),
     ];
     for (path, reason) in cases {
-        node.dial_from_cgroup(path, IMDS);
+        node.connect_from_cgroup(path, IMDS);
         let answer = node.request("PUT", TOKEN, &[TTL]).await;
         assert_eq!(answer.status, 403, "{path} {answer:?}");
         assert!(answer.body.contains(reason), "{path} {answer:?}");
@@ -561,7 +561,7 @@ async fn a_pod_that_the_watch_has_not_shown_waits_and_is_then_told_to_try_again(
     node.eks_auth.associate("app", "web", "web-role");
     let uid = "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11";
     let pod = node.cgroup_of("late-0", uid);
-    node.dial_as(&pod, POD_IDENTITY);
+    node.connect_as(&pod, POD_IDENTITY);
     let begun = Instant::now();
     let answer = node.get("/v1/credentials", &[]).await;
     let waited = begun.elapsed();
@@ -574,7 +574,7 @@ async fn a_pod_that_the_watch_has_not_shown_waits_and_is_then_told_to_try_again(
     });
     assert_eq!(node.role_of(&late), "web-role for late-0");
     // The session token needs no watch at all.
-    node.dial_as(&node.cgroup_of("never", "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e12"), IMDS);
+    node.connect_as(&node.cgroup_of("never", "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e12"), IMDS);
     session(&node).await;
 }
 
@@ -582,7 +582,7 @@ async fn a_pod_that_the_watch_has_not_shown_waits_and_is_then_told_to_try_again(
 async fn a_pod_that_is_not_to_be_intercepted_is_told_to_dial_again() {
     for (imds, status) in [(ImdsMode::Off, 503), (ImdsMode::Audit, 503), (ImdsMode::Deny, 403)] {
         let node = Node::start(imds).await;
-        node.dial_as(&web(&node), IMDS);
+        node.connect_as(&web(&node), IMDS);
         assert_eq!(imds_v2(&node, ROLES).await.status, status, "{imds:?}");
         assert_eq!(node.eks_auth.calls(), 0);
     }
@@ -591,7 +591,7 @@ async fn a_pod_that_is_not_to_be_intercepted_is_told_to_dial_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn when_eks_auth_cannot_be_reached_the_answer_is_quick_and_says_so() {
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), POD_IDENTITY);
+    node.connect_as(&web(&node), POD_IDENTITY);
     node.faults.set(Service::EksAuth, Fault::Drop);
     let begun = Instant::now();
     let answer = node.get("/v1/credentials", &[]).await;
@@ -610,7 +610,7 @@ async fn when_eks_auth_cannot_be_reached_the_answer_is_quick_and_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_call_goes_on_without_its_caller_and_serves_the_next_one() {
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), POD_IDENTITY);
+    node.connect_as(&web(&node), POD_IDENTITY);
     node.faults.set(Service::EksAuth, Fault::Latency(Duration::from_millis(1200)));
     let begun = Instant::now();
     let slow = node.get("/v1/credentials", &[]).await;
@@ -624,7 +624,7 @@ async fn a_slow_call_goes_on_without_its_caller_and_serves_the_next_one() {
 async fn refusals_of_eks_auth_keep_their_status_and_text() {
     for (status, code) in [(400, "AccessDeniedException"), (503, "ServiceUnavailableException")] {
         let node = Node::start(ImdsMode::Intercept).await;
-        node.dial_as(&web(&node), POD_IDENTITY);
+        node.connect_as(&web(&node), POD_IDENTITY);
         let fault = Fault::Error { status, code: code.into(), message: "words of AWS".into() };
         node.faults.set(Service::EksAuth, fault);
         let answer = node.get("/v1/credentials", &[]).await;
@@ -633,7 +633,7 @@ async fn refusals_of_eks_auth_keep_their_status_and_text() {
         assert!(answer.message().contains(&format!("({code}): words of AWS, fault: ")), "{answer:?}");
     }
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), POD_IDENTITY);
+    node.connect_as(&web(&node), POD_IDENTITY);
     node.faults.set(Service::EksAuth, Fault::Throttle { retry_after: None });
     assert_eq!(node.get("/v1/credentials", &[]).await.status, 429);
 }
@@ -642,20 +642,20 @@ async fn refusals_of_eks_auth_keep_their_status_and_text() {
 async fn a_refusal_is_remembered_for_its_pod_alone() {
     let node = Node::start(ImdsMode::Intercept).await;
     let first = node.pod("web-0", "lonely", |_| {});
-    node.dial_as(&first, POD_IDENTITY);
+    node.connect_as(&first, POD_IDENTITY);
     for _ in 0..20 {
         assert_eq!(node.get("/v1/credentials", &[]).await.status, 404);
     }
     assert_eq!(node.eks_auth.calls(), 1);
     node.eks_auth.associate("app", "lonely", "web-role");
-    node.dial_as(&node.pod("web-1", "lonely", |_| {}), POD_IDENTITY);
+    node.connect_as(&node.pod("web-1", "lonely", |_| {}), POD_IDENTITY);
     assert_eq!(node.get("/v1/credentials", &[]).await.status, 200, "a new pod starts clean");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn node_credentials_that_aws_does_not_take_are_named() {
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), POD_IDENTITY);
+    node.connect_as(&web(&node), POD_IDENTITY);
     let (code, message) = ("ExpiredTokenException", "The security token included in the request is expired");
     node.faults
         .set(Service::EksAuth, Fault::Error { status: 403, code: code.into(), message: message.into() });
@@ -670,13 +670,13 @@ async fn a_known_pod_with_the_kubelet_s_token_needs_no_api_server() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
     pod.kubelet_writes(&node, &pod.token(&node));
-    node.dial_as(&pod, IMDS);
+    node.connect_as(&pod, IMDS);
     assert_eq!(imds_credentials(&node).await.status, 200, "the pod is known");
     let other = node.pod("web-1", "web", |spec| spec.token_volume = true);
     other.kubelet_writes(&node, &other.token(&node));
-    node.dial_as(&other, POD_IDENTITY);
+    node.connect_as(&other, POD_IDENTITY);
     assert_eq!(node.get("/v1/credentials", &[("Authorization", "x")]).await.status, 400);
-    node.dial_as(&other, IMDS);
+    node.connect_as(&other, IMDS);
     imds_v2(&node, "/latest/meta-data/").await;
     node.faults.set(Service::KubeApi, Fault::Drop);
     assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-1");
@@ -685,7 +685,7 @@ async fn a_known_pod_with_the_kubelet_s_token_needs_no_api_server() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_client_harms_its_own_connection_alone() {
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), POD_IDENTITY);
+    node.connect_as(&web(&node), POD_IDENTITY);
     let long =
         format!("GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\nX: {}\r\n\r\n", "a".repeat(100_000));
     let (garbage, long, one_byte) = tokio::join!(
@@ -703,7 +703,7 @@ async fn a_bad_client_harms_its_own_connection_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_s_body_is_never_taken_for_another_request() {
     let node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), POD_IDENTITY);
+    node.connect_as(&web(&node), POD_IDENTITY);
     let inner = "GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n";
     let outer =
         format!("POST /v1/credentials HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{inner}", inner.len());
@@ -715,7 +715,7 @@ async fn a_request_s_body_is_never_taken_for_another_request() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_in_flight_is_finished_before_the_end() {
     let mut node = Node::start(ImdsMode::Intercept).await;
-    node.dial_as(&web(&node), POD_IDENTITY);
+    node.connect_as(&web(&node), POD_IDENTITY);
     node.faults.set(Service::EksAuth, Fault::Latency(Duration::from_millis(400)));
     let address = node.address;
     let request = tokio::task::spawn_blocking(move || {

@@ -1,7 +1,7 @@
-//! `cargo xtask attack`: attacks on podgate, each of them shown to work where podgate's defence is missing.
+//! `cargo xtask attack`: attacks on podgate, each of them shown to work where podgate's defense is missing.
 //!
 //! Owns the order: every attack is run on a simulated node of its own, against the release agent and against a build in
-//! which the defence is switched off. What an attack is, its module knows; whether it got something, the simulated AWS
+//! which the defense is switched off. What an attack is, its module knows; whether it got something, the simulated AWS
 //! side.
 
 mod attacker;
@@ -19,7 +19,7 @@ mod sockets;
 use std::{net::IpAddr, path::PathBuf, pin::Pin, process::ExitCode, time::Instant};
 
 use agent_common::{
-    defence::Defence,
+    defense::Defense,
     net::{IMDS_V4, IMDS_V6, POD_IDENTITY_V4},
 };
 use anyhow::{Context as _, bail};
@@ -55,7 +55,7 @@ pub(crate) struct Arguments {
     /// Print the rows as JSON instead of a table.
     #[arg(long)]
     json: bool,
-    /// The two builds of podgate: the release, and the one in which defences can be switched off.
+    /// The two builds of podgate: the release, and the one in which defenses can be switched off.
     #[arg(long, num_args = 2, hide = true)]
     agents: Option<Vec<PathBuf>>,
 }
@@ -65,7 +65,7 @@ struct Attack {
     name: &'static str,
     tried: &'static str,
     /// What is switched off for the control.
-    without: &'static [Defence],
+    without: &'static [Defense],
     /// Whether it begins before the agent is there.
     is_early: bool,
     run: for<'a> fn(&'a Scene) -> Running<'a>,
@@ -148,7 +148,7 @@ async fn run_all(attacks: &[&Attack], builds: &Builds) -> Vec<Row> {
 // === impl Attack ===
 
 impl Attack {
-    async fn run_on(&self, builds: &Builds, without: &[Defence]) -> anyhow::Result<Outcome> {
+    async fn run_on(&self, builds: &Builds, without: &[Defense]) -> anyhow::Result<Outcome> {
         let scene = Scene::up(builds, without)?;
         if !self.is_early {
             scene.start_agent().await?;

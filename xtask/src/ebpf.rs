@@ -83,7 +83,7 @@ pub(crate) fn build_object() -> anyhow::Result<Object> {
     build_object_with(&[], "ebpf")
 }
 
-/// Builds the programs in which defences can be switched off.
+/// Builds the programs in which defenses can be switched off.
 pub(crate) fn build_undefended_object() -> anyhow::Result<Object> {
     build_object_with(&["--features", "undefended"], "ebpf-undefended")
 }
@@ -118,7 +118,7 @@ pub(crate) fn build_release_agent() -> anyhow::Result<PathBuf> {
     build_agent(&build_object()?, true)
 }
 
-/// Builds the agent in which defences can be switched off, programs included.
+/// Builds the agent in which defenses can be switched off, programs included.
 pub(crate) fn build_undefended_agent() -> anyhow::Result<PathBuf> {
     let object = build_undefended_object()?;
     let mut command = cargo();

@@ -212,7 +212,7 @@ fn up(arguments: &UpArguments) -> anyhow::Result<()> {
         server.arg("--agent").arg(ebpf::build_release_agent()?);
     }
     let log = state::log_file(&arguments.name)?;
-    // Kept open: a lab that does not start takes its log with it.
+    // PodState open: a lab that does not start takes its log with it.
     let mut log = File::options()
         .read(true)
         .write(true)

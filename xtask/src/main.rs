@@ -50,7 +50,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Attack podgate, and show that each attack works where podgate's defence is missing.
+    /// Attack podgate, and show that each attack works where podgate's defense is missing.
     Attack(attack::Arguments),
     /// Put real SDKs and tools, old and new, into every situation that podgate puts them in.
     Conformance(conformance::Arguments),
@@ -79,7 +79,7 @@ enum Command {
         command: Vec<String>,
     },
     /// Do nothing until killed.
-    #[command(name = ::lab::enter::PAUSE, hide = true)]
+    #[command(name = ::lab::enter::PAUSE_SUBCOMMAND, hide = true)]
     LabPause,
     /// Run a lab until told to stop.
     #[command(hide = true)]

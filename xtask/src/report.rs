@@ -1,4 +1,4 @@
-//! What people read: tables, colours, verdicts.
+//! What people read: tables, colors, verdicts.
 //!
 //! Owns the looks. Colours follow `NO_COLOR` and whether the output is a terminal.
 

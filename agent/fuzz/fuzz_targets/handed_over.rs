@@ -1,4 +1,4 @@
 //! Credentials as another agent hands them over.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| agent::testing::outside::handed_over(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| agent::testing::outside::transferred(bytes));

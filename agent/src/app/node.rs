@@ -11,12 +11,12 @@ use tracing::info;
 use super::Error;
 use crate::{
     config::Config,
+    identity::netns,
     identity::{
         cgroup,
         cgroupfs::{self, Kubepods},
     },
     intercept::{Settings, TicketKey},
-    netns,
 };
 
 /// The node as the agent finds it.

@@ -5,7 +5,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::Error;
 
 /// `SIGTERM` and `SIGINT`, from the moment it is made: none that comes later is lost.
-pub(super) struct Signals {
+pub(crate) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
@@ -13,14 +13,14 @@ pub(super) struct Signals {
 // === impl Signals ===
 
 impl Signals {
-    pub(super) fn watch() -> Result<Self, Error> {
+    pub(crate) fn watch() -> Result<Self, Error> {
         let terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
         let interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
         Ok(Self { terminate, interrupt })
     }
 
     /// Returns when one has come.
-    pub(super) async fn end(&mut self) {
+    pub(crate) async fn end(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use serde::Serialize;
 
 use super::fail;
-use crate::{config, handover, intercept, link};
+use crate::{config, intercept, netdev, takeover::transfer};
 
 /// Some of a running agent's beats.
 const BEATS: Duration = Duration::from_millis(750);
@@ -26,7 +26,7 @@ pub struct Args {
     #[arg(long, env = "PODGATE_BPFFS", default_value = config::DEFAULT_BPFFS)]
     bpffs: PathBuf,
     /// Name of podgate's network link.
-    #[arg(long, env = "PODGATE_LINK", default_value = config::DEFAULT_LINK)]
+    #[arg(long, env = "PODGATE_NETDEV", default_value = config::DEFAULT_NETDEV)]
     link: String,
     /// Directory in which podgate's agents hand credentials over to each other.
     #[arg(long, env = "PODGATE_HANDOVER_DIR", default_value = config::DEFAULT_HANDOVER_DIR)]
@@ -78,7 +78,7 @@ async fn detach(args: &Args) -> Result<(), String> {
     }
     problems.extend(remove_network(&args.link).await.err());
     for path in &found.handover {
-        let removed = handover::remove(path);
+        let removed = transfer::remove(path);
         problems.extend(removed.err().map(|error| format!("cannot remove {}: {error}", path.display())));
     }
     if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }
@@ -88,9 +88,9 @@ async fn detach(args: &Args) -> Result<(), String> {
 async fn remove_network(link: &str) -> Result<(), String> {
     let mut quiet = 0;
     for _ in 0..LOOKS {
-        link::remove(link).await.map_err(|error| error.to_string())?;
+        netdev::remove(link).await.map_err(|error| error.to_string())?;
         tokio::time::sleep(LOOK).await;
-        let (_, rules) = link::find_all(link).await.map_err(|error| error.to_string())?;
+        let (_, rules) = netdev::find_all(link).await.map_err(|error| error.to_string())?;
         quiet = if rules.is_empty() { quiet + 1 } else { 0 };
         if quiet == QUIET_LOOKS {
             return Ok(());
@@ -105,9 +105,9 @@ async fn remove_network(link: &str) -> Result<(), String> {
 impl Found {
     async fn on(args: &Args) -> Result<Self, String> {
         let pins = intercept::pinned(&args.bpffs).map_err(|error| error.to_string())?;
-        let (link, rules) = link::find_all(&args.link).await.map_err(|error| error.to_string())?;
+        let (link, rules) = netdev::find_all(&args.link).await.map_err(|error| error.to_string())?;
         let directory = &args.handover_dir;
-        let handover = handover::left(directory)
+        let handover = transfer::left(directory)
             .map_err(|error| format!("cannot look into {}: {error}", directory.display()))?;
         Ok(Self { pins, link, rules, handover })
     }

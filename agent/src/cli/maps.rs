@@ -8,7 +8,7 @@ use std::{
 
 use clap::Subcommand;
 
-use crate::maps::{self, Error, Format};
+use crate::mapdump::{self, Error, Format};
 
 /// What to print, and how.
 #[derive(Debug, clap::Args)]
@@ -51,9 +51,9 @@ pub fn run(args: &Args) -> ExitCode {
     };
     let mut out = BufWriter::new(io::stdout().lock());
     let result = match &args.command {
-        Command::List => maps::list(&args.bpffs, format, &mut out),
-        Command::Show { name } => maps::show(&args.bpffs, name, format, &mut out),
-        Command::Dump { name } => maps::dump(&args.bpffs, name, format, &mut out),
+        Command::List => mapdump::list(&args.bpffs, format, &mut out),
+        Command::Show { name } => mapdump::show(&args.bpffs, name, format, &mut out),
+        Command::Dump { name } => mapdump::dump(&args.bpffs, name, format, &mut out),
     };
     match result.and(out.flush().map_err(Error::Output)) {
         Ok(()) => ExitCode::SUCCESS,

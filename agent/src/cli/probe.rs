@@ -1,6 +1,6 @@
 //! `podgate probe`: the kubelet's probes, answered by this container's own agent.
 //!
-//! Not over TCP: the agent before this listens there until this one takes over, and would answer in its place.
+//! Not over TCP: the predecessor listens there until this one takes over, and would answer in its place.
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -103,8 +103,8 @@ pub(super) fn target_v6(value: &str) -> Result<Option<SocketAddrV6>, String> {
     let target: SocketAddrV6 = value.parse().map_err(|_| {
         format!("is {value:?}: an IPv6 address and port as [fd70:6f64:6761:7465::1]:80, or none")
     })?;
-    let is_aws_s = matches!(target.ip().segments(), [0xfd00, 0xec2, ..]);
-    if !target.ip().is_unique_local() || is_aws_s {
+    let is_aws_address = matches!(target.ip().segments(), [0xfd00, 0xec2, ..]);
+    if !target.ip().is_unique_local() || is_aws_address {
         return Err(format!(
             "is {value:?}: must be unique local (fc00::/7), and not in AWS's fd00:ec2::/32; connect cannot be \
              redirected to a link-local IPv6 address"
@@ -113,7 +113,7 @@ pub(super) fn target_v6(value: &str) -> Result<Option<SocketAddrV6>, String> {
     nonzero(target.port()).map(|()| Some(target))
 }
 
-pub(super) fn stock_agent(value: &str) -> Result<Option<DaemonSetRef>, String> {
+pub(super) fn eks_agent(value: &str) -> Result<Option<DaemonSetRef>, String> {
     let is_name = |name: &str| node_name(name).is_ok();
     match value.split_once('/') {
         None if value == "none" => Ok(None),
@@ -155,7 +155,7 @@ fn nonzero(port: u16) -> Result<(), String> {
 }
 
 /// `IFNAMSIZ` leaves 15 bytes.
-pub(super) fn link_name(value: &str) -> Result<String, String> {
+pub(super) fn netdev_name(value: &str) -> Result<String, String> {
     let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if (1..=15).contains(&value.len()) && value.chars().all(ok) && value != "." && value != ".." {
         Ok(value.to_owned())

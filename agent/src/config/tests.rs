@@ -24,14 +24,14 @@ fn the_defaults_are_valid() {
     assert_eq!((config.target, config.when_down), (TargetMode::Auto, WhenDown::Auto));
     assert_eq!(config.target_v4.unwrap().to_string(), "169.254.175.1:80");
     assert_eq!(config.target_v6.unwrap().to_string(), "[fd70:6f64:6761:7465::1]:80");
-    assert_eq!(config.stock_agent.unwrap().to_string(), "kube-system/eks-pod-identity-agent");
+    assert_eq!(config.eks_agent.unwrap().to_string(), "kube-system/eks-pod-identity-agent");
     assert_eq!(config.kube_identity, KubeIdentity::AssociatedNode);
     assert!(config.guard && !config.audit_paths);
 }
 
 #[test]
 fn the_guard_and_the_audit_are_switched_by_their_flags() {
-    let config = parse(&["--guard=off", "--audit-paths"]).unwrap();
+    let config = parse(&["--egress-filter=off", "--audit-paths"]).unwrap();
     assert!(!config.guard && config.audit_paths);
 }
 
@@ -42,15 +42,15 @@ fn every_bad_value_is_named_at_once() {
         "--imds=maybe",
         "--imds-floor=low",
         "--imds-v1=yes",
-        "--guard=on",
+        "--egress-filter=on",
         "--target=both",
         "--target-v4=10.0.0.1:80",
         "--target-v6=[fe80::1]:80",
-        "--stock-agent=eks-pod-identity-agent",
+        "--eks-agent=eks-pod-identity-agent",
         "--when-down=pass",
         "--token-delegate=kube-system/csi,csi",
         "--prefetch=yes",
-        "--link=a-name-that-is-too-long",
+        "--netdev=a-name-that-is-too-long",
         "--kube-identity=admin",
         "--admin=9163",
         "--drain-secs=-1",
@@ -66,11 +66,11 @@ fn every_bad_value_is_named_at_once() {
             "imds",
             "imds-floor",
             "imds-v1",
-            "guard",
+            "egress-filter",
             "target",
             "target-v4",
             "target-v6",
-            "stock-agent",
+            "eks-agent",
             "when-down",
             "token-delegate",
             "prefetch",
@@ -118,9 +118,9 @@ fn token_delegates_are_service_accounts_and_none_by_default() {
 }
 
 #[test]
-fn a_node_may_be_without_a_stock_agent() {
-    assert_eq!(parse(&["--stock-agent=none"]).unwrap().stock_agent, None);
-    for bad in ["--stock-agent=", "--stock-agent=a/b/c", "--stock-agent=/agent", "--stock-agent=aws/"] {
+fn a_node_may_be_without_a_eks_agent() {
+    assert_eq!(parse(&["--eks-agent=none"]).unwrap().eks_agent, None);
+    for bad in ["--eks-agent=", "--eks-agent=a/b/c", "--eks-agent=/agent", "--eks-agent=aws/"] {
         assert!(parse(&[bad]).is_err(), "{bad}");
     }
 }

@@ -22,8 +22,11 @@ use rustls::{
 use tokio::sync::watch;
 use tracing::warn;
 
-use super::node::NodeCredentials;
-use crate::{error::chain, instance};
+pub mod eks_auth;
+mod node_credentials;
+
+use self::node_credentials::NodeCredentials;
+use crate::{error::chain, instance_metadata};
 
 /// A connection takes a millisecond within a region.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -97,7 +100,7 @@ pub async fn check(config: &SdkConfig) {
 async fn region() -> Option<Region> {
     let chain = RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
         .or_else(ProfileFileRegionProvider::new())
-        .or_else(ImdsRegionProvider::builder().configure(&instance::directly()).build());
+        .or_else(ImdsRegionProvider::builder().configure(&instance_metadata::directly()).build());
     // A variable that is set to nothing names none.
     chain.region().await.filter(|region| !region.as_ref().is_empty())
 }

@@ -8,20 +8,20 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::{Error, plan::Class};
+use super::{Error, scheduler::Class};
 
 /// What the engine counts.
 #[derive(Clone, Debug, Default)]
-pub struct EngineMetrics {
+pub struct CacheMetrics {
     fetches: Family<FetchLabels, Counter>,
     /// Answers with credentials that have less life left than their floor.
     pub below_floor: Counter,
-    /// Pods whose credentials are those of the agent before this one.
-    pub handed_over: Counter,
+    /// Pods whose credentials are those of the predecessor.
+    pub transferred: Counter,
     /// Fetches that wait for their turn or are under way.
     pub(super) flights: Gauge,
     /// Whether EKS Auth does not answer.
-    pub(super) service_away: Gauge,
+    pub(super) eks_auth_unavailable: Gauge,
     /// Pods whose credentials cannot be refreshed and have little life left.
     pods_below_floor: Gauge,
     /// Pods for which there is nothing to serve.
@@ -34,9 +34,9 @@ struct FetchLabels {
     outcome: &'static str,
 }
 
-// === impl EngineMetrics ===
+// === impl CacheMetrics ===
 
-impl EngineMetrics {
+impl CacheMetrics {
     /// Counters that `registry` knows.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
@@ -51,19 +51,19 @@ impl EngineMetrics {
             metrics.below_floor.clone(),
         );
         registry.register(
-            "podgate_credentials_handed_over",
-            "Pods whose credentials the agent before this one has handed over (unstable)",
-            metrics.handed_over.clone(),
+            "podgate_credentials_inherited",
+            "Pods whose credentials the predecessor has handed over (unstable)",
+            metrics.transferred.clone(),
         );
         registry.register(
-            "podgate_credentials_flights",
+            "podgate_credentials_fetches_in_flight",
             "Fetches that wait for their turn or are under way (unstable)",
             metrics.flights.clone(),
         );
         registry.register(
-            "podgate_credentials_service_away",
+            "podgate_credentials_eks_auth_unavailable",
             "1 while EKS Auth gives no answer (unstable)",
-            metrics.service_away.clone(),
+            metrics.eks_auth_unavailable.clone(),
         );
         registry.register(
             "podgate_credentials_pods_below_floor",
@@ -71,7 +71,7 @@ impl EngineMetrics {
             metrics.pods_below_floor.clone(),
         );
         registry.register(
-            "podgate_credentials_pods_without",
+            "podgate_credentials_pods_missing",
             "Pods for which no credentials can be fetched and none are left (unstable)",
             metrics.pods_without.clone(),
         );

@@ -6,10 +6,10 @@ use futures::future::BoxFuture;
 
 use super::{
     Error,
-    eks_auth::{Assumed, EksAuth},
-    issuer::{Issuer, Verdict},
-    jwt::Claims,
+    aws::eks_auth::{Assumed, EksAuth},
     token::Tokens,
+    token::claims::Claims,
+    token::issuer::{Issuer, Verdict},
 };
 use crate::{
     error::chain,

@@ -20,12 +20,16 @@ use moka::future::Cache;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tracing::{debug, warn};
 
+pub mod claims;
+#[cfg(test)]
+pub(super) mod fake_cluster;
+pub mod issuer;
+pub mod signature;
+
+use self::issuer::{Issuer, Verdict};
 use super::{
-    engine::Clock,
-    issuer::{Issuer, Verdict},
-    jwt,
-    plan::TokenDigest,
-    schedule,
+    cache::Clock,
+    scheduler::{TokenDigest, freshness},
 };
 use crate::{
     identity::{Pod, PodUid, ServiceAccountRef, pods::TOKEN_VOLUME},
@@ -98,7 +102,7 @@ impl Tokens {
             return Ok(token);
         }
         let (token, expiration) = self.request(pod).await?;
-        let until = schedule::use_token_until(now, expiration);
+        let until = freshness::use_token_until(now, expiration);
         self.requested.insert(pod.uid, (token.clone(), until)).await;
         Ok(token)
     }
@@ -147,7 +151,7 @@ impl Tokens {
         if self.refused.get(&pod.uid).await == Some(token.digest()) {
             return Some("EKS Auth has refused it".to_owned());
         }
-        let claims = match jwt::read(token.expose(), (self.clock)()) {
+        let claims = match claims::read(token.expose(), (self.clock)()) {
             Ok(claims) if claims.pod == Some(pod.uid) => claims,
             Ok(_) => return Some("it is not bound to the pod".to_owned()),
             Err(error) => return Some(error.to_string()),
@@ -234,8 +238,8 @@ pub(crate) fn read_projected(volume: &Path) -> io::Result<Secret> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not a regular file"));
     }
     let mut token = String::new();
-    file.take(jwt::MAX_LEN as u64 + 1).read_to_string(&mut token)?;
-    if token.len() > jwt::MAX_LEN {
+    file.take(claims::MAX_LEN as u64 + 1).read_to_string(&mut token)?;
+    if token.len() > claims::MAX_LEN {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it is too large for a token"));
     }
     Ok(Secret::from(token.trim_end()))

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{Refusal, Response, check_framing, imds::whole_seconds, must_read, pod_identity};
-use crate::credentials::{Credentials, jwt::SentToken};
+use crate::credentials::{Credentials, token::claims::SentToken};
 
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]

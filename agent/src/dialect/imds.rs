@@ -5,7 +5,7 @@
 
 use core::net::IpAddr;
 
-use agent_common::defence::{Defence, holds};
+use agent_common::defense::{Defense, holds};
 use hyper::{
     HeaderMap, Method, StatusCode,
     header::{EXPECT, HeaderName, HeaderValue, ORIGIN, SERVER},
@@ -17,7 +17,7 @@ use super::{
     Refusal, Response, check_framing, forwarded, host_name, hosts, is_forwarded, must_read, respond,
     wrong_method,
 };
-use crate::{credentials::Credentials, instance::Instance};
+use crate::{credentials::Credentials, instance_metadata::Instance};
 
 mod path;
 
@@ -94,7 +94,7 @@ struct Document<'a> {
 /// Reads a request's head.
 pub fn ask(head: &Parts) -> Result<Ask<'_>, Refusal> {
     check_framing(head)?;
-    if holds(Defence::WebPages) && is_of_a_web_page(head) {
+    if holds(Defense::WebPages) && is_of_a_web_page(head) {
         return Err(Refusal::new(
             StatusCode::FORBIDDEN,
             "AccessDenied",

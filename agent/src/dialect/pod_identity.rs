@@ -3,7 +3,7 @@
 use core::net::IpAddr;
 
 use agent_common::{
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     net::{POD_IDENTITY_V4, POD_IDENTITY_V6},
 };
 use hyper::{
@@ -18,7 +18,7 @@ use super::{Refusal, Response, check_framing, host_name, hosts, must_read, respo
 use crate::{
     credentials::{
         Credentials,
-        jwt::{self, SentToken},
+        token::claims::{self, SentToken},
     },
     secret::Secret,
 };
@@ -64,13 +64,13 @@ pub(super) fn sent_token(head: &Parts, now: Timestamp) -> Result<Option<SentToke
     };
     // What is not text is no token either; the reader says where that begins.
     let token = String::from_utf8_lossy(value.as_bytes().trim_ascii());
-    let claims = jwt::read(&token, now).map_err(|error| bad_token(&error))?;
+    let claims = claims::read(&token, now).map_err(|error| bad_token(&error))?;
     Ok(Some(SentToken { token: Secret::from(&*token), claims }))
 }
 
 /// The refusal of a request without a token that must have one.
 pub fn no_token(hint: &str) -> Refusal {
-    let mut refusal = bad_token(&jwt::Error::Empty);
+    let mut refusal = bad_token(&claims::Error::Empty);
     refusal.message.push_str(hint);
     refusal
 }
@@ -104,7 +104,7 @@ pub(super) fn json(status: StatusCode, body: &impl Serialize) -> Response {
     respond(status, "application/json", body)
 }
 
-fn bad_token(error: &jwt::Error) -> Refusal {
+fn bad_token(error: &claims::Error) -> Refusal {
     Refusal::new(StatusCode::BAD_REQUEST, "InvalidToken", error.to_string())
 }
 
@@ -117,7 +117,7 @@ pub(super) fn check_host(head: &Parts, addresses: &[IpAddr]) -> Result<(), Refus
 fn check_name(host: &str, addresses: &[IpAddr]) -> Result<(), Refusal> {
     let name = host_name(host);
     let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
-    if addresses.iter().any(|address| address == name) || !holds(Defence::HostHeader) {
+    if addresses.iter().any(|address| address == name) || !holds(Defense::HostHeader) {
         return Ok(());
     }
     Err(Refusal::new(
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_host_is_one_of_two_addresses_as_the_stock_agent_reads_it() {
+    fn the_host_is_one_of_two_addresses_as_the_eks_agent_reads_it() {
         let status = |host| match ask(&head("GET", PATH, &[("host", host)]), Timestamp::UNIX_EPOCH) {
             Ok(_) => 200,
             Err(refusal) => refusal.status.as_u16(),
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn credentials_read_as_the_stock_agent_s() {
+    async fn credentials_read_as_the_eks_agent_s() {
         let response = credentials(&some_credentials());
         assert_eq!(response.headers()["content-type"], "application/json");
         let body = response.into_body().collect().await.unwrap().to_bytes();

@@ -8,7 +8,7 @@ use std::{
 };
 
 use agent_common::{
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     policy::QosClass,
 };
 use serde::{Serialize, Serializer};
@@ -18,7 +18,7 @@ use uuid::Uuid;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodUid(Uuid);
 
-/// Whose cgroup it is.
+/// LimitKey cgroup it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// A pod that the API server knows.
@@ -30,7 +30,7 @@ pub enum Owner {
 /// A path below kubepods, understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodPath {
-    /// Whose cgroup it is.
+    /// LimitKey cgroup it is.
     pub owner: Owner,
     /// The pod's own cgroup, relative to kubepods.
     pub pod: PathBuf,
@@ -72,7 +72,7 @@ impl Serialize for PodUid {
 /// may make cgroups of any name below it. `None` for kubepods itself, its quality-of-service cgroups and
 /// anything the kubelet did not make.
 pub fn parse(path: &Path) -> Option<PodPath> {
-    if holds(Defence::OutermostPod) {
+    if holds(Defense::OutermostPod) {
         return outermost(path);
     }
     path.ancestors().filter_map(|parent| path.strip_prefix(parent).ok()).find_map(outermost)

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use agent_common::defence::{Defence, holds};
+use agent_common::defense::{Defense, holds};
 use procfs::process::{MountInfo, Process};
 
 use super::network::{self, PodProcesses};
@@ -109,7 +109,7 @@ impl CgroupPaths for std::sync::Arc<Kubepods> {
         if path.to_string_lossy().ends_with(" (deleted)") {
             return Err(rustix::io::Errno::STALE.into());
         }
-        if !holds(Defence::BelowKubepods) {
+        if !holds(Defense::BelowKubepods) {
             let kubepods = path.ancestors().find(|parent| parent.file_name() == self.path.file_name());
             return Ok(kubepods.and_then(|kubepods| path.strip_prefix(kubepods).ok()).map(Path::to_path_buf));
         }

@@ -51,7 +51,7 @@ impl Namespaces {
         self.table.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Follows the namespaces for ever, telling `events` what happens to them.
+    /// Follows the namespaces forever, telling `events` what happens to them.
     pub async fn follow(&self, api: Api<core::Namespace>, events: mpsc::Sender<ClusterEvent>) {
         let stream = watcher(api, watcher::Config::default()).default_backoff();
         pin_mut!(stream);

@@ -2,7 +2,7 @@
 //!
 //! A node-wide proxy, as a mesh has it, may take up an application's connection and dial again, from its own cgroup
 //! through a socket in the application's network namespace. Its cgroup must not be taken for the caller then. Owns
-//! this second condition on the kernel's word; never a source of identity by itself.
+//! this second condition on the kernel's attestation; never a source of identity by itself.
 
 use std::{
     collections::HashMap,
@@ -16,7 +16,7 @@ use std::{
 use procfs::process::Process;
 
 use super::{Pod, PodUid, cgroupfs};
-use crate::netns;
+use crate::identity::netns;
 
 /// Finds a pod's network by its processes. A trait because only a real node has them.
 pub trait PodProcesses: Send + Sync + 'static {

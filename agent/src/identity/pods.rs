@@ -11,7 +11,7 @@ use std::{
 };
 
 use agent_common::{
-    defence::{Defence, holds},
+    defense::{Defense, holds},
     net::{POD_IDENTITY_V4, POD_IDENTITY_V6},
 };
 use futures::{StreamExt as _, pin_mut};
@@ -99,7 +99,7 @@ impl DaemonSetRef {
     /// Whether the pod is one of this `DaemonSet`'s: by its controller, not by a name or label that another pod can have.
     pub fn controls(&self, pod: &Pod) -> bool {
         let is_in_namespace =
-            pod.service_account.namespace == self.namespace || !holds(Defence::StockAgentNamespace);
+            pod.service_account.namespace == self.namespace || !holds(Defense::EksAgentNamespace);
         is_in_namespace && pod.daemon_set.as_ref() == Some(&self.name)
     }
 }
@@ -140,7 +140,7 @@ impl Pod {
             finished: matches!(phase, Some("Succeeded" | "Failed")),
             ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
             annotations: annotations
-                .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX) || !holds(Defence::StaticPods))
+                .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX) || !holds(Defense::StaticPods))
                 .map(|(key, value)| (key.clone(), value.clone()))
                 .collect(),
         })
@@ -223,7 +223,7 @@ impl Pods {
         self.table.write().unwrap_or_else(PoisonError::into_inner).remove(&uid);
     }
 
-    /// Follows the pods of one node for ever, telling `events` what happens to them.
+    /// Follows the pods of one node forever, telling `events` what happens to them.
     pub async fn follow(&self, api: Api<core::Pod>, node: &str, events: mpsc::Sender<ClusterEvent>) {
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
         let stream = watcher(api, config).default_backoff();
@@ -354,7 +354,7 @@ mod tests {
                 {"apiVersion": api_version, "kind": kind, "name": name, "uid": "1", "controller": controller}])
         };
         let (apps, own) = ("apps/v1", "eks-pod-identity-agent");
-        for (namespace, owners, is_stock) in [
+        for (namespace, owners, is_eks_agent) in [
             ("kube-system", owner(apps, "DaemonSet", own, true), true),
             ("shop", owner(apps, "DaemonSet", own, true), false),
             ("kube-system", owner(apps, "DaemonSet", "eks-pod-identity-agent-2", true), false),
@@ -368,7 +368,7 @@ mod tests {
             pod.metadata.namespace = Some(namespace.to_owned());
             pod.metadata.labels = Some([("app.kubernetes.io/name".to_owned(), own.to_owned())].into());
             pod.metadata.owner_references = serde_json::from_value(owners.clone()).unwrap();
-            assert_eq!(stock.controls(&Pod::from_api(&pod).unwrap()), is_stock, "{namespace}: {owners}");
+            assert_eq!(stock.controls(&Pod::from_api(&pod).unwrap()), is_eks_agent, "{namespace}: {owners}");
         }
     }
 

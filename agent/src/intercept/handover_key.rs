@@ -1,6 +1,6 @@
 //! The key by which two agents of a node know each other when credentials change hands.
 //!
-//! Owns where it is: with the programs in force, in a map that is pinned nowhere. So the agent whose programs are in force
+//! Owns where it is: with the programs effective, in a map that is pinned nowhere. So the agent whose programs are effective
 //! has it, and whoever is the node's root and loads programs; a pod that reaches the pins does not. Never on disk.
 
 use std::{fmt, io, path::Path};
@@ -48,7 +48,7 @@ impl fmt::Debug for HandoverKey {
     }
 }
 
-/// The key of the agent whose programs are in force, of whatever ABI; `None` where there are none that have one.
+/// The key of the agent whose programs are effective, of whatever ABI; `None` where there are none that have one.
 pub fn handover_key(bpffs: &Path) -> Result<Option<HandoverKey>, Error> {
     let pins = pins::all(bpffs).map_err(|source| Error::Pin { path: bpffs.to_owned(), source })?;
     for pin in pins.iter().filter(|pin| pin.ends_with(Path::new(pins::LINKS).join(program::CONNECT4))) {

@@ -10,11 +10,11 @@ use std::{
 };
 
 use agent_common::{
-    abi::{self, EXEMPT_MAX, GUARDED_MAX, LISTENERS_MAX, POLICIES_MAX, TICKETS_MAX, global, map, program},
+    abi::{self, EXEMPT_MAX, LISTENERS_MAX, POLICIES_MAX, RESERVED_MAX, TICKETS_MAX, global, map, program},
     counter::Counter,
-    egress::{JOB_AUDIT_PATHS, JOB_GUARD},
+    egress::{JOB_AUDIT_PATHS, JOB_FILTER},
     net::Endpoint,
-    origin::{Dialled, Origin},
+    origin::{Origin, PendingOrigin},
     policy::{PodPolicy, QosClass},
     target::Target,
 };
@@ -42,19 +42,19 @@ const LOG_TAIL_LINES: usize = 20;
 
 /// The maps that outlive the agent, with the sizes of a key and a value, and how many there are.
 const PINNED: [(&str, usize, usize, u32); 15] = [
-    (map::ORIGINS, size_of::<u32>(), size_of::<Dialled>(), 0),
-    (map::TICKETS, size_of::<u64>(), size_of::<Dialled>(), TICKETS_MAX),
+    (map::ORIGINS, size_of::<u32>(), size_of::<PendingOrigin>(), 0),
+    (map::TICKETS, size_of::<u64>(), size_of::<PendingOrigin>(), TICKETS_MAX),
     (map::POD_TICKETS, size_of::<u64>(), size_of::<u64>(), POLICIES_MAX),
     (map::POLICIES, size_of::<u64>(), size_of::<PodPolicy>(), POLICIES_MAX),
     (map::UNKNOWN_POD, size_of::<u32>(), size_of::<PodPolicy>(), 2),
-    (map::CLASSES, size_of::<u32>(), size_of::<u64>(), 2),
+    (map::QOS_CLASSES, size_of::<u32>(), size_of::<u64>(), 2),
     (map::EXEMPT, size_of::<u64>(), size_of::<u64>(), EXEMPT_MAX),
     (map::TARGETS, size_of::<u32>(), size_of::<Target>(), 2),
     (map::TARGET_INDEX, size_of::<u32>(), size_of::<u32>(), 1),
     (map::GENERATION, size_of::<u32>(), size_of::<u64>(), 1),
     (map::HEARTBEAT, size_of::<u32>(), size_of::<u64>(), 1),
-    (map::SERVERS, size_of::<u32>(), size_of::<u32>(), 2 * LISTENERS_MAX),
-    (map::GUARDED, size_of::<Endpoint>(), size_of::<u32>(), GUARDED_MAX),
+    (map::LISTENERS, size_of::<u32>(), size_of::<u32>(), 2 * LISTENERS_MAX),
+    (map::RESERVED, size_of::<Endpoint>(), size_of::<u32>(), RESERVED_MAX),
     (map::COUNTERS, size_of::<u32>(), size_of::<u64>(), abi::COUNTERS_MAX),
     (map::IMDS_KEY, size_of::<u32>(), size_of::<ImdsKey>(), 1),
 ];
@@ -68,7 +68,7 @@ pub(super) struct Object {
     /// The maps of `PINNED` once more, to pin them again, with the kernel's ids.
     pinned: Vec<(&'static str, u32, MapData)>,
     accepted: MapData,
-    tickets: HashMap<MapData, u64, Dialled>,
+    tickets: HashMap<MapData, u64, PendingOrigin>,
     pod_tickets: HashMap<MapData, u64, u64>,
     policies: HashMap<MapData, u64, PodPolicy>,
     unknown_pod: Array<MapData, PodPolicy>,
@@ -104,7 +104,7 @@ impl Object {
             loader.map_pin_path(name, path);
         }
         #[cfg(feature = "undefended")]
-        let without = agent_common::defence::without();
+        let without = agent_common::defense::without();
         #[cfg(feature = "undefended")]
         loader.override_global("PODGATE_WITHOUT", &without, true);
         let mut ebpf = loader
@@ -138,12 +138,12 @@ impl Object {
             pod_tickets: take(&mut ebpf, map::POD_TICKETS)?,
             policies: take(&mut ebpf, map::POLICIES)?,
             unknown_pod: take(&mut ebpf, map::UNKNOWN_POD)?,
-            classes: take(&mut ebpf, map::CLASSES)?,
+            classes: take(&mut ebpf, map::QOS_CLASSES)?,
             exempt: take(&mut ebpf, map::EXEMPT)?,
             heartbeat: take(&mut ebpf, map::HEARTBEAT)?,
             generation: take(&mut ebpf, map::GENERATION)?,
-            servers: take(&mut ebpf, map::SERVERS)?,
-            guarded: take(&mut ebpf, map::GUARDED)?,
+            servers: take(&mut ebpf, map::LISTENERS)?,
+            guarded: take(&mut ebpf, map::RESERVED)?,
             imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
             target_index: take(&mut ebpf, map::TARGET_INDEX)?,
@@ -227,7 +227,7 @@ impl Object {
                 Some(&listener) => self.servers.set(slot, listener, 0),
                 None => absent_is_fine(self.servers.clear_index(&slot)),
             };
-            changed.map_err(writing(map::SERVERS))?;
+            changed.map_err(writing(map::LISTENERS))?;
         }
         Ok(())
     }
@@ -235,17 +235,17 @@ impl Object {
     /// Guards an address from now on: nobody but exempt pods may listen there, and podgate's listeners alone get what
     /// is dialled there.
     pub(super) fn guard(&mut self, address: Endpoint) -> Result<(), Error> {
-        self.guarded.insert(address, 0, 0).map_err(writing(map::GUARDED))
+        self.guarded.insert(address, 0, 0).map_err(writing(map::RESERVED))
     }
 
     /// Guards an address no more.
-    pub(super) fn unguard(&mut self, address: Endpoint) -> Result<(), Error> {
-        remove(&mut self.guarded, address).map_err(writing(map::GUARDED))
+    pub(super) fn release(&mut self, address: Endpoint) -> Result<(), Error> {
+        remove(&mut self.guarded, address).map_err(writing(map::RESERVED))
     }
 
     /// Every guarded address.
-    pub(super) fn all_guarded(&self) -> Result<Vec<Endpoint>, Error> {
-        self.guarded.keys().collect::<Result<_, _>>().map_err(reading(map::GUARDED))
+    pub(super) fn reservations(&self) -> Result<Vec<Endpoint>, Error> {
+        self.guarded.keys().collect::<Result<_, _>>().map_err(reading(map::RESERVED))
     }
 
     /// The key of IMDS tokens; all zero where none was made yet.
@@ -285,7 +285,7 @@ impl Object {
 
     /// Tells which cgroup is a class of pods and no pod.
     pub(super) fn set_class(&mut self, class: QosClass, cgroup_id: u64) -> Result<(), Error> {
-        self.classes.set(class as u32, cgroup_id, 0).map_err(writing(map::CLASSES))
+        self.classes.set(class as u32, cgroup_id, 0).map_err(writing(map::QOS_CLASSES))
     }
 
     /// What a pod gets.
@@ -392,7 +392,7 @@ impl Object {
 /// What the egress program is to do.
 fn jobs(settings: &Settings) -> u32 {
     let job = |bit, wanted| if wanted { bit } else { 0 };
-    job(JOB_GUARD, settings.guard) | job(JOB_AUDIT_PATHS, settings.audit_paths)
+    job(JOB_FILTER, settings.guard) | job(JOB_AUDIT_PATHS, settings.audit_paths)
 }
 
 /// Lets the kernel verify and compile one program.

@@ -22,8 +22,8 @@ use super::Error;
 use crate::bpf::Link;
 
 /// How long another agent may take to change the pins: less than the time between two beats that the programs allow.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
-const LOCK_PAUSE: Duration = Duration::from_millis(20);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+const LOCK_RETRY_DELAY: Duration = Duration::from_millis(20);
 /// The directory of an ABI's links.
 pub(super) const LINKS: &str = "links";
 /// The directory of its maps.
@@ -75,7 +75,7 @@ impl Pins {
     pub(super) fn lock(&self) -> Result<Lock, Error> {
         let failed = |source| Error::Pin { path: self.root.clone(), source };
         let directory = File::open(&self.root).map_err(failed)?;
-        let deadline = Instant::now() + LOCK_PATIENCE;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         while let Err(error) = flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             if error != rustix::io::Errno::WOULDBLOCK {
                 return Err(failed(error.into()));
@@ -83,7 +83,7 @@ impl Pins {
             if Instant::now() > deadline {
                 return Err(Error::Locked { path: self.root.clone() });
             }
-            thread::sleep(LOCK_PAUSE);
+            thread::sleep(LOCK_RETRY_DELAY);
         }
         Ok(Lock { _directory: directory })
     }

@@ -12,7 +12,7 @@ use std::{
     time::Instant,
 };
 
-use agent_common::defence::{Defence, holds};
+use agent_common::defense::{Defense, holds};
 
 use crate::identity::PodUid;
 
@@ -23,9 +23,9 @@ const LINES_MAX: u32 = 20;
 /// Callers without connections that are remembered, so that what they have logged counts when they come again.
 const REMEMBERED: usize = 2048;
 
-/// Whose connections are counted together.
+/// LimitKey connections are counted together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Whose {
+pub(super) enum LimitKey {
     /// A pod that the kernel vouches for.
     Pod(PodUid),
     /// Everybody else at an address.
@@ -34,7 +34,7 @@ pub(super) enum Whose {
 
 /// Counts what callers take. Clones share the counts.
 #[derive(Clone, Debug, Default)]
-pub struct ConnectionLimit(Arc<Mutex<HashMap<Whose, Arc<Caller>>>>);
+pub struct ConnectionLimit(Arc<Mutex<HashMap<LimitKey, Arc<Caller>>>>);
 
 /// One connection's place; it is free again when this is dropped.
 #[derive(Debug)]
@@ -63,14 +63,14 @@ struct Lines {
 
 impl ConnectionLimit {
     /// Takes a place; `None` when all are taken.
-    pub(super) fn enter(&self, whose: Whose) -> Option<Place> {
+    pub(super) fn enter(&self, whose: LimitKey) -> Option<Place> {
         let mut callers = self.callers();
         if callers.len() >= REMEMBERED && !callers.contains_key(&whose) {
             callers.retain(|_, caller| caller.connections.load(Relaxed) > 0);
         }
         let caller = callers.entry(whose).or_default();
         // Others only give back meanwhile: places are taken under the lock.
-        if caller.connections.load(Relaxed) >= CONNECTIONS_MAX && holds(Defence::ConnectionLimit) {
+        if caller.connections.load(Relaxed) >= CONNECTIONS_MAX && holds(Defense::ConnectionLimit) {
             return None;
         }
         caller.connections.fetch_add(1, Relaxed);
@@ -79,12 +79,12 @@ impl ConnectionLimit {
 
     /// The pod is gone, and its connections are nobody's from now on. One of the same UID that comes again has others.
     pub fn end(&self, uid: PodUid) {
-        if let Some(caller) = self.callers().remove(&Whose::Pod(uid)) {
+        if let Some(caller) = self.callers().remove(&LimitKey::Pod(uid)) {
             caller.is_gone.store(true, Relaxed);
         }
     }
 
-    fn callers(&self) -> MutexGuard<'_, HashMap<Whose, Arc<Caller>>> {
+    fn callers(&self) -> MutexGuard<'_, HashMap<LimitKey, Arc<Caller>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -93,8 +93,8 @@ impl ConnectionLimit {
 
 impl Place {
     /// Whether the connection is that of a pod which is gone.
-    pub(super) fn is_nobody_s(&self) -> bool {
-        self.0.is_gone.load(Relaxed) && holds(Defence::GonePods)
+    pub(super) fn is_revoked(&self) -> bool {
+        self.0.is_gone.load(Relaxed) && holds(Defense::GonePods)
     }
 
     /// Whether a line may be logged, and how many were not since the last one.
@@ -143,8 +143,8 @@ mod tests {
 
     use super::*;
 
-    fn address(last: u8) -> Whose {
-        Whose::Address([10, 0, 0, last].into())
+    fn address(last: u8) -> LimitKey {
+        LimitKey::Address([10, 0, 0, last].into())
     }
 
     #[test]
@@ -163,13 +163,13 @@ mod tests {
     #[test]
     fn a_pod_that_is_gone_is_forgotten_and_what_it_leaves_open_harms_nobody() {
         let (limit, uid) = (ConnectionLimit::default(), crate::testing::pod_uid());
-        let left_open = limit.enter(Whose::Pod(uid)).unwrap();
-        assert!(!left_open.is_nobody_s());
+        let left_open = limit.enter(LimitKey::Pod(uid)).unwrap();
+        assert!(!left_open.is_revoked());
         limit.end(uid);
-        assert!(left_open.is_nobody_s() && limit.callers().is_empty());
-        let again = limit.enter(Whose::Pod(uid)).unwrap();
+        assert!(left_open.is_revoked() && limit.callers().is_empty());
+        let again = limit.enter(LimitKey::Pod(uid)).unwrap();
         drop(left_open);
-        assert!(!again.is_nobody_s(), "its containers were started anew");
+        assert!(!again.is_revoked(), "its containers were started anew");
     }
 
     #[test]
@@ -177,7 +177,7 @@ mod tests {
         let limit = ConnectionLimit::default();
         let staying = limit.enter(address(1)).unwrap();
         for number in 0..2 * u32::try_from(REMEMBERED).unwrap() {
-            limit.enter(Whose::Address(IpAddr::from(number.to_be_bytes()))).unwrap();
+            limit.enter(LimitKey::Address(IpAddr::from(number.to_be_bytes()))).unwrap();
         }
         assert!(limit.callers().len() <= REMEMBERED);
         assert!(limit.callers().contains_key(&address(1)));

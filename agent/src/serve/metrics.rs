@@ -15,9 +15,9 @@ use crate::{dialect::Dialect, identity::ServiceAccountRef};
 #[derive(Clone, Debug, Default)]
 pub struct RequestMetrics {
     requests: Family<RequestLabels, Counter>,
-    imds_v1: Family<WhoseLabels, Counter>,
-    delegated: Family<WhoseLabels, Counter>,
-    foreign_tokens: Family<AccountLabels, Counter>,
+    imds_v1: Family<LimitKeyLabels, Counter>,
+    delegated: Family<LimitKeyLabels, Counter>,
+    mismatched_tokens: Family<AccountLabels, Counter>,
     abandoned: Family<DialectLabels, Counter>,
     /// Connections beyond what a caller may have open.
     pub refused_connections: Counter,
@@ -41,7 +41,7 @@ struct AccountLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct WhoseLabels {
+struct LimitKeyLabels {
     namespace: String,
     service_account: String,
     answer: &'static str,
@@ -65,9 +65,9 @@ impl RequestMetrics {
             metrics.delegated.clone(),
         );
         registry.register(
-            "podgate_foreign_tokens",
+            "podgate_mismatched_tokens",
             "Requests with another pod's token, by who presented it and may not (unstable)",
-            metrics.foreign_tokens.clone(),
+            metrics.mismatched_tokens.clone(),
         );
         registry.register(
             "podgate_abandoned_requests",
@@ -90,19 +90,19 @@ impl RequestMetrics {
 
     /// Counts one use of IMDSv1.
     pub fn count_v1(&self, whose: &ServiceAccountRef, is_served: bool) {
-        self.imds_v1.get_or_create(&WhoseLabels::new(whose, is_served)).inc();
+        self.imds_v1.get_or_create(&LimitKeyLabels::new(whose, is_served)).inc();
     }
 
     /// Counts one token of another pod, presented by a delegate.
     pub fn count_delegated(&self, delegate: &ServiceAccountRef, is_served: bool) {
-        self.delegated.get_or_create(&WhoseLabels::new(delegate, is_served)).inc();
+        self.delegated.get_or_create(&LimitKeyLabels::new(delegate, is_served)).inc();
     }
 
     /// Counts one token of another pod, presented by who may not.
-    pub fn count_foreign_token(&self, whose: &ServiceAccountRef) {
+    pub fn count_mismatched_token(&self, whose: &ServiceAccountRef) {
         let labels =
             AccountLabels { namespace: whose.namespace.clone(), service_account: whose.name.clone() };
-        self.foreign_tokens.get_or_create(&labels).inc();
+        self.mismatched_tokens.get_or_create(&labels).inc();
     }
 
     /// Counts one caller who did not wait for the answer.
@@ -111,9 +111,9 @@ impl RequestMetrics {
     }
 }
 
-// === impl WhoseLabels ===
+// === impl LimitKeyLabels ===
 
-impl WhoseLabels {
+impl LimitKeyLabels {
     fn new(whose: &ServiceAccountRef, is_served: bool) -> Self {
         Self {
             namespace: whose.namespace.clone(),

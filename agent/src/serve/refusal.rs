@@ -62,7 +62,7 @@ pub(super) fn credentials(error: &CredentialsError, pod: Option<&Pod>) -> Refusa
 }
 
 /// The token and the kernel name different pods.
-pub(super) fn somebody_else_s_token() -> Refusal {
+pub(super) fn mismatched_token() -> Refusal {
     Refusal::new(StatusCode::FORBIDDEN, "AccessDenied", "the token is not bound to the pod that sent it")
 }
 

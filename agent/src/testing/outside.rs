@@ -27,9 +27,8 @@ use uuid::Uuid;
 use super::{credentials, pod, pod_uid};
 use crate::{
     credentials::{
-        Role,
-        jwt::{self, signature::KeySet},
-        token,
+        Role, token,
+        token::{claims, signature::KeySet},
     },
     dialect::{
         Dialect, Refusal, Response, ecs, forwarded,
@@ -37,15 +36,15 @@ use crate::{
         imds_token::ImdsTokens,
         is_forwarded, pod_identity,
     },
-    handover::wire,
     identity::{Pod, cgroup, pods::TOKEN_VOLUME},
-    instance::Instance,
-    intercept, maps,
+    instance_metadata::Instance,
+    intercept, mapdump,
     policy::{
         self, ANNOTATION_IMDS, ANNOTATION_IMDS_POD_OVERRIDE, ANNOTATION_IMDS_V1, ANNOTATION_POD_IDENTITY,
         ANNOTATION_TOKENLESS, Annotations, Defaults, ImdsMode, Place, Policy,
     },
     serve,
+    takeover::transfer::wire,
 };
 
 /// What may be on its way at once in a connection that is in memory.
@@ -176,8 +175,8 @@ fn imds_answer(head: &Parts, ask: imds::Ask<'_>) -> Result<Response, Refusal> {
 /// A service-account token. None is good that has no three segments, and no refusal quotes it at length.
 pub fn jwt(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
-    match jwt::read(&text, Timestamp::UNIX_EPOCH) {
-        Ok(_) => assert!(text.len() <= jwt::MAX_LEN && text.matches('.').count() == 2),
+    match claims::read(&text, Timestamp::UNIX_EPOCH) {
+        Ok(_) => assert!(text.len() <= claims::MAX_LEN && text.matches('.').count() == 2),
         Err(error) => assert!(error.to_string().len() < 200),
     }
 }
@@ -249,7 +248,7 @@ pub fn kubelets_token(bytes: &[u8]) {
     let token = token::read_projected(&volume);
     fs::remove_dir_all(&volume).expect("the same directory");
     if let Ok(token) = token {
-        assert!(token.expose().len() <= jwt::MAX_LEN && !token.expose().ends_with(char::is_whitespace));
+        assert!(token.expose().len() <= claims::MAX_LEN && !token.expose().ends_with(char::is_whitespace));
         jwt(token.expose().as_bytes());
     }
 }
@@ -301,7 +300,7 @@ pub fn record(bytes: &[u8]) {
 
 /// Credentials as another agent hands them over: what is taken would be given on in the same way.
 #[expect(clippy::expect_used, reason = "test code")]
-pub fn handed_over(bytes: &[u8]) {
+pub fn transferred(bytes: &[u8]) {
     if let Some(entries) = wire::decode(bytes) {
         let given = wire::encode(&entries).expect("JSON");
         assert_eq!(wire::decode(&given), Some(entries));
@@ -314,7 +313,7 @@ pub fn map_value(bytes: &[u8]) {
     let length = usize::from(u16::from_le_bytes(*length)).min(rest.len());
     let (types, value) = rest.split_at(length);
     for number in 0..8 {
-        let _ = maps::print_value(types, number, value, io::sink());
+        let _ = mapdump::print_value(types, number, value, io::sink());
     }
 }
 
@@ -339,7 +338,7 @@ mod tests {
         ("annotations", annotations),
         ("api_pod", api_pod),
         ("cgroup_path", cgroup_path),
-        ("handed_over", handed_over),
+        ("transferred", transferred),
         ("http_head", http_head),
         ("imds_token", imds_token),
         ("jwt", jwt),

@@ -14,11 +14,11 @@ use tokio::time::{Instant, sleep};
 use crate::{
     credentials::{
         Credentials, Error, Role, ServiceError,
-        eks_auth::Assumed,
-        engine::Clock,
-        issuer::Verdict,
-        jwt::{Claims, SentToken},
+        aws::eks_auth::Assumed,
+        cache::Clock,
         source::CredentialSource,
+        token::claims::{Claims, SentToken},
+        token::issuer::Verdict,
     },
     identity::{Pod, PodUid, ServiceAccountRef},
     secret::Secret,
@@ -49,7 +49,7 @@ pub struct Conditions {
     pub life: SignedDuration,
     /// So many of a thousand calls fail, with a 500, drawn at random from `seed`.
     pub errors_per_mille: u64,
-    /// Where those chances begin.
+    /// Where those jitter_source begin.
     pub seed: u64,
     /// So many calls a second are let through, the others throttled.
     pub throttle: Option<f64>,
@@ -334,7 +334,7 @@ pub fn token_of(pod: &Pod) -> Secret {
     Secret::from(format!("{} {}", pod.uid, pod.service_account))
 }
 
-/// Whose token it is, if it is one.
+/// LimitKey token it is, if it is one.
 fn owner(token: &Secret) -> Option<(PodUid, &str)> {
     let (uid, account) = token.expose().split_once(' ')?;
     Some((PodUid::parse(uid)?, account))

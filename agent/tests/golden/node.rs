@@ -13,8 +13,8 @@ use std::{
 use agent::{
     accept,
     credentials::{
-        engine::{self, Engine},
-        metrics::EngineMetrics,
+        cache::{self, CredentialCache},
+        metrics::CacheMetrics,
     },
     dialect::imds_token::ImdsTokens,
     drain::drain,
@@ -23,9 +23,9 @@ use agent::{
         cgroupfs::CgroupPaths,
         network::{Networks, PodProcesses},
     },
-    instance::Instance,
+    instance_metadata::Instance,
     intercept::OriginLookup,
-    policies::Policies,
+    policy::lookup::Policies,
     policy::{Defaults, ImdsMode},
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
     testing::{self, FakeOrigins},
@@ -52,7 +52,7 @@ const POD_NETWORK: u64 = 10;
 /// That of another pod.
 const FOREIGN_NETWORK: u64 = 11;
 /// Long enough for an answer that waits for the watch.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Is answered at once in every dialect, and is the last request of its connection.
 const LAST: &[u8] = b"PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.170.23\r\nConnection: close\r\n\r\n";
 
@@ -200,7 +200,7 @@ fn serve(target: IpAddr, exchange: &Exchange) -> SocketAddr {
     let server = Arc::new(Server {
         policies: Policies { defaults, namespaces: Arc::new(namespaces) },
         resolver: CallerResolver::new(cgroup, pods, Arc::new(Networks::new(HOST_NETWORK))),
-        engine: Engine::start(source, engine::BUDGET, clock, 1, EngineMetrics::default()),
+        engine: CredentialCache::start(source, cache::BUDGET, clock, 1, CacheMetrics::default()),
         imds_tokens: ImdsTokens::new(&[7; 32]),
         token_delegates: vec![ServiceAccountRef { namespace: "app".into(), name: "csi".into() }],
         instance: watch::channel(instance).1,
@@ -229,7 +229,7 @@ async fn read(stream: &mut TcpStream, received: &mut Vec<u8>, of_head: bool) -> 
         if let Some(end) = received.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
             break end + 4;
         }
-        let read = timeout(PATIENCE, stream.read_buf(received)).await.expect("an answer in time");
+        let read = timeout(TIMEOUT, stream.read_buf(received)).await.expect("an answer in time");
         if read.unwrap_or(0) == 0 {
             assert!(received.is_empty(), "half an answer: {}", String::from_utf8_lossy(received));
             return None;
@@ -241,7 +241,7 @@ async fn read(stream: &mut TcpStream, received: &mut Vec<u8>, of_head: bool) -> 
     let length: usize = length.expect("every answer says its length").parse().unwrap();
     let length = if of_head { 0 } else { length };
     while received.len() < length {
-        let read = timeout(PATIENCE, stream.read_buf(received)).await.expect("the body in time").unwrap();
+        let read = timeout(TIMEOUT, stream.read_buf(received)).await.expect("the body in time").unwrap();
         assert!(read > 0, "half a body");
     }
     let body = received.drain(..length).collect();
@@ -253,7 +253,7 @@ async fn is_closed(stream: &mut TcpStream) -> bool {
     // It may have ended.
     let _ = stream.write_all(LAST).await;
     let mut rest = Vec::new();
-    let end = timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("neither closed nor served");
+    let end = timeout(TIMEOUT, stream.read_to_end(&mut rest)).await.expect("neither closed nor served");
     let rest = String::from_utf8_lossy(&rest);
     assert!(end.is_ok() || rest.is_empty(), "{end:?} after {rest}");
     assert!(rest.matches("HTTP/1.").count() <= 1, "more answers than requests: {rest}");
@@ -279,7 +279,7 @@ fn origin(address: IpAddr, target: IpAddr) -> Origin {
         pod_cgroup_id: 0,
         netns_cookie: POD_NETWORK,
         ticket: 1,
-        dialled_at_ns: 1,
+        started_at_ns: 1,
         orig_dst: Endpoint::new(address, HTTP_PORT),
         target: Endpoint::new(target, HTTP_PORT),
         state: STATE_SENT,

@@ -5,13 +5,13 @@
 use agent::{
     credentials::{
         Error,
-        eks_auth::{Assumed, EksAuth},
-        issuer::Verdict,
-        jwt::{self, Claims},
+        aws::eks_auth::{Assumed, EksAuth},
         source::CredentialSource,
+        token::claims::{self, Claims},
+        token::issuer::Verdict,
     },
     identity::{Pod, PodUid},
-    instance::Instance,
+    instance_metadata::Instance,
     secret::Secret,
     testing,
 };
@@ -167,7 +167,7 @@ impl Wire {
     fn good(&self, request: &HttpRequest) -> String {
         let body: Value = serde_json::from_slice(request.body().bytes().unwrap_or_default()).expect("JSON");
         let token = body["token"].as_str().expect("a token");
-        let sent = jwt::read(token, Timestamp::now()).ok().and_then(|claims| claims.pod);
+        let sent = claims::read(token, Timestamp::now()).ok().and_then(|claims| claims.pod);
         let of_pod = sent.and_then(|uid| self.accounts.iter().find(|(known, _)| *known == uid));
         let account = of_pod.map_or(token, |(_, account)| account);
         let credentials = testing::credentials();

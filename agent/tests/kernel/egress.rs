@@ -27,12 +27,12 @@ use crate::{
 };
 
 /// Where nothing may go but what `connect` has let through.
-const GUARDED: [IpAddr; 4] =
+const RESERVED: [IpAddr; 4] =
     [IpAddr::V4(IMDS_V4), IpAddr::V6(IMDS_V6), IpAddr::V4(AGENT_V4), IpAddr::V6(AGENT_V6)];
 /// How often each way to end a connection is tried.
 const CONNECTIONS: u64 = 50;
 /// How long anything on `lo` may take.
-const PATIENCE: Option<Duration> = Some(Duration::from_secs(2));
+const TIMEOUT: Option<Duration> = Some(Duration::from_secs(2));
 /// `ETH_P_ALL`.
 const EVERYTHING: u16 = 3;
 const ICMP: u8 = 1;
@@ -222,14 +222,14 @@ fn set_imds(node: &mut Node, pod: &Pod, imds: u32) {
 /// Tries every way from a pod to every guarded address. Each is stopped, or none is.
 fn try_all(node: &Node, pod: &Pod, stopped: bool, case: &str) {
     let wire = Wire::watch();
-    for to in GUARDED {
+    for to in RESERVED {
         for (way, send) in WAYS {
-            let (before, mark) = (node.count(Counter::GuardDropped), fresh_mark());
+            let (before, mark) = (node.count(Counter::EgressDropped), fresh_mark());
             let result = pod.run(|| send(to, mark));
             let sent = if stopped { is_eperm(&result) } else { result.is_ok() };
             assert!(sent, "{case}: {way} to {to}: {result:?}");
             assert_eq!(wire.has(mark), !stopped, "{case}: {way} to {to}");
-            let dropped = node.count(Counter::GuardDropped) - before;
+            let dropped = node.count(Counter::EgressDropped) - before;
             assert_eq!(dropped, u64::from(stopped), "{case}: {way} to {to}");
         }
     }
@@ -291,14 +291,14 @@ fn other_destinations_podgate_itself_and_the_node_are_left_alone() {
                 let mark = fresh_mark();
                 arrives(pod.run(|| send(to, mark)), mark, "the pod", to);
             }
-            for to in GUARDED {
+            for to in RESERVED {
                 let mark = fresh_mark();
                 arrives(node.as_agent(|| send(to, mark)), mark, "podgate", to);
                 let mark = fresh_mark();
                 arrives(outside(|| send(to, mark)), mark, "the node", to);
             }
         }
-        assert_eq!(node.count(Counter::GuardDropped), 0);
+        assert_eq!(node.count(Counter::EgressDropped), 0);
     });
 }
 
@@ -325,14 +325,14 @@ fn connections_from_before_a_pod_was_intercepted_stop() {
             });
             for stopped in [false, true] {
                 set_imds(node, &pod, if stopped { IMDS_INTERCEPT } else { IMDS_OFF });
-                let (before, mark) = (node.count(Counter::GuardDropped), fresh_mark());
+                let (before, mark) = (node.count(Counter::EgressDropped), fresh_mark());
                 assert_eq!(is_eperm(&datagrams.send(&mark)), stopped, "{address}");
                 assert_eq!(wire.has(mark), !stopped, "{address}, a connected datagram");
                 let mark = fresh_mark();
                 // The kernel takes it, and tries for a while to send it.
                 stream.write_all(&mark).unwrap();
                 assert_eq!(wire.has(mark), !stopped, "{address}, an established connection");
-                assert_eq!(node.count(Counter::GuardDropped) >= before + 2, stopped, "{address}");
+                assert_eq!(node.count(Counter::EgressDropped) >= before + 2, stopped, "{address}");
             }
             set_imds(node, &pod, IMDS_OFF);
         }
@@ -347,7 +347,7 @@ fn packets_made_below_ip_are_not_seen() {
         let to = IpAddr::from(IMDS_V4);
         pod.run(|| below_ip(&packet(to, TCP, &segment(mark))));
         assert!(wire.has(mark), "this is closed outside the pod only");
-        assert_eq!(node.count(Counter::GuardDropped), 0);
+        assert_eq!(node.count(Counter::EgressDropped), 0);
     });
 }
 
@@ -356,12 +356,12 @@ fn what_is_stopped_is_told_with_whose_it_is_and_where_to() {
     Node::run(|node| {
         let mut events = events::reader(node);
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        for to in GUARDED {
+        for to in RESERVED {
             for (way, port) in [(0, 53), (2, 80), (4, 0), (7, 0)] {
                 let (name, send) = WAYS[way];
                 assert!(is_eperm(&pod.run(|| send(to, fresh_mark()))), "{name} to {to}");
                 let [(kind, event)] = events::told(&mut events)[..] else { panic!("{name}: not one event") };
-                assert_eq!(kind, Counter::GuardDropped);
+                assert_eq!(kind, Counter::EgressDropped);
                 assert_eq!((event.cgroup_id, event.pod_cgroup_id), (pod.container.id, pod.cgroup.id));
                 assert_eq!(event.address, Endpoint::new(to, port), "{name}");
             }
@@ -388,7 +388,7 @@ fn dials_that_were_let_through_lose_nothing_however_they_end() {
                 }
             }
         }
-        assert_eq!(node.count(Counter::GuardDropped), 0);
+        assert_eq!(node.count(Counter::EgressDropped), 0);
         let dials = endings.len() * addresses.len() * usize::try_from(CONNECTIONS).unwrap();
         assert_eq!(node.count(Counter::Redirected), u64::try_from(dials).unwrap());
     });
@@ -396,9 +396,9 @@ fn dials_that_were_let_through_lose_nothing_however_they_end() {
 
 /// Ends a connection, and sees on the server's side how.
 fn end(mut client: TcpStream, mut server: TcpStream, ending: Ending) {
-    client.set_read_timeout(PATIENCE).unwrap();
+    client.set_read_timeout(TIMEOUT).unwrap();
     server.set_nonblocking(false).unwrap();
-    server.set_read_timeout(PATIENCE).unwrap();
+    server.set_read_timeout(TIMEOUT).unwrap();
     let mut rest = Vec::new();
     match ending {
         Ending::Close => {
@@ -462,7 +462,7 @@ fn what_a_connection_of_a_pod_in_audit_asks_for_is_told_once_and_a_token_does_no
                 let real = outside(|| TcpListener::bind(SocketAddr::new(to.ip(), 80))).unwrap();
                 let mut client = pod.dial(address).unwrap();
                 let (mut server, _) = real.accept().unwrap();
-                server.set_read_timeout(PATIENCE).unwrap();
+                server.set_read_timeout(TIMEOUT).unwrap();
                 for request in requests {
                     client.write_all(request.as_bytes()).unwrap();
                     server.read_exact(&mut vec![0; request.len()]).unwrap();

@@ -70,7 +70,7 @@ fn every_refusal_and_every_audited_dial_is_told_with_who_and_where() {
             assert_eq!((told, event.kind), (kind, kind as u32), "{address}");
             assert_eq!((event.cgroup_id, event.pod_cgroup_id), (pod.container.id, pod.cgroup.id));
             assert_eq!(event.address, endpoint(address));
-            assert_eq!(event.netns_cookie, agent::netns::own_cookie().unwrap());
+            assert_eq!(event.netns_cookie, agent::identity::netns::own_cookie().unwrap());
             assert_eq!(event.tgid, process::id());
             assert!(event.tid != 0 && event.comm[0] != 0, "{event:?}");
             assert!((before..=boottime_ns()).contains(&event.at_ns), "{event:?}");

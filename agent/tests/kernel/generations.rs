@@ -51,7 +51,7 @@ fn links(node: &Node) -> usize {
 }
 
 /// What `own_pair` is, with an agent that leaves Pod Identity to AWS's while it is down.
-fn with_stock_agent() -> Target {
+fn with_eks_agent() -> Target {
     Target { when_down: WHEN_DOWN_PASS, ..own_pair() }
 }
 
@@ -87,7 +87,7 @@ fn dials_are_refused_when_the_agent_is_silent_and_other_destinations_are_not() {
             audited.dial(IMDS).unwrap();
             real.accept();
         }
-        assert_eq!(node.count(Counter::DeniedDown), 12);
+        assert_eq!(node.count(Counter::DeniedAgentDown), 12);
     });
 }
 
@@ -96,17 +96,17 @@ fn while_the_agent_is_down_pod_identity_may_be_left_to_aws_s_own_agent_and_imds_
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let stock = RealService::listen(POD_IDENTITY);
-        let stock_v6 = RealService::listen(crate::POD_IDENTITY_V6);
-        node.interceptor.set_target(with_stock_agent()).unwrap();
+        let eks_agent_v6 = RealService::listen(crate::POD_IDENTITY_V6);
+        node.interceptor.set_target(with_eks_agent()).unwrap();
         node.set_heartbeat(0);
-        for (address, service) in [(POD_IDENTITY, &stock), (crate::POD_IDENTITY_V6, &stock_v6)] {
+        for (address, service) in [(POD_IDENTITY, &stock), (crate::POD_IDENTITY_V6, &eks_agent_v6)] {
             pod.dial(address).unwrap();
             service.accept();
         }
         for address in [IMDS, IMDS_V6, IMDS_MAPPED, ECS, &format!("{AGENT_V4}:80")] {
             assert!(is_eperm(&pod.dial(address)), "{address}");
         }
-        assert_eq!(node.count(Counter::PassedDown), 2);
+        assert_eq!(node.count(Counter::PassedAgentDown), 2);
     });
 }
 
@@ -127,13 +127,13 @@ fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
         node.interceptor
             .set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_OFF, pod_identity: POD_IDENTITY_OFF })
             .unwrap();
-        node.interceptor.set_target(with_stock_agent()).unwrap();
+        node.interceptor.set_target(with_eks_agent()).unwrap();
         node.interceptor.stop().unwrap();
-        assert!(matches!(node.interceptor.beat().unwrap(), Standing::Succeeded { .. }));
+        assert!(matches!(node.interceptor.beat().unwrap(), Standing::Superseded { .. }));
         assert!(is_eperm(&pod.dial(IMDS)));
 
         node.interceptor.take_over(own_pair(), &[]).unwrap();
-        assert_eq!(node.interceptor.beat().unwrap(), Standing::InCharge);
+        assert_eq!(node.interceptor.beat().unwrap(), Standing::Active);
         pod.dial(IMDS).unwrap();
         real.accept();
         assert_eq!(links(node), 8, "no pod is guarded any more");
@@ -152,17 +152,17 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
         real.accept();
 
         node.set_heartbeat(now_ns() - SECOND);
-        let Standing::Succeeded { silent } = node.interceptor.beat().unwrap() else { panic!("it was") };
+        let Standing::Superseded { silent } = node.interceptor.beat().unwrap() else { panic!("it was") };
         assert!(silent >= Duration::from_secs(1), "{silent:?}");
         node.interceptor.stop().unwrap();
-        pod.dial(IMDS).expect("the end of a former agent is nobody's business");
+        pod.dial(IMDS).expect("the end of a predecessor is nobody's business");
         real.accept();
 
         let agent = node.agent();
         node.interceptor.take_over(own_pair(), &[]).unwrap();
-        assert!(matches!(successor.beat().unwrap(), Standing::Succeeded { .. }));
+        assert!(matches!(successor.beat().unwrap(), Standing::Superseded { .. }));
         pod.dial(IMDS).unwrap();
-        assert!(agent.accept().is_some(), "its own policies are in force again");
+        assert!(agent.accept().is_some(), "its own policies are effective again");
     });
 }
 
@@ -227,15 +227,15 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
         accept(&listener);
         assert!(real.try_accept().is_none());
         assert_eq!(count(&successor, Counter::Redirected), redirected + 1);
-        // The former agent's maps are no part of it any more.
+        // The predecessor's maps are no part of it any more.
         assert_eq!(node.count(Counter::Redirected), 0);
 
         // It knows that it was succeeded, and when its successor falls silent.
         node.set_heartbeat(now_ns() - SECOND);
-        let Standing::Succeeded { silent } = node.interceptor.beat().unwrap() else { panic!("it was") };
+        let Standing::Superseded { silent } = node.interceptor.beat().unwrap() else { panic!("it was") };
         assert!(silent >= Duration::from_secs(1));
         node.interceptor.take_over(own_pair(), &[&listener]).unwrap();
-        assert!(matches!(successor.beat().unwrap(), Standing::Succeeded { .. }));
+        assert!(matches!(successor.beat().unwrap(), Standing::Superseded { .. }));
         pod.dial(IMDS).unwrap();
         accept(&listener);
         assert_eq!(node.count(Counter::Redirected), 1);
@@ -381,7 +381,7 @@ fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
             }
             let agent = node.agent();
             node.interceptor.take_over(own_pair(), &[]).unwrap();
-            assert_eq!(node.interceptor.beat().unwrap(), Standing::InCharge);
+            assert_eq!(node.interceptor.beat().unwrap(), Standing::Active);
             pod.dial(IMDS).unwrap();
             assert!(agent.accept().is_some());
             // The next one finds what this one knows.
@@ -400,18 +400,18 @@ fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
 #[test]
 fn every_agent_notices_that_podgate_was_detached_and_takes_no_later_one_for_its_successor() {
     Node::run(|node| {
-        let mut in_charge = successor(node);
-        in_charge.take_over(own_pair(), &[]).unwrap();
-        assert!(matches!(node.interceptor.beat().unwrap(), Standing::Succeeded { .. }));
+        let mut active = successor(node);
+        active.take_over(own_pair(), &[]).unwrap();
+        assert!(matches!(node.interceptor.beat().unwrap(), Standing::Superseded { .. }));
         for pin in pinned(node.bpffs()).unwrap() {
             unpin(&pin).unwrap();
         }
-        assert_eq!(in_charge.beat().unwrap(), Standing::Detached);
+        assert_eq!(active.beat().unwrap(), Standing::Detached);
         assert_eq!(node.interceptor.beat().unwrap(), Standing::Detached);
         let mut later = successor(node);
         later.take_over(own_pair(), &[]).unwrap();
-        assert_eq!(later.beat().unwrap(), Standing::InCharge);
-        assert_eq!(in_charge.beat().unwrap(), Standing::Detached);
+        assert_eq!(later.beat().unwrap(), Standing::Active);
+        assert_eq!(active.beat().unwrap(), Standing::Detached);
         assert_eq!(node.interceptor.beat().unwrap(), Standing::Detached);
     });
 }
@@ -440,9 +440,9 @@ fn addresses_are_guarded_whether_dials_are_sent_there_or_not_until_they_are_give
 
         // Who is not in charge decides nothing.
         let mut other = successor(node);
-        other.guard_only(&[]).unwrap();
+        other.reserve_only(&[]).unwrap();
         assert!(own.iter().chain(&pod_identity).all(refused));
-        node.interceptor.guard_only(&own).unwrap();
+        node.interceptor.reserve_only(&own).unwrap();
         assert!(own.iter().all(refused) && !pod_identity.iter().any(refused));
     });
 }
@@ -461,13 +461,13 @@ fn new_connections_go_to_the_agent_in_charge_and_to_the_one_before_when_it_liste
         };
         let dial_20 = |address: &str| (0..20).for_each(|_| drop(pod.dial(address).unwrap()));
         // One takes over from the other, and charge back, as often as they like.
-        for in_charge in [0, 1, 0, 1, 2] {
-            node.interceptor.take_over(own_pair(), &agents[in_charge].each_ref()).unwrap();
+        for active in [0, 1, 0, 1, 2] {
+            node.interceptor.take_over(own_pair(), &agents[active].each_ref()).unwrap();
             dial_20(IMDS);
             dial_20(IMDS_V6);
             for (number, listeners) in agents.iter().enumerate() {
-                let expected = if number == in_charge { [20, 20] } else { [0, 0] };
-                assert_eq!(waiting(listeners), expected, "agent {number} while {in_charge} is in charge");
+                let expected = if number == active { [20, 20] } else { [0, 0] };
+                assert_eq!(waiting(listeners), expected, "agent {number} while {active} is in charge");
             }
         }
         drop(agents.pop());

@@ -5,7 +5,7 @@ use std::{path::Path, process::Command};
 
 use agent::{
     intercept::{HandoverKey, Interceptor, handover_key, pinned},
-    maps::{self, Format},
+    mapdump::{self, Format},
 };
 use agent_common::{
     abi::map,
@@ -78,7 +78,7 @@ fn the_key_is_that_of_the_agent_whose_programs_are_in_force() {
         assert!(agent.accept().is_some(), "the programs do what they do");
 
         node.detach();
-        assert!(handover_key(node.bpffs()).unwrap().is_none(), "nothing is in force");
+        assert!(handover_key(node.bpffs()).unwrap().is_none(), "nothing is effective");
     });
 }
 
@@ -88,7 +88,7 @@ fn no_pin_leads_to_the_key_and_no_program_of_others_reads_it() {
         let pins = pinned(node.bpffs()).unwrap();
         assert!(!pins.is_empty() && pins.iter().all(|pin| !pin.ends_with("HANDOVER_KEY")), "{pins:?}");
         let mut listed = Vec::new();
-        maps::list(node.bpffs(), Format::Plain, &mut listed).unwrap();
+        mapdump::list(node.bpffs(), Format::Plain, &mut listed).unwrap();
         let listed = String::from_utf8(listed).unwrap();
         assert!(listed.contains("IMDS_KEY") && !listed.contains("HANDOVER"), "{listed}");
 

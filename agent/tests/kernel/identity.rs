@@ -7,7 +7,7 @@ use std::{
     process,
 };
 
-use agent::netns;
+use agent::identity::netns;
 use agent_common::{
     counter::Counter,
     net::Endpoint,
@@ -62,12 +62,12 @@ fn a_pod_s_dial_arrives_with_its_origin() {
                 tgid: process::id(),
                 comm: comm(),
                 // Checked below.
-                dialled_at_ns: origin.dialled_at_ns,
+                started_at_ns: origin.started_at_ns,
                 // Of no interest here.
                 ticket: origin.ticket,
             };
             assert_eq!(origin, expected, "{address}");
-            assert!((before..=boottime_ns()).contains(&origin.dialled_at_ns), "{address}: {origin:?}");
+            assert!((before..=boottime_ns()).contains(&origin.started_at_ns), "{address}: {origin:?}");
         }
         assert_eq!(node.count(Counter::Redirected), 7);
         assert_eq!(node.count(Counter::Redeemed), 7);
@@ -292,11 +292,11 @@ fn a_task_in_no_pod_is_refused_on_a_pod_s_socket() {
 #[test]
 fn the_dialling_task_counts_and_not_the_socket_s_maker() {
     Node::run(|node| {
-        let [maker, dialler] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
+        let [maker, source_pod] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
         let agent = node.agent();
         let socket = maker.run(tcp_socket);
-        dialler.run(|| redial(&socket, IMDS)).unwrap();
-        assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, dialler.cgroup.id);
+        source_pod.run(|| redial(&socket, IMDS)).unwrap();
+        assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, source_pod.cgroup.id);
     });
 }
 

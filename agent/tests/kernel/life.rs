@@ -84,16 +84,16 @@ fn a_dial_that_nobody_answers_is_told_with_the_pod_and_where_it_was_sent() {
         let mut events = events::reader(node);
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let (patient, hasty) = (Duration::from_millis(300), Duration::from_millis(20));
-        for (case, target, address, patience, is_told) in [
+        for (case, target, address, timeout_limit, is_told) in [
             ("no answer", NOBODY, IMDS, patient, true),
             ("no answer, v4-mapped", NOBODY, IMDS_MAPPED, patient, true),
-            ("no answer, and no patience", NOBODY, IMDS, hasty, false),
+            ("no answer, and no timeout_limit", NOBODY, IMDS, hasty, false),
             ("a refusal", AGENT_V4, IMDS, patient, false),
         ] {
             let before = node.count(Counter::Unanswered);
             let target = endpoint(&format!("{target}:80"));
             node.interceptor.set_target(Target { v4: target, ..own_pair() }).unwrap();
-            pod.run(|| TcpStream::connect_timeout(&address.parse().unwrap(), patience)).expect_err(case);
+            pod.run(|| TcpStream::connect_timeout(&address.parse().unwrap(), timeout_limit)).expect_err(case);
             let told: Vec<_> = events::told(&mut events)
                 .into_iter()
                 .map(|(kind, event)| (kind, event.cgroup_id, event.pod_cgroup_id, event.address, event.tgid))

@@ -7,7 +7,7 @@ use std::{
     thread,
 };
 
-use agent::maps::{self, Error, Format};
+use agent::mapdump::{self, Error, Format};
 use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, map, program};
 use aya::{
     Ebpf, EbpfLoader,
@@ -120,8 +120,8 @@ impl Bpffs {
     fn podgate(&self, format: Format, command: &str, name: &str) -> Answer {
         let mut out = Vec::new();
         let result = match command {
-            "show" => maps::show(self.path(), name, format, &mut out),
-            _ => maps::dump(self.path(), name, format, &mut out),
+            "show" => mapdump::show(self.path(), name, format, &mut out),
+            _ => mapdump::dump(self.path(), name, format, &mut out),
         };
         let status = result.map_or_else(|error| i32::from(error.exit_status()), |()| 0);
         Answer { stdout: String::from_utf8(out).unwrap(), status }
@@ -197,7 +197,7 @@ fn the_list_has_what_bpftool_shows_of_each_map() {
                 }
             };
             let mut ours = Vec::new();
-            maps::list(bpffs.path(), format, &mut ours).unwrap();
+            mapdump::list(bpffs.path(), format, &mut ours).unwrap();
             assert_eq!(String::from_utf8(ours).unwrap(), theirs, "{format:?}");
         }
     });
@@ -259,12 +259,12 @@ fn tickets_without_types_are_secret_as_a_whole() {
 fn what_is_not_there_is_said_with_what_is() {
     Bpffs::run(|bpffs| {
         let nowhere = bpffs.path().join("nowhere");
-        let error = maps::list(&nowhere, Format::Plain, Vec::new()).unwrap_err();
+        let error = mapdump::list(&nowhere, Format::Plain, Vec::new()).unwrap_err();
         assert!(error.to_string().contains("nowhere/podgate/v1/maps: podgate has not run"), "{error}");
 
         bpffs.pin_all();
         for name in ["tickets", "../maps/TICKETS", ".", ""] {
-            let error = maps::dump(bpffs.path(), name, Format::Plain, Vec::new()).unwrap_err();
+            let error = mapdump::dump(bpffs.path(), name, Format::Plain, Vec::new()).unwrap_err();
             let text = error.to_string();
             assert!(text.contains("ORIGINS, POD_TICKETS, POLICIES") && error.exit_status() == 1, "{text}");
         }
@@ -278,7 +278,7 @@ fn a_pinned_program_is_no_map() {
         let program: &mut SockOps = ebpf.program_mut(program::ACTIVE).unwrap().try_into().unwrap();
         program.load().unwrap();
         program.pin(bpffs.pins.join("program")).unwrap();
-        let error = maps::show(bpffs.path(), "program", Format::Plain, Vec::new()).unwrap_err();
+        let error = mapdump::show(bpffs.path(), "program", Format::Plain, Vec::new()).unwrap_err();
         assert!(matches!(error, Error::Open { .. }) && error.to_string().contains("no map"), "{error}");
     });
 }

@@ -16,8 +16,8 @@ use std::{
 
 use agent::{
     accept::listen,
+    identity::netns,
     intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey, pinned, unpin},
-    netns,
 };
 use agent_common::{
     abi::{TICKET_LIFE, map},
@@ -40,10 +40,10 @@ use rustix::time::{ClockId, clock_gettime};
 pub(crate) const AGENT_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 175, 1);
 /// The same for IPv6: a unique local address.
 pub(crate) const AGENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd17, 0x5175, 0, 0, 0, 0, 0, 1);
-/// A neighbour that takes every segment and answers none: routed to `lo`, but nobody's address.
+/// A neighbor that takes every segment and answers none: routed to `lo`, but nobody's address.
 pub(crate) const NOBODY: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 9);
 /// How long anything on `lo` may take before it counts as lost.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 /// The network namespace that this thread is in.
 const OWN_NETWORK: &str = "/proc/thread-self/ns/net";
 /// `lo` is the first link of every namespace.
@@ -370,7 +370,7 @@ impl RealService {
 
 /// What `happens` gives, within a moment.
 pub(crate) fn soon<T>(mut happens: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         if let Some(result) = happens() {
             return result;
@@ -424,7 +424,7 @@ pub(crate) fn outside<T>(work: impl FnOnce() -> T) -> T {
 
 /// Dials from wherever the test process is: within [`Cgroup::run`] or [`outside`].
 pub(crate) fn dial(address: &str) -> io::Result<TcpStream> {
-    TcpStream::connect_timeout(&address.parse().unwrap(), PATIENCE)
+    TcpStream::connect_timeout(&address.parse().unwrap(), TIMEOUT)
 }
 
 /// Brings up the namespace's `lo` with everybody's addresses.

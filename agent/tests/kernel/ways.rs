@@ -228,7 +228,7 @@ fn a_socket_from_a_process_of_another_pod_dials_as_the_process_that_has_it_now()
 }
 
 /// Makes a socket, gives it to the other side, and waits for the other side to be done. Nothing is allocated: after a
-/// fork of one thread out of many, another may have held the allocator for ever.
+/// fork of one thread out of many, another may have held the allocator forever.
 fn give_socket(there: &OwnedFd, address: &str) -> rustix::io::Result<()> {
     let family = if address.starts_with('[') { AddressFamily::INET6 } else { AddressFamily::INET };
     let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use agent::{
-    credentials::{Credentials, Role, engine::HandedOver},
+    credentials::{Credentials, Role, cache::Transferred},
     identity::{Pod, PodUid, Pods, ServiceAccountRef},
     testing,
 };
@@ -33,7 +33,7 @@ fn kept(node: &Node, pod: &TestPod, minutes_left: i64) -> String {
         role: Role { account_id: "123456789012".into(), partition: "aws".into(), name: "web-role".into() },
     };
     let kept = credentials.access_key_id.clone();
-    node.engine.hold(vec![HandedOver {
+    node.engine.hold(vec![Transferred {
         pod: pod.uid,
         service_account,
         credentials: Arc::new(credentials),
@@ -59,8 +59,8 @@ async fn content(minutes_left: i64) -> Vec<&'static str> {
     for (caller, address) in [("pod", POD_IDENTITY), ("ecs", ECS), ("imds", IMDS), ("token", "")] {
         let before = node.engine_metrics.below_floor.get();
         match caller {
-            "token" => node.dial_anonymously(),
-            _ => node.dial_as(&pod, address),
+            "token" => node.connect_anonymously(),
+            _ => node.connect_as(&pod, address),
         }
         let answer = match address {
             IMDS => imds_credentials(&node).await,

@@ -12,9 +12,9 @@ use agent::identity::PodUid;
 use super::{ECS, IMDS, ImdsMode, Node, POD_IDENTITY, ROLES, TOKEN, TTL, injected, web};
 
 /// A connection that is kept.
-struct Kept(TcpStream);
+struct PodState(TcpStream);
 
-impl Kept {
+impl PodState {
     fn open(node: &Node) -> Self {
         let stream = TcpStream::connect(node.address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -57,8 +57,8 @@ async fn a_connection_of_a_pod_that_is_gone_is_nobody_s_by_whatever_word_and_a_n
         (&pod, IMDS, "PUT", TOKEN, TTL),
         (&with_token, POD_IDENTITY, "GET", "/v1/credentials", by_token),
     ] {
-        node.dial_as(pod, address);
-        let connection = Kept::open(&node);
+        node.connect_as(pod, address);
+        let connection = PodState::open(&node);
         let answer = connection.ask(method, address, path, header).await.unwrap();
         assert!(answer.starts_with("http/1.1 200"), "{answer}");
 
@@ -68,7 +68,7 @@ async fn a_connection_of_a_pod_that_is_gone_is_nobody_s_by_whatever_word_and_a_n
         assert!(answer.contains("connection: close"), "{answer}");
         assert!(connection.ask(method, address, path, header).await.is_none(), "it is closed");
 
-        let again = Kept::open(&node).ask(method, address, path, header).await.unwrap();
+        let again = PodState::open(&node).ask(method, address, path, header).await.unwrap();
         assert!(again.starts_with("http/1.1 200"), "its containers were started anew: {again}");
     }
 }
@@ -80,11 +80,11 @@ async fn a_pod_whose_cgroup_is_gone_gets_nothing_though_the_api_server_shows_it(
     let uid = PodUid::parse(&pod.uid).unwrap();
     let token = pod.token(&node);
     let ask_all = async || {
-        node.dial_anonymously();
+        node.connect_anonymously();
         let by_token = node.get("/v1/credentials", &[("Authorization", &token)]).await;
-        node.dial_as(&pod, POD_IDENTITY);
+        node.connect_as(&pod, POD_IDENTITY);
         let by_both = node.get("/v1/credentials", &[("Authorization", &token)]).await;
-        node.dial_as(&pod, IMDS);
+        node.connect_as(&pod, IMDS);
         let session = node.request("PUT", TOKEN, &[TTL]).await.body;
         let by_kernel = node.get(ROLES, &[("X-aws-ec2-metadata-token", &session)]).await;
         [by_token, by_both, by_kernel]
@@ -95,6 +95,6 @@ async fn a_pod_whose_cgroup_is_gone_gets_nothing_though_the_api_server_shows_it(
         assert!(answer.status == 500 && answer.body.contains("the pod is gone"), "{answer:?}");
     }
     assert_eq!(node.eks_auth.calls(), 1);
-    node.engine.has_cgroup(uid);
+    node.engine.on_cgroup_created(uid);
     assert!(ask_all().await.iter().all(|answer| answer.status == 200));
 }

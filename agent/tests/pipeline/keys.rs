@@ -9,7 +9,7 @@ async fn tokens_of_the_cluster_s_new_key_are_verified_here_once_it_is_known_and_
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
     let old = pod.token(&node);
-    node.dial_anonymously();
+    node.connect_anonymously();
     let get = async |token: &str| node.get("/v1/credentials", &[("Authorization", token)]).await;
     assert_eq!(node.role_of(&get(&old).await), "web-role for web-0");
     node.cluster.rotate_signing_key();
@@ -31,14 +31,14 @@ async fn a_kubelet_s_token_that_eks_auth_refuses_is_replaced_by_the_api_server_s
     let node = Node::start(ImdsMode::Intercept).await;
     let first = injected(&node);
     first.kubelet_writes(&node, &first.token(&node));
-    node.dial_as(&first, IMDS);
+    node.connect_as(&first, IMDS);
     assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-0");
     // The agent has the keys now; the next token is of one of them that the cluster takes back.
     let second = node.pod("web-1", "web", |spec| spec.token_volume = true);
     second.kubelet_writes(&node, &second.token(&node));
     node.cluster.rotate_signing_key();
     node.cluster.retire_old_keys();
-    node.dial_as(&second, IMDS);
+    node.connect_as(&second, IMDS);
     assert_eq!(node.role_of(&imds_credentials(&node).await), "web-role for web-1");
     let refusals = node.eks_auth.refusals();
     assert!(refusals.len() == 1 && refusals[0].contains("InvalidTokenException"), "{refusals:?}");

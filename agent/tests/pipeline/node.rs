@@ -14,14 +14,15 @@ use agent::{
     accept, app,
     config::{Config, KubeIdentity, LogFormat, TargetMode, WhenDown},
     credentials::{
-        eks_auth, engine::Engine, kube_identity::Clients, metrics::EngineMetrics, source::NodeSource,
+        aws::eks_auth, cache::CredentialCache, kube_identity::Clients, metrics::CacheMetrics,
+        source::NodeSource,
     },
     dialect::imds_token::ImdsTokens,
     drain::{Drain, drain},
     identity::{CallerResolver, PodUid, Pods, ServiceAccountRef, network::Networks},
-    instance::Instance,
+    instance_metadata::Instance,
     intercept::OriginLookup,
-    policies::Policies,
+    policy::lookup::Policies,
     policy::{Defaults, ImdsMode},
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
     testing::{FakeCgroups, FakeOrigins},
@@ -58,9 +59,9 @@ pub(crate) struct Node {
     pub(crate) cluster: Cluster,
     pub(crate) eks_auth: EksAuth,
     pub(crate) faults: Faults,
-    pub(crate) engine: Arc<Engine<NodeSource>>,
+    pub(crate) engine: Arc<CredentialCache<NodeSource>>,
     pub(crate) connections: ConnectionLimit,
-    pub(crate) engine_metrics: EngineMetrics,
+    pub(crate) engine_metrics: CacheMetrics,
     pub(crate) kubelet: tempfile::TempDir,
     _kube_api: KubeApi,
     registry: Registry,
@@ -124,7 +125,7 @@ impl Node {
         let (_, instance) = watch::channel(Instance::default());
         let mut registry = Registry::default();
         let client = eks_auth::EksAuth::new(&aws, CLUSTER, NODE, instance.clone());
-        let engine_metrics = EngineMetrics::default();
+        let engine_metrics = CacheMetrics::default();
         let engine = app::engine(&config, &kube, client, engine_metrics.clone());
         let connections = ConnectionLimit::default();
         let server = Server {
@@ -179,24 +180,24 @@ impl Node {
     }
 
     /// From now on connections are dialled to `address` by a process in this cgroup, which has this path.
-    pub(crate) fn dial_from_cgroup(&self, path: &str, address: &str) {
+    pub(crate) fn connect_from_cgroup(&self, path: &str, address: &str) {
         self.cgroups.set(7, path);
         self.origins.set(Some(origin(7, address)));
     }
 
     /// From now on connections are this pod's, which dialled `address`.
-    pub(crate) fn dial_as(&self, pod: &TestPod, address: &str) {
+    pub(crate) fn connect_as(&self, pod: &TestPod, address: &str) {
         self.origins.set(Some(origin(pod.cgroup_id, address)));
     }
 
     /// From now on connections are dialled from this pod's cgroup, through a socket in another pod's network.
-    pub(crate) fn dial_through_another_network(&self, pod: &TestPod, address: &str) {
+    pub(crate) fn connect_through_another_network(&self, pod: &TestPod, address: &str) {
         let origin = origin(pod.cgroup_id, address);
         self.origins.set(Some(Origin { netns_cookie: POD_NETWORK + 1, ..origin }));
     }
 
     /// From now on nobody vouches for connections.
-    pub(crate) fn dial_anonymously(&self) {
+    pub(crate) fn connect_anonymously(&self) {
         self.origins.set(None);
     }
 
@@ -251,7 +252,7 @@ impl Node {
         }
     }
 
-    /// Whose role the credentials in an answer are, by EKS Auth's own record.
+    /// LimitKey role the credentials in an answer are, by EKS Auth's own record.
     pub(crate) fn role_of(&self, answer: &Answer) -> String {
         let key = answer.json()["AccessKeyId"].as_str().unwrap_or_default().to_owned();
         let issued =
@@ -344,7 +345,7 @@ fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
         target: TargetMode::PodIdentity,
         target_v4: None,
         target_v6: None,
-        stock_agent: None,
+        eks_agent: None,
         token_delegates: vec![ServiceAccountRef { namespace: "app".into(), name: "csi".into() }],
         when_down: WhenDown::Deny,
         prefetch: true,
@@ -391,7 +392,7 @@ fn origin(cgroup_id: u64, address: &str) -> Origin {
         pod_cgroup_id: 0,
         netns_cookie: POD_NETWORK,
         ticket: 1,
-        dialled_at_ns: 1,
+        started_at_ns: 1,
         orig_dst: Endpoint::new(ip, 80),
         target: Endpoint::new(POD_IDENTITY_V4.into(), 80),
         state: STATE_SENT,

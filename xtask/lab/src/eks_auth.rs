@@ -41,7 +41,7 @@ pub struct EksAuthConfig {
     pub region: String,
     /// Account of cluster and roles, twelve digits.
     pub account: String,
-    /// Whose signature is accepted.
+    /// LimitKey signature is accepted.
     pub node: NodeCredentials,
     /// How long what it issues is good for.
     pub session: Duration,

@@ -26,7 +26,7 @@ use crate::{cgroup, netns::NetNs};
 pub const SUBCOMMAND: &str = "lab-enter";
 
 /// The name of xtask's hidden subcommand that calls [`pause`].
-pub const PAUSE: &str = "lab-pause";
+pub const PAUSE_SUBCOMMAND: &str = "lab-pause";
 
 /// The running executable, even after a build has put another one in its place.
 pub const OWN_EXECUTABLE: &str = "/proc/self/exe";

@@ -47,7 +47,7 @@ pub(crate) struct Request {
 
 /// A service behind the plumbing.
 pub(crate) trait Handler: Send + Sync + 'static {
-    /// Whose faults apply.
+    /// LimitKey faults apply.
     const SERVICE: Service;
 
     /// Sees every request, before any fault.
@@ -197,7 +197,7 @@ async fn accept<H: Handler>(listener: TcpListener, connection: Arc<Connection<H>
     }
 }
 
-/// A response with a body at hand.
+/// A response with a body cached.
 pub(crate) fn response(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response {
     let body = Full::new(body.into()).map_err(|never: Infallible| match never {}).boxed_unsync();
     let mut response = Response::new(body);
@@ -206,7 +206,7 @@ pub(crate) fn response(status: StatusCode, content_type: &'static str, body: imp
     response
 }
 
-/// A JSON response with a body at hand.
+/// A JSON response with a body cached.
 pub(crate) fn json(status: StatusCode, value: &serde_json::Value) -> Response {
     response(status, "application/json", value.to_string())
 }

@@ -22,16 +22,16 @@ use crate::{
     agent::{self, AgentProcess, AgentSpec},
     cgroup::{self, CgroupDriver},
     cluster::Cluster,
+    eks_agent::{self, EksAgent},
     eks_auth::{EksAuth, EksAuthConfig, NodeCredentials},
     enter::{self, Entry, RunDirectory},
     faults::Faults,
     imds::{Imds, ImdsConfig},
     kube_api::{KubeApi, KubeUser},
-    netns::{NetNs, Routing, make_stock_link},
+    netns::{NetNs, Routing, make_eks_agent_netdev},
     node::Node,
     pod::{EnvKind, Pod, PodSpec, base_environment, container_id},
     state::{self, Claim},
-    stock_agent::{self, StockAgent},
 };
 
 /// The cluster's name at EKS.
@@ -307,11 +307,11 @@ impl Lab {
         self.command(&entry, &argv(binary, arguments.iter().map(AsRef::as_ref)))
     }
 
-    /// Starts the stand-in for AWS's own agent in its pod, as that pod's containers do one after the other, and waits until
+    /// Starts the stand-in for the EKS Pod Identity Agent in its pod, as that pod's containers do one after the other, and waits until
     /// it serves. Where it cannot, for a route or a listener that is in its way, this is the error.
-    pub async fn start_stock_agent(&self, pod: &Pod) -> anyhow::Result<StockAgent> {
-        make_stock_link(&self.node.netns)?;
-        StockAgent::start(self.exec(pod, EnvKind::None, &stock_agent::command())?).await
+    pub async fn start_eks_agent(&self, pod: &Pod) -> anyhow::Result<EksAgent> {
+        make_eks_agent_netdev(&self.node.netns)?;
+        EksAgent::start(self.exec(pod, EnvKind::None, &eks_agent::command())?).await
     }
 
     fn agent_command(&self, spec: &AgentSpec, container: &Path) -> anyhow::Result<Command> {

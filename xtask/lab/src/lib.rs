@@ -5,6 +5,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod cluster;
 mod crypto;
+pub mod eks_agent;
 pub mod eks_auth;
 pub mod enter;
 pub mod faults;
@@ -19,11 +20,10 @@ pub mod node;
 pub mod pod;
 pub mod process;
 pub mod state;
-pub mod stock_agent;
 
 pub use self::{
     agent::{AgentProcess, AgentSpec},
+    eks_agent::EksAgent,
     lab::{Lab, LabSpec},
     pod::{EnvKind, Pod, PodSpec},
-    stock_agent::StockAgent,
 };

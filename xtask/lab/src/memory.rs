@@ -13,7 +13,7 @@ use crate::cgroup;
 
 const CONTROLLER: &str = "memory";
 
-/// A limit in force.
+/// A limit effective.
 #[derive(Debug)]
 pub struct MemoryLimit {
     directory: PathBuf,

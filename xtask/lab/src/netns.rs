@@ -3,8 +3,8 @@
 //! Owns a handle that keeps a namespace alive and lets a short-lived thread work inside it. The namespace of the
 //! caller never changes.
 
+mod eks_agent_netdev;
 mod routing;
-mod stock_link;
 mod tamper;
 mod wiring;
 
@@ -22,13 +22,13 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 
+pub(crate) use self::{
+    eks_agent_netdev::make_eks_agent_netdev,
+    wiring::{wire_node, wire_pod},
+};
 pub use self::{
     routing::Routing,
     wiring::{NodeAddresses, PodAddresses, node_addresses},
-};
-pub(crate) use self::{
-    stock_link::make_stock_link,
-    wiring::{wire_node, wire_pod},
 };
 
 /// Connections that wait to be accepted: as many as the system lets.

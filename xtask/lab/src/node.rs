@@ -172,7 +172,7 @@ fn keep(helper: &Path, netns: &NetNs, cgroup: &Path) -> anyhow::Result<Child> {
     cgroup::create(cgroup)?;
     let child = netns.run(|| {
         Command::new(helper)
-            .arg(enter::PAUSE)
+            .arg(enter::PAUSE_SUBCOMMAND)
             .env_clear()
             .envs(base_environment())
             .current_dir("/")

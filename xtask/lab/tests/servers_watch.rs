@@ -24,7 +24,7 @@ use lab::{
 };
 use serde_json::json;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 struct Fixture {
     api: KubeApi,
@@ -76,7 +76,7 @@ async fn until(
     wanted: &str,
 ) -> Vec<String> {
     let mut seen = Vec::new();
-    let found = tokio::time::timeout(PATIENCE, async {
+    let found = tokio::time::timeout(TIMEOUT, async {
         while let Some(event) = events.next().await {
             let text = match event {
                 Ok(Event::Init) => "init".to_owned(),

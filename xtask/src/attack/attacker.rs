@@ -30,7 +30,7 @@ pub(crate) const SUBCOMMAND: &str = "attacker";
 /// What an attacker that stays says when it may be told to go on.
 pub(super) const READY: &str = "ready";
 /// How long an answer may take: longer than the agent may.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long to listen for a handshake: the process that begins it may take a while to start.
 const SNIFFING: Duration = Duration::from_secs(10);
@@ -133,7 +133,7 @@ impl From<SocketAddr> for Dial {
 impl Dial {
     fn connect(&self) -> io::Result<TcpStream> {
         if self.from_port.is_none() && self.cgroup.is_none() {
-            return TcpStream::connect_timeout(&self.to, PATIENCE);
+            return TcpStream::connect_timeout(&self.to, TIMEOUT);
         }
         let socket = socket::tcp(self.to)?;
         if let Some(cgroup) = &self.cgroup {
@@ -196,7 +196,7 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
         Act::Imds { to, headers } => Got::of(imds(*to, headers)),
         Act::ImdsForEver { to } => imds_for_ever(*to)?,
         Act::AskLater { to, request } => {
-            let stream = TcpStream::connect_timeout(to, PATIENCE)?;
+            let stream = TcpStream::connect_timeout(to, TIMEOUT)?;
             stay()?;
             Got::of(exchange(stream, request))
         }
@@ -243,7 +243,7 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
 
 /// Sends a request and reads the answer.
 fn exchange(mut stream: TcpStream, request: &str) -> io::Result<String> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     match stream.read_to_end(&mut answer) {
@@ -258,7 +258,7 @@ fn exchange(mut stream: TcpStream, request: &str) -> io::Result<String> {
 fn imds(to: SocketAddr, headers: &str) -> io::Result<String> {
     let ask = |method: &str, path: &str, header: &str| {
         let request = super::request(method, to.ip(), path, &format!("{header}{headers}"));
-        TcpStream::connect_timeout(&to, PATIENCE).and_then(|stream| exchange(stream, &request))
+        TcpStream::connect_timeout(&to, TIMEOUT).and_then(|stream| exchange(stream, &request))
     };
     let token = ask("PUT", "/latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n")?;
     let Some(session) = body_of_success(&token) else { return Ok(token) };

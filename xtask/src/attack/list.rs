@@ -1,6 +1,6 @@
 //! Every attack.
 
-use agent_common::defence::Defence;
+use agent_common::defense::Defense;
 
 use super::{Attack, credentials, lifetime, network, packets, pods, requests, sockets};
 
@@ -9,7 +9,7 @@ macro_rules! attacks {
         &[$(Attack {
             name: $name,
             tried: $tried,
-            without: &[$(Defence::$without),+],
+            without: &[$(Defense::$without),+],
             is_early: attacks!(@early $($early)?),
             run: |scene| Box::pin($run(scene)),
         }),+]
@@ -44,7 +44,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "syn-flood", "thousands of handshakes begun by hand, so that the node answers with SYN cookies",
         [TicketInAck], packets::syn_flood, early;
     "half-open-dials", "50,000 dials that never end, to use up the room for tickets",
-        [TicketLimit], packets::half_open_dials;
+        [TicketLimit], packets::half_open_connects;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::held_connections;
     "held-probes", "520 connections to the port for probes and metrics of an agent that may have 512 files open",
@@ -62,7 +62,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "v4-mapped-to-imds", "IMDSv2 at ::ffff:169.254.169.254",
         [Ipv6, Guard], network::mapped;
     "socket-passed-on", "a socket that another pod has dialled is passed on and dialled again",
-        [OriginOfEveryDial], pods::passed_socket;
+        [OriginOfEveryConnect], pods::passed_socket;
     "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
         [Guard], pods::earlier_socket, early;
     "lookalike-cgroup", "a cgroup named like another pod's outside kubepods, and a pod's socket",
@@ -71,8 +71,8 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [OutermostPod, OwnNetwork], pods::nested_cgroup;
     "static-pod-s-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
         [StaticPods, OwnNetwork], pods::static_pod;
-    "claimed-owner", "a tenant's pod that says to be of AWS's own agent, which is left alone",
-        [StockAgentNamespace], pods::claimed_owner;
+    "claimed-owner", "a tenant's pod that says to be of the EKS Pod Identity Agent, which is left alone",
+        [EksAgentNamespace], pods::claimed_owner;
     "pod-not-known-yet", "IMDSv2 from a pod that the API server does not show yet",
         [UnknownPods], pods::unknown_pod;
     "loosening-annotation", "a tenant's pod with podgate.dev/imds: off",
@@ -82,18 +82,18 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "stolen-token", "another pod's token, sent by a pod",
         [TokenOfCaller], credentials::stolen_token;
     "stolen-token-at-own-pair", "the same at podgate's own pair of addresses, where no dial is sent",
-        [DialledAddresses], credentials::stolen_token_at_own_pair;
+        [ConnectedAddresses], credentials::stolen_token_at_own_pair;
     "stolen-token-by-sidecar", "the same by way of a mesh's sidecar, which dials again",
         [TokenOfCaller], credentials::stolen_token_by_sidecar;
     "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
-        [BindGuard, OwnListeners], credentials::joined_listener;
+        [AddressReservation, OwnListeners], credentials::joined_listener;
     "wildcard-listener", "the same at every address, also after the agent is killed with -9",
         [OwnListeners], credentials::wildcard_listener;
     "command-socket", "a root pod to which the node's files are shown asks the socket for podgate's commands",
         [OwnCommands], sockets::commands;
-    "hand-over-socket", "the same pod asks the agent for its credentials as the next agent does",
+    "handover-socket", "the same pod asks the agent for its credentials as the next agent does",
         [HandoverProof], sockets::asked_handover;
-    "fake-hand-over-socket", "the same pod puts its own socket there, and offers the next agent credentials for another pod",
+    "fake-handover-socket", "the same pod puts its own socket there, and offers the next agent credentials for another pod",
         [HandoverProof], sockets::offered_handover;
     "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
         [RefusalWhenDown, Guard], lifetime::killed;

@@ -90,7 +90,7 @@ pub(super) async fn syn_flood(scene: &Scene) -> anyhow::Result<Outcome> {
     Ok(outcome?.after(&said))
 }
 
-pub(super) async fn half_open_dials(scene: &Scene) -> anyhow::Result<Outcome> {
+pub(super) async fn half_open_connects(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     scene.lab.netns(&attacker)?.mute()?;
     let act = Act::BeginDials { to: vec![POD_IDENTITY, http(POD_IDENTITY_V6.into())], count: 12_500 };

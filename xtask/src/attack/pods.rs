@@ -6,8 +6,8 @@ use std::{path::PathBuf, time::Duration};
 use lab::{
     Pod, PodSpec,
     cgroup::{self, Qos},
+    eks_agent::DAEMON_SET,
     lab::NODE_ROLE,
-    stock_agent::DAEMON_SET,
 };
 use tokio::time::sleep;
 

@@ -1,8 +1,8 @@
-//! One attack's row: what was tried, what came of it with podgate's defences and without, and the verdict.
+//! One attack's row: what was tried, what came of it with podgate's defenses and without, and the verdict.
 //!
 //! Owns the verdict; never runs anything.
 
-use agent_common::defence::Defence;
+use agent_common::defense::Defense;
 use comfy_table::Cell;
 use serde::{Deserialize, Serialize};
 
@@ -30,7 +30,7 @@ pub(super) struct Row {
 impl Row {
     pub(super) fn new(
         (attack, tried): (&str, &str),
-        without: &[Defence],
+        without: &[Defense],
         defended: anyhow::Result<Outcome>,
         control: anyhow::Result<Outcome>,
         seconds: f64,
@@ -45,7 +45,7 @@ impl Row {
             attack: attack.to_owned(),
             tried: tried.to_owned(),
             got: say(defended),
-            without: without.iter().map(|defence| defence.label().to_owned()).collect(),
+            without: without.iter().map(|defense| defense.label().to_owned()).collect(),
             control: say(control),
             is_withstood,
             verdict,
@@ -95,7 +95,7 @@ pub(super) fn print(rows: &[Row]) {
     if failed == 0 {
         println!(
             "{}",
-            report::success(format!("all {} attacks fail, and work without the defence", rows.len()))
+            report::success(format!("all {} attacks fail, and work without the defense", rows.len()))
         );
     } else {
         println!("{}", report::failure(format!("{failed} of {} rows are not as they should be", rows.len())));

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use agent_common::{abi::ABI_VERSION, defence::Defence};
+use agent_common::{abi::ABI_VERSION, defense::Defense};
 use anyhow::{Context as _, bail};
 use lab::{
     AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter,
@@ -29,17 +29,17 @@ use super::{
     get,
 };
 
-/// The environment of `podgate-undefended` that switches defences off.
+/// The environment of `podgate-undefended` that switches defenses off.
 const WITHOUT: &str = "PODGATE_WITHOUT";
 /// The one that says of which ABI it is to be.
 const ABI: &str = "PODGATE_ABI";
 /// Pods are kept from the node's role.
 const FLAGS: [&str; 2] = ["--imds", "intercept"];
 /// Longer than any attacker takes.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 /// How long it may take until a pod is served for the first time, on an emulated machine too.
 const SET_UP: Duration = Duration::from_secs(30);
-const PAUSE: Duration = Duration::from_millis(50);
+const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// An SDK waits no longer.
 const SDK_MILLISECONDS: u64 = 1_000;
 
@@ -103,12 +103,12 @@ impl Outcome {
 // === impl Scene ===
 
 impl Scene {
-    /// A node without an agent yet, which will be without these defences.
-    pub(super) fn up(builds: &Builds, without: &[Defence]) -> anyhow::Result<Self> {
+    /// A node without an agent yet, which will be without these defenses.
+    pub(super) fn up(builds: &Builds, without: &[Defense]) -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("attack-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
         let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
-        let labels: Vec<_> = without.iter().map(|defence| defence.label()).collect();
+        let labels: Vec<_> = without.iter().map(|defense| defense.label()).collect();
         let mut other_abi = AgentSpec::new(&builds.undefended, &FLAGS);
         other_abi.env.insert(WITHOUT.to_owned(), labels.join(","));
         let mut spec = other_abi.clone();
@@ -228,7 +228,7 @@ impl Scene {
         Running::spawn(command?)
     }
 
-    /// Whose the access keys are that an attacker holds, if it holds some: the worst of it. `own` is the pod whose keys it
+    /// LimitKey the access keys are that an attacker holds, if it holds some: the worst of it. `own` is the pod whose keys it
     /// may.
     pub(super) fn loot(&self, got: &Got, own: Option<&Pod>) -> Outcome {
         let whose = got.access_keys().into_iter().map(|key| self.whose(key, own));
@@ -258,7 +258,7 @@ impl Scene {
             if Instant::now() > deadline {
                 bail!("{} is not served: {why}", pod.full_name());
             }
-            sleep(PAUSE).await;
+            sleep(RETRY_DELAY).await;
         }
         Ok(())
     }
@@ -311,7 +311,7 @@ impl Running {
     }
 
     async fn line(&mut self) -> anyhow::Result<String> {
-        let line = timeout(PATIENCE, self.lines.next_line()).await.context("an attacker hangs")??;
+        let line = timeout(TIMEOUT, self.lines.next_line()).await.context("an attacker hangs")??;
         let Some(line) = line else {
             let stderr = self.child.stderr.take().context("BUG: the attacker's errors are not a pipe")?;
             let mut errors = BufReader::new(stderr).lines();

@@ -58,7 +58,7 @@ pub(super) async fn measure(agent: &Path, helper: &Path) -> anyhow::Result<()> {
     // Both pairs are the same here: what comes out is how good the comparison is.
     let title = "without podgate";
     print_compared(title, &pairs.compare(title).await?, None);
-    for (title, guard) in [("podgate, --guard off", "off"), ("podgate with its guard", "auto")] {
+    for (title, guard) in [("podgate, --egress-filter off", "off"), ("podgate with its guard", "auto")] {
         let agent = bench.start_agent(guard).await?;
         bench.programs(title, &agent).await?;
         print_compared(title, &pairs.compare(title).await?, Some(GOAL_RATIO));
@@ -115,7 +115,9 @@ impl Bench<'_> {
     }
 
     async fn start_agent(&self, guard: &str) -> anyhow::Result<AgentProcess> {
-        self.lab.start_agent(&AgentSpec::new(self.agent, &["--imds", "intercept", "--guard", guard])).await
+        self.lab
+            .start_agent(&AgentSpec::new(self.agent, &["--imds", "intercept", "--egress-filter", guard]))
+            .await
     }
 
     /// Connections that end at the agent, each with one request for credentials that the agent has already.

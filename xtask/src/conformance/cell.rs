@@ -53,7 +53,7 @@ pub(super) enum Verdict {
     NotRun,
 }
 
-/// Whose the access key is that a client shows.
+/// LimitKey the access key is that a client shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
     /// The pod's.

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 /// Longer than any client here may take, started on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// What a client prints: credentials or an error.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -62,9 +62,9 @@ impl Running {
 
     /// What it prints next.
     pub(super) async fn answer(&mut self) -> anyhow::Result<Answer> {
-        let line = timeout(PATIENCE, self.line())
+        let line = timeout(TIMEOUT, self.line())
             .await
-            .with_context(|| format!("the client still hangs after {PATIENCE:?}"))??;
+            .with_context(|| format!("the client still hangs after {TIMEOUT:?}"))??;
         serde_json::from_str(&line).with_context(|| format!("the client printed {line:?}"))
     }
 

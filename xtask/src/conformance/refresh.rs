@@ -25,7 +25,7 @@ use super::{
 const LIFE: Duration = Duration::from_secs(100);
 /// Past the end of the first ones.
 const WATCHED: Duration = Duration::from_secs(115);
-const PAUSE: Duration = Duration::from_secs(1);
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 const COLUMN: Column = Column::Refresh;
 
 /// A node on which credentials do not live long.
@@ -64,7 +64,7 @@ async fn keep_asking(scene: &Scene<'_>, subject: &Subject) -> anyhow::Result<Ans
             ensure!(keys.len() > 1, "BUG: nothing that lives {LIFE:?} is good for {WATCHED:?}");
             break;
         }
-        sleep(PAUSE).await;
+        sleep(RETRY_DELAY).await;
         answer = client.again().await?;
     }
     Ok(answer)

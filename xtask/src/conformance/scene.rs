@@ -140,7 +140,7 @@ impl<'a> Scene<'a> {
         self.pods.get(&(subject.client.name, column.pod())).context("BUG: this node has no such pod")
     }
 
-    /// Whose an access key is, if there is one.
+    /// LimitKey an access key is, if there is one.
     pub(super) fn owner(&self, pod: &Pod, access_key_id: Option<&str>) -> Option<Owner> {
         let key = access_key_id?;
         Some(match self.lab.eks_auth.issued(key) {

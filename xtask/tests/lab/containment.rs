@@ -9,7 +9,7 @@ use tokio::time::sleep;
 
 use crate::{
     node::{IMDS, Node, ROLES},
-    policy::in_force,
+    policy::effective,
 };
 
 /// Makes an address of a documentation range another name of IMDS, in the network that it is loaded in.
@@ -20,9 +20,9 @@ add rule ip way_round output ip daddr 198.51.100.1 dnat to 169.254.169.254";
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_translates_addresses_itself_reaches_imds_only_without_the_guard() -> anyhow::Result<()> {
     for (guard, status) in [("auto", 0), ("off", 200)] {
-        let node = Node::with_flags(&["--imds", "intercept", "--guard", guard]).await?;
+        let node = Node::with_flags(&["--imds", "intercept", "--egress-filter", guard]).await?;
         let pod = node.pod("translator")?;
-        in_force(&node, &pod, "Intercept", "Default").await?;
+        effective(&node, &pod, "Intercept", "Default").await?;
         let rules = node.lab.exec(&pod, EnvKind::None, &["nft", TRANSLATE])?.status().await?;
         assert!(rules.success(), "nft: {rules}");
         let reads = node.lab.imds.requests().len();
@@ -33,10 +33,10 @@ async fn a_pod_that_translates_addresses_itself_reaches_imds_only_without_the_gu
         let reached = node.lab.imds.requests().len() > reads;
         assert_eq!((reached, answer.body == NODE_ROLE), (status == 200, status == 200), "guard {guard}");
         if guard == "auto" {
-            let line = said(&node, |line| line["what"] == "guard_dropped").await?;
+            let line = said(&node, |line| line["what"] == "egress_dropped").await?;
             assert_eq!(line["pod.name"], "shop/translator");
             assert_eq!(line["address"], "169.254.169.254:80");
-            assert!(counted(&node, "guard_dropped").await? > 0);
+            assert!(counted(&node, "egress_dropped").await? > 0);
         }
         // The pod's own dials are none of the guard's business.
         node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
@@ -55,7 +55,7 @@ async fn what_pods_in_audit_ask_for_is_in_the_log_and_in_the_metrics() -> anyhow
         ("reader", format!("{IMDS}/latest/meta-data/instance-id"), "other", "audited_other"),
     ] {
         let pod = node.pod(name)?;
-        in_force(&node, &pod, "Audit", "Default").await?;
+        effective(&node, &pod, "Audit", "Default").await?;
         let token = node.session(&pod, IMDS, &[]).await?;
         assert_eq!(counted(&node, counter).await?, 0, "{name} has asked for a token only");
         let answer = node.curl(&pod, &["-H", &token, &url]).await?;

@@ -112,7 +112,7 @@ async fn after_an_upgrade_every_pod_has_the_credentials_it_had_and_eks_auth_was_
     );
     assert_eq!(calls, 0);
     let metrics = node.lab.node.ask_agent("/metrics").await?.body;
-    assert!(metrics.contains(&format!("podgate_credentials_handed_over_total {PODS}")), "{metrics}");
+    assert!(metrics.contains(&format!("podgate_credentials_inherited_total {PODS}")), "{metrics}");
     node.down().await
 }
 

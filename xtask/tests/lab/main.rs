@@ -5,6 +5,7 @@
 mod connections;
 mod containment;
 mod death;
+mod eks_agent;
 mod faults;
 mod gone;
 mod handover;
@@ -17,6 +18,5 @@ mod policy;
 mod roles;
 mod routing;
 mod startup;
-mod stock_agent;
 mod take_back;
 mod upgrade;

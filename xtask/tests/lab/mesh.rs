@@ -56,7 +56,7 @@ async fn a_node_wide_proxy_that_dials_through_an_application_s_network_gets_neit
     roles.assert_refused(403, &[advice]);
     assert_eq!(node.lab.imds.credential_reads(), reads);
 
-    // The application's own token works on its way through the proxy, as with the stock agent.
+    // The application's own token works on its way through the proxy, as with the EKS Pod Identity Agent.
     let audience = ["pods.eks.amazonaws.com"];
     let token = node.lab.cluster.mint_pod_token(
         &application.namespace,

@@ -167,7 +167,7 @@ pub(crate) fn agent_binary() -> anyhow::Result<PathBuf> {
     Ok(path.into())
 }
 
-/// The build in which defences can be switched off; none is, and it can be of another ABI.
+/// The build in which defenses can be switched off; none is, and it can be of another ABI.
 pub(crate) fn undefended_binary() -> anyhow::Result<PathBuf> {
     let path = std::env::var_os("PODGATE_UNDEFENDED")
         .context("PODGATE_UNDEFENDED: run `cargo xtask test --tier lab`")?;

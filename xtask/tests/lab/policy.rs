@@ -42,8 +42,8 @@ async fn reached(node: &Node, pod: &Pod) -> anyhow::Result<Reached> {
     })
 }
 
-/// Waits until the agent has said that this pod's policy is in force, with this mode and for this reason.
-pub(crate) async fn in_force(node: &Node, pod: &Pod, imds: &str, reason: &str) -> anyhow::Result<()> {
+/// Waits until the agent has said that this pod's policy is effective, with this mode and for this reason.
+pub(crate) async fn effective(node: &Node, pod: &Pod, imds: &str, reason: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + SOON;
     loop {
         let said = last_policy(&node.agent.log, |line| line["pod.uid"] == pod.uid.as_str())?;
@@ -59,7 +59,7 @@ pub(crate) async fn in_force(node: &Node, pod: &Pod, imds: &str, reason: &str) -
 fn last_policy(log: &PathBuf, of_pod: impl Fn(&Value) -> bool) -> anyhow::Result<Option<Value>> {
     let text = fs::read_to_string(log)?;
     let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    Ok(lines.filter(|line| line["message"] == "a pod's policy is in force" && of_pod(line)).last())
+    Ok(lines.filter(|line| line["message"] == "a pod's policy is effective" && of_pod(line)).last())
 }
 
 /// A pod of this namespace whose service account has the role `NAME-role`.
@@ -86,7 +86,7 @@ async fn a_namespace_loosens_and_tightens_above_the_floor() -> anyhow::Result<()
     ] {
         let namespace = format!("says-{mode}");
         let pod = pod_of(&node, &spec(&namespace, "web"), &[("podgate.dev/imds", mode)])?;
-        in_force(&node, &pod, in_effect, reason).await?;
+        effective(&node, &pod, in_effect, reason).await?;
         assert_eq!(reached(&node, &pod).await?, expected, "{mode}");
     }
     let silent = node.pod("web")?;
@@ -110,7 +110,7 @@ async fn a_pod_tightens_and_loosens_only_where_its_namespace_lets_it() -> anyhow
         ),
     ] {
         let pod = pod_of(&node, &spec, namespace)?;
-        in_force(&node, &pod, in_effect, reason).await?;
+        effective(&node, &pod, in_effect, reason).await?;
         assert_eq!(reached(&node, &pod).await?, expected, "{}", pod.full_name());
     }
     node.down().await
@@ -120,10 +120,10 @@ async fn a_pod_tightens_and_loosens_only_where_its_namespace_lets_it() -> anyhow
 async fn in_audit_a_pod_that_the_webhook_has_changed_is_intercepted() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
     let injected = node.lab.add_pod(&node::spec("modern").with_token())?;
-    in_force(&node, &injected, "Intercept", "Injected").await?;
+    effective(&node, &injected, "Intercept", "Injected").await?;
     assert_eq!(reached(&node, &injected).await?, Reached::Podgate);
     let plain = node.pod("legacy")?;
-    in_force(&node, &plain, "Audit", "Default").await?;
+    effective(&node, &plain, "Audit", "Default").await?;
     assert_eq!(reached(&node, &plain).await?, Reached::RealService);
     node.down().await
 }
@@ -133,10 +133,10 @@ async fn a_pod_on_the_host_s_network_is_left_alone_unless_it_is_asked_for() -> a
     let node = Node::with_flags(&["--imds", "deny", "--imds-floor", "deny"]).await?;
     let on_host = |name| PodSpec { host_network: true, ..node::spec(name) };
     let silent = node.lab.add_pod(&on_host("cni"))?;
-    in_force(&node, &silent, "Off", "HostNetwork").await?;
+    effective(&node, &silent, "Off", "HostNetwork").await?;
     assert_eq!(reached(&node, &silent).await?, Reached::RealService);
     let asked = node.lab.add_pod(&on_host("exporter").annotation("podgate.dev/imds", "intercept"))?;
-    in_force(&node, &asked, "Intercept", "Pod").await?;
+    effective(&node, &asked, "Intercept", "Pod").await?;
     assert_eq!(reached(&node, &asked).await?, Reached::Podgate);
     node.down().await
 }
@@ -147,7 +147,7 @@ async fn an_annotation_that_cannot_be_read_makes_strict_and_is_reported() -> any
     let of_pod = node.lab.add_pod(&node::spec("typo").annotation("podgate.dev/imds", "of"))?;
     let of_namespace = pod_of(&node, &spec("vague", "web"), &[("podgate.dev/imds", "sometimes")])?;
     for pod in [&of_pod, &of_namespace] {
-        in_force(&node, pod, "Intercept", "Unreadable").await?;
+        effective(&node, pod, "Intercept", "Unreadable").await?;
         assert_eq!(reached(&node, pod).await?, Reached::Podgate, "{}", pod.full_name());
     }
     let log = node.agent.log_text()?;
@@ -184,12 +184,12 @@ async fn a_namespace_allows_imdsv1_and_calls_without_a_token() -> anyhow::Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_pod_identity_off_the_stock_agent_answers() -> anyhow::Result<()> {
+async fn with_pod_identity_off_the_eks_agent_answers() -> anyhow::Result<()> {
     let lab = node::lab()?;
     let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 170, 23)), 80);
     add_address(&lab.node.netns, address.ip())?;
-    answer_as_the_stock_agent(lab.node.netns.listen(address)?);
-    // The stock agent has its address, and podgate one of its own.
+    answer_as_the_eks_agent(lab.node.netns.listen(address)?);
+    // The EKS Pod Identity Agent has its address, and podgate one of its own.
     let agent = lab.start_agent(&node::agent(&["--imds", "intercept", "--target", "own"])?).await?;
     let node = Node { lab, agent };
 
@@ -199,19 +199,19 @@ async fn with_pod_identity_off_the_stock_agent_answers() -> anyhow::Result<()> {
     let by_pod = node.lab.add_pod(&node::spec("waits").annotation(off.0, off.1))?;
     let by_namespace = pod_of(&node, &spec("later", "web"), &[off])?;
     for pod in [&by_pod, &by_namespace] {
-        in_force(&node, pod, "Intercept", "Default").await?;
-        wait_for_stock_agent(&node, pod).await?;
+        effective(&node, pod, "Intercept", "Default").await?;
+        wait_for_eks_agent(&node, pod).await?;
         assert_eq!(reached(&node, pod).await?, Reached::Podgate, "IMDS is another matter");
     }
     // Where the namespace says `on`, a pod cannot leave.
     let held = spec("strict", "web").annotation(off.0, off.1);
     let held = pod_of(&node, &held, &[("podgate.dev/pod-identity", "on")])?;
-    in_force(&node, &held, "Intercept", "Default").await?;
+    effective(&node, &held, "Intercept", "Default").await?;
     node.assert_own_role(&held, &node.curl(&held, &[POD_IDENTITY]).await?);
     node.down().await
 }
 
-async fn wait_for_stock_agent(node: &Node, pod: &Pod) -> anyhow::Result<()> {
+async fn wait_for_eks_agent(node: &Node, pod: &Pod) -> anyhow::Result<()> {
     let deadline = Instant::now() + SOON;
     loop {
         let answer = node.curl(pod, &[POD_IDENTITY]).await?;
@@ -233,7 +233,7 @@ fn add_address(netns: &NetNs, address: IpAddr) -> anyhow::Result<()> {
     })
 }
 
-fn answer_as_the_stock_agent(listener: TcpListener) {
+fn answer_as_the_eks_agent(listener: TcpListener) {
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             // A head as short as curl's comes in one piece.
@@ -248,12 +248,12 @@ fn answer_as_the_stock_agent(listener: TcpListener) {
 async fn audit_counts_dials_and_off_does_not() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
     let audited = node.pod("counted")?;
-    in_force(&node, &audited, "Audit", "Default").await?;
+    effective(&node, &audited, "Audit", "Default").await?;
     let before = audits(&node).await?;
     assert_eq!(reached(&node, &audited).await?, Reached::RealService);
     assert_eq!(audits(&node).await?, before + 1);
     let off = pod_of(&node, &spec("quiet", "web"), &[("podgate.dev/imds", "off")])?;
-    in_force(&node, &off, "Off", "Namespace").await?;
+    effective(&node, &off, "Off", "Namespace").await?;
     assert_eq!(reached(&node, &off).await?, Reached::RealService);
     assert_eq!(audits(&node).await?, before + 1);
     node.down().await
@@ -270,7 +270,7 @@ async fn audits(node: &Node) -> anyhow::Result<u64> {
 async fn an_annotation_s_change_is_in_effect_within_a_second() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
     let pod = node.pod("steady")?;
-    in_force(&node, &pod, "Audit", "Default").await?;
+    effective(&node, &pod, "Audit", "Default").await?;
     // Dials without a pause until one is refused, and says when that was.
     let program = "import socket, time
 while True:
@@ -296,7 +296,7 @@ async fn a_policy_is_in_the_map_before_the_first_container_runs() -> anyhow::Res
     let node = Node::with_flags(&["--imds", "audit"]).await?;
     let strict = |name: &str| node::spec(name).annotation("podgate.dev/imds", "intercept");
     // While anybody is intercepted, so are those of whom nothing is known yet.
-    in_force(&node, &node.lab.add_pod(&strict("neighbour"))?, "Intercept", "Pod").await?;
+    effective(&node, &node.lab.add_pod(&strict("neighbor"))?, "Intercept", "Pod").await?;
     let mut times = Vec::new();
     for number in 0..5 {
         let name = format!("early-{number}");

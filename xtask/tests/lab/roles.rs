@@ -32,7 +32,7 @@ async fn imdsv1_is_served_only_where_it_is_allowed_and_the_refusal_says_how() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_webhook_s_environment_and_token_file_work_as_with_the_stock_agent() -> anyhow::Result<()> {
+async fn the_webhook_s_environment_and_token_file_work_as_with_the_eks_agent() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.lab.add_pod(&node::spec("payments").with_token())?;
     // What the SDKs do, in the words of a shell.

@@ -156,7 +156,7 @@ async fn a_pod_with_strict_security_groups_gets_its_own_role() -> anyhow::Result
     let before = node.pod("first")?;
     assert_served(&node, &before, &BOTH).await?;
     let after = node.pod("second")?;
-    // The security groups are in force: the node itself is not to be reached past the VPC.
+    // The security groups are effective: the node itself is not to be reached past the VPC.
     assert_eq!(node.python(&after, DIAL_THE_NODE).await?, "lost\nlost");
     assert_served(&node, &after, &BOTH).await?;
     node.down().await
@@ -257,7 +257,7 @@ async fn a_pod_with_ipv6_alone_gets_its_own_role() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_that_allows_what_the_stock_agent_needs_is_enough() -> anyhow::Result<()> {
+async fn a_policy_that_allows_what_the_eks_agent_needs_is_enough() -> anyhow::Result<()> {
     let node = routed(Routing::DefaultDenyEgress).await?;
     let pod = node.pod("confined")?;
     assert_eq!(node.python(&pod, DIAL_THE_NODE).await?, "lost\nlost");
@@ -266,7 +266,7 @@ async fn a_policy_that_allows_what_the_stock_agent_needs_is_enough() -> anyhow::
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_drops_what_comes_in_needs_no_more_than_the_stock_agent_s_exception() -> anyhow::Result<()>
+async fn a_node_that_drops_what_comes_in_needs_no_more_than_the_eks_agent_s_exception() -> anyhow::Result<()>
 {
     let node = routed(Routing::DroppingInput).await?;
     let pod = node.pod("guest")?;

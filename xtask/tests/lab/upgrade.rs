@@ -25,7 +25,7 @@ const LOST: usize = 5;
 /// Requests that an agent has accepted and not answered, at most: one takes milliseconds, and one comes every ten.
 const ACCEPTED: usize = 2;
 /// Between two changes.
-const PAUSE: Duration = Duration::from_millis(100);
+const RETRY_DELAY: Duration = Duration::from_millis(100);
 /// What a request may take while agents are killed under it.
 const LONGEST: f64 = 1000.0;
 /// What the kernel takes to send a SYN again that came at the very moment when its listener was closed.
@@ -148,7 +148,7 @@ async fn a_successor_that_dies_at_once_is_succeeded_by_the_agent_before_it() -> 
     assert!(failed.len() <= LOST * ACCEPTED, "{failed:?}");
     assert!(requests.longest() < LONGEST + SYN_AGAIN);
     requests.assert_own(&node, &pod);
-    assert!(node.agent.log_text()?.contains("taking charge again"), "{}", node.agent.log_tail());
+    assert!(node.agent.log_text()?.contains("becoming active again"), "{}", node.agent.log_tail());
     node.down().await
 }
 
@@ -161,7 +161,7 @@ async fn crashes_under_load_give_nobody_a_wrong_role_and_let_nobody_wait() -> an
     for _ in 0..CRASHES {
         node.agent.kill().await?;
         node.agent = node.lab.start_agent(&spec).await?;
-        sleep(PAUSE).await;
+        sleep(RETRY_DELAY).await;
     }
     let requests = load.end().await?;
     let failed = requests.failed();

@@ -10,7 +10,7 @@ use std::{
 use jiff::SignedDuration;
 
 use super::*;
-use crate::credentials::fake_cluster::{FakeCluster, LIFE};
+use crate::credentials::token::fake_cluster::{FakeCluster, LIFE};
 
 /// Tokens on a node whose clock and kubelet are the test's.
 struct Node {
@@ -138,7 +138,7 @@ fn the_kubelet_s_chain_of_links_is_followed_and_no_way_out() {
     symlink("..data/eks-pod-identity-token", at(TOKEN_VOLUME)).unwrap();
     assert_eq!(read_projected(volume.path()).unwrap().expose(), "a.b.c");
 
-    std::fs::write(at("..2026_01_01/eks-pod-identity-token"), vec![b'a'; jwt::MAX_LEN + 1]).unwrap();
+    std::fs::write(at("..2026_01_01/eks-pod-identity-token"), vec![b'a'; claims::MAX_LEN + 1]).unwrap();
     assert!(read_projected(volume.path()).is_err());
 
     let elsewhere = tempfile::NamedTempFile::new().unwrap();

@@ -1,6 +1,6 @@
 //! Who may do what: RBAC, the Node authorizer, and the audience rule of `NodeRestriction`.
 //!
-//! Owns the rules in force. Never changes the cluster.
+//! Owns the rules effective. Never changes the cluster.
 
 use anyhow::Context as _;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
@@ -23,7 +23,7 @@ const ISSUER: [&str; 2] = ["/openid/v1/jwks", "/.well-known/openid-configuration
 const NODE_RULES: &[(&[&str], &str, &[&str])] =
     &[(&["create"], AUTHENTICATION, &["tokenreviews"]), (&["create", "update", "patch"], "", &["events"])];
 
-/// The RBAC rules in force.
+/// The RBAC rules effective.
 #[derive(Debug)]
 pub(super) struct Rules {
     rules: Vec<Rule>,

@@ -19,7 +19,7 @@ use rtnetlink::{
 
 use super::{
     NetNs,
-    wiring::{MAIN, add_default_route, add_host_route, add_neighbour, link_index},
+    wiring::{MAIN, add_default_route, add_host_route, add_neighbor, link_index},
 };
 
 /// How the node routes its pods.
@@ -52,7 +52,7 @@ const VPC_ROUTER: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(10, 10, 0, 1)), IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2))];
 const VPC_ROUTER_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 1];
 
-/// What users of the stock agent allow in their policies; neighbour discovery is part of any.
+/// What users of the EKS Pod Identity Agent allow in their policies; neighbor discovery is part of any.
 const DEFAULT_DENY_EGRESS: &str = "
 table inet pods {
     chain from_pod {
@@ -147,7 +147,7 @@ async fn connect_to_vpc(handle: &Handle, name: &str, table: u32) -> anyhow::Resu
     made.with_context(|| format!("cannot make the link {name}"))?;
     let link = link_index(handle, name).await?;
     for router in VPC_ROUTER {
-        add_neighbour(handle, link, router, VPC_ROUTER_MAC).await?;
+        add_neighbor(handle, link, router, VPC_ROUTER_MAC).await?;
         add_host_route(handle, link, router, table).await?;
         add_default_route(handle, link, router, table).await?;
     }

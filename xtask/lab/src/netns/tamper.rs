@@ -57,15 +57,15 @@ impl NetNs {
     /// On the node: what is sent to one pod's address goes to another pod from now on.
     pub(crate) fn reroute(&self, address: Ipv4Addr, to_pod: Ipv4Addr) -> anyhow::Result<()> {
         self.netlink(async |handle| {
-            let mut neighbours = handle.neighbours().get().execute();
+            let mut neighbors = handle.neighbours().get().execute();
             let (mut link, mut mac) = (0, Vec::new());
-            while let Some(neighbour) = neighbours.try_next().await.context("cannot list neighbours")? {
+            while let Some(neighbor) = neighbors.try_next().await.context("cannot list neighbors")? {
                 let is_pod = |attribute: &NeighbourAttribute| {
                     *attribute == NeighbourAttribute::Destination(NeighbourAddress::Inet(to_pod))
                 };
-                if neighbour.attributes.iter().any(is_pod) {
-                    link = neighbour.header.ifindex;
-                    mac = neighbour.attributes.iter().find_map(link_layer_address).unwrap_or_default();
+                if neighbor.attributes.iter().any(is_pod) {
+                    link = neighbor.header.ifindex;
+                    mac = neighbor.attributes.iter().find_map(link_layer_address).unwrap_or_default();
                 }
             }
             let request = handle.neighbours().add(link, address.into()).link_layer_address(&mac);

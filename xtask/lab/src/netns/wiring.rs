@@ -128,7 +128,7 @@ pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) 
         let link = link_index(&handle, &node_link).await?;
         link_up(&handle, link).await?;
         for &address in &addresses {
-            add_neighbour(&handle, link, address, pod_mac).await?;
+            add_neighbor(&handle, link, address, pod_mac).await?;
         }
         routing.route_pod(&handle, (link, &node_link), index, &addresses).await
     })?;
@@ -140,7 +140,7 @@ pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) 
         link_up(&handle, eth0).await?;
         for address in &addresses {
             let gateway = if address.is_ipv4() { GATEWAY_V4.into() } else { GATEWAY_V6.into() };
-            add_neighbour(&handle, eth0, gateway, node_mac).await?;
+            add_neighbor(&handle, eth0, gateway, node_mac).await?;
             add_default_route(&handle, eth0, gateway, MAIN).await?;
         }
         Ok(())
@@ -172,7 +172,7 @@ pub(super) async fn add_address(handle: &Handle, link: u32, address: IpAddr) -> 
     request.execute().await.with_context(|| format!("cannot add {address}"))
 }
 
-pub(super) async fn add_neighbour(
+pub(super) async fn add_neighbor(
     handle: &Handle,
     link: u32,
     address: IpAddr,
@@ -184,7 +184,7 @@ pub(super) async fn add_neighbour(
         .link_layer_address(&mac)
         .execute()
         .await
-        .with_context(|| format!("cannot add the neighbour {address}"))
+        .with_context(|| format!("cannot add the neighbor {address}"))
 }
 
 /// Routes one address straight onto the link.

@@ -23,7 +23,7 @@ const HASTE: Duration = Duration::from_millis(200);
 /// Pause between the segments of a flood that goes on.
 const PACE: Duration = Duration::from_micros(200);
 /// Pause between connections.
-const PAUSE: Duration = Duration::from_millis(16);
+const RETRY_DELAY: Duration = Duration::from_millis(16);
 
 /// Begins dials that get no answer, since the pod is mute.
 pub(super) fn begin_dials(to: &[SocketAddr], count: u32) -> io::Result<Got> {
@@ -74,7 +74,7 @@ pub(super) fn churn_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
             held.pop_front();
         }
         // An emulated machine's processor is left to the agent: files and the queue are to be used up, not that.
-        thread::sleep(PAUSE);
+        thread::sleep(RETRY_DELAY);
     };
     (0..count / 2).for_each(|_| open());
     ready()?;

@@ -125,13 +125,13 @@ impl Sniffer {
     }
 
     /// The ticket in a handshake of `from`.
-    pub(super) fn ticket_from(&self, from: Ipv4Addr, patience: Duration) -> io::Result<Option<u64>> {
+    pub(super) fn ticket_from(&self, from: Ipv4Addr, timeout_limit: Duration) -> io::Result<Option<u64>> {
         let has_ticket = |seen: &Seen| seen.from == from && seen.flags & SYN != 0 && seen.ticket.is_some();
-        Ok(self.next(patience, has_ticket)?.ticket)
+        Ok(self.next(timeout_limit, has_ticket)?.ticket)
     }
 
-    fn next(&self, patience: Duration, is_wanted: impl Fn(&Seen) -> bool) -> io::Result<Seen> {
-        let deadline = Instant::now() + patience;
+    fn next(&self, timeout_limit: Duration, is_wanted: impl Fn(&Seen) -> bool) -> io::Result<Seen> {
+        let deadline = Instant::now() + timeout_limit;
         let mut packet = vec![0; 70_000];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -195,7 +195,7 @@ fn socket(family: AddressFamily, kind: SocketType, protocol: Option<Protocol>) -
     Ok(socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?)
 }
 
-/// The pod's one neighbour.
+/// The pod's one neighbor.
 fn gateway() -> io::Result<libc::sockaddr_ll> {
     let table = fs::read_to_string("/proc/thread-self/net/arp")?;
     let line = table.lines().nth(1).unwrap_or_default();

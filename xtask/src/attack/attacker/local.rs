@@ -10,7 +10,7 @@ use std::{
 
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
-use super::{PATIENCE, stay};
+use super::{TIMEOUT, stay};
 
 /// What the next agent says first when it asks for credentials.
 const HELLO: &[u8] = b"podgate/hand/v1\n";
@@ -48,11 +48,11 @@ pub(super) fn ask(paths: &[PathBuf], requests: &[String]) -> io::Result<String> 
     last
 }
 
-/// Asks for a hand-over of credentials without the key that it takes.
+/// Asks for a handover of credentials without the key that it takes.
 pub(super) fn ask_handover(path: &Path) -> io::Result<String> {
     drop_rights()?;
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(HELLO)?;
     stream.write_all(&[0; NONCE])?;
     stream.read_exact(&mut [0; NONCE])?;
@@ -98,7 +98,7 @@ fn drop_rights() -> io::Result<()> {
 
 fn exchange(path: &Path, request: &str) -> io::Result<String> {
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

@@ -20,7 +20,7 @@ use rustix::net::{
     sendmsg, socket_with, sockopt,
 };
 
-use super::{PATIENCE, stay};
+use super::{TIMEOUT, stay};
 
 pub(super) fn tcp(to: SocketAddr) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -37,7 +37,7 @@ pub(super) fn dial(socket: OwnedFd, from_port: Option<u16>, to: SocketAddr) -> i
         sockopt::set_socket_linger(&socket, Some(Duration::ZERO))?;
         bind(&socket, &SocketAddr::new(any, port))?;
     }
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(PATIENCE))?;
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(TIMEOUT))?;
     connect(&socket, &to)?;
     Ok(socket.into())
 }

@@ -95,7 +95,7 @@ impl Pairs {
             eprintln!("{title}: {ROUNDS} rounds of {}", traffic.name());
             let (mut with, mut without, mut ratios) = (Vec::new(), Vec::new(), Ratios::default());
             for round in 0..ROUNDS {
-                // The order changes each time, so that being the first favours neither.
+                // The order changes each time, so that being the first favors neither.
                 let (of_pods, of_others) = if round % 2 == 0 {
                     let of_pods = self.in_pods.measure(traffic).await?;
                     (of_pods, self.outside.measure(traffic).await?)

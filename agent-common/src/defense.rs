@@ -1,0 +1,149 @@
+//! podgate's defenses by name, for the suite of attacks: its own build of podgate (feature `undefended`) lets some be
+//! switched off, to show that an attack works where its defense is missing.
+//!
+//! Owns the names, and whether a defense holds. In every other build all of them hold; the compiler knows it, and nothing
+//! of this is left in the programs and in the agent.
+
+macro_rules! defenses {
+    ($($(#[doc = $doc:literal])+ $name:ident = $label:literal,)+) => {
+        /// Something that stands between a pod and what is not its own.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Defense {
+            $($(#[doc = $doc])+ $name,)+
+        }
+
+        impl Defense {
+            /// Every defense.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// Its name.
+            pub const fn label(self) -> &'static str {
+                match self {
+                    $(Self::$name => $label,)+
+                }
+            }
+        }
+    };
+}
+
+defenses! {
+    /// Tickets are a keyed hash. Without: the time, in ticks of 67 ms.
+    UnguessableTickets = "unguessable-tickets",
+    /// A ticket is gone once it is redeemed. Without: it stays until its connection ends.
+    SingleUse = "single-use",
+    /// A ticket is worth nothing once its dial is over. Without: it can be redeemed until it is too old.
+    RevokedTickets = "revoked-tickets",
+    /// The ticket tells who dialled. Without: who is known at the address, as designs by address have it.
+    IdentityByTicket = "identity-by-ticket",
+    /// The ticket is in the handshake's last segment too. Without: in the first alone.
+    TicketInAck = "ticket-in-ack",
+    /// A pod has so many tickets alive and no more.
+    TicketLimit = "ticket-limit",
+    /// A pod has so many connections open at the agent and no more.
+    ConnectionLimit = "connection-limit",
+    /// So many connections are open at the port for probes and metrics, and no more.
+    ProbeLimit = "probe-limit",
+    /// Every dial is its own task's. Without: a socket stays whose it was at its first dial.
+    OriginOfEveryConnect = "origin-of-every-dial",
+    /// IPv6 and v4-mapped dials are decided like IPv4 ones. Without: they are left alone.
+    Ipv6 = "ipv6",
+    /// Only what is below kubepods is a pod. Without: what is named like one.
+    BelowKubepods = "below-kubepods",
+    /// The outermost pod on a cgroup's path counts. Without: the innermost.
+    OutermostPod = "outermost-pod",
+    /// A static pod has no service account. Without: that of the pod that names its hash.
+    StaticPods = "static-pods",
+    /// the EKS Pod Identity Agent, which no policy applies to, is a `DaemonSet` of one namespace. Without: of any.
+    EksAgentNamespace = "eks-agent-namespace",
+    /// A dial must come from the pod's own network.
+    OwnNetwork = "own-network",
+    /// Packets that no dial stands for are stopped.
+    Guard = "egress-filter",
+    /// Nobody else listens where the agent does.
+    AddressReservation = "bind-guard",
+    /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds among those who share
+    /// its port, the agent at first.
+    OwnListeners = "own-listeners",
+    /// The agent listens at ports of the kernel's choice. Without: at port 80 itself, where others may be first.
+    OwnPorts = "own-ports",
+    /// The programs of the agent before stay until the next one's take their place. Without: it removes them first.
+    ReplacedInPlace = "replaced-in-place",
+    /// Without an agent dials are refused. Without: left alone.
+    RefusalWhenDown = "refusal-when-down",
+    /// Pods that are not known yet are treated like the strictest. Without: left alone.
+    UnknownPods = "unknown-pods",
+    /// A pod's annotation cannot loosen its mode.
+    PodsOnlyTighten = "pods-only-tighten",
+    /// Who comes without a ticket is served only where dials are sent. Without: at every address of the agent's.
+    ConnectedAddresses = "dialled-addresses",
+    /// A token must be of the pod that sends it.
+    TokenOfCaller = "token-of-caller",
+    /// A token opens the cache only once EKS Auth has accepted it.
+    AcceptedTokens = "accepted-tokens",
+    /// A pod that is gone gets nothing, whoever says to be it. Without: as long as something of it is kept.
+    GonePods = "gone-pods",
+    /// The address that was dialled says which service is meant. Without: the request's `Host`.
+    DialectByAddress = "dialect-by-address",
+    /// Credentials change hands between agents that prove who they are. Without: whoever asks gets them, and whoever
+    /// answers is believed, in the clear.
+    HandoverProof = "handover-proof",
+    /// `Host` must be the endpoint's own address.
+    HostHeader = "host-header",
+    /// Web pages get nothing of IMDS. Without: any name leads to it.
+    WebPages = "web-pages",
+    /// Requests that passed a proxy are refused.
+    Forwarding = "forwarding",
+    /// IMDSv1 is off unless allowed.
+    ImdsV1 = "imds-v1",
+    /// A request's body belongs to it. Without: it is read as the next request.
+    Framing = "framing",
+    /// Commands are the node's and those of podgate's own pod. Without: whoever reaches their socket.
+    OwnCommands = "own-commands",
+}
+
+/// Whether a defense holds.
+#[cfg(not(feature = "undefended"))]
+#[inline(always)]
+pub const fn holds(_: Defense) -> bool {
+    true
+}
+
+#[cfg(feature = "undefended")]
+pub use self::switched::{holds, switch_off, without};
+
+#[cfg(feature = "undefended")]
+#[expect(
+    unsafe_code,
+    reason = "a symbol that the loader sets, and that the compiler must not take for a constant"
+)]
+mod switched {
+    use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+    use super::Defense;
+
+    /// One bit for each defense that is off: set at start, in the programs by the loader.
+    #[unsafe(no_mangle)]
+    static PODGATE_WITHOUT: AtomicU64 = AtomicU64::new(0);
+
+    /// Whether a defense holds.
+    #[inline(always)]
+    pub fn holds(defense: Defense) -> bool {
+        without() & (1 << defense as u32) == 0
+    }
+
+    /// Switches a defense off for as long as this process lives; before it has a second thread.
+    pub fn switch_off(defense: Defense) {
+        PODGATE_WITHOUT.store(without() | 1 << defense as u32, Relaxed);
+    }
+
+    /// The bits of those that are off.
+    #[inline(always)]
+    pub fn without() -> u64 {
+        // SAFETY: the static lives as long as the program. Volatile: in the programs nobody is seen to write it. It is
+        // written before there is a second thread.
+        unsafe { PODGATE_WITHOUT.as_ptr().read_volatile() }
+    }
+}
+
+const _: () = assert!(Defense::ALL.len() <= u64::BITS as usize);

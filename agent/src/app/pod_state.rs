@@ -1,0 +1,45 @@
+//! What is kept for pods, and goes with them.
+//!
+//! Owns nothing of it; passes on that a pod comes or is gone.
+
+use std::sync::Arc;
+
+use crate::{
+    control::reconcile::PodLifecycle,
+    credentials::{cache::CredentialCache, source::CredentialSource},
+    identity::{Pod, PodUid},
+    serve::ConnectionLimit,
+};
+
+/// Credentials and limits.
+#[derive(Debug)]
+pub(super) struct PodState<S> {
+    pub(super) engine: Arc<CredentialCache<S>>,
+    pub(super) connections: ConnectionLimit,
+}
+
+// === impl PodState ===
+
+impl<S: CredentialSource> PodLifecycle for PodState<S> {
+    fn on_pod_pending(&self, uid: PodUid) {
+        self.engine.on_pod_pending(uid);
+    }
+
+    fn on_cgroup_created(&self, uid: PodUid) {
+        self.engine.on_cgroup_created(uid);
+    }
+
+    async fn gone(&self, uid: PodUid) {
+        self.connections.end(uid);
+        self.engine.gone(uid).await;
+    }
+
+    async fn forget(&self, uid: PodUid) {
+        self.connections.end(uid);
+        self.engine.forget(uid).await;
+    }
+
+    fn prefetch(&self, pod: &Arc<Pod>) {
+        self.engine.prefetch(pod);
+    }
+}

@@ -1,0 +1,162 @@
+//! Tells operators what the kernel decided by itself: who still uses the node's role, who was refused and why.
+//!
+//! Owns the log lines and how often they come, since a pod decides how often the kernel reports; never decides
+//! anything about a pod.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use agent_common::{counter::Counter, event::Event};
+use tracing::{error, info, warn};
+
+use crate::{
+    credentials::source::CredentialSource,
+    identity::{Pod, PodUid},
+    intercept::{DebugLog, Events},
+    serve::{self, Server},
+};
+
+/// One line of a kind a pod in this time; the rest is counted in the next.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
+/// Pods times kinds; beyond that nothing is remembered, and more is logged.
+const REMEMBERED: usize = 8192;
+/// After a failure to read.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+
+/// Remembers what was said lately.
+#[derive(Debug, Default)]
+struct Lately(HashMap<(u64, u32), Said>);
+
+#[derive(Debug)]
+struct Said {
+    at: Instant,
+    since: u64,
+}
+
+/// Logs the kernel's events forever.
+pub async fn run<S: CredentialSource>(mut events: Events, server: Arc<Server<S>>) {
+    let mut lately = Lately::default();
+    loop {
+        match events.next().await {
+            Ok((counter, event)) => {
+                if let Some(more) = lately.say(counter, &event, Instant::now()) {
+                    tell(counter, &event, more, &server);
+                }
+            }
+            Err(error) => {
+                error!(%error, "cannot read the kernel's events");
+                tokio::time::sleep(RETRY_DELAY).await;
+            }
+        }
+    }
+}
+
+/// Makes the programs' debugging log part of the agent's forever, on a thread of its own: pods decide how much there
+/// is of it.
+pub fn follow(log: DebugLog) {
+    thread::spawn(move || {
+        let error = log.run();
+        error!(%error, "cannot read the programs' debugging log any more");
+    });
+}
+
+// === impl Lately ===
+
+impl Lately {
+    /// Whether an event is to be logged, and how many like it were not since the last one.
+    fn say(&mut self, counter: Counter, event: &Event, now: Instant) -> Option<u64> {
+        if self.0.len() > REMEMBERED {
+            self.0.clear();
+        }
+        let whose = if event.pod_cgroup_id == 0 { event.cgroup_id } else { event.pod_cgroup_id };
+        let Some(said) = self.0.get_mut(&(whose, counter as u32)) else {
+            self.0.insert((whose, counter as u32), Said { at: now, since: 0 });
+            return Some(0);
+        };
+        if now.duration_since(said.at) < LOG_INTERVAL {
+            said.since += 1;
+            return None;
+        }
+        said.at = now;
+        Some(std::mem::take(&mut said.since))
+    }
+}
+
+fn tell<S: CredentialSource>(counter: Counter, event: &Event, more: u64, server: &Server<S>) {
+    let uid = server.resolver.source_pod(event.cgroup_id).ok().map(|source_pod| source_pod.uid);
+    let pod = uid.and_then(|uid| server.resolver.known(uid));
+    let uid = uid.map(|uid: PodUid| tracing::field::display(uid));
+    let name = pod.as_deref().map(Pod::full_name);
+    let process = serve::process(&event.comm, event.tgid);
+    let (address, what) = (event.address, counter.label());
+    match counter {
+        Counter::Audited => {
+            info!(target: "audit", process, ?address, more, pod.uid = uid, pod.name = name,
+                "a pod dialled the node's own metadata service");
+        }
+        Counter::Unanswered => {
+            let (ip, port) = (address.ip(), address.port.get());
+            warn!(target: "kernel", what, process, ?address, more, pod.uid = uid, pod.name = name,
+                "nothing answered: a network policy or firewall between the pod and podgate drops it: allow {ip} port \
+                 {port}, or the agent hangs");
+        }
+        Counter::AuditedCredentials | Counter::AuditedUserData | Counter::AuditedOther => {
+            info!(target: "audit", asked = asked(counter), ?address, more, pod.uid = uid, pod.name = name,
+                "a pod asked the node's own metadata service");
+        }
+        Counter::EgressDropped => {
+            warn!(target: "kernel", what, ?address, more, pod.uid = uid, pod.name = name,
+                "a pod sent what only a dial may send there; it was stopped");
+        }
+        _ => {
+            warn!(target: "kernel", what, process, ?address, more, pod.uid = uid, pod.name = name,
+                "the kernel refused or doubted a dial");
+        }
+    }
+}
+
+/// What a pod in `audit` asked for.
+fn asked(counter: Counter) -> &'static str {
+    match counter {
+        Counter::AuditedCredentials => "credentials",
+        Counter::AuditedUserData => "user-data",
+        _ => "other",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(pod_cgroup_id: u64, cgroup_id: u64) -> Event {
+        Event {
+            cgroup_id,
+            pod_cgroup_id,
+            netns_cookie: 0,
+            at_ns: 0,
+            address: agent_common::net::Endpoint::NONE,
+            kind: 0,
+            tgid: 0,
+            tid: 0,
+            comm: [0; 16],
+        }
+    }
+
+    #[test]
+    fn a_pod_that_repeats_itself_gets_one_line_a_second_and_no_other_pod_fewer() {
+        let (mut lately, now) = (Lately::default(), Instant::now());
+        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now), Some(0));
+        for _ in 0..5 {
+            assert_eq!(lately.say(Counter::Denied, &event(1, 11), now), None, "another container of it");
+        }
+        assert_eq!(lately.say(Counter::Audited, &event(1, 10), now), Some(0), "another kind");
+        assert_eq!(lately.say(Counter::Denied, &event(2, 20), now), Some(0), "another pod");
+        assert_eq!(lately.say(Counter::Denied, &event(0, 30), now), Some(0), "a pod without a policy yet");
+        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now + LOG_INTERVAL), Some(5));
+        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now + 2 * LOG_INTERVAL), Some(0));
+    }
+}

@@ -1,0 +1,411 @@
+//! Keeps the kernel's policies equal to what `policy` decides for the pods of this node, and forgets pods that
+//! are gone.
+//!
+//! Owns the join of what is known of a pod, its object, its namespace and its cgroup; never decides.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use agent_common::policy::{PodPolicy, QosClass};
+use futures::{Stream, StreamExt as _};
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    identity::{
+        DaemonSetRef, Pod, PodUid, Pods,
+        network::Networks,
+        tree::{PodCgroup, TreeEvent},
+        watch::ClusterEvent,
+    },
+    intercept::{self, Interceptor},
+    policy::lookup::Policies,
+    policy::{self, ImdsMode, Place, Policy},
+};
+
+/// When the kernel did not take a policy, it is tried again after this time.
+const REPEAT: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Where policies go. A trait because only root has the kernel's map.
+pub trait PolicyMap: Send + 'static {
+    /// Gives the pod with this cgroup a policy.
+    fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), intercept::Error>;
+    /// Takes it away, and any exemption.
+    fn remove(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    /// Applies no policy to the pod with this cgroup, whatever it has.
+    fn exempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    /// Applies its policy again.
+    fn unexempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    /// Tells that a quality-of-service class has this cgroup, which is no pod's.
+    fn set_class(&self, class: QosClass, cgroup_id: u64) -> Result<(), intercept::Error>;
+    /// Gives a policy to pods that have none of their own yet: one to those in a network of their own, one to those on
+    /// the host's.
+    fn set_unknown(
+        &self,
+        in_pod_network: PodPolicy,
+        on_host_network: PodPolicy,
+    ) -> Result<(), intercept::Error>;
+}
+
+/// What pods' coming and going means to what is kept for them.
+pub trait PodLifecycle: Send + Sync + 'static {
+    /// The API server shows the pod, which has no cgroup yet.
+    fn on_pod_pending(&self, uid: PodUid);
+    /// The pod has a cgroup, for the first time or again.
+    fn on_cgroup_created(&self, uid: PodUid);
+    /// The pod's cgroup is gone, and the API server may go on to show it.
+    fn gone(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
+    /// The pod has no cgroup, and the API server has it no more.
+    fn forget(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
+    /// The pod is going to ask.
+    fn prefetch(&self, pod: &Arc<Pod>);
+}
+
+/// Applies what happens to pods, namespaces and cgroups.
+#[derive(Debug)]
+pub struct Reconciler<M, S> {
+    /// What pods get.
+    pub policies: Policies,
+    /// The kernel's map.
+    pub map: M,
+    /// The cgroup of podgate's own pod, which stays exempt.
+    pub own: Option<u64>,
+    /// LimitKey pods are the EKS Pod Identity Agent, which is exempt.
+    pub eks_agent: Option<DaemonSetRef>,
+    /// Learns whether such a pod is on this node.
+    pub eks_agent_is_here: watch::Sender<bool>,
+    /// The pods of this node.
+    pub pods: Arc<Pods>,
+    /// Their networks.
+    pub networks: Arc<Networks>,
+    /// What is kept for them.
+    pub kept: S,
+    /// Whether those are fetched before the pods ask.
+    pub prefetch: bool,
+}
+
+/// What is known of the pods.
+#[derive(Default)]
+struct State {
+    cgroups: HashMap<PodUid, u64>,
+    /// The policies in the kernel's map.
+    effective: HashMap<PodUid, Policy>,
+    /// Pods of the EKS Pod Identity Agent that the API server has.
+    eks_agents: HashSet<PodUid>,
+    /// Pods whose policy the kernel did not take.
+    to_repeat: HashSet<PodUid>,
+    /// Cgroups that are gone and that the kernel did not forget, with their pods.
+    to_remove: HashMap<u64, PodUid>,
+    /// Those that are exempt.
+    exempt: HashSet<PodUid>,
+    /// Pods that the API server has no more, but whose cgroup may still be there.
+    deleted: HashSet<PodUid>,
+    /// Pods whose cgroup is gone, but that the API server may still have.
+    gone: HashSet<PodUid>,
+    /// What pods get that are not in the map, in a network of their own and on the host's.
+    unknown: Option<(PodPolicy, PodPolicy)>,
+    pods_synced: bool,
+    namespaces_synced: bool,
+}
+
+// === impl Interceptor ===
+
+impl PolicyMap for Arc<Mutex<Interceptor>> {
+    fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_policy(pod_cgroup_id, policy)
+    }
+
+    fn remove(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).remove_policy(pod_cgroup_id)
+    }
+
+    fn exempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_eks_agent(pod_cgroup_id, true)
+    }
+
+    fn unexempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_eks_agent(pod_cgroup_id, false)
+    }
+
+    fn set_class(&self, class: QosClass, cgroup_id: u64) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_class(class, cgroup_id)
+    }
+
+    fn set_unknown(
+        &self,
+        in_pod_network: PodPolicy,
+        on_host_network: PodPolicy,
+    ) -> Result<(), intercept::Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).set_unknown_pods(in_pod_network, on_host_network)
+    }
+}
+
+// === impl Reconciler ===
+
+impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
+    /// Follows both streams forever. `first` are the cgroups that exist already; `synced` learns when every pod
+    /// that was there at the beginning has its policy.
+    pub async fn run(
+        self,
+        first: Vec<TreeEvent>,
+        mut tree: impl Stream<Item = TreeEvent> + Unpin,
+        mut events: mpsc::Receiver<ClusterEvent>,
+        synced: watch::Sender<bool>,
+    ) {
+        let mut state = State::default();
+        for event in first {
+            self.on_tree(&mut state, event).await;
+        }
+        loop {
+            tokio::select! {
+                Some(event) = tree.next() => self.on_tree(&mut state, event).await,
+                Some(event) = events.recv() => self.on_cluster(&mut state, event).await,
+                () = tokio::time::sleep(REPEAT), if !(state.to_repeat.is_empty() && state.to_remove.is_empty()) => self.repeat(&mut state),
+                else => return,
+            }
+            self.tell(&mut state);
+            if state.pods_synced && state.namespaces_synced {
+                synced.send_replace(true);
+            }
+        }
+    }
+
+    /// Tells what all that is known of the pods amounts to.
+    fn tell(&self, state: &mut State) {
+        self.apply_unknown(state);
+        let is_here = !state.eks_agents.is_empty();
+        self.eks_agent_is_here.send_if_modified(|known| std::mem::replace(known, is_here) != is_here);
+    }
+
+    async fn on_tree(&self, state: &mut State, event: TreeEvent) {
+        match event {
+            TreeEvent::Appeared(PodCgroup { uid, id }) => {
+                state.cgroups.insert(uid, id);
+                state.effective.remove(&uid);
+                state.exempt.remove(&uid);
+                state.gone.remove(&uid);
+                self.kept.on_cgroup_created(uid);
+                if let Some(pod) = self.pods.get(uid) {
+                    self.apply(state, &pod);
+                }
+            }
+            TreeEvent::Class(class, id) => {
+                if let Err(error) = self.map.set_class(class, id) {
+                    error!(%error, ?class,
+                        "cannot tell the kernel of a class of pods; those that it does not know yet share a limit");
+                }
+            }
+            TreeEvent::Gone(PodCgroup { uid, id }) => {
+                if Some(id) != self.own {
+                    self.remove(state, id, uid);
+                }
+                // Made anew, as when the kubelet starts over: then another cgroup is the pod's.
+                if state.cgroups.get(&uid) == Some(&id) {
+                    state.cgroups.remove(&uid);
+                    state.effective.remove(&uid);
+                    state.exempt.remove(&uid);
+                    self.networks.forget(uid);
+                    if state.deleted.remove(&uid) {
+                        self.forget(uid).await;
+                    } else {
+                        self.is_gone(state, uid).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn on_cluster(&self, state: &mut State, event: ClusterEvent) {
+        match event {
+            ClusterEvent::PodChanged(pod) => {
+                state.deleted.remove(&pod.uid);
+                if self.is_eks_agent(&pod) {
+                    state.eks_agents.insert(pod.uid);
+                } else {
+                    state.eks_agents.remove(&pod.uid);
+                }
+                report(&pod.annotations, Place::Pod, &pod.full_name());
+                self.note_absence(state, &pod).await;
+                self.apply(state, &pod);
+                self.prefetch(&pod);
+            }
+            ClusterEvent::PodDeleted(uid) => {
+                state.eks_agents.remove(&uid);
+                self.on_deleted(state, uid).await;
+            }
+            ClusterEvent::PodsSynced => {
+                state.pods_synced = true;
+                let never_shown: Vec<_> =
+                    state.gone.extract_if(|uid| self.pods.get(*uid).is_none()).collect();
+                for uid in never_shown {
+                    self.forget(uid).await;
+                }
+            }
+            ClusterEvent::NamespaceChanged(name) => {
+                if let Some(annotations) = self.policies.namespaces.get(&name) {
+                    report(&annotations, Place::Namespace, &name);
+                }
+                for pod in self.pods.of_namespace(&name) {
+                    self.apply(state, &pod);
+                    self.prefetch(&pod);
+                }
+            }
+            ClusterEvent::NamespacesSynced => state.namespaces_synced = true,
+        }
+    }
+
+    /// Fetches a pod's credentials where it is known to want them, and its policy lets it have them.
+    fn prefetch(&self, pod: &Arc<Pod>) {
+        let may = |policy: Policy| policy.pod_identity || policy.imds == ImdsMode::Intercept;
+        if self.prefetch && will_ask(pod) && self.policies.of(pod).is_some_and(may) {
+            self.kept.prefetch(pod);
+        }
+    }
+
+    /// Tries again what the kernel did not take.
+    fn repeat(&self, state: &mut State) {
+        for (id, uid) in std::mem::take(&mut state.to_remove) {
+            self.remove(state, id, uid);
+        }
+        for uid in std::mem::take(&mut state.to_repeat) {
+            if let Some(pod) = self.pods.get(uid) {
+                self.apply(state, &pod);
+            }
+        }
+    }
+
+    fn remove(&self, state: &mut State, id: u64, uid: PodUid) {
+        if let Err(error) = self.map.remove(id) {
+            error!(%error, pod.uid = %uid, "cannot take a pod's policy out of the kernel; trying again");
+            state.to_remove.insert(id, uid);
+        }
+    }
+
+    async fn on_deleted(&self, state: &mut State, uid: PodUid) {
+        if state.cgroups.contains_key(&uid) {
+            // Its containers may be terminating, and need their credentials to the end.
+            state.deleted.insert(uid);
+        } else {
+            state.gone.remove(&uid);
+            self.forget(uid).await;
+        }
+    }
+
+    /// Notes what there is no cgroup for. Of a pod whose containers have all ended none comes any more, also where it went
+    /// before this agent came.
+    async fn note_absence(&self, state: &mut State, pod: &Pod) {
+        if state.cgroups.contains_key(&pod.uid) {
+            return;
+        }
+        if pod.finished {
+            self.is_gone(state, pod.uid).await;
+        } else {
+            self.kept.on_pod_pending(pod.uid);
+        }
+    }
+
+    /// What the API server still shows of the pod brings nothing of it back; a new cgroup would.
+    async fn is_gone(&self, state: &mut State, uid: PodUid) {
+        if state.gone.insert(uid) {
+            self.kept.gone(uid).await;
+        }
+    }
+
+    async fn forget(&self, uid: PodUid) {
+        self.kept.forget(uid).await;
+        self.pods.forget(uid);
+        debug!(pod.uid = %uid, "forgot a pod");
+    }
+
+    fn is_eks_agent(&self, pod: &Pod) -> bool {
+        self.eks_agent.as_ref().is_some_and(|eks_agent| eks_agent.controls(pod))
+    }
+
+    /// Puts a pod's policy into force, once its cgroup and its namespace are known.
+    fn apply(&self, state: &mut State, pod: &Pod) {
+        let Some(&id) = state.cgroups.get(&pod.uid).filter(|id| Some(**id) != self.own) else { return };
+        self.apply_exemption(state, pod, id);
+        if state.exempt.contains(&pod.uid) {
+            return;
+        }
+        let Some(policy) = self.policies.of(pod) else { return };
+        if state.effective.get(&pod.uid) == Some(&policy) {
+            return;
+        }
+        match self.map.set(id, policy.kernel()) {
+            Ok(()) => {
+                state.to_repeat.remove(&pod.uid);
+                state.effective.insert(pod.uid, policy);
+                info!(pod.uid = %pod.uid, pod.name = pod.full_name(), imds = ?policy.imds, reason = ?policy.reason,
+                    pod_identity = policy.pod_identity, "a pod's policy is effective");
+            }
+            Err(error) => {
+                error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(),
+                    "cannot put a pod's policy into the kernel; it counts as unknown until that works");
+                state.to_repeat.insert(pod.uid);
+            }
+        }
+    }
+
+    fn apply_exemption(&self, state: &mut State, pod: &Pod, id: u64) {
+        let is_eks_agent = self.is_eks_agent(pod);
+        if is_eks_agent == state.exempt.contains(&pod.uid) {
+            return;
+        }
+        let applied = if is_eks_agent { self.map.exempt(id) } else { self.map.unexempt(id) };
+        if let Err(error) = applied {
+            error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(), is_eks_agent,
+                "cannot tell the kernel whether a pod is the EKS Pod Identity Agent");
+            return;
+        }
+        if is_eks_agent {
+            state.exempt.insert(pod.uid);
+            info!(pod.uid = %pod.uid, pod.name = pod.full_name(), "the EKS Pod Identity Agent is exempt");
+        } else {
+            state.exempt.remove(&pod.uid);
+            info!(pod.uid = %pod.uid, pod.name = pod.full_name(), "a pod is the EKS Pod Identity Agent no more");
+        }
+    }
+
+    /// What pods get that have no policy yet: as strict as anybody on this node may be.
+    fn apply_unknown(&self, state: &mut State) {
+        // Of those too whose cgroup is still to come: it may be theirs that is not known. What a namespace has to say that
+        // is not known may be as strict as it likes.
+        let modes = self.pods.all().into_iter().map(|pod| {
+            let mode = self.policies.of(&pod).map_or(ImdsMode::Intercept, |policy| policy.imds);
+            (mode, pod.host_network)
+        });
+        let (mut strictest, mut asks) = (self.policies.strictest(), self.policies.ask_for_host_network());
+        for (mode, on_host_network) in modes {
+            strictest = strictest.max(mode);
+            asks |= on_host_network && mode.is_strict();
+        }
+        let unknown = policy::unknown_pod(strictest);
+        let on_host_network = if asks { unknown } else { PodPolicy::EXEMPT };
+        if state.unknown == Some((unknown, on_host_network)) {
+            return;
+        }
+        match self.map.set_unknown(unknown, on_host_network) {
+            Ok(()) => state.unknown = Some((unknown, on_host_network)),
+            Err(error) => error!(%error, "cannot tell the kernel what pods get that it does not know"),
+        }
+    }
+}
+
+/// Whether a pod is known to want credentials: the EKS webhook gave it what it takes, or its annotation asks for them.
+fn will_ask(pod: &Pod) -> bool {
+    let is_annotated = pod.annotations.get(policy::ANNOTATION_IMDS).is_some_and(|mode| mode == "intercept");
+    !pod.finished && (pod.injected || pod.token_volume || is_annotated)
+}
+
+/// Says which annotations cannot be read.
+fn report(annotations: &policy::Annotations, place: Place, whose: &str) {
+    for unreadable in policy::unreadable(annotations, place) {
+        warn!(of = whose, "{unreadable}; the strictest that fits applies");
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,378 @@
+use agent_common::policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF};
+
+use super::*;
+use crate::{
+    identity::Namespaces,
+    policy::{ANNOTATION_IMDS, Defaults, ImdsMode},
+    testing::pod,
+};
+
+#[derive(Clone, Default)]
+struct FakeMap(Arc<Mutex<Kernel>>);
+
+#[derive(Default)]
+struct Kernel {
+    policies: HashMap<u64, PodPolicy>,
+    exempt: HashSet<u64>,
+    classes: HashMap<QosClass, u64>,
+    unknown: Option<(PodPolicy, PodPolicy)>,
+}
+
+#[derive(Default)]
+struct FakePodState {
+    told: Mutex<Vec<(Told, PodUid)>>,
+    prefetched: Mutex<Vec<PodUid>>,
+}
+
+/// What is told of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Awaits,
+    Has,
+    Gone,
+    PodLifecycle,
+}
+
+impl PolicyMap for FakeMap {
+    fn set(&self, id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().policies.insert(id, policy);
+        Ok(())
+    }
+
+    fn remove(&self, id: u64) -> Result<(), intercept::Error> {
+        let mut kernel = self.0.lock().unwrap();
+        kernel.policies.remove(&id);
+        kernel.exempt.remove(&id);
+        Ok(())
+    }
+
+    fn exempt(&self, id: u64) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().exempt.insert(id);
+        Ok(())
+    }
+
+    fn unexempt(&self, id: u64) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().exempt.remove(&id);
+        Ok(())
+    }
+
+    fn set_class(&self, class: QosClass, id: u64) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().classes.insert(class, id);
+        Ok(())
+    }
+
+    fn set_unknown(&self, in_pod: PodPolicy, on_host: PodPolicy) -> Result<(), intercept::Error> {
+        self.0.lock().unwrap().unknown = Some((in_pod, on_host));
+        Ok(())
+    }
+}
+
+impl FakePodState {
+    fn tell(&self, what: Told, uid: PodUid) {
+        self.told.lock().unwrap().push((what, uid));
+    }
+
+    /// What was told of a pod, in order.
+    fn told(&self, uid: PodUid) -> Vec<Told> {
+        let told = self.told.lock().unwrap();
+        told.iter().filter(|(_, of)| *of == uid).map(|(what, _)| *what).collect()
+    }
+}
+
+impl PodLifecycle for FakePodState {
+    fn on_pod_pending(&self, uid: PodUid) {
+        self.tell(Told::Awaits, uid);
+    }
+
+    fn on_cgroup_created(&self, uid: PodUid) {
+        self.tell(Told::Has, uid);
+    }
+
+    async fn gone(&self, uid: PodUid) {
+        self.tell(Told::Gone, uid);
+    }
+
+    async fn forget(&self, uid: PodUid) {
+        self.tell(Told::PodLifecycle, uid);
+    }
+
+    fn prefetch(&self, pod: &Arc<Pod>) {
+        self.prefetched.lock().unwrap().push(pod.uid);
+    }
+}
+
+/// A node whose pods are left to the node's role by default.
+struct Node {
+    map: FakeMap,
+    enforcer: Reconciler<FakeMap, FakePodState>,
+    state: State,
+}
+
+impl Node {
+    fn new() -> Self {
+        let map = FakeMap::default();
+        let namespaces = Arc::<Namespaces>::default();
+        namespaces.insert("app", policy::Annotations::new());
+        let defaults = Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false };
+        let enforcer = Reconciler {
+            policies: Policies { defaults, namespaces },
+            map: map.clone(),
+            own: Some(1),
+            eks_agent: Some(DaemonSetRef { namespace: "aws".into(), name: "agent".into() }),
+            eks_agent_is_here: watch::Sender::new(false),
+            pods: Arc::default(),
+            networks: Arc::new(Networks::new(0)),
+            kept: FakePodState::default(),
+            prefetch: true,
+        };
+        Self { map, enforcer, state: State::default() }
+    }
+
+    async fn cluster(&mut self, event: ClusterEvent) {
+        self.enforcer.on_cluster(&mut self.state, event).await;
+        self.enforcer.tell(&mut self.state);
+    }
+
+    async fn pod(&mut self, pod: &Arc<Pod>) {
+        self.enforcer.pods.insert(pod);
+        self.cluster(ClusterEvent::PodChanged(Arc::clone(pod))).await;
+    }
+
+    async fn namespace(&mut self, name: &str, imds: &str) {
+        let annotations = [(ANNOTATION_IMDS.to_owned(), imds.to_owned())].into();
+        self.enforcer.policies.namespaces.insert(name, annotations);
+        self.cluster(ClusterEvent::NamespaceChanged(name.to_owned())).await;
+    }
+
+    async fn appears(&mut self, uid: PodUid, id: u64) {
+        self.enforcer.on_tree(&mut self.state, TreeEvent::Appeared(PodCgroup { uid, id })).await;
+    }
+
+    async fn goes(&mut self, uid: PodUid, id: u64) {
+        self.enforcer.on_tree(&mut self.state, TreeEvent::Gone(PodCgroup { uid, id })).await;
+    }
+
+    fn imds(&self, id: u64) -> Option<u32> {
+        self.map.0.lock().unwrap().policies.get(&id).map(|policy| policy.imds)
+    }
+
+    fn unknown(&self) -> (u32, u32) {
+        let (in_pod, on_host) = self.map.0.lock().unwrap().unknown.unwrap();
+        (in_pod.imds, on_host.imds)
+    }
+}
+
+#[tokio::test]
+async fn a_policy_is_in_force_once_object_and_cgroup_are_there_in_either_order() {
+    let mut node = Node::new();
+    let (first, second) = (Arc::new(pod("app", "web")), Arc::new(pod("app", "web")));
+    node.pod(&first).await;
+    assert_eq!(node.imds(10), None);
+    node.appears(first.uid, 10).await;
+    assert_eq!(node.imds(10), Some(IMDS_AUDIT));
+
+    node.appears(second.uid, 20).await;
+    assert_eq!(node.imds(20), None);
+    node.pod(&second).await;
+    assert_eq!(node.imds(20), Some(IMDS_AUDIT));
+}
+
+#[tokio::test]
+async fn a_change_of_the_pod_or_its_namespace_changes_its_policy() {
+    let mut node = Node::new();
+    let before = pod("app", "web");
+    node.appears(before.uid, 10).await;
+    node.pod(&Arc::new(before.clone())).await;
+    node.namespace("app", "intercept").await;
+    assert_eq!(node.imds(10), Some(IMDS_INTERCEPT));
+    let annotations = [(ANNOTATION_IMDS.to_owned(), "deny".to_owned())].into();
+    node.pod(&Arc::new(Pod { annotations, ..before })).await;
+    assert_eq!(node.imds(10), Some(IMDS_DENY));
+}
+
+#[tokio::test]
+async fn a_pod_of_a_namespace_that_is_not_known_yet_stays_unknown() {
+    let mut node = Node::new();
+    let pod = Arc::new(pod("new", "web"));
+    node.appears(pod.uid, 10).await;
+    node.pod(&pod).await;
+    assert_eq!(node.imds(10), None);
+    node.namespace("new", "deny").await;
+    assert_eq!(node.imds(10), Some(IMDS_DENY));
+}
+
+#[tokio::test]
+async fn unknown_pods_are_intercepted_while_anybody_may_be() {
+    let mut node = Node::new();
+    node.cluster(ClusterEvent::NamespacesSynced).await;
+    assert_eq!(node.unknown(), (IMDS_AUDIT, IMDS_OFF));
+    // A pod with an identity of its own, on this node.
+    let injected = Arc::new(Pod { injected: true, ..pod("app", "web") });
+    node.appears(injected.uid, 10).await;
+    node.pod(&injected).await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_OFF));
+    node.goes(injected.uid, 10).await;
+    node.cluster(ClusterEvent::PodDeleted(injected.uid)).await;
+    assert_eq!(node.unknown(), (IMDS_AUDIT, IMDS_OFF));
+    // A namespace asks, for its pods on the host's network too.
+    node.namespace("strict", "deny").await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_INTERCEPT));
+}
+
+#[tokio::test]
+async fn unknown_pods_are_intercepted_before_the_first_strict_pod_has_a_cgroup() {
+    let mut node = Node::new();
+    node.cluster(ClusterEvent::NamespacesSynced).await;
+    let annotations = |mode: &str| [(policy::ANNOTATION_IMDS.to_owned(), mode.to_owned())].into();
+    node.pod(&Arc::new(Pod { annotations: annotations("deny"), ..pod("app", "web") })).await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_OFF));
+    // One on the host's network, by its own annotation.
+    let on_host = Pod { host_network: true, annotations: annotations("intercept"), ..pod("app", "cni") };
+    node.pod(&Arc::new(on_host)).await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_INTERCEPT));
+}
+
+#[tokio::test]
+async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
+    let mut node = Node::new();
+    let pod = Arc::new(pod("app", "web"));
+    node.pod(&pod).await;
+    node.appears(pod.uid, 10).await;
+    node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
+    assert!(node.enforcer.pods.get(pod.uid).is_some() && node.imds(10).is_some());
+    assert_eq!(node.enforcer.kept.told(pod.uid), [Told::Awaits, Told::Has]);
+    node.goes(pod.uid, 10).await;
+    assert!(node.enforcer.pods.get(pod.uid).is_none() && node.imds(10).is_none());
+    assert_eq!(node.enforcer.kept.told(pod.uid), [Told::Awaits, Told::Has, Told::PodLifecycle]);
+}
+
+#[tokio::test]
+async fn a_pod_whose_cgroup_is_gone_is_so_until_it_has_another_or_the_api_server_drops_it() {
+    use Told::{Awaits, Gone, Has, PodLifecycle};
+    let mut node = Node::new();
+    let [restarted, deleted, finished] = std::array::from_fn(|_| Arc::new(pod("app", "web")));
+    for (pod, id) in [(&restarted, 10), (&deleted, 20), (&finished, 30)] {
+        node.pod(pod).await;
+        node.appears(pod.uid, id).await;
+        node.goes(pod.uid, id).await;
+        assert_eq!(node.enforcer.kept.told(pod.uid), [Awaits, Has, Gone]);
+        assert!(node.enforcer.pods.get(pod.uid).is_some());
+    }
+    node.appears(restarted.uid, 11).await;
+    assert_eq!(node.enforcer.kept.told(restarted.uid), [Awaits, Has, Gone, Has]);
+    node.cluster(ClusterEvent::PodDeleted(deleted.uid)).await;
+    assert_eq!(node.enforcer.kept.told(deleted.uid), [Awaits, Has, Gone, PodLifecycle]);
+    node.pod(&Arc::new(Pod { finished: true, ..(*finished).clone() })).await;
+    assert_eq!(node.enforcer.kept.told(finished.uid), [Awaits, Has, Gone], "once is enough");
+}
+
+#[tokio::test]
+async fn a_cgroup_that_is_made_anew_under_the_same_name_is_the_pod_s() {
+    use Told::{Awaits, Gone, Has};
+    let mut node = Node::new();
+    let pod = Arc::new(pod("app", "web"));
+    node.pod(&pod).await;
+    node.appears(pod.uid, 10).await;
+    node.goes(pod.uid, 10).await;
+    node.appears(pod.uid, 11).await;
+    node.goes(pod.uid, 10).await;
+    assert_eq!(node.enforcer.kept.told(pod.uid), [Awaits, Has, Gone, Has]);
+}
+
+#[tokio::test]
+async fn what_had_ended_before_this_agent_came_is_gone_and_what_nobody_shows_is_forgotten() {
+    use Told::{Gone, Has, PodLifecycle};
+    let mut node = Node::new();
+    let finished = Arc::new(Pod { finished: true, ..pod("app", "web") });
+    node.pod(&finished).await;
+    assert_eq!(node.enforcer.kept.told(finished.uid), [Gone]);
+    let unshown = pod("app", "web").uid;
+    node.appears(unshown, 10).await;
+    node.goes(unshown, 10).await;
+    assert_eq!(node.enforcer.kept.told(unshown), [Has, Gone], "the watch may be late");
+    node.cluster(ClusterEvent::PodsSynced).await;
+    assert_eq!(node.enforcer.kept.told(unshown), [Has, Gone, PodLifecycle]);
+    assert_eq!(node.enforcer.kept.told(finished.uid), [Gone]);
+}
+
+#[tokio::test]
+async fn a_pod_without_a_cgroup_is_forgotten_at_once() {
+    let mut node = Node::new();
+    let pod = Arc::new(pod("app", "web"));
+    node.pod(&pod).await;
+    node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
+    assert!(node.enforcer.pods.get(pod.uid).is_none());
+}
+
+#[tokio::test]
+async fn podgate_s_own_pod_keeps_its_exemption() {
+    let mut node = Node::new();
+    node.map.set(1, PodPolicy::EXEMPT).unwrap();
+    let own = Arc::new(pod("app", "podgate"));
+    node.appears(own.uid, 1).await;
+    node.pod(&own).await;
+    assert_eq!(node.imds(1), Some(IMDS_OFF));
+}
+
+#[tokio::test]
+async fn aws_s_own_agent_is_exempt_and_counts_as_long_as_the_api_server_has_it() {
+    let mut node = Node::new();
+    node.enforcer.policies.namespaces.insert("aws", policy::Annotations::new());
+    let is_here = |node: &Node| *node.enforcer.eks_agent_is_here.borrow();
+    let exempt = |node: &Node| node.map.0.lock().unwrap().exempt.clone();
+    let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
+    let copy = Arc::new(Pod { daemon_set: Some("agent".into()), ..pod("app", "agent") });
+    node.appears(copy.uid, 20).await;
+    node.pod(&copy).await;
+    assert!(!is_here(&node) && exempt(&node).is_empty(), "of another namespace");
+
+    node.pod(&Arc::new(stock.clone())).await;
+    assert!(is_here(&node), "before it has a cgroup");
+    node.appears(stock.uid, 10).await;
+    assert_eq!((exempt(&node), node.imds(10)), (HashSet::from([10]), None));
+    node.cluster(ClusterEvent::PodDeleted(stock.uid)).await;
+    assert!(!is_here(&node));
+    assert_eq!(exempt(&node), HashSet::from([10]), "while it terminates");
+    node.goes(stock.uid, 10).await;
+    assert!(exempt(&node).is_empty());
+}
+
+#[tokio::test]
+async fn a_pod_that_its_daemon_set_has_let_go_of_is_one_like_any_other() {
+    let mut node = Node::new();
+    node.enforcer.policies.namespaces.insert("aws", policy::Annotations::new());
+    let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
+    node.appears(stock.uid, 10).await;
+    node.pod(&Arc::new(stock.clone())).await;
+    node.pod(&Arc::new(Pod { daemon_set: None, ..stock })).await;
+    assert!(!*node.enforcer.eks_agent_is_here.borrow());
+    assert!(node.map.0.lock().unwrap().exempt.is_empty());
+    assert_eq!(node.imds(10), Some(IMDS_AUDIT));
+}
+
+#[tokio::test]
+async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
+    let mut node = Node::new();
+    let annotated = |mode: &str| [(ANNOTATION_IMDS.to_owned(), mode.to_owned())].into();
+    let kept_out = [(ANNOTATION_IMDS, "deny"), ("podgate.dev/pod-identity", "off")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into();
+    for (pod, will_ask) in [
+        (pod("app", "web"), false),
+        (Pod { injected: true, ..pod("app", "web") }, true),
+        (Pod { token_volume: true, ..pod("app", "web") }, true),
+        (Pod { annotations: annotated("intercept"), ..pod("app", "web") }, true),
+        (Pod { annotations: annotated("deny"), ..pod("app", "web") }, false),
+        (Pod { injected: true, finished: true, ..pod("app", "web") }, false),
+        (Pod { injected: true, annotations: kept_out, ..pod("app", "web") }, false),
+    ] {
+        let pod = Arc::new(pod);
+        node.pod(&pod).await;
+        let prefetched = node.enforcer.kept.prefetched.lock().unwrap().contains(&pod.uid);
+        assert_eq!(prefetched, will_ask, "{pod:?}");
+    }
+    node.enforcer.prefetch = false;
+    let off = Arc::new(Pod { injected: true, ..pod("app", "web") });
+    node.pod(&off).await;
+    assert!(!node.enforcer.kept.prefetched.lock().unwrap().contains(&off.uid));
+}
