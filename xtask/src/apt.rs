@@ -6,11 +6,11 @@ use std::process::Command;
 
 use anyhow::Context as _;
 
-use crate::cmd;
+use crate::{cmd, privilege};
 
 /// Whether this system has apt-get and this process may use it.
 pub(crate) fn is_usable() -> bool {
-    cmd::is_in_path("apt-get") && nix::unistd::geteuid().is_root()
+    cmd::is_in_path("apt-get") && privilege::is_root()
 }
 
 /// Installs packages for `purpose`, unless something would have to be removed for them. The lists are fetched only

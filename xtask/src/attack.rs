@@ -31,7 +31,7 @@ use self::{
     row::Row,
     scene::{Outcome, Scene},
 };
-use crate::{ebpf, report, vm};
+use crate::{ebpf, privilege, vm};
 
 /// EKS Pod Identity, and its only path.
 const POD_IDENTITY: std::net::SocketAddr = scene::http(IpAddr::V4(POD_IDENTITY_V4));
@@ -103,7 +103,7 @@ fn run_in_machines(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
 }
 
 fn run_here(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
-    report::require_root("the attacks")?;
+    privilege::require_root("the attacks")?;
     let builds = match arguments.agents.as_deref() {
         Some([release, undefended]) => Builds { release: release.clone(), undefended: undefended.clone() },
         _ => Builds { release: ebpf::build_release_agent()?, undefended: ebpf::build_undefended_agent()? },

@@ -23,7 +23,7 @@ pub(crate) use self::{
     server::{ServerArguments, serve},
     traffic::{TrafficArguments, traffic},
 };
-use crate::{cmd, ebpf, report};
+use crate::{cmd, ebpf, privilege, report, workspace};
 
 /// Turns: each server is asked this often, in every variant.
 const ROUNDS: usize = 5;
@@ -107,7 +107,7 @@ impl Measured {
 
 /// Measures.
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
-    report::require_root("the benchmark")?;
+    privilege::require_root("the benchmark")?;
     let agent = ebpf::build_release_agent()?;
     let helper = build_release_helper()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -129,9 +129,9 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
 fn build_release_helper() -> anyhow::Result<std::path::PathBuf> {
     cmd::run(
         "release build of the bare server and the load",
-        ebpf::cargo().args(["build", "--release", "--package", "xtask"]),
+        workspace::cargo().args(["build", "--release", "--package", "xtask"]),
     )?;
-    Ok(ebpf::target_directory().join("release/xtask"))
+    Ok(workspace::target_directory().join("release/xtask"))
 }
 
 async fn compare(agent: &Path, helper: &Path) -> anyhow::Result<()> {

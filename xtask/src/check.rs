@@ -10,9 +10,8 @@ use std::{process::Command, time::Instant};
 use anyhow::bail;
 
 use crate::{
-    cmd,
-    ebpf::{cargo, root, target_directory},
-    report,
+    cmd, report,
+    workspace::{cargo, root, target_directory},
 };
 
 /// Version of cargo-deny.

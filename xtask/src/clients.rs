@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use crate::{
     apt,
     cmd::{self, Missing},
-    ebpf,
+    workspace,
 };
 
 /// The last boto3 that knows IMDSv2 but not yet Pod Identity.
@@ -62,11 +62,11 @@ impl Clients {
 impl Boto3 {
     /// The command that resolves credentials.
     pub(crate) fn command(&self) -> Vec<String> {
-        [&self.python, &ebpf::root().join(SCRIPT)].map(|path| path.display().to_string()).into()
+        [&self.python, &workspace::root().join(SCRIPT)].map(|path| path.display().to_string()).into()
     }
 
     fn install(version: &str) -> anyhow::Result<Self> {
-        let directory = ebpf::target_directory().join("clients").join(format!("boto3-{version}"));
+        let directory = workspace::target_directory().join("clients").join(format!("boto3-{version}"));
         let python = directory.join("bin/python");
         let complete = directory.join("complete");
         if !complete.exists() {

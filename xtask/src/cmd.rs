@@ -18,7 +18,7 @@ use anyhow::{Context as _, bail};
 use indicatif::{MultiProgress, ProgressBar};
 use owo_colors::{OwoColorize as _, Stream};
 
-use crate::ebpf;
+use crate::workspace;
 
 /// How much of a log is shown when a command fails; the rest is in the file.
 const LOG_TAIL_LINES: usize = 60;
@@ -138,7 +138,7 @@ pub(crate) fn log_of(what: &str) -> anyhow::Result<String> {
 
 fn log_path(what: &str) -> PathBuf {
     let name: String = what.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-    ebpf::target_directory().join("xtask").join(format!("{name}.log"))
+    workspace::target_directory().join("xtask").join(format!("{name}.log"))
 }
 
 fn open_log(what: &str) -> anyhow::Result<(PathBuf, File)> {

@@ -29,7 +29,7 @@ use self::{
     cell::{Cell, Verdict},
     progress::Progress,
 };
-use crate::{ebpf, report};
+use crate::{ebpf, privilege};
 
 /// Which clients, and where to write what was found.
 #[derive(Debug, Args)]
@@ -59,7 +59,7 @@ struct Report {
 
 /// Builds the clients, puts them into every situation, prints the matrix. Fails unless every cell is as it should be.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    report::require_root("the conformance run")?;
+    privilege::require_root("the conformance run")?;
     let clients = select(&arguments.clients)?;
     let agent = ebpf::build_release_agent()?;
     let mut subjects = Vec::new();

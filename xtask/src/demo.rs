@@ -16,7 +16,7 @@ use self::{
     attempt::{Attempt, IMDS, Place},
     row::{Case, Expected, Row},
 };
-use crate::{clients::Clients, ebpf, report};
+use crate::{clients::Clients, ebpf, privilege};
 
 const NAMESPACE: &str = "shop";
 const IMDS_ADDRESS: &str = "169.254.169.254";
@@ -27,7 +27,7 @@ const REFUSAL_MILLISECONDS: f64 = 100.0;
 
 /// Builds everything, runs the clients, prints the table. Fails when a row is not as it should be.
 pub(crate) fn run(json: bool) -> anyhow::Result<ExitCode> {
-    report::require_root("the demo")?;
+    privilege::require_root("the demo")?;
     let agent = AgentSpec::new(ebpf::build_release_agent()?, &["--imds", "intercept"]);
     let clients = Clients::prepare()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

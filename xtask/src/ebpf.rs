@@ -1,4 +1,4 @@
-//! `cargo xtask build-ebpf`: the kernel programs, and the agent with them inside.
+//! The kernel programs, and the agent with them inside.
 //!
 //! Owns how both are built and where; never what they do. The toolchain is found or set up by `toolchain`.
 
@@ -6,7 +6,7 @@ mod budget;
 mod toolchain;
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -17,7 +17,10 @@ use aya::{EbpfLoader, programs::Program};
 
 pub(crate) use self::budget::Counts;
 use self::{budget::Budget, toolchain::Toolchain};
-use crate::{cmd, report, vm};
+use crate::{
+    cmd,
+    workspace::{cargo, root, target_directory},
+};
 
 /// The target of the programs. Little-endian, as every node of EKS.
 const TARGET: &str = "bpfel-unknown-none";
@@ -35,47 +38,40 @@ pub(crate) struct Object {
     pub(crate) path: PathBuf,
 }
 
-/// Builds the programs and shows what came out. With `bless`, what the kernels' verifiers say becomes the budget.
-pub(crate) fn command(bless: bool) -> anyhow::Result<()> {
-    let object = build_object()?;
-    let bytes = read_object(&object.path)?;
-    let mut table = report::table(&["program", "instructions in the object"]);
-    for (name, count) in instructions(&bytes)? {
-        table.add_row([name.to_owned(), count.to_string()]);
-    }
-    println!("{table}");
-    println!("{}: {} KiB with debug information", object.path.display(), bytes.len() / 1024);
-    if bless {
-        return bless_budget(&bytes);
-    }
-    if nix::unistd::geteuid().is_root() {
-        return check_budget(&bytes, &read_budget()?);
-    }
-    println!("What the kernel's verifier makes of it, only root can ask.");
-    Ok(())
-}
-
 /// Compares what the running kernel's verifier goes through with a budget.
 pub(crate) fn check_budget(object: &[u8], budget: &str) -> anyhow::Result<()> {
     Budget::parse(budget)?.check(&kernel_series()?, &verified(object)?)
 }
 
-/// The same with the workspace's programs and budget.
-pub(crate) fn check_workspace_budget() -> anyhow::Result<()> {
-    check_budget(&read_object(&build_object()?.path)?, &read_budget()?)
+/// The same with the workspace's budget.
+pub(crate) fn check_workspace_budget_of(object: &[u8]) -> anyhow::Result<()> {
+    check_budget(object, &read_budget()?)
 }
 
-/// Makes what the verifiers of this kernel and of the virtual machines' say the budget.
-fn bless_budget(object: &[u8]) -> anyhow::Result<()> {
-    report::require_root("asking the kernel's verifier")?;
+/// The same with the workspace's programs and budget.
+pub(crate) fn check_workspace_budget() -> anyhow::Result<()> {
+    check_workspace_budget_of(&build_object()?.read()?)
+}
+
+/// Makes what the verifiers of this kernel and of `others`, by their series, say the budget.
+pub(crate) fn bless_budget(object: &[u8], others: &[(&'static str, Counts)]) -> anyhow::Result<()> {
     let mut budget = Budget::parse(&read_budget()?)?;
     budget.bless(&kernel_series()?, verified(object)?);
-    for kernel in vm::Kernel::ALL {
-        budget.bless(kernel.series(), vm::measure(kernel)?);
+    for (series, counts) in others {
+        budget.bless(series, counts.clone());
     }
     fs::write(root().join(BUDGET), budget.to_toml()).with_context(|| format!("cannot write {BUDGET}"))?;
     println!("{BUDGET} is what the verifiers say now.");
     Ok(())
+}
+
+// === impl Object ===
+
+impl Object {
+    /// Its bytes.
+    pub(crate) fn read(&self) -> anyhow::Result<Vec<u8>> {
+        fs::read(&self.path).with_context(|| format!("cannot read {}", self.path.display()))
+    }
 }
 
 /// Builds the programs. Quick when nothing has changed.
@@ -130,24 +126,6 @@ pub(crate) fn build_undefended_agent() -> anyhow::Result<PathBuf> {
     Ok(target_directory().join("release/podgate-undefended"))
 }
 
-/// The cargo that runs this command, working on the workspace.
-pub(crate) fn cargo() -> Command {
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(root());
-    command
-}
-
-/// The workspace.
-pub(crate) fn root() -> &'static Path {
-    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().unwrap_or(xtask)
-}
-
-/// Where cargo and this command put what they make.
-pub(crate) fn target_directory() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |directory| root().join(directory))
-}
-
 /// The build of the programs, independent of the cargo that runs this command.
 fn build_command(toolchain: &Toolchain, linker: &Path, target_directory: &Path) -> Command {
     let mut command = Command::new(&toolchain.cargo);
@@ -176,7 +154,7 @@ fn build_command(toolchain: &Toolchain, linker: &Path, target_directory: &Path) 
 }
 
 /// The programs and their sizes, in the order in which they are attached.
-fn instructions(object: &[u8]) -> anyhow::Result<Vec<(&'static str, usize)>> {
+pub(crate) fn instructions(object: &[u8]) -> anyhow::Result<Vec<(&'static str, usize)>> {
     let object = aya_obj::Object::parse(object).context("the object cannot be read")?;
     let count =
         |name| Some(object.functions.get(&object.programs.get(name)?.function_key())?.instructions.len());
@@ -214,10 +192,6 @@ pub(crate) fn verified(object: &[u8]) -> anyhow::Result<Counts> {
 fn kernel_series() -> anyhow::Result<String> {
     let version = procfs::sys::kernel::Version::current().context("cannot read the kernel's version")?;
     Ok(format!("{}.{}", version.major, version.minor))
-}
-
-fn read_object(path: &Path) -> anyhow::Result<Vec<u8>> {
-    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 fn read_budget() -> anyhow::Result<String> {

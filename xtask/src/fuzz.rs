@@ -13,9 +13,8 @@ use anyhow::Context as _;
 use clap::Args;
 
 use crate::{
-    cmd,
-    ebpf::{cargo, root, target_directory},
-    report,
+    cmd, report,
+    workspace::{cargo, root, target_directory},
 };
 
 /// Version of cargo-fuzz.

@@ -21,7 +21,7 @@ use nix::{
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{apt, cmd, ebpf, report};
+use crate::{apt, cmd, ebpf, privilege, report};
 
 /// How long a lab may take to go down.
 const DOWN_TIMEOUT: Duration = Duration::from_mins(1);
@@ -199,7 +199,7 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
 
 /// Starts a lab in the background and returns when it is up.
 fn up(arguments: &UpArguments) -> anyhow::Result<()> {
-    report::require_root("a lab")?;
+    privilege::require_root("a lab")?;
     let taken = State::list()?.into_iter().any(|lab| lab.name == arguments.name && lab.is_alive());
     ensure!(!taken, "the lab {0} is up already: `cargo xtask lab down --name {0}`", arguments.name);
     if arguments.routing.needs_nftables() && !cmd::is_in_path("nft") && apt::is_usable() {
@@ -303,7 +303,7 @@ fn status(as_json: bool) -> anyhow::Result<()> {
 }
 
 fn down(name: &str, all: bool) -> anyhow::Result<()> {
-    report::require_root("removing a lab")?;
+    privilege::require_root("removing a lab")?;
     let labs = State::list()?;
     let named = labs.iter().any(|lab| lab.name == name);
     for lab in labs {

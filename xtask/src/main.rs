@@ -6,6 +6,7 @@ mod apt;
 mod attack;
 mod bench;
 mod bpftool;
+mod build_ebpf;
 mod check;
 mod clients;
 mod cmd;
@@ -15,9 +16,11 @@ mod ebpf;
 mod fuzz;
 mod initramfs;
 mod lab;
+mod privilege;
 mod report;
 mod test;
 mod vm;
+mod workspace;
 
 use std::process::ExitCode;
 
@@ -113,7 +116,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::BuildEbpf { bless } => ebpf::command(bless)?,
+        Command::BuildEbpf { bless } => build_ebpf::run(bless)?,
         Command::Check => check::run()?,
         Command::Demo { json } => return demo::run(json),
         Command::Attack(arguments) => return attack::run(&arguments),

@@ -4,7 +4,6 @@
 
 use std::fmt::Display;
 
-use anyhow::bail;
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
 use owo_colors::{OwoColorize as _, Stream};
 
@@ -38,17 +37,6 @@ pub(crate) fn success(text: impl Display) -> String {
 /// Something that is not.
 pub(crate) fn failure(text: impl Display) -> String {
     text.if_supports_color(Stream::Stdout, |text| text.red()).to_string()
-}
-
-/// Fails unless this is root: cgroups, network namespaces and BPF programs need it.
-pub(crate) fn require_root(what: &str) -> anyhow::Result<()> {
-    if !nix::unistd::geteuid().is_root() {
-        bail!(
-            "{what} must run as root: to make cgroups and network namespaces, and to load BPF programs.\n\
-             Run it as `sudo -E env \"PATH=$PATH\" cargo xtask …`"
-        );
-    }
-    Ok(())
 }
 
 /// The beginning of something.

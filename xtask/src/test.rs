@@ -13,7 +13,7 @@ use lab::state::{self, State};
 use tokio::process::Command;
 
 use self::step::{Outcome, Step};
-use crate::{bpftool, clients, ebpf, report, vm};
+use crate::{bpftool, clients, ebpf, privilege, report, vm, workspace};
 
 /// Seconds by step, in the workspace.
 const BUDGETS: &str = ".ci/budgets.toml";
@@ -108,7 +108,7 @@ impl From<vm::Kernel> for Tier {
 pub(crate) fn run(only: Option<Tier>) -> anyhow::Result<ExitCode> {
     let tiers: Vec<Tier> = only.map_or_else(|| Tier::value_variants().to_vec(), |tier| vec![tier]);
     if tiers.iter().any(|tier| tier.needs_root()) {
-        report::require_root("the tests of the tiers kernel and lab")?;
+        privilege::require_root("the tests of the tiers kernel and lab")?;
     }
     let budgets = read_budgets()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -192,7 +192,7 @@ fn run_vm(
 
 /// Selects every integration test in a directory's files; those in directories of their own need root.
 fn tests_in(directory: &str) -> anyhow::Result<Vec<String>> {
-    let path = ebpf::root().join(directory);
+    let path = workspace::root().join(directory);
     let entries = fs::read_dir(&path).with_context(|| format!("cannot list {}", path.display()))?;
     let mut selection = Vec::new();
     for entry in entries {
@@ -206,7 +206,7 @@ fn tests_in(directory: &str) -> anyhow::Result<Vec<String>> {
 }
 
 fn cargo_test(arguments: &[String], environment: &[(&str, PathBuf)]) -> Command {
-    let mut command = Command::from(ebpf::cargo());
+    let mut command = Command::from(workspace::cargo());
     command.arg("test").args(arguments).envs(environment.iter().map(|(name, value)| (*name, value)));
     command
 }
@@ -234,8 +234,8 @@ fn remove_dead_labs() -> anyhow::Result<()> {
 }
 
 fn read_budgets() -> anyhow::Result<Budgets> {
-    let text =
-        fs::read_to_string(ebpf::root().join(BUDGETS)).with_context(|| format!("cannot read {BUDGETS}"))?;
+    let text = fs::read_to_string(workspace::root().join(BUDGETS))
+        .with_context(|| format!("cannot read {BUDGETS}"))?;
     toml::from_str(&text).with_context(|| format!("{BUDGETS} is not a table of seconds"))
 }
 

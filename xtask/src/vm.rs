@@ -25,6 +25,7 @@ use crate::{
     apt, bpftool, cmd,
     ebpf::{self, Counts},
     initramfs::Initramfs,
+    workspace,
 };
 
 /// The program that emulates the machine, and its package.
@@ -156,7 +157,7 @@ fn image(kernel: Kernel) -> anyhow::Result<Image> {
             env::consts::ARCH
         );
     }
-    let directory = ebpf::target_directory().join("vm");
+    let directory = workspace::target_directory().join("vm");
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     if !cmd::is_in_path(QEMU) {
         if !apt::is_usable() {
@@ -178,7 +179,7 @@ fn test_files() -> anyhow::Result<Vec<File>> {
         (guest::INIT, executable(&messages, "xtask")?),
         (guest::TESTS, executable(&messages, "kernel")?),
         (guest::OBJECT, object),
-        (guest::BUDGET, ebpf::root().join(ebpf::BUDGET)),
+        (guest::BUDGET, workspace::root().join(ebpf::BUDGET)),
     ];
     let own = own.map(|(name, path)| (name.into(), path));
     let mut files = Vec::from(own);
@@ -210,9 +211,9 @@ fn attack_files() -> anyhow::Result<Vec<File>> {
 /// Builds something for a machine without libraries; cargo's messages. In a directory of its own: with other flags,
 /// everything else would be built anew each time.
 fn build(what: &str, arguments: &[&str], object: &Path) -> anyhow::Result<String> {
-    let directory = ebpf::target_directory().join("vm-build");
+    let directory = workspace::target_directory().join("vm-build");
     let build = || {
-        let mut build = ebpf::cargo();
+        let mut build = workspace::cargo();
         build
             .args(["build", "--target", TARGET, "--target-dir"])
             .arg(&directory)
@@ -257,7 +258,7 @@ fn pack(files: &[File]) -> anyhow::Result<Vec<u8>> {
 /// A kernel that gets stuck or finds itself broken panics; a panic is a reboot, and a reboot ends QEMU. What the kernel
 /// does not know, it gives to the first process: `NAME=VALUE` as environment, and what comes after `--` as arguments.
 fn boot(kernel: Kernel, image: &Image, files: &[File], arguments: &str) -> anyhow::Result<Command> {
-    let initramfs = ebpf::target_directory().join(format!("vm/{}.cpio", kernel.series()));
+    let initramfs = workspace::target_directory().join(format!("vm/{}.cpio", kernel.series()));
     fs::write(&initramfs, pack(files)?).with_context(|| format!("cannot write {}", initramfs.display()))?;
     let mut qemu = Command::new(QEMU);
     let append = format!(

@@ -15,7 +15,7 @@ use std::{
 use anyhow::Context as _;
 
 use super::catalogue::{Client, Language};
-use crate::{apt, cmd, ebpf};
+use crate::{apt, cmd, workspace};
 
 /// How many are built at once: what they wait for is mostly the network.
 const AT_ONCE: usize = 2;
@@ -70,7 +70,7 @@ impl Client {
     }
 
     fn build(&self) -> anyhow::Result<Vec<String>> {
-        let directory = ebpf::target_directory().join("clients").join(self.name);
+        let directory = workspace::target_directory().join("clients").join(self.name);
         let stamp = directory.join(STAMP);
         let sources = self.sources()?;
         let made_from = made_from(&sources);
@@ -94,7 +94,7 @@ impl Client {
     fn sources(&self) -> anyhow::Result<BTreeMap<PathBuf, String>> {
         let mut sources = BTreeMap::new();
         for name in self.like.into_iter().chain([self.name]) {
-            let directory = ebpf::root().join(PROGRAMS).join(name);
+            let directory = workspace::root().join(PROGRAMS).join(name);
             read_files(&directory, Path::new(""), &mut sources)
                 .with_context(|| format!("cannot read {}", directory.display()))?;
         }
@@ -200,7 +200,10 @@ impl Language {
             // One directory for all: what they have in common is built once.
             Self::Rust => cmd::run(
                 name,
-                ebpf::cargo().current_dir(directory).args(["build", "--target-dir"]).arg(rust_directory()),
+                workspace::cargo()
+                    .current_dir(directory)
+                    .args(["build", "--target-dir"])
+                    .arg(rust_directory()),
             ),
         }
     }
@@ -234,7 +237,7 @@ impl Language {
 }
 
 fn rust_directory() -> PathBuf {
-    ebpf::target_directory().join("clients/rust")
+    workspace::target_directory().join("clients/rust")
 }
 
 /// Everything that decides what a build comes to.
@@ -283,7 +286,7 @@ mod tests {
     #[test]
     fn every_program_belongs_to_a_client() {
         let of_clients: Vec<_> = CLIENTS.iter().map(|client| client.name).collect();
-        for entry in fs::read_dir(ebpf::root().join(PROGRAMS)).unwrap() {
+        for entry in fs::read_dir(workspace::root().join(PROGRAMS)).unwrap() {
             let entry = entry.unwrap();
             if entry.file_type().unwrap().is_dir() {
                 let name = entry.file_name().into_string().unwrap();

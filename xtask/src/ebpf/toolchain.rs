@@ -9,10 +9,11 @@ use std::{
     process::Command,
 };
 
-use super::{TARGET, cargo, target_directory};
+use super::TARGET;
 use crate::{
     apt,
     cmd::{self, Missing},
+    workspace::{cargo, target_directory},
 };
 
 /// Version of bpf-linker.
