@@ -37,6 +37,7 @@ pub mod whois;
 
 // Low level.
 mod bpf;
+mod log_limit;
 pub mod mapdump;
 pub mod netdev;
 pub mod secret;

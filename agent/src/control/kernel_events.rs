@@ -17,33 +17,28 @@ use crate::{
     credentials::source::CredentialSource,
     identity::{Pod, PodUid},
     intercept::{DebugLog, Events},
+    log_limit::LogLimit,
     serve::{self, Server},
 };
 
-/// One line of a kind a pod in this time; the rest is counted in the next.
+/// Each pod has one line of each kind per interval; the next line counts the rest.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
-/// Pods times kinds; beyond that nothing is remembered, and more is logged.
-const REMEMBERED: usize = 8192;
+/// Most limits that are remembered. Past that all are dropped, and some lines come early.
+const MAX_ENTRIES: usize = 8192;
 /// After a failure to read.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Remembers what was said lately.
+/// A limit for each pod and kind of event.
 #[derive(Debug, Default)]
-struct Lately(HashMap<(u64, u32), Said>);
-
-#[derive(Debug)]
-struct Said {
-    at: Instant,
-    since: u64,
-}
+struct EventLimits(HashMap<(u64, u32), LogLimit>);
 
 /// Logs the kernel's events forever.
 pub async fn run<S: CredentialSource>(mut events: Events, server: Arc<Server<S>>) {
-    let mut lately = Lately::default();
+    let mut limits = EventLimits::default();
     loop {
         match events.next().await {
             Ok((counter, event)) => {
-                if let Some(more) = lately.say(counter, &event, Instant::now()) {
+                if let Some(more) = limits.admit(counter, &event, Instant::now()) {
                     tell(counter, &event, more, &server);
                 }
             }
@@ -64,25 +59,18 @@ pub fn follow(log: DebugLog) {
     });
 }
 
-// === impl Lately ===
+// === impl EventLimits ===
 
-impl Lately {
-    /// Whether an event is to be logged, and how many like it were not since the last one.
-    fn say(&mut self, counter: Counter, event: &Event, now: Instant) -> Option<u64> {
-        if self.0.len() > REMEMBERED {
+impl EventLimits {
+    /// Whether an event is to be logged: then, how many like it were suppressed since the last one.
+    fn admit(&mut self, counter: Counter, event: &Event, now: Instant) -> Option<u64> {
+        if self.0.len() > MAX_ENTRIES {
             self.0.clear();
         }
-        let whose = if event.pod_cgroup_id == 0 { event.cgroup_id } else { event.pod_cgroup_id };
-        let Some(said) = self.0.get_mut(&(whose, counter as u32)) else {
-            self.0.insert((whose, counter as u32), Said { at: now, since: 0 });
-            return Some(0);
-        };
-        if now.duration_since(said.at) < LOG_INTERVAL {
-            said.since += 1;
-            return None;
-        }
-        said.at = now;
-        Some(std::mem::take(&mut said.since))
+        let cgroup_id = if event.pod_cgroup_id == 0 { event.cgroup_id } else { event.pod_cgroup_id };
+        let limit =
+            self.0.entry((cgroup_id, counter as u32)).or_insert_with(|| LogLimit::new(1, LOG_INTERVAL));
+        limit.admit(now)
     }
 }
 
@@ -147,16 +135,16 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_repeats_itself_gets_one_line_a_second_and_no_other_pod_fewer() {
-        let (mut lately, now) = (Lately::default(), Instant::now());
-        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now), Some(0));
+    fn a_repeating_pod_has_one_line_a_second_and_others_have_theirs() {
+        let (mut limits, now) = (EventLimits::default(), Instant::now());
+        assert_eq!(limits.admit(Counter::Denied, &event(1, 10), now), Some(0));
         for _ in 0..5 {
-            assert_eq!(lately.say(Counter::Denied, &event(1, 11), now), None, "another container of it");
+            assert_eq!(limits.admit(Counter::Denied, &event(1, 11), now), None, "another container of it");
         }
-        assert_eq!(lately.say(Counter::Audited, &event(1, 10), now), Some(0), "another kind");
-        assert_eq!(lately.say(Counter::Denied, &event(2, 20), now), Some(0), "another pod");
-        assert_eq!(lately.say(Counter::Denied, &event(0, 30), now), Some(0), "a pod without a policy yet");
-        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now + LOG_INTERVAL), Some(5));
-        assert_eq!(lately.say(Counter::Denied, &event(1, 10), now + 2 * LOG_INTERVAL), Some(0));
+        assert_eq!(limits.admit(Counter::Audited, &event(1, 10), now), Some(0), "another kind");
+        assert_eq!(limits.admit(Counter::Denied, &event(2, 20), now), Some(0), "another pod");
+        assert_eq!(limits.admit(Counter::Denied, &event(0, 30), now), Some(0), "a pod without a policy yet");
+        assert_eq!(limits.admit(Counter::Denied, &event(1, 10), now + LOG_INTERVAL), Some(5));
+        assert_eq!(limits.admit(Counter::Denied, &event(1, 10), now + 2 * LOG_INTERVAL), Some(0));
     }
 }

@@ -7,19 +7,20 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use agent_common::defense::{Defense, holds};
 
-use crate::identity::PodUid;
+use crate::{identity::PodUid, log_limit::LogLimit};
 
 /// Most connections of one caller. An SDK has one or two for each process, and for some milliseconds.
 const CONNECTIONS_MAX: u32 = 256;
-/// Most lines of one caller in a second, and most of them in its audit.
+/// Most lines of one caller per interval in the access log, and as many in the audit log.
 const LINES_MAX: u32 = 20;
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// Callers without connections that are remembered, so that what they have logged counts when they come again.
 const REMEMBERED: usize = 2048;
 
@@ -40,23 +41,13 @@ pub struct ConnectionLimit(Arc<Mutex<HashMap<LimitKey, Arc<Caller>>>>);
 #[derive(Debug)]
 pub(super) struct Place(Arc<Caller>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Caller {
     connections: AtomicU32,
-    /// Whether it is a pod whose cgroup is gone: whoever has its connections now is somebody else.
-    is_gone: AtomicBool,
-    log: Lines,
-    audit: Lines,
-}
-
-/// Lines of one second.
-#[derive(Debug)]
-struct Lines {
-    since: Instant,
-    /// The second since then, and how many lines it has: 32 bits each.
-    window: AtomicU64,
-    /// Lines that were not written.
-    left_out: AtomicU64,
+    /// Whether the pod's cgroup was removed: a process that still holds one of its connections is not the pod's.
+    is_removed: AtomicBool,
+    access: Mutex<LogLimit>,
+    audit: Mutex<LogLimit>,
 }
 
 // === impl ConnectionLimit ===
@@ -80,7 +71,7 @@ impl ConnectionLimit {
     /// The pod is gone, and its connections are nobody's from now on. One of the same UID that comes again has others.
     pub fn end(&self, uid: PodUid) {
         if let Some(caller) = self.callers().remove(&LimitKey::Pod(uid)) {
-            caller.is_gone.store(true, Relaxed);
+            caller.is_removed.store(true, Relaxed);
         }
     }
 
@@ -94,17 +85,17 @@ impl ConnectionLimit {
 impl Place {
     /// Whether the connection is that of a pod which is gone.
     pub(super) fn is_revoked(&self) -> bool {
-        self.0.is_gone.load(Relaxed) && holds(Defense::GonePods)
+        self.0.is_removed.load(Relaxed) && holds(Defense::GonePods)
     }
 
     /// Whether a line may be logged, and how many were not since the last one.
     pub(super) fn may_log(&self) -> Option<u64> {
-        self.0.log.one_more(Instant::now())
+        admit(&self.0.access)
     }
 
     /// The same for the audit, apart from the rest: nobody hides in what else it does.
     pub(super) fn may_audit(&self) -> Option<u64> {
-        self.0.audit.one_more(Instant::now())
+        admit(&self.0.audit)
     }
 }
 
@@ -114,33 +105,26 @@ impl Drop for Place {
     }
 }
 
-// === impl Lines ===
+// === impl Caller ===
 
-impl Default for Lines {
+impl Default for Caller {
     fn default() -> Self {
-        Self { since: Instant::now(), window: AtomicU64::new(0), left_out: AtomicU64::new(0) }
+        let lines = || Mutex::new(LogLimit::new(LINES_MAX, LOG_INTERVAL));
+        Self {
+            connections: AtomicU32::new(0),
+            is_removed: AtomicBool::new(false),
+            access: lines(),
+            audit: lines(),
+        }
     }
 }
 
-impl Lines {
-    fn one_more(&self, now: Instant) -> Option<u64> {
-        let second = now.duration_since(self.since).as_secs() << 32;
-        let count = |window: u64| if window & !u64::from(u32::MAX) == second { window } else { second };
-        let before =
-            self.window.fetch_update(Relaxed, Relaxed, |window| Some(count(window).saturating_add(1)));
-        let lines = count(before.unwrap_or_else(|window| window)) & u64::from(u32::MAX);
-        if lines < u64::from(LINES_MAX) {
-            return Some(self.left_out.swap(0, Relaxed));
-        }
-        self.left_out.fetch_add(1, Relaxed);
-        None
-    }
+fn admit(limit: &Mutex<LogLimit>) -> Option<u64> {
+    limit.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn address(last: u8) -> LimitKey {
@@ -161,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_is_gone_is_forgotten_and_what_it_leaves_open_harms_nobody() {
+    fn a_pod_that_is_removed_is_forgotten_and_what_it_leaves_open_harms_nobody() {
         let (limit, uid) = (ConnectionLimit::default(), crate::testing::pod_uid());
         let left_open = limit.enter(LimitKey::Pod(uid)).unwrap();
         assert!(!left_open.is_revoked());
@@ -182,19 +166,5 @@ mod tests {
         assert!(limit.callers().len() <= REMEMBERED);
         assert!(limit.callers().contains_key(&address(1)));
         drop(staying);
-    }
-
-    #[test]
-    fn a_caller_has_so_many_lines_a_second_and_those_left_out_are_told() {
-        let lines = Lines::default();
-        let at = |millis| lines.since + Duration::from_millis(millis);
-        for millis in 0..u64::from(LINES_MAX) {
-            assert_eq!(lines.one_more(at(millis)), Some(0));
-        }
-        for _ in 0..3 {
-            assert_eq!(lines.one_more(at(900)), None);
-        }
-        assert_eq!(lines.one_more(at(1000)), Some(3));
-        assert_eq!(lines.one_more(at(1001)), Some(0));
     }
 }

@@ -23,7 +23,7 @@ use std::{
         fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use agent_common::defense::{Defense, holds};
@@ -37,7 +37,7 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{UnixListener, UnixStream},
     sync::watch,
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -45,7 +45,7 @@ mod session;
 pub(crate) mod wire;
 
 use self::session::{NONCE, Nonce, PROOF, Session};
-use crate::{credentials::cache::Transferred, intercept::HandoverKey};
+use crate::{credentials::cache::Transferred, intercept::HandoverKey, log_limit::LogLimit};
 
 /// Name of the socket.
 pub const SOCKET: &str = "handover.sock";
@@ -97,13 +97,6 @@ pub struct HandoverMetrics(Family<Labels, Counter>);
 struct Labels {
     side: &'static str,
     outcome: &'static str,
-}
-
-/// Who got nothing, as the log tells.
-#[derive(Debug, Default)]
-struct Complaints {
-    last: Option<Instant>,
-    left_out: u64,
 }
 
 /// What one agent gives to the next.
@@ -184,24 +177,24 @@ impl<E: Fn() -> Vec<Transferred>, M: Fn(i32) -> bool> Predecessor<E, M> {
                 return std::future::pending().await;
             }
         };
-        let (mut conversations, mut complaints) = (FuturesUnordered::new(), Complaints::default());
+        let (mut conversations, mut failures) = (FuturesUnordered::new(), LogLimit::new(1, LOG_INTERVAL));
         loop {
             tokio::select! {
                 accepted = listener.accept(), if conversations.len() < AT_ONCE => match accepted {
                     Ok((stream, _)) => conversations.push(in_time(self.answer(stream))),
                     Err(_) => sleep(RETRY_DELAY).await,
                 },
-                Some(answered) = conversations.next() => self.report(&answered, &mut complaints),
+                Some(answered) = conversations.next() => self.report(&answered, &mut failures),
             }
         }
     }
 
-    fn report(&self, answered: &Result<usize, Error>, complaints: &mut Complaints) {
+    fn report(&self, answered: &Result<usize, Error>, failures: &mut LogLimit) {
         self.metrics.count("former", answered);
         match answered {
             Ok(pods) => info!(pods, "credentials are handed over to the next agent"),
             Err(error) => {
-                if let Some(more) = complaints.one_more(Instant::now()) {
+                if let Some(more) = failures.admit(Instant::now()) {
                     warn!(%error, more, "somebody has asked for a handover and got nothing");
                 }
             }
@@ -232,20 +225,6 @@ impl<E: Fn() -> Vec<Transferred>, M: Fn(i32) -> bool> Predecessor<E, M> {
         stream.write_all(&length.to_be_bytes()).await?;
         stream.write_all(&sealed).await?;
         Ok(entries.len())
-    }
-}
-
-// === impl Complaints ===
-
-impl Complaints {
-    /// How many have been left out since the last one, if it is time for another.
-    fn one_more(&mut self, now: Instant) -> Option<u64> {
-        if self.last.is_some_and(|last| now < last + LOG_INTERVAL) {
-            self.left_out += 1;
-            return None;
-        }
-        self.last = Some(now);
-        Some(std::mem::take(&mut self.left_out))
     }
 }
 

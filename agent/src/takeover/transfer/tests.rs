@@ -236,15 +236,6 @@ fn sockets_go_and_their_directory_unless_something_else_is_in_it() {
     assert!(!directory.exists());
 }
 
-#[test]
-fn the_log_has_a_line_now_and_then_and_tells_how_many_it_has_not() {
-    let (mut complaints, begun) = (Complaints::default(), Instant::now());
-    let after = |seconds| begun + Duration::from_secs(seconds);
-    let lines: Vec<_> = (0..25).map(|second| complaints.one_more(after(second))).collect();
-    let told: Vec<_> = lines.into_iter().flatten().collect();
-    assert_eq!(told, [0, 9, 9]);
-}
-
 #[tokio::test]
 async fn a_proof_that_was_overheard_is_good_for_nothing_else() {
     let scene = Scene::of(vec![entry("web")]).await;
