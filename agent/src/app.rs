@@ -135,7 +135,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let known = Known {
         pods: Arc::default(),
         networks: Arc::new(Networks::new(node.host_netns_cookie)),
-        policies: Policies { defaults: config.defaults, namespaces: Arc::default() },
+        policies: Policies { defaults: config.defaults(), namespaces: Arc::default() },
     };
 
     let mut registry = Registry::default();
@@ -224,7 +224,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
     server.engine.adopt(&pods);
 
     // It stays when the agent goes, as its programs do: dials that are sent there are refused at once, and not lost.
-    let link = Link::up(&config.link).await?;
+    let link = Link::up(&config.netdev).await?;
     let yields = config.target == TargetMode::Auto;
     let opener = Opener { link, interceptor, server, origins, yields };
     let eks_agent = EksAgent::new(is_here, &mut tasks);

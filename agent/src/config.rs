@@ -1,6 +1,7 @@
 //! What the operator asked for: flags and environment, checked as a whole.
 //!
-//! Owns the names and defaults of every setting, and that all that is wrong is said at once; never reads a file or asks a service.
+//! Owns the one table of settings (name, variable, default, type, rule), and that everything wrong is reported at once;
+//! never reads a file or asks a service.
 
 use std::{
     fmt,
@@ -14,161 +15,116 @@ use serde::Serialize;
 
 use crate::{
     identity::{DaemonSetRef, ServiceAccountRef},
-    policy::Defaults,
+    policy::{Defaults, ImdsMode},
 };
 
 mod rules;
 
-/// The settings of `podgate run` as text. They are parsed by [`Config::parse`] and not by clap, which would
-/// stop at the first bad one.
-#[derive(Args, Clone, Debug)]
-pub struct Flags {
-    /// Name of the Kubernetes node this agent runs on.
-    #[arg(long, env = "PODGATE_NODE_NAME", default_value = "", hide_default_value = true)]
-    pub node_name: String,
-    /// Name of the EKS cluster.
-    #[arg(long, env = "PODGATE_CLUSTER_NAME", default_value = "", hide_default_value = true)]
-    pub cluster_name: String,
-    /// The kubelet's --cgroup-root: where kubepods is, below the cgroup2 mount.
-    #[arg(long, env = "PODGATE_CGROUP_ROOT", default_value = "/")]
-    pub cgroup_root: String,
-    /// The kubelet's --root-dir.
-    #[arg(long, env = "PODGATE_KUBELET_ROOT", default_value = "/var/lib/kubelet")]
-    pub kubelet_root: String,
-    /// Where bpffs is mounted.
-    #[arg(long, env = "PODGATE_BPFFS", default_value = DEFAULT_BPFFS)]
-    pub bpffs: String,
-    /// What a pod's dials to the instance metadata service get: off, audit, intercept or deny.
-    #[arg(long, env = "PODGATE_IMDS", default_value = "audit")]
-    pub imds: String,
-    /// No annotation loosens the mode below this one: off, audit, intercept or deny.
-    #[arg(long, env = "PODGATE_IMDS_FLOOR", default_value = "off")]
-    pub imds_floor: String,
-    /// Whether pods may use IMDSv1, which any server that fetches URLs can be tricked into: allow or deny.
-    #[arg(long, env = "PODGATE_IMDS_V1", default_value = "deny")]
-    pub imds_v1: String,
-    /// Whether raw and UDP packets to IMDS and to podgate are stopped too, of pods in intercept or deny: auto (while
-    /// there is such a pod) or off.
-    #[arg(long, env = "PODGATE_EGRESS_FILTER", default_value = "auto")]
-    pub guard: String,
-    /// Tell what pods in audit ask the instance metadata service for: credentials, user-data or something else.
-    #[arg(long, env = "PODGATE_AUDIT_PATHS")]
-    pub audit_paths: bool,
-    /// Where dials are sent to: pod-identity (to 169.254.170.23 and its IPv6 counterpart, which podgate has for itself
-    /// then), own (to podgate's own pair of addresses) or auto (own while the EKS Pod Identity Agent is on the node, else
-    /// pod-identity).
-    #[arg(long, env = "PODGATE_TARGET", default_value = "auto")]
-    pub target: String,
-    /// IPv4 address and port of podgate's own pair, or "none".
-    #[arg(long, env = "PODGATE_TARGET_V4", default_value = "169.254.175.1:80")]
-    pub target_v4: String,
-    /// IPv6 address and port of podgate's own pair, or "none".
-    #[arg(long, env = "PODGATE_TARGET_V6", default_value = "[fd70:6f64:6761:7465::1]:80")]
-    pub target_v6: String,
-    /// the EKS Pod Identity Agent: the pods of this daemon set, as NAMESPACE/NAME, or "none".
-    #[arg(long, env = "PODGATE_EKS_AGENT", default_value = "kube-system/eks-pod-identity-agent")]
-    pub eks_agent: String,
-    /// What pods' dials to EKS Pod Identity get while no podgate is alive: auto (the EKS Pod Identity Agent where it answers,
-    /// else a refusal) or deny. Dials to the instance metadata service are always refused then.
-    #[arg(long, env = "PODGATE_WHEN_DOWN", default_value = "auto")]
-    pub when_down: String,
-    /// Service accounts, as NAMESPACE/NAME with commas between them, whose pods may present the tokens of other pods on
-    /// this node, as CSI drivers do. Each use is logged (target audit) and counted.
-    #[arg(long, env = "PODGATE_TOKEN_DELEGATE", default_value = "", hide_default_value = true)]
-    pub token_delegate: String,
-    /// Whether the credentials of pods that are known to want them are fetched before they ask: auto or off.
-    #[arg(long, env = "PODGATE_PREFETCH", default_value = "auto")]
-    pub prefetch: String,
-    /// Name of the network link that carries these addresses.
-    #[arg(long, env = "PODGATE_NETDEV", default_value = DEFAULT_NETDEV)]
-    pub link: String,
-    /// Who the agent is at the API server: associated-node (impersonate the own node, Kubernetes 1.36 and
-    /// later) or own (whoever the kubeconfig or the service account says).
-    #[arg(long, env = "PODGATE_KUBE_IDENTITY", default_value = "associated-node")]
-    pub kube_identity: String,
-    /// Address for probes and metrics.
-    #[arg(long, env = "PODGATE_ADMIN", default_value = "127.0.0.1:9163")]
-    pub admin: String,
-    /// Socket for podgate's other commands; its directory is made private to root.
-    #[arg(long, env = "PODGATE_SOCKET", default_value = DEFAULT_SOCKET)]
-    pub socket: String,
-    /// Directory that podgate's containers on this node share, where an agent gives its credentials to the one that takes
-    /// its place; it is made private to root.
-    #[arg(long, env = "PODGATE_HANDOVER_DIR", default_value = DEFAULT_HANDOVER_DIR)]
-    pub handover_dir: String,
-    /// Seconds that requests in flight get to finish after SIGTERM.
-    #[arg(long, env = "PODGATE_DRAIN_SECS", default_value = "5")]
-    pub drain_secs: String,
-    /// Format of the log: json or text.
-    #[arg(long, env = "PODGATE_LOG_FORMAT", default_value = "json")]
-    pub log_format: String,
-    /// What is logged, as tracing's directives: info, debug, access=off,info, … With info,kernel=debug the programs in
-    /// the kernel log what they decide about each dial and ticket.
-    #[arg(long, env = "PODGATE_LOG_FILTER", default_value = "info")]
-    pub log_filter: String,
+/// Turns the table of settings into the flags, the parsed settings, and the step between the two, so that a setting is
+/// one row.
+macro_rules! settings {
+    ($($(#[doc = $doc:literal])+ $flag:literal, $variable:literal, $default:expr
+        => $field:ident: $type:ty = $rule:path;)+) => {
+        /// The settings of `podgate run` as text. They are parsed by [`Config::parse`] and not by clap, which would stop
+        /// at the first bad one.
+        #[derive(Args, Clone, Debug)]
+        pub struct Flags {
+            $($(#[doc = $doc])+
+            #[arg(long = $flag, env = $variable, default_value = $default, hide_default_value = $default.is_empty())]
+            pub $field: String,)+
+        }
+
+        /// The settings of `podgate run`.
+        #[derive(Clone, Debug, Serialize)]
+        pub struct Config {
+            $($(#[doc = $doc])+
+            pub $field: $type,)+
+        }
+
+        impl Config {
+            /// Checks every setting by itself.
+            fn parse_each(flags: &Flags, problems: &mut Problems) -> Option<Self> {
+                // First all of them: each problem is reported, not the first alone.
+                $(let $field = problems.check($flag, &flags.$field, $rule);)+
+                Some(Self { $($field: $field?,)+ })
+            }
+        }
+    };
 }
 
 /// Where bpffs is mounted unless told otherwise.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
-
-/// Name of podgate's network link unless told otherwise.
+/// Name of podgate's netdev unless told otherwise.
 pub const DEFAULT_NETDEV: &str = "podgate0";
-
 /// Where agents hand credentials over to each other unless told otherwise.
 pub const DEFAULT_HANDOVER_DIR: &str = "/run/podgate-handover";
-
 /// Where `podgate run` listens for the other commands unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/podgate/podgate.sock";
 
-/// The settings of `podgate run`.
-#[derive(Clone, Debug, Serialize)]
-pub struct Config {
-    /// Name of the Kubernetes node.
-    pub node_name: String,
+settings! {
+    /// Name of the Kubernetes node this agent runs on.
+    "node-name", "PODGATE_NODE_NAME", "" => node_name: String = rules::node_name;
     /// Name of the EKS cluster.
-    pub cluster_name: String,
-    /// The kubelet's `--cgroup-root`, relative to the cgroup2 mount.
-    pub cgroup_root: PathBuf,
-    /// The kubelet's `--root-dir`.
-    pub kubelet_root: PathBuf,
+    "cluster-name", "PODGATE_CLUSTER_NAME", "" => cluster_name: String = rules::cluster_name;
+    /// The kubelet's --cgroup-root: where kubepods is, below the cgroup2 mount.
+    "cgroup-root", "PODGATE_CGROUP_ROOT", "/" => cgroup_root: PathBuf = rules::absolute;
+    /// The kubelet's --root-dir.
+    "kubelet-root", "PODGATE_KUBELET_ROOT", "/var/lib/kubelet" => kubelet_root: PathBuf = rules::absolute;
     /// Where bpffs is mounted.
-    pub bpffs: PathBuf,
-    /// What pods get unless something more particular says otherwise.
-    pub defaults: Defaults,
-    /// Whether what `connect` does not see is guarded.
-    pub guard: bool,
-    /// Whether what pods in `audit` ask for is told.
-    pub audit_paths: bool,
-    /// Where dials are sent to.
-    pub target: TargetMode,
-    /// IPv4 side of podgate's own pair.
-    pub target_v4: Option<SocketAddrV4>,
-    /// IPv6 side of podgate's own pair.
-    pub target_v6: Option<SocketAddrV6>,
-    /// LimitKey pods are the EKS Pod Identity Agent.
-    pub eks_agent: Option<DaemonSetRef>,
-    /// What dials to EKS Pod Identity get while no podgate is alive.
-    pub when_down: WhenDown,
-    /// LimitKey pods may present the tokens of other pods.
-    pub token_delegates: Vec<ServiceAccountRef>,
-    /// Whether credentials are fetched before pods ask.
-    pub prefetch: bool,
-    /// Name of podgate's network link.
-    pub link: String,
-    /// Who the agent is at the API server.
-    pub kube_identity: KubeIdentity,
+    "bpffs", "PODGATE_BPFFS", DEFAULT_BPFFS => bpffs: PathBuf = rules::absolute;
+    /// What pods' connections to the instance metadata service get: off, audit, intercept or deny.
+    "imds", "PODGATE_IMDS", "audit" => imds: ImdsMode = rules::imds_mode;
+    /// No annotation loosens the mode below this one: off, audit, intercept or deny.
+    "imds-floor", "PODGATE_IMDS_FLOOR", "off" => imds_floor: ImdsMode = rules::imds_mode;
+    /// Whether pods may use IMDSv1, which any server that fetches URLs can be tricked into: allow or deny.
+    "imds-v1", "PODGATE_IMDS_V1", "deny" => imds_v1: bool = rules::allow_or_deny;
+    /// Whether raw and UDP packets from pods in intercept or deny to IMDS and to podgate are dropped too: auto (while
+    /// there is such a pod) or off.
+    "egress-filter", "PODGATE_EGRESS_FILTER", "auto" => egress_filter: bool = rules::auto_or_off;
+    /// Whether to report what pods in audit ask the instance metadata service for (credentials, user-data or something
+    /// else): on or off.
+    "audit-paths", "PODGATE_AUDIT_PATHS", "off" => audit_paths: bool = rules::on_or_off;
+    /// Where connections are redirected to: pod-identity (169.254.170.23 and its IPv6 counterpart, which podgate then
+    /// has for itself), own (podgate's own pair of addresses) or auto (own while the EKS Pod Identity Agent is on the
+    /// node, else pod-identity).
+    "target", "PODGATE_TARGET", "auto" => target: TargetMode = rules::target_mode;
+    /// IPv4 address and port of podgate's own pair, or "none".
+    "target-v4", "PODGATE_TARGET_V4", "169.254.175.1:80" => target_v4: Option<SocketAddrV4> = rules::target_v4;
+    /// IPv6 address and port of podgate's own pair, or "none".
+    "target-v6", "PODGATE_TARGET_V6", "[fd70:6f64:6761:7465::1]:80" => target_v6: Option<SocketAddrV6> =
+        rules::target_v6;
+    /// The EKS Pod Identity Agent: the pods of this DaemonSet, as NAMESPACE/NAME, or "none".
+    "eks-agent", "PODGATE_EKS_AGENT", "kube-system/eks-pod-identity-agent" => eks_agent: Option<DaemonSetRef> =
+        rules::eks_agent;
+    /// What pods' connections to EKS Pod Identity get while no podgate is alive: auto (the EKS Pod Identity Agent where
+    /// it answers, else a refusal) or deny. Connections to the instance metadata service are always refused then.
+    "when-down", "PODGATE_WHEN_DOWN", "auto" => when_down: WhenDown = rules::when_down;
+    /// Service accounts, as NAMESPACE/NAME separated by commas, whose pods may present the tokens of other pods on this
+    /// node, as CSI drivers do. Each use is logged (target audit) and counted.
+    "token-delegate", "PODGATE_TOKEN_DELEGATE", "" => token_delegates: Vec<ServiceAccountRef> =
+        rules::service_accounts;
+    /// Whether the credentials of pods that are known to want them are fetched before they ask: auto or off.
+    "prefetch", "PODGATE_PREFETCH", "auto" => prefetch: bool = rules::auto_or_off;
+    /// Name of the netdev that carries podgate's addresses.
+    "netdev", "PODGATE_NETDEV", DEFAULT_NETDEV => netdev: String = rules::netdev_name;
+    /// Who the agent is at the API server: associated-node (it impersonates its own node, Kubernetes 1.36 and later) or
+    /// own (whoever the kubeconfig or the service account says).
+    "kube-identity", "PODGATE_KUBE_IDENTITY", "associated-node" => kube_identity: KubeIdentity =
+        rules::kube_identity;
     /// Address for probes and metrics.
-    pub admin: SocketAddr,
-    /// Socket for the other commands.
-    pub socket: PathBuf,
-    /// Where credentials change hands between agents.
-    pub handover_dir: PathBuf,
-    /// How long requests in flight get to finish.
-    pub drain: Duration,
-    /// Format of the log.
-    pub log_format: LogFormat,
-    /// Directives of the log, checked.
-    pub log_filter: String,
+    "admin", "PODGATE_ADMIN", "127.0.0.1:9163" => admin: SocketAddr = rules::socket_addr;
+    /// Socket for podgate's other commands; its directory is made private to root.
+    "socket", "PODGATE_SOCKET", DEFAULT_SOCKET => socket: PathBuf = rules::absolute;
+    /// Directory that podgate's containers on this node share, where an agent hands its credentials over to its
+    /// successor; it is made private to root.
+    "handover-dir", "PODGATE_HANDOVER_DIR", DEFAULT_HANDOVER_DIR => handover_dir: PathBuf = rules::absolute;
+    /// Seconds that requests in flight get to finish after SIGTERM.
+    "drain-secs", "PODGATE_DRAIN_SECS", "5" => drain: Duration = rules::seconds;
+    /// Format of the log: json or text.
+    "log-format", "PODGATE_LOG_FORMAT", "json" => log_format: LogFormat = rules::log_format;
+    /// What is logged, as tracing's directives: info, debug, access=off,info, … With info,kernel=debug the programs in
+    /// the kernel log what they decide about each connection attempt and ticket.
+    "log-filter", "PODGATE_LOG_FILTER", "info" => log_filter: String = rules::log_filter;
 }
 
 /// Who the agent is at the API server.
@@ -182,7 +138,7 @@ pub enum KubeIdentity {
     Own,
 }
 
-/// Where dials are sent to.
+/// Where connections are redirected to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TargetMode {
@@ -194,7 +150,7 @@ pub enum TargetMode {
     Own,
 }
 
-/// What dials to EKS Pod Identity get while no podgate is alive.
+/// What connections to EKS Pod Identity get while no podgate is alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WhenDown {
@@ -226,72 +182,31 @@ pub struct Problem {
 // === impl Config ===
 
 impl Config {
-    /// Checks every setting.
+    /// Checks every setting, and that they go together.
     ///
     /// # Errors
     /// All that is wrong, not the first of it.
     pub fn parse(flags: &Flags) -> Result<Self, Vec<Problem>> {
         let mut problems = Problems::default();
-        let node_name = problems.check("node-name", &flags.node_name, rules::node_name);
-        let cluster_name = problems.check("cluster-name", &flags.cluster_name, rules::cluster_name);
-        let cgroup_root = problems.check("cgroup-root", &flags.cgroup_root, rules::absolute);
-        let kubelet_root = problems.check("kubelet-root", &flags.kubelet_root, rules::absolute);
-        let bpffs = problems.check("bpffs", &flags.bpffs, rules::absolute);
-        let imds = problems.check("imds", &flags.imds, rules::imds_mode);
-        let imds_floor = problems.check("imds-floor", &flags.imds_floor, rules::imds_mode);
-        let imds_v1 = problems.check("imds-v1", &flags.imds_v1, rules::allow_or_deny);
-        let guard = problems.check("egress-filter", &flags.guard, rules::auto_or_off);
-        let target = problems.check("target", &flags.target, rules::target_mode);
-        let target_v4 = problems.check("target-v4", &flags.target_v4, rules::target_v4);
-        let target_v6 = problems.check("target-v6", &flags.target_v6, rules::target_v6);
-        let eks_agent = problems.check("eks-agent", &flags.eks_agent, rules::eks_agent);
-        let when_down = problems.check("when-down", &flags.when_down, rules::when_down);
-        let token_delegates =
-            problems.check("token-delegate", &flags.token_delegate, rules::service_accounts);
-        let prefetch = problems.check("prefetch", &flags.prefetch, rules::auto_or_off);
-        let link = problems.check("link", &flags.link, rules::netdev_name);
-        let kube_identity = problems.check("kube-identity", &flags.kube_identity, rules::kube_identity);
-        let admin = problems.check("admin", &flags.admin, rules::socket_addr);
-        let socket = problems.check("socket", &flags.socket, rules::absolute);
-        let handover_dir = problems.check("handover-dir", &flags.handover_dir, rules::absolute);
-        let drain = problems.check("drain-secs", &flags.drain_secs, rules::seconds);
-        let log_format = problems.check("log-format", &flags.log_format, rules::log_format);
-        let log_filter = problems.check("log-filter", &flags.log_filter, rules::log_filter);
-        let has_no_pair = target_v4 == Some(None) && target_v6 == Some(None);
-        if has_no_pair && target != Some(TargetMode::PodIdentity) {
-            problems.add("target-v4", "is \"none\", and so is target-v6: pods' dials need one of the two");
+        let config = Self::parse_each(flags, &mut problems);
+        if let Some(config) = &config {
+            let has_no_pair = config.target_v4.is_none() && config.target_v6.is_none();
+            if has_no_pair && config.target != TargetMode::PodIdentity {
+                problems.add(
+                    "target-v4",
+                    "is \"none\", and so is target-v6: pods' connections need one of the two",
+                );
+            }
         }
-        let config = || {
-            Some(Self {
-                node_name: node_name?,
-                cluster_name: cluster_name?,
-                cgroup_root: cgroup_root?,
-                kubelet_root: kubelet_root?,
-                bpffs: bpffs?,
-                defaults: Defaults { imds: imds?, imds_floor: imds_floor?, imds_v1: imds_v1? },
-                guard: guard?,
-                audit_paths: flags.audit_paths,
-                target: target?,
-                target_v4: target_v4?,
-                target_v6: target_v6?,
-                eks_agent: eks_agent?,
-                when_down: when_down?,
-                token_delegates: token_delegates?,
-                prefetch: prefetch?,
-                link: link?,
-                kube_identity: kube_identity?,
-                admin: admin?,
-                socket: socket?,
-                handover_dir: handover_dir?,
-                drain: drain?,
-                log_format: log_format?,
-                log_filter: log_filter?,
-            })
-        };
-        match config() {
+        match config {
             Some(config) if problems.0.is_empty() => Ok(config),
             _ => Err(problems.0),
         }
+    }
+
+    /// What pods get unless an annotation says otherwise.
+    pub fn defaults(&self) -> Defaults {
+        Defaults { imds: self.imds, imds_floor: self.imds_floor, imds_v1: self.imds_v1 }
     }
 }
 

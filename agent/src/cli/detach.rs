@@ -25,9 +25,9 @@ pub struct Args {
     /// Where bpffs is mounted.
     #[arg(long, env = "PODGATE_BPFFS", default_value = config::DEFAULT_BPFFS)]
     bpffs: PathBuf,
-    /// Name of podgate's network link.
+    /// Name of podgate's netdev.
     #[arg(long, env = "PODGATE_NETDEV", default_value = config::DEFAULT_NETDEV)]
-    link: String,
+    netdev: String,
     /// Directory in which podgate's agents hand credentials over to each other.
     #[arg(long, env = "PODGATE_HANDOVER_DIR", default_value = config::DEFAULT_HANDOVER_DIR)]
     handover_dir: PathBuf,
@@ -40,7 +40,7 @@ pub struct Args {
 #[derive(Debug, Serialize)]
 struct Found {
     pins: Vec<PathBuf>,
-    link: Option<String>,
+    netdev: Option<String>,
     rules: Vec<String>,
     handover: Vec<PathBuf>,
 }
@@ -76,7 +76,7 @@ async fn detach(args: &Args) -> Result<(), String> {
     if !found.pins.is_empty() {
         tokio::time::sleep(BEATS).await;
     }
-    problems.extend(remove_network(&args.link).await.err());
+    problems.extend(remove_network(&args.netdev).await.err());
     for path in &found.handover {
         let removed = transfer::remove(path);
         problems.extend(removed.err().map(|error| format!("cannot remove {}: {error}", path.display())));
@@ -84,13 +84,13 @@ async fn detach(args: &Args) -> Result<(), String> {
     if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }
 }
 
-/// Removes the link and the rules, and again those that an agent restores which has not noticed yet that it is detached.
-async fn remove_network(link: &str) -> Result<(), String> {
+/// Removes the netdev and the rules, and again those that an agent restores which has not noticed yet that it is detached.
+async fn remove_network(netdev: &str) -> Result<(), String> {
     let mut quiet = 0;
     for _ in 0..LOOKS {
-        netdev::remove(link).await.map_err(|error| error.to_string())?;
+        netdev::remove(netdev).await.map_err(|error| error.to_string())?;
         tokio::time::sleep(LOOK).await;
-        let (_, rules) = netdev::find_all(link).await.map_err(|error| error.to_string())?;
+        let (_, rules) = netdev::find_all(netdev).await.map_err(|error| error.to_string())?;
         quiet = if rules.is_empty() { quiet + 1 } else { 0 };
         if quiet == QUIET_LOOKS {
             return Ok(());
@@ -105,11 +105,11 @@ async fn remove_network(link: &str) -> Result<(), String> {
 impl Found {
     async fn on(args: &Args) -> Result<Self, String> {
         let pins = intercept::pinned(&args.bpffs).map_err(|error| error.to_string())?;
-        let (link, rules) = netdev::find_all(&args.link).await.map_err(|error| error.to_string())?;
+        let (netdev, rules) = netdev::find_all(&args.netdev).await.map_err(|error| error.to_string())?;
         let directory = &args.handover_dir;
         let handover = transfer::left(directory)
             .map_err(|error| format!("cannot look into {}: {error}", directory.display()))?;
-        Ok(Self { pins, link, rules, handover })
+        Ok(Self { pins, netdev, rules, handover })
     }
 
     fn for_people(&self, dry_run: bool) -> String {
@@ -117,9 +117,9 @@ impl Found {
         let path = |path: &PathBuf| format!("{verb} {}\n", path.display());
         let (pins, handover) = (self.pins.iter().map(path), self.handover.iter().map(path));
         let rules = self.rules.iter().map(|rule| format!("{verb} the rule {rule}\n"));
-        let link =
-            self.link.iter().map(|link| format!("{verb} the network link {link} with its addresses\n"));
-        let lines: String = pins.chain(rules).chain(link).chain(handover).collect();
+        let netdev =
+            self.netdev.iter().map(|netdev| format!("{verb} the netdev {netdev} with its addresses\n"));
+        let lines: String = pins.chain(rules).chain(netdev).chain(handover).collect();
         if lines.is_empty() { "nothing of podgate's is on this node\n".to_owned() } else { lines }
     }
 }
@@ -130,17 +130,17 @@ mod tests {
 
     #[test]
     fn people_see_each_thing_or_that_there_is_none() {
-        let nothing = Found { pins: vec![], link: None, rules: vec![], handover: vec![] };
+        let nothing = Found { pins: vec![], netdev: None, rules: vec![], handover: vec![] };
         assert_eq!(nothing.for_people(false), "nothing of podgate's is on this node\n");
         let found = Found {
             pins: vec!["/sys/fs/bpf/podgate/v1/links/connect4".into()],
-            link: Some("podgate0".into()),
+            netdev: Some("podgate0".into()),
             rules: vec!["from all to 169.254.170.23 lookup 255 proto 80".into()],
             handover: vec!["/run/podgate-handover/handover.sock".into()],
         };
         let expected = "would remove /sys/fs/bpf/podgate/v1/links/connect4\n\
                         would remove the rule from all to 169.254.170.23 lookup 255 proto 80\n\
-                        would remove the network link podgate0 with its addresses\n\
+                        would remove the netdev podgate0 with its addresses\n\
                         would remove /run/podgate-handover/handover.sock\n";
         assert_eq!(found.for_people(true), expected);
     }

@@ -66,6 +66,14 @@ pub(super) fn auto_or_off(value: &str) -> Result<bool, String> {
     }
 }
 
+pub(super) fn on_or_off(value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("is {value:?}: on or off")),
+    }
+}
+
 pub(super) fn target_mode(value: &str) -> Result<TargetMode, String> {
     match value {
         "auto" => Ok(TargetMode::Auto),

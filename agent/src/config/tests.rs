@@ -18,7 +18,7 @@ fn parse(args: &[&str]) -> Result<Config, Vec<Problem>> {
 fn the_defaults_are_valid() {
     let config = parse(&[]).unwrap();
     assert_eq!(
-        config.defaults,
+        config.defaults(),
         Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false }
     );
     assert_eq!((config.target, config.when_down), (TargetMode::Auto, WhenDown::Auto));
@@ -26,13 +26,13 @@ fn the_defaults_are_valid() {
     assert_eq!(config.target_v6.unwrap().to_string(), "[fd70:6f64:6761:7465::1]:80");
     assert_eq!(config.eks_agent.unwrap().to_string(), "kube-system/eks-pod-identity-agent");
     assert_eq!(config.kube_identity, KubeIdentity::AssociatedNode);
-    assert!(config.guard && !config.audit_paths);
+    assert!(config.egress_filter && !config.audit_paths);
 }
 
 #[test]
-fn the_guard_and_the_audit_are_switched_by_their_flags() {
-    let config = parse(&["--egress-filter=off", "--audit-paths"]).unwrap();
-    assert!(!config.guard && config.audit_paths);
+fn the_egress_filter_and_the_audit_are_switched_by_their_flags() {
+    let config = parse(&["--egress-filter=off", "--audit-paths=on"]).unwrap();
+    assert!(!config.egress_filter && config.audit_paths);
 }
 
 #[test]
@@ -43,6 +43,7 @@ fn every_bad_value_is_named_at_once() {
         "--imds-floor=low",
         "--imds-v1=yes",
         "--egress-filter=on",
+        "--audit-paths=true",
         "--target=both",
         "--target-v4=10.0.0.1:80",
         "--target-v6=[fe80::1]:80",
@@ -67,6 +68,7 @@ fn every_bad_value_is_named_at_once() {
             "imds-floor",
             "imds-v1",
             "egress-filter",
+            "audit-paths",
             "target",
             "target-v4",
             "target-v6",
@@ -74,7 +76,7 @@ fn every_bad_value_is_named_at_once() {
             "when-down",
             "token-delegate",
             "prefetch",
-            "link",
+            "netdev",
             "kube-identity",
             "admin",
             "drain-secs",
@@ -85,7 +87,7 @@ fn every_bad_value_is_named_at_once() {
 }
 
 #[test]
-fn an_address_that_others_use_is_not_podgate_s_own() {
+fn addresses_in_use_elsewhere_are_refused() {
     for taken in ["169.254.169.254", "169.254.170.23", "169.254.172.9", "169.254.20.10", "169.254.1.1"] {
         assert!(parse(&[&format!("--target-v4={taken}:80")]).is_err(), "{taken}");
     }
@@ -98,7 +100,7 @@ fn an_address_that_others_use_is_not_podgate_s_own() {
 }
 
 #[test]
-fn podgate_has_addresses_of_its_own_unless_it_always_has_pod_identity_s() {
+fn own_addresses_are_required_unless_the_target_is_pod_identity() {
     let none = ["--target-v4=none", "--target-v6=none"];
     for (target, is_valid) in [("auto", false), ("own", false), ("pod-identity", true)] {
         let target = format!("--target={target}");
@@ -118,7 +120,7 @@ fn token_delegates_are_service_accounts_and_none_by_default() {
 }
 
 #[test]
-fn a_node_may_be_without_a_eks_agent() {
+fn a_node_may_have_no_eks_agent() {
     assert_eq!(parse(&["--eks-agent=none"]).unwrap().eks_agent, None);
     for bad in ["--eks-agent=", "--eks-agent=a/b/c", "--eks-agent=/agent", "--eks-agent=aws/"] {
         assert!(parse(&[bad]).is_err(), "{bad}");

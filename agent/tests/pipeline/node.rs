@@ -22,8 +22,8 @@ use agent::{
     identity::{CallerResolver, PodUid, Pods, ServiceAccountRef, network::Networks},
     instance_metadata::Instance,
     intercept::OriginLookup,
+    policy::ImdsMode,
     policy::lookup::Policies,
-    policy::{Defaults, ImdsMode},
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
     testing::{FakeCgroups, FakeOrigins},
 };
@@ -120,7 +120,7 @@ impl Node {
         let (pods, cgroups) = (Arc::<Pods>::default(), Arc::<FakeCgroups>::default());
         let networks = Arc::new(Networks::new(HOST_NETWORK));
         let resolver = CallerResolver::new(Arc::clone(&cgroups), Arc::clone(&pods), networks);
-        let policies = Policies { defaults: config.defaults, namespaces: Arc::default() };
+        let policies = Policies { defaults: config.defaults(), namespaces: Arc::default() };
         let namespaces = Arc::clone(&policies.namespaces);
         let (_, instance) = watch::channel(Instance::default());
         let mut registry = Registry::default();
@@ -339,8 +339,10 @@ fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
         cgroup_root: "/".into(),
         kubelet_root,
         bpffs: "/sys/fs/bpf".into(),
-        defaults: Defaults { imds, imds_floor: ImdsMode::Off, imds_v1: false },
-        guard: true,
+        imds,
+        imds_floor: ImdsMode::Off,
+        imds_v1: false,
+        egress_filter: true,
         audit_paths: false,
         target: TargetMode::PodIdentity,
         target_v4: None,
@@ -349,7 +351,7 @@ fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
         token_delegates: vec![ServiceAccountRef { namespace: "app".into(), name: "csi".into() }],
         when_down: WhenDown::Deny,
         prefetch: true,
-        link: "podgate0".into(),
+        netdev: "podgate0".into(),
         kube_identity: KubeIdentity::AssociatedNode,
         admin: "127.0.0.1:0".parse().unwrap(),
         socket: "/run/podgate/podgate.sock".into(),

@@ -47,7 +47,7 @@ async fn a_pod_that_translates_addresses_itself_reaches_imds_only_without_the_gu
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_pods_in_audit_ask_for_is_in_the_log_and_in_the_metrics() -> anyhow::Result<()> {
-    let node = Node::with_flags(&["--imds", "audit", "--audit-paths"]).await?;
+    let node = Node::with_flags(&["--imds", "audit", "--audit-paths", "on"]).await?;
     let credentials = format!("{ROLES}{NODE_ROLE}");
     for (name, url, asked, counter) in [
         ("taker", credentials, "credentials", "audited_credentials"),
