@@ -17,7 +17,7 @@ use std::{
 
 use agent::policy::ImdsMode;
 use lab::{
-    faults::{Fault, Faults, Service},
+    fault_injection::{Fault, Faults, Service},
     kube_api::KubeApi,
 };
 use node::{Node, TestPod};

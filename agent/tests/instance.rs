@@ -6,8 +6,8 @@ use std::{net::TcpListener, time::Duration};
 use agent::instance_metadata::{self, Instance};
 use aws_config::imds::client::Client;
 use lab::{
-    faults::{Fault, Faults, Service},
-    imds::{Imds, ImdsConfig, NodeCredentials},
+    fault_injection::{Fault, Faults, Service},
+    imds_server::{Imds, ImdsConfig, NodeCredentials},
 };
 use tokio::{sync::watch, time::timeout};
 

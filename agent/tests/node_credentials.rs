@@ -16,8 +16,8 @@ use agent::{
     instance_metadata::{self, Instance},
 };
 use lab::{
-    faults::{Fault, Faults, Service},
-    imds::{Imds, ImdsConfig, NodeCredentials},
+    fault_injection::{Fault, Faults, Service},
+    imds_server::{Imds, ImdsConfig, NodeCredentials},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

@@ -11,7 +11,7 @@ use std::{path::Path, process::Stdio};
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
-use lab::{AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, netns, process::Process};
+use lab::{AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, process_id::Process, simulated_network};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::Child,
@@ -139,7 +139,7 @@ async fn compare(agent: &Path, helper: &Path) -> anyhow::Result<()> {
     let pod = lab.add_pod(&PodSpec::new("bench", "client").role("client-role"))?;
     let agent = lab.start_agent(&AgentSpec::new(agent, &["--imds", "intercept"])).await?;
     let body = warm_up(&lab, &pod).await?;
-    let bare_address = format!("{}:{BARE_PORT}", netns::node_addresses().v4);
+    let bare_address = format!("{}:{BARE_PORT}", simulated_network::node_addresses().v4);
     let bare = start_bare(&lab, helper, &bare_address, body.len()).await?;
     let contenders = [
         Contender { name: "podgate", address: AGENT_ADDRESS.to_owned(), process: agent.process() },

@@ -1,57 +1,40 @@
 //! `cargo xtask lab`: simulated nodes that stay up.
 //!
-//! Owns the command line and the process in the background that serves a lab. The lab itself is the crate `lab`.
+//! Owns the command line. The lab itself is the crate `lab`; a running one is told what to do over its socket.
 
-use std::{
-    fs::File,
-    io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
-    path::PathBuf,
-    process::{self, Stdio},
-    thread::sleep,
-    time::{Duration, Instant},
+mod agent_commands;
+mod lab_status;
+mod lifecycle;
+mod object_commands;
+
+use std::path::PathBuf;
+
+use anyhow::ensure;
+use clap::{Args, Subcommand, ValueEnum, value_parser};
+use lab::{EnvKind, enter, simulated_network::Routing, state::State};
+
+pub(crate) use self::lifecycle::serve;
+use self::{
+    agent_commands::AgentCommand,
+    object_commands::{Association, Fault, NamespaceCommand, PodCommand},
 };
 
-use anyhow::{Context as _, bail, ensure};
-use clap::{Args, Subcommand, ValueEnum};
-use lab::{AgentSpec, EnvKind, Lab, LabSpec, PodSpec, enter, netns::Routing, state, state::State};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::{Pid, setsid},
-};
-use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
-
-use crate::{apt, cmd, ebpf, privilege, report};
-
-/// How long a lab may take to go down.
-const DOWN_TIMEOUT: Duration = Duration::from_mins(1);
+/// Namespace of the lab's pods where none is given.
 const NAMESPACE: &str = "shop";
+/// Each pod is a process, a network namespace and two interfaces.
+const MAX_PODS: i64 = 250;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Start a simulated node with the agent on it, and leave it running.
     Up(UpArguments),
-    /// Run a command in a pod: its cgroup, its network, its token, a clean environment.
-    Exec {
-        /// Name of the lab.
-        #[arg(long, default_value = "dev")]
-        name: String,
-        /// Credential environment of the command.
-        #[arg(long, value_enum, default_value_t)]
-        env: Environment,
-        /// The pod, as NAME or NAMESPACE/NAME.
-        pod: String,
-        /// The command and its arguments.
-        #[arg(last = true, required = true)]
-        command: Vec<String>,
-    },
-    /// Show the labs of this machine and their pods.
+    /// Show the labs of this machine, their pods and what is broken on purpose.
     Status {
         /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Stop a lab and remove all it has on the machine; what dead labs left behind goes as well.
+    /// Stop a lab and remove all it has on the machine; what dead labs left behind is removed too.
     Down {
         /// Name of the lab.
         #[arg(long, default_value = "dev", conflicts_with = "all")]
@@ -60,6 +43,78 @@ pub(crate) enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Run a command in a pod: its cgroup, its network, its token, a clean environment.
+    Exec {
+        #[command(flatten)]
+        lab: LabName,
+        /// Credential environment of the command; the pod's own where it is not given.
+        #[arg(long, value_enum)]
+        env: Option<Environment>,
+        /// The pod, as NAME or NAMESPACE/NAME.
+        pod: String,
+        /// The command and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Ask for credentials in a pod the way an SDK would there, and print the answer.
+    Credentials {
+        #[command(flatten)]
+        lab: LabName,
+        /// Credential environment; the pod's own where it is not given. With `none` SDKs ask the metadata service.
+        #[arg(long, value_enum)]
+        env: Option<Environment>,
+        /// The pod, as NAME or NAMESPACE/NAME.
+        pod: String,
+    },
+    /// Break a simulated service on purpose, or repair it: `lab fault list` shows every switch.
+    Fault(Fault),
+    /// Add, change and remove pods.
+    #[command(subcommand)]
+    Pod(PodCommand),
+    /// Give a service account a role: a pod identity association.
+    Associate {
+        #[command(flatten)]
+        of: Association,
+        /// Name of the role.
+        role: String,
+    },
+    /// Take a service account's role away. Credentials that were issued stay valid, as on AWS.
+    Dissociate(Association),
+    /// Change namespaces.
+    #[command(subcommand)]
+    Namespace(NamespaceCommand),
+    /// Start, stop, kill and restart the agent.
+    #[command(subcommand)]
+    Agent(AgentCommand),
+    /// Run another command of the agent's binary where the agent runs, such as `whois --pid PID` or `maps list`.
+    Podgate {
+        #[command(flatten)]
+        lab: LabName,
+        /// The command and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Print the agent's log.
+    Logs {
+        #[command(flatten)]
+        lab: LabName,
+        /// Go on until the lab is down, with the logs of later agents too.
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// Print what the agent's metrics endpoint serves.
+    Metrics {
+        #[command(flatten)]
+        lab: LabName,
+    },
+}
+
+/// Which lab.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LabName {
+    /// Name of the lab.
+    #[arg(long, default_value = "dev", value_name = "LAB")]
+    name: String,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -67,8 +122,8 @@ pub(crate) struct UpArguments {
     /// Name of the lab; several can be up at once.
     #[arg(long, default_value = "dev")]
     name: String,
-    /// How many pods to start, each with a service account and a role of its own.
-    #[arg(long, default_value_t = 2)]
+    /// How many pods to start, each with a service account and a role of its own; `lab pod add` adds more.
+    #[arg(long, default_value_t = 2, value_parser = value_parser!(u16).range(0..=MAX_PODS))]
     pods: u16,
     /// Start the node and its servers only.
     #[arg(long)]
@@ -86,7 +141,7 @@ pub(crate) struct UpArguments {
 pub(crate) struct ServeArguments {
     #[command(flatten)]
     up: UpArguments,
-    /// The agent; none is started without.
+    /// The agent; without it none is started.
     #[arg(long)]
     agent: Option<PathBuf>,
 }
@@ -186,201 +241,41 @@ impl From<RoutingMode> for Routing {
 /// Runs one of the commands.
 pub(crate) fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Up(arguments) => up(&arguments),
-        Command::Exec { name, env, pod, command } => {
-            let state = State::load(&name)?;
-            ensure!(state.is_alive(), "the lab {name} is dead: `cargo xtask lab down --name {name}`");
-            match enter::enter(&state.pod(&pod)?.entry(env.into()), &command)? {}
-        }
-        Command::Status { json } => status(json),
-        Command::Down { name, all } => down(&name, all),
+        Command::Up(arguments) => lifecycle::up(&arguments),
+        Command::Status { json } => lab_status::run(json),
+        Command::Down { name, all } => lifecycle::down(&name, all),
+        Command::Exec { lab, env, pod, command } => exec(&lab.name, &pod, env, &command),
+        Command::Credentials { lab, env, pod } => credentials(&lab.name, &pod, env),
+        Command::Fault(fault) => object_commands::fault(&fault),
+        Command::Pod(command) => object_commands::pod(command),
+        Command::Associate { of, role } => object_commands::associate(&of, role),
+        Command::Dissociate(of) => object_commands::dissociate(&of),
+        Command::Namespace(command) => object_commands::namespace(command),
+        Command::Agent(command) => agent_commands::agent(command),
+        Command::Podgate { lab, command } => agent_commands::podgate(&lab.name, &command),
+        Command::Logs { lab, follow } => agent_commands::logs(&lab.name, follow),
+        Command::Metrics { lab } => agent_commands::metrics(&lab.name),
     }
 }
 
-/// Starts a lab in the background and returns when it is up.
-fn up(arguments: &UpArguments) -> anyhow::Result<()> {
-    privilege::require_root("a lab")?;
-    let taken = State::list()?.into_iter().any(|lab| lab.name == arguments.name && lab.is_alive());
-    ensure!(!taken, "the lab {0} is up already: `cargo xtask lab down --name {0}`", arguments.name);
-    if arguments.routing.needs_nftables() && !cmd::is_in_path("nft") && apt::is_usable() {
-        apt::install("the lab's packet filter", &["nftables"])?;
-    }
-    let mut server = process::Command::new(enter::OWN_EXECUTABLE);
-    server.args(["lab-serve", "--name", &arguments.name, "--imds", arguments.imds.as_flag()]);
-    server.args(["--pods", &arguments.pods.to_string(), "--routing", arguments.routing.as_flag()]);
-    if !arguments.no_agent {
-        server.arg("--agent").arg(ebpf::build_release_agent()?);
-    }
-    let log = state::log_file(&arguments.name)?;
-    // PodState open: a lab that does not start takes its log with it.
-    let mut log = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(&log)
-        .with_context(|| format!("cannot write {}", log.display()))?;
-    let mut server = server
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(log.try_clone()?)
-        .spawn()
-        .context("cannot start the lab's process")?;
-    let mut said = String::new();
-    let stdout = server.stdout.take().context("BUG: the lab's output is not a pipe")?;
-    BufReader::new(stdout).read_line(&mut said)?;
-    if said.trim_end() != "ready" {
-        server.wait()?;
-        let mut text = String::new();
-        log.seek(SeekFrom::Start(0))?;
-        log.read_to_string(&mut text)?;
-        bail!("the lab {} did not start:\n{}", arguments.name, text.trim_end());
-    }
-    let state = State::load(&arguments.name)?;
-    print_pods(&state);
-    print_usage(&state);
-    Ok(())
+/// Turns this process into a command in a pod.
+fn exec(lab: &str, pod: &str, env: Option<Environment>, command: &[String]) -> anyhow::Result<()> {
+    let state = running(lab)?;
+    let pod = state.pod(pod)?;
+    match enter::enter(&pod.entry(env.map_or(pod.environment, EnvKind::from)), command)? {}
 }
 
-/// The process in the background. Says `ready` once and runs until SIGTERM or SIGINT.
-pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
-    setsid().context("cannot leave the terminal's session")?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let spec = LabSpec {
-            served: true,
-            routing: arguments.up.routing.into(),
-            ..LabSpec::new(&arguments.up.name, enter::OWN_EXECUTABLE)
-        };
-        let lab = Lab::up(spec)?;
-        for number in 1..=arguments.up.pods {
-            let name = format!("app-{number}");
-            let spec = PodSpec::new(NAMESPACE, &name).role(&format!("{name}-role"));
-            // Every second one as the EKS webhook leaves it.
-            lab.add_pod(&if number % 2 == 0 { spec.with_token() } else { spec })?;
-        }
-        let agent = match &arguments.agent {
-            Some(binary) => {
-                let flags = ["--imds", arguments.up.imds.as_flag(), "--log-format", "text"];
-                Some(lab.start_agent(&AgentSpec::new(binary, &flags)).await?)
-            }
-            None => None,
-        };
-        println!("ready");
-        std::io::stdout().flush()?;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        if let Some(agent) = agent {
-            agent.stop().await?;
-        }
-        lab.down()
-    })
+fn credentials(lab: &str, pod: &str, env: Option<Environment>) -> anyhow::Result<()> {
+    let state = running(lab)?;
+    let has_v4 = state.pod(pod)?.addresses.v4.is_some();
+    let imds = if has_v4 { "http://169.254.169.254" } else { "http://[fd00:ec2::254]" };
+    let command = ["sh", "-c", include_str!("lab/credentials.sh"), "credentials", imds];
+    exec(lab, pod, env, &command.map(str::to_owned))
 }
 
-fn status(as_json: bool) -> anyhow::Result<()> {
-    let labs = State::list()?;
-    if as_json {
-        let labs: Vec<_> = labs.iter().map(|lab| json!({"alive": lab.is_alive(), "lab": lab})).collect();
-        println!("{}", serde_json::to_string_pretty(&labs)?);
-        return Ok(());
-    }
-    if labs.is_empty() {
-        println!("no lab is up: `cargo xtask lab up` starts one");
-    }
-    for lab in labs {
-        if lab.is_alive() {
-            println!("{} {}, process {}", report::success("●"), lab.name, lab.owner.pid);
-            print_pods(&lab);
-        } else {
-            println!("{} {}, dead: `cargo xtask lab down` removes it", report::failure("●"), lab.name);
-        }
-    }
-    Ok(())
-}
-
-fn down(name: &str, all: bool) -> anyhow::Result<()> {
-    privilege::require_root("removing a lab")?;
-    let labs = State::list()?;
-    let named = labs.iter().any(|lab| lab.name == name);
-    for lab in labs {
-        if !lab.is_alive() {
-            state::clean(&lab.name)?;
-            println!("{} was dead; removed what it had left", lab.name);
-        } else if lab.name == name || (all && lab.served) {
-            stop(&lab)?;
-            println!("{} is down", lab.name);
-        }
-    }
-    if !all && !named {
-        println!("there is no lab {name}");
-    }
-    Ok(())
-}
-
-/// Asks the lab's process to take the lab down, and waits for it.
-fn stop(lab: &State) -> anyhow::Result<()> {
-    let pid = lab.owner.pid;
-    ensure!(
-        lab.served,
-        "the lab {} belongs to a test or demo that runs as process {pid}: stop that",
-        lab.name
-    );
-    kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM)
-        .with_context(|| format!("cannot stop the lab {}, process {pid}", lab.name))?;
-    let deadline = Instant::now() + DOWN_TIMEOUT;
-    while lab.is_alive() {
-        ensure!(
-            Instant::now() < deadline,
-            "the lab {} still runs as process {pid} after {DOWN_TIMEOUT:?}; its log is {}",
-            lab.name,
-            state::log_file(&lab.name)?.display()
-        );
-        sleep(Duration::from_millis(20));
-    }
-    // Nothing is left, unless the process could not remove it.
-    state::clean(&lab.name)
-}
-
-fn print_pods(lab: &State) {
-    let mut table = report::table(&["pod", "service account", "role", "addresses", "token volume"]);
-    for pod in &lab.pods {
-        table.add_row([
-            pod.full_name(),
-            format!("{}/{}", pod.namespace, pod.service_account),
-            pod.role.clone().unwrap_or_else(|| "-".to_owned()),
-            if pod.host_network {
-                "host network".to_owned()
-            } else {
-                let addresses: Vec<_> = pod.addresses.list().iter().map(ToString::to_string).collect();
-                addresses.join(", ")
-            },
-            if pod.token_volume.is_some() { "yes" } else { "no" }.to_owned(),
-        ]);
-    }
-    println!("{table}");
-    match lab.agent {
-        Some(agent) if agent.is_running() => println!("agent: process {}", agent.pid),
-        _ => println!("agent: not running"),
-    }
-}
-
-fn print_usage(lab: &State) {
-    let name = if lab.name == "dev" { String::new() } else { format!(" --name {}", lab.name) };
-    let has_v4 = lab.pods.iter().any(|pod| pod.addresses.v4.is_some());
-    let host = if has_v4 { "169.254.170.23" } else { "[fd00:ec2::23]" };
-    println!(
-        "\n\
-         cargo xtask lab exec{name} app-1 -- curl -gs http://{host}/v1/credentials\n\
-         cargo xtask lab exec{name} app-1 -- bash\n\
-         cargo xtask lab exec{name} --env webhook app-2 -- env\n\
-         cargo xtask lab status\n\
-         cargo xtask lab down{name}"
-    );
-    if lab.agent.is_some() {
-        println!("\nthe agent's log: {}", state::directory(&lab.name).join("agent-1.log").display());
-    }
+/// The state of a lab that is up.
+fn running(name: &str) -> anyhow::Result<State> {
+    let state = State::load(name)?;
+    ensure!(state.is_alive(), "the lab {name} is dead: `cargo xtask lab down --name {name}`");
+    Ok(state)
 }

@@ -9,6 +9,7 @@ mod bpftool;
 mod build_ebpf;
 mod check;
 mod clients;
+mod closed_output;
 mod cmd;
 mod conformance;
 mod demo;
@@ -105,13 +106,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().command) {
+    let arguments = Arguments::parse();
+    closed_output::catch(|| match run(arguments.command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("{} {error:#}", report::failure("error:"));
             if error.is::<cmd::Missing>() { ExitCode::from(EXIT_MISSING) } else { ExitCode::FAILURE }
         }
-    }
+    })
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {

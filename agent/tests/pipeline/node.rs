@@ -39,9 +39,9 @@ use kube::{
 };
 use lab::{
     cluster::{Cluster, PodSpec},
-    eks_auth::{EksAuth, EksAuthConfig},
-    faults::Faults,
-    imds::NodeCredentials,
+    eks_auth_server::{EksAuth, EksAuthConfig},
+    fault_injection::Faults,
+    imds_server::NodeCredentials,
     kube_api::{KubeApi, KubeUser},
 };
 use prometheus_client::registry::Registry;

@@ -1,7 +1,7 @@
 //! The simulated cluster's state: nodes, namespaces, service accounts and pods, with resource versions and a log
 //! of changes, and the keys of its tokens.
 //!
-//! Owns what exists. Never asks who wants to know: that is the API server's part.
+//! Owns what exists. Never authorizes anything: that is the API server's part.
 
 use std::{
     collections::BTreeMap,
@@ -50,7 +50,7 @@ pub(crate) struct TokenOrder<'a> {
 #[derive(Debug)]
 struct Inner {
     issuer: String,
-    /// The newest one signs, and tokens of all are good.
+    /// The newest one signs; tokens of all are valid.
     keys: Mutex<Vec<Arc<SigningKey>>>,
     state: Mutex<State>,
     revision: watch::Sender<u64>,
@@ -91,6 +91,11 @@ impl Cluster {
         self.add(Kind::Namespace, "", name, objects::namespace(name, annotations))
     }
 
+    /// Whether there is such a namespace.
+    pub fn has_namespace(&self, name: &str) -> bool {
+        self.get(Kind::Namespace, "", name).is_some()
+    }
+
     /// Adds a service account; returns its UID.
     pub fn add_service_account(&self, namespace: &str, name: &str) -> String {
         self.add(Kind::ServiceAccount, namespace, name, objects::service_account(namespace, name))
@@ -121,7 +126,7 @@ impl Cluster {
         self.change(|store| store.delete(Kind::Pod, namespace, name));
     }
 
-    /// Forgets the log of changes: to continue from an older resource version is 410 from now on.
+    /// Drops the log of changes: to continue from an older resource version is 410 from now on.
     pub fn compact(&self) {
         self.state().store.compact();
     }
@@ -172,13 +177,13 @@ impl Cluster {
         Arc::clone(self.keys().last().expect("BUG: a cluster has a key"))
     }
 
-    /// Signs with another key from now on; tokens of those before it stay good.
+    /// Signs with another key from now on; tokens of earlier keys stay valid.
     pub fn rotate_signing_key(&self) {
         let key = Arc::new(SigningKey::generate());
         self.keys().push(key);
     }
 
-    /// Drops every key but the one that signs: the tokens of the others are good no more.
+    /// Drops every key but the one that signs: tokens of the others are no longer valid.
     pub fn retire_old_keys(&self) {
         let mut keys = self.keys();
         let old = keys.len() - 1;

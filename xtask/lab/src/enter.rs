@@ -20,7 +20,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{cgroup, netns::NetNs};
+use crate::{cgroupfs, simulated_network::NetNs};
 
 /// The name of xtask's hidden subcommand: `xtask lab-enter ENTRY -- COMMAND…`.
 pub const SUBCOMMAND: &str = "lab-enter";
@@ -65,7 +65,7 @@ pub fn enter(entry: &Entry, command: &[String]) -> anyhow::Result<Infallible> {
     let [program, arguments @ ..] = command else {
         return Err(anyhow!("no command given: put it after --"));
     };
-    cgroup::join(&entry.cgroup, 0)?;
+    cgroupfs::join(&entry.cgroup, 0)?;
     NetNs::open(&entry.netns)?.enter()?;
     if let RunDirectory::Own(binds) = &entry.run {
         replace_run(binds)?;
@@ -90,6 +90,13 @@ fn replace_run(binds: &BTreeMap<PathBuf, PathBuf>) -> anyhow::Result<()> {
         mount_with(Some(&source), target, None, MsFlags::MS_BIND | MsFlags::MS_REC)?;
     }
     Ok(())
+}
+
+/// The environment of every process of the lab. `HOME` is where no `~/.aws` can be.
+pub(crate) fn base_environment() -> BTreeMap<String, String> {
+    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/nonexistent")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into()
 }
 
 fn open_path(path: &Path) -> anyhow::Result<File> {

@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::faults::{Fault, Faults, Service};
+use crate::fault_injection::{Fault, Faults, Service};
 
 /// Larger than anything the lab's clients send.
 const MAX_BODY: usize = 1 << 20;
@@ -47,7 +47,7 @@ pub(crate) struct Request {
 
 /// A service behind the plumbing.
 pub(crate) trait Handler: Send + Sync + 'static {
-    /// LimitKey faults apply.
+    /// The service whose faults apply.
     const SERVICE: Service;
 
     /// Sees every request, before any fault.
@@ -128,7 +128,7 @@ impl<H: Handler> Connection<H> {
     async fn run(&self, stream: TcpStream) {
         let served = async {
             let Some(tls) = &self.tls else { return self.serve(stream, None).await };
-            // A client that does not trust the certificate ends here; it knows why.
+            // A client that does not trust the certificate stops here; it knows why.
             let Ok(stream) = tls.accept(stream).await else { return };
             let certificates = stream.get_ref().1.peer_certificates();
             let client = certificates.and_then(|chain| chain.first()).map(|certificate| certificate.to_vec());
@@ -197,7 +197,7 @@ async fn accept<H: Handler>(listener: TcpListener, connection: Arc<Connection<H>
     }
 }
 
-/// A response with a body cached.
+/// A response whose body is complete.
 pub(crate) fn response(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response {
     let body = Full::new(body.into()).map_err(|never: Infallible| match never {}).boxed_unsync();
     let mut response = Response::new(body);
@@ -206,12 +206,12 @@ pub(crate) fn response(status: StatusCode, content_type: &'static str, body: imp
     response
 }
 
-/// A JSON response with a body cached.
+/// A JSON response whose body is complete.
 pub(crate) fn json(status: StatusCode, value: &serde_json::Value) -> Response {
     response(status, "application/json", value.to_string())
 }
 
-/// A JSON response whose body goes on until the stream ends.
+/// A JSON response whose body lasts as long as the stream.
 pub(crate) fn json_stream(
     stream: impl futures::Stream<Item = io::Result<Bytes>> + Send + 'static,
 ) -> Response {

@@ -1,6 +1,6 @@
 //! The Kubernetes API server, over TLS, as a node and an agent's pod meet it.
 //!
-//! Owns the way of a request: who asks, as whom, may they, then the answer. What exists is the
+//! Owns the path of a request: authentication, impersonation, authorization, then the answer. What exists is the
 //! [`Cluster`]'s. Its answers and refusals, case by case, are those of kube-apiserver 1.36 with the Node authorizer,
 //! RBAC, `NodeRestriction` and constrained impersonation.
 
@@ -21,7 +21,7 @@ use crate::{
         API_AUDIENCE, Cluster, openid_configuration,
         store::{Kind, Store},
     },
-    faults::{Faults, Service},
+    fault_injection::{Faults, Service},
     http::{self, Handler, Refusal, Response, Server},
 };
 
@@ -32,7 +32,7 @@ mod impersonate;
 mod read;
 mod status;
 mod tls;
-mod token;
+mod token_request;
 mod user;
 
 use attributes::Attributes;
@@ -52,7 +52,7 @@ pub struct KubeApi {
     api: Arc<Api>,
 }
 
-/// Whom a kubeconfig is for.
+/// The user of a kubeconfig.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KubeUser {
     /// The service account of a pod, by a token bound to that pod.
@@ -71,9 +71,9 @@ pub enum KubeUser {
 /// A request that was answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Who asked: the user's name, `system:anonymous` without credentials, empty where they were refused.
+    /// The user's name, `system:anonymous` without credentials, empty where they were refused.
     pub user: String,
-    /// Whom they acted as.
+    /// The user that was impersonated.
     pub impersonated: Option<String>,
     /// HTTP method.
     pub method: String,
@@ -255,8 +255,7 @@ impl Api {
         let Some(authorization) = request.header("authorization") else { return Ok(User::anonymous()) };
         let Some(token) = authorization.strip_prefix("Bearer ") else { return Ok(User::anonymous()) };
         let audiences = [API_AUDIENCE.to_owned()];
-        let authenticated =
-            self.authenticator.token(token.trim(), &audiences, Timestamp::now(), Instant::now());
+        let authenticated = self.authenticator.token(token.trim(), &audiences, self.now(), Instant::now());
         authenticated.map(|(user, _)| user).map_err(|_| Status::unauthorized())
     }
 
@@ -294,11 +293,11 @@ impl Api {
         match (attributes.group.as_str(), resource.as_str(), attributes.verb.as_str()) {
             ("", "serviceaccounts/token", "create") => {
                 let request = body()?;
-                token::create(&self.cluster, &self.rules(), user, attributes, request)
+                token_request::create(&self.cluster, &self.rules(), user, attributes, request, self.now())
                     .map(|token| created(&token))
             }
             ("authentication.k8s.io", "tokenreviews", "create") => {
-                token::review(&self.authenticator, body()?).map(|review| created(&review))
+                token_request::review(&self.authenticator, body()?, self.now()).map(|review| created(&review))
             }
             ("authentication.k8s.io", "selfsubjectreviews", "create") => Ok(created(&user.self_review())),
             ("", "events", "create") => self.create_event(attributes, body()?).map(|event| created(&event)),
@@ -332,6 +331,10 @@ impl Api {
 
     fn requests(&self) -> MutexGuard<'_, Vec<Request>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Timestamp {
+        self.faults.now(Self::SERVICE)
     }
 
     fn rules(&self) -> MutexGuard<'_, Rules> {

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 
-use crate::cgroup;
+use crate::cgroupfs;
 
 const CONTROLLER: &str = "memory";
 
@@ -17,9 +17,9 @@ const CONTROLLER: &str = "memory";
 #[derive(Debug)]
 pub struct MemoryLimit {
     directory: PathBuf,
-    /// Where the kernel counts whom it has killed.
+    /// Where the kernel counts the processes it has killed.
     events: &'static str,
-    /// Whether the directory goes with this.
+    /// Whether the directory is removed with this.
     is_own: bool,
 }
 
@@ -40,7 +40,7 @@ impl MemoryLimit {
         fs::write(limit.directory.join(limits), bytes.to_string())
             .with_context(|| format!("cannot limit the memory of {}", limit.directory.display()))?;
         if limit.is_own {
-            cgroup::join(&limit.directory, pid)?;
+            cgroupfs::join(&limit.directory, pid)?;
         }
         Ok(limit)
     }
@@ -76,7 +76,7 @@ fn v1_mount() -> anyhow::Result<Option<PathBuf>> {
 /// Enables the controller all the way down to a cgroup, but for the root, which is the machine's.
 fn enable(cgroup: &Path) -> anyhow::Result<()> {
     const CHILDREN: &str = "cgroup.subtree_control";
-    let mount = cgroup::mount_point()?;
+    let mount = cgroupfs::mount_point()?;
     let enabled = fs::read_to_string(mount.join(CHILDREN))?;
     ensure!(
         enabled.split_whitespace().any(|controller| controller == CONTROLLER),

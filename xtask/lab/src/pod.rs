@@ -14,11 +14,11 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cgroup::{self, Qos},
-    enter::{Entry, RunDirectory},
-    netns::{NetNs, PodAddresses, wire_pod},
-    node::Node,
-    process::Process,
+    cgroupfs::{self, Qos},
+    enter::{Entry, RunDirectory, base_environment},
+    process_id::Process,
+    simulated_network::{NetNs, PodAddresses, wire_pod},
+    simulated_node::Node,
 };
 
 /// Where the EKS webhook mounts the token volume.
@@ -51,6 +51,8 @@ pub struct PodSpec {
     pub host_network: bool,
     /// Whether the pod has what the EKS webhook injects: the token volume, and the environment in its spec.
     pub token_volume: bool,
+    /// The environment that a command in the pod has if it is not told otherwise.
+    pub environment: EnvKind,
 }
 
 /// A pod on the node.
@@ -64,7 +66,7 @@ pub struct Pod {
     pub uid: String,
     /// Service account, of the same namespace.
     pub service_account: String,
-    /// The IAM role the pod was given at start.
+    /// The IAM role that the pod's service account was given.
     pub role: Option<String>,
     /// Whether the pod lives in the node's network namespace.
     pub host_network: bool,
@@ -78,10 +80,13 @@ pub struct Pod {
     pub sandbox: Process,
     /// The token volume's directory on the node.
     pub token_volume: Option<PathBuf>,
+    /// The environment that a command in the pod has if it is not told otherwise.
+    pub environment: EnvKind,
 }
 
 /// Which of the credential environments a command in a pod gets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum EnvKind {
     /// Nothing injected.
     #[default]
@@ -108,6 +113,7 @@ impl PodSpec {
             qos: Qos::default(),
             host_network: false,
             token_volume: false,
+            environment: EnvKind::default(),
         }
     }
 
@@ -174,7 +180,7 @@ impl Pod {
             (node.keep(&netns, &sandbox_cgroup)?, PodAddresses::of_pod(index, node.routing))
         };
         let container = cgroups.container(&cgroup, &container_id());
-        cgroup::create(&container)?;
+        cgroupfs::create(&container)?;
         let token_volume = spec.token_volume.then(|| {
             let volumes = node.place.kubelet().join("pods").join(&uid).join("volumes");
             volumes.join("kubernetes.io~projected").join(TOKEN_FILE)
@@ -191,13 +197,14 @@ impl Pod {
             container,
             sandbox: Process::of(sandbox.id())?,
             token_volume,
+            environment: spec.environment,
         };
         Ok((pod, sandbox))
     }
 
     /// Kills the pod's processes and removes its cgroups and its kubelet directory.
     pub(crate) fn remove(&self, kubelet: &Path) -> anyhow::Result<()> {
-        cgroup::remove(&self.cgroup)?;
+        cgroupfs::remove(&self.cgroup)?;
         match fs::remove_dir_all(kubelet.join("pods").join(&self.uid)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(error).with_context(|| format!("cannot remove the volumes of {}", self.full_name()))
@@ -224,13 +231,6 @@ impl EnvKind {
         };
         variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
     }
-}
-
-/// The environment of every process of the lab. `HOME` is where no `~/.aws` can be.
-pub(crate) fn base_environment() -> BTreeMap<String, String> {
-    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/nonexistent")]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .into()
 }
 
 /// 64 hexadecimal digits, as containerd's.

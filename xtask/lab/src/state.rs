@@ -1,6 +1,6 @@
 //! What a lab leaves on disk so that other processes can enter it, and clean up after it.
 //!
-//! Owns `/run/podgate-lab/NAME`: claiming it, `state.json` in it, and removing all that a lab has on the machine.
+//! Owns `/run/podgate-lab/NAME`: claiming it, `state.json` in it, and removing everything that a lab has on the machine.
 
 use std::{
     fs, io,
@@ -14,7 +14,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{cgroup, node::NodePlace, pod::Pod, process::Process};
+use crate::{cgroupfs, pod::Pod, process_id::Process, simulated_node::NodePlace};
 
 /// Every lab's directory is below this one.
 const LABS: &str = "/run/podgate-lab";
@@ -38,7 +38,7 @@ pub struct State {
     pub agent: Option<Process>,
 }
 
-/// A lab's directory, claimed. Everything the lab has on the machine goes when this is dropped.
+/// A lab's directory, claimed. Everything the lab has on the machine is removed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Claim {
     name: String,
@@ -109,9 +109,9 @@ impl State {
 // === impl Claim ===
 
 impl Claim {
-    /// Takes the name for this process. What a dead lab of that name left behind goes first.
+    /// Takes the name for this process. What a dead lab of that name left behind is removed first.
     pub(crate) fn take(name: &str, served: bool) -> anyhow::Result<(Self, State)> {
-        ensure!(is_name(name), "{NAME_RULE}, not {name:?}");
+        check_name(name)?;
         if let Ok(earlier) = State::load(name) {
             ensure!(
                 !earlier.is_alive(),
@@ -134,7 +134,7 @@ impl Claim {
         state.write_to(&draft)?;
         if let Err(error) = fs::rename(&draft, directory(name)) {
             fs::remove_dir_all(&draft)?;
-            return Err(error).with_context(|| format!("the lab {name} is being started by somebody else"));
+            return Err(error).with_context(|| format!("the lab {name} is being started by another process"));
         }
         Ok((Self { name: name.to_owned(), released: false }, state))
     }
@@ -156,14 +156,35 @@ impl Drop for Claim {
     }
 }
 
+/// An error unless a lab can be called `name`.
+pub fn check_name(name: &str) -> anyhow::Result<()> {
+    ensure!(is_name(name), "{NAME_RULE}, not {name:?}");
+    Ok(())
+}
+
+/// The logs of the agents that a lab has run, oldest first.
+pub fn agent_logs(name: &str) -> anyhow::Result<Vec<PathBuf>> {
+    let directory = directory(name);
+    let mut logs = Vec::new();
+    for entry in fs::read_dir(&directory).with_context(|| format!("cannot list {}", directory.display()))? {
+        let entry = entry?;
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let number =
+            file.strip_prefix("agent-").and_then(|rest| rest.strip_suffix(".log")?.parse::<u32>().ok());
+        logs.extend(number.map(|number| (number, entry.path())));
+    }
+    logs.sort();
+    Ok(logs.into_iter().map(|(_, path)| path).collect())
+}
+
 /// The directory of the lab called `name`.
 pub fn directory(name: &str) -> PathBuf {
     Path::new(LABS).join(name)
 }
 
-/// Where a process that serves the lab called `name` logs: beside the lab's directory, which comes later.
+/// Where a process that serves the lab called `name` logs: next to the lab's directory, which is created later.
 pub fn log_file(name: &str) -> anyhow::Result<PathBuf> {
-    ensure!(is_name(name), "{NAME_RULE}, not {name:?}");
+    check_name(name)?;
     fs::create_dir_all(LABS).with_context(|| format!("cannot create {LABS}: run as root"))?;
     Ok(Path::new(LABS).join(format!(".{name}.log")))
 }
@@ -171,14 +192,14 @@ pub fn log_file(name: &str) -> anyhow::Result<PathBuf> {
 /// Removes what the lab has on the machine: its cgroups with every process in them (and with those the network
 /// namespaces and veths), its mounts, its directory.
 pub fn clean(name: &str) -> anyhow::Result<()> {
-    cgroup::remove(&cgroup::of_lab(name)?)?;
+    cgroupfs::remove(&cgroupfs::of_lab(name)?)?;
     let directory = directory(name);
     match umount2(&NodePlace::bpffs_in(&directory), MntFlags::MNT_DETACH) {
         // Not a mount point, or not there: never mounted.
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
         Err(error) => return Err(error).context("cannot unmount the lab's bpffs"),
     }
-    // The name is free in one step: nobody sees a lab with half of its files.
+    // The name becomes free in one step: no reader sees a lab with half of its files.
     let doomed = Path::new(LABS).join(format!(".{name}.removed"));
     let removed = remove(fs::remove_dir_all(&doomed))
         .and_then(|()| remove(fs::rename(&directory, &doomed)))
@@ -202,7 +223,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lab_s_name_is_a_path_segment_and_nothing_more() {
+    fn the_name_of_a_lab_is_a_path_segment_and_nothing_more() {
         for good in ["dev", "a", "lab-2"] {
             assert!(is_name(good), "{good}");
         }

@@ -11,8 +11,8 @@ use aws_sdk_eksauth::{
 };
 use lab::{
     cluster::{Cluster, PodSpec},
-    eks_auth::{EksAuth, EksAuthConfig, NodeCredentials},
-    faults::{Fault, Faults, Service},
+    eks_auth_server::{EksAuth, EksAuthConfig, NodeCredentials},
+    fault_injection::{Fault, Faults, Service},
 };
 
 const EKS: &str = "pods.eks.amazonaws.com";
@@ -192,7 +192,7 @@ async fn a_token_that_is_not_good_is_refused() {
     }
     let token = fixture.token("web-1");
     cluster.delete_pod("app", "web-1");
-    assert_eq!(fixture.call(&token).await.unwrap_err().0, invalid, "its pod is gone");
+    assert_eq!(fixture.call(&token).await.unwrap_err().0, invalid, "its pod is deleted");
     assert_eq!(fixture.eks_auth.accepted_calls(), 0);
 }
 

@@ -8,8 +8,8 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::{HeaderMap, Request, Response};
 use hyper_util::rt::TokioIo;
 use lab::{
-    faults::{Fault, Faults, Service},
-    imds::{Imds, ImdsConfig, NodeCredentials},
+    fault_injection::{Fault, Faults, Service},
+    imds_server::{Imds, ImdsConfig, NodeCredentials},
 };
 
 const ROLE: &str = "/latest/meta-data/iam/security-credentials/";
@@ -102,7 +102,7 @@ async fn a_token_is_given_and_asked_for_as_on_ec2() {
 }
 
 #[tokio::test]
-async fn every_read_of_the_node_s_credentials_is_counted() {
+async fn every_read_of_the_nodes_credentials_is_counted() {
     let imds = start(&Faults::default());
     assert_eq!(send(&imds, &format!("GET {ROLE}"), &[]).await.body(), "node-role");
     assert_eq!(imds.credential_reads(), 0);

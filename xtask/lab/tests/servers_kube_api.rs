@@ -356,7 +356,7 @@ async fn a_token_review_tells_pod_and_node_or_why_not() {
     for (case, token, error) in [
         ("expired", &expired, "service account token has expired"),
         ("forged", &forged, "invalid bearer token"),
-        ("pod gone", &unseen, "service account token has been invalidated"),
+        ("pod deleted", &unseen, "service account token has been invalidated"),
     ] {
         let status = review(token, &[EKS]).await;
         assert!(status["authenticated"].is_null(), "{case}: {status}");

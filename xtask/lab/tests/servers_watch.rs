@@ -19,7 +19,7 @@ use kube::{
 };
 use lab::{
     cluster::{Cluster, PodSpec},
-    faults::{Fault, Faults, Service},
+    fault_injection::{Fault, Faults, Service},
     kube_api::{KubeApi, KubeUser},
 };
 use serde_json::json;

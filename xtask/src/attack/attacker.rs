@@ -21,7 +21,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lab::cgroup;
+use lab::cgroupfs;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -137,7 +137,7 @@ impl Dial {
         }
         let socket = socket::tcp(self.to)?;
         if let Some(cgroup) = &self.cgroup {
-            cgroup::create(cgroup).and_then(|()| cgroup::join(cgroup, 0)).map_err(io::Error::other)?;
+            cgroupfs::create(cgroup).and_then(|()| cgroupfs::join(cgroup, 0)).map_err(io::Error::other)?;
         }
         socket::dial(socket, self.from_port, self.to)
     }

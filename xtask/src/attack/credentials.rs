@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use lab::{Pod, cgroup, cluster::POD_IDENTITY_AUDIENCE, jwt::SigningKey};
+use lab::{Pod, cgroupfs, cluster::POD_IDENTITY_AUDIENCE, jwt::SigningKey};
 
 use super::{
     OWN, POD_IDENTITY, PROGRAM,
@@ -44,7 +44,7 @@ pub(super) async fn stolen_token_at_own_pair(scene: &Scene) -> anyhow::Result<Ou
 pub(super) async fn stolen_token_by_sidecar(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let container = scene.lab.node.place.cgroups.container(&attacker.cgroup, &"5".repeat(64));
-    cgroup::create(&container)?;
+    cgroupfs::create(&container)?;
     let sidecar = Pod { container, ..attacker.clone() };
     let sidecar =
         scene.must_begin(Place::In(&sidecar), &Act::Relay { at: SIDECAR, to: POD_IDENTITY }).await?;

@@ -4,7 +4,7 @@ use std::{fs, time::Duration};
 
 use agent_common::net::{IMDS_V4, POD_IDENTITY_V4, POD_IDENTITY_V6};
 use anyhow::Context as _;
-use lab::{Pod, PodSpec, lab::NODE_ROLE};
+use lab::{NODE_ROLE, Pod, PodSpec};
 use rustix::{
     process::{Pid, Resource, Rlimit, prlimit},
     time::{ClockId, clock_gettime},
@@ -115,7 +115,8 @@ pub(super) async fn held_probes(scene: &Scene) -> anyhow::Result<Outcome> {
     let attacker = scene.lab.add_pod(&PodSpec { host_network: true, ..attacker() })?;
     // Whoever asks now and then is not cut off as who is idle. More than these would not fit into the queue.
     let saying = "GET /livez HTTP/1.1\r\nHost: podgate\r\n\r\n".to_owned();
-    held(scene, &attacker, &Act::HoldConnections { to: lab::agent::ADMIN, count: PROBES, saying }).await
+    held(scene, &attacker, &Act::HoldConnections { to: lab::agent_process::ADMIN, count: PROBES, saying })
+        .await
 }
 
 async fn held(scene: &Scene, attacker: &Pod, act: &Act) -> anyhow::Result<Outcome> {

@@ -4,10 +4,9 @@
 use std::{path::PathBuf, time::Duration};
 
 use lab::{
-    Pod, PodSpec,
-    cgroup::{self, Qos},
-    eks_agent::DAEMON_SET,
-    lab::NODE_ROLE,
+    NODE_ROLE, Pod, PodSpec,
+    cgroupfs::{self, Qos},
+    eks_agent_process::DAEMON_SET,
 };
 use tokio::time::sleep;
 
@@ -83,7 +82,7 @@ pub(super) async fn static_pod(scene: &Scene) -> anyhow::Result<Outcome> {
     let cgroups = &scene.lab.node.place.cgroups;
     let cgroup = cgroups.pod(Qos::Burstable, CONFIG_HASH);
     let container = cgroups.container(&cgroup, &"5".repeat(64));
-    cgroup::create(&container)?;
+    cgroupfs::create(&container)?;
     let static_pod = Pod { cgroup, container, ..started };
     let got = scene.act(Place::In(&static_pod), &ask(POD_IDENTITY, &program())).await?;
     Ok(scene.loot(&got, None))

@@ -13,8 +13,7 @@ use std::{
 use agent_common::{abi::ABI_VERSION, defense::Defense};
 use anyhow::{Context as _, bail};
 use lab::{
-    AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter,
-    lab::{NODE_ACCESS_KEY_ID, NODE_ROLE},
+    AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, NODE_ROLE, Pod, PodSpec, enter,
 };
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},

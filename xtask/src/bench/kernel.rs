@@ -13,7 +13,7 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::{Context as _, bail};
 use aya::sys::{Stats, enable_stats};
 use comfy_table::Cell;
-use lab::{AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, netns};
+use lab::{AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, simulated_network};
 
 use self::{
     pairs::{Client, Compared, Pairs},
@@ -74,7 +74,7 @@ impl Bench<'_> {
     /// What the kernel says about the programs.
     async fn programs(&self, title: &str, agent: &AgentProcess) -> anyhow::Result<()> {
         // Not in a pod: the client's programs count, and not those of its peer.
-        let address = netns::node_addresses().v4.into();
+        let address = simulated_network::node_addresses().v4.into();
         let _server = start_server(self.lab.on_node(&pairs::serve(self, address, PORT))?).await?;
         let client = self.lab.exec(&self.client, EnvKind::None, &pairs::ask(self, address, PORT))?;
         let mut client = Client::start(client).await?;

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, path::Path, time::Duration};
 use anyhow::{Context as _, ensure};
 use futures::future::join_all;
 use jiff::Timestamp;
-use lab::netns::Routing;
+use lab::simulated_network::Routing;
 use tokio::time::{Instant, sleep};
 
 use super::{

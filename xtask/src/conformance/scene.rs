@@ -7,8 +7,8 @@ use std::{collections::BTreeMap, fs, path::Path};
 use anyhow::{Context as _, ensure};
 use futures::{StreamExt as _, stream};
 use lab::{
-    AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter, lab::NODE_ACCESS_KEY_ID,
-    netns::Routing,
+    AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, Pod, PodSpec, enter,
+    simulated_network::Routing,
 };
 
 use super::{

@@ -3,11 +3,7 @@
 //! Owns the verdict, a pure function of the client's access key and what the simulated AWS side recorded.
 
 use comfy_table::Cell;
-use lab::{
-    Pod,
-    eks_auth::Issued,
-    lab::{NODE_ACCESS_KEY_ID, NODE_ROLE},
-};
+use lab::{NODE_ACCESS_KEY_ID, NODE_ROLE, Pod, eks_auth_server::Issued};
 use serde::Serialize;
 
 use super::attempt::{Attempt, Place};

@@ -3,7 +3,7 @@
 use std::{fs, time::Duration};
 
 use anyhow::Context as _;
-use lab::{EnvKind, agent::ADMIN, lab::NODE_ROLE};
+use lab::{EnvKind, NODE_ROLE, agent_process::ADMIN};
 use serde_json::Value;
 use tokio::time::sleep;
 

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use futures::TryStreamExt as _;
-use lab::{Lab, Pod, lab::NODE_ROLE, netns::NetNs};
+use lab::{Lab, NODE_ROLE, Pod, simulated_network::NetNs};
 use tokio::time::sleep;
 
 use crate::node::{self, IMDS, Node, POD_IDENTITY, ROLES};

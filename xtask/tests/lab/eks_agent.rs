@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use futures::TryStreamExt as _;
 use lab::{
     EksAgent, EnvKind, Pod, PodSpec,
-    eks_agent::{ACCESS_KEY_ID, DAEMON_SET, pod_spec},
+    eks_agent_process::{ACCESS_KEY_ID, DAEMON_SET, pod_spec},
 };
 use rtnetlink::packet_route::address::AddressAttribute;
 use tokio::time::sleep;

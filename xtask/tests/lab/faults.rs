@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lab::faults::{Fault, Service};
+use lab::fault_injection::{Fault, Service};
 
 use crate::node::{IMDS, Node, POD_IDENTITY, ROLES};
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, path::Path, process::Stdio, time::Duration}
 
 use anyhow::Context as _;
 use futures::TryStreamExt as _;
-use lab::{cgroup, process::Process, state, state::State};
+use lab::{cgroupfs, process_id::Process, state, state::State};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -71,7 +71,7 @@ fn processes(state: &State) -> Vec<Process> {
 fn assert_nothing_is_left(name: &str, processes: &[Process]) -> anyhow::Result<()> {
     assert!(!state::directory(name).exists());
     assert!(!state::log_file(name)?.exists());
-    assert!(!cgroup::mount_point()?.join(format!("podgate-lab-{name}")).exists());
+    assert!(!cgroupfs::mount_point()?.join(format!("podgate-lab-{name}")).exists());
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     assert!(!mounts.contains(&format!("podgate-lab/{name}/")), "{mounts}");
     for process in processes {

@@ -11,6 +11,7 @@ mod gone;
 mod handover;
 mod identity;
 mod isolation;
+mod lab_commands;
 mod load;
 mod mesh;
 mod node;

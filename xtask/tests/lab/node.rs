@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lab::{AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, lab::NODE_ACCESS_KEY_ID};
+use lab::{AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, Pod, PodSpec};
 use tokio::{process::Command, time::timeout};
 
 /// xtask itself, with which labs enter their pods.

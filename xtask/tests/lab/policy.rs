@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use lab::{Lab, Pod, PodSpec, agent::ADMIN, cgroup::Qos, lab::NODE_ROLE, netns::NetNs};
+use lab::{Lab, NODE_ROLE, Pod, PodSpec, agent_process::ADMIN, cgroupfs::Qos, simulated_network::NetNs};
 use serde_json::Value;
 use tokio::time::sleep;
 

@@ -1,9 +1,8 @@
 //! Every way to ask, and what each pod gets.
 
 use lab::{
-    EnvKind, Lab, LabSpec, PodSpec,
-    cgroup::{CgroupDriver, Qos},
-    lab::{NODE_ACCESS_KEY_ID, NODE_ROLE},
+    EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, NODE_ROLE, PodSpec,
+    cgroupfs::{CgroupDriver, Qos},
 };
 
 use crate::node::{self, HELPER, IMDS, Node, POD_IDENTITY, ROLES};

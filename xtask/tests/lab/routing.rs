@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr, process::Stdio, time::Duration};
 
 use anyhow::Context as _;
 use futures::TryStreamExt as _;
-use lab::{EnvKind, Lab, LabSpec, Pod, netns::Routing};
+use lab::{EnvKind, Lab, LabSpec, Pod, simulated_network::Routing};
 use rtnetlink::{
     Handle, IpVersion,
     packet_route::{

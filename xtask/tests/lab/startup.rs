@@ -2,7 +2,7 @@
 
 use std::{fs, process::Stdio};
 
-use lab::cgroup;
+use lab::cgroupfs;
 use tokio::process::Command;
 
 use crate::node;
@@ -22,7 +22,7 @@ async fn every_missing_precondition_is_named_at_once_with_exit_status_2() -> any
     // In a mount namespace without cgroup2, as a user without capabilities.
     let script = format!(
         "umount -l {} && exec setpriv --reuid 65534 --clear-groups {} run --node-name n --cluster-name c",
-        cgroup::mount_point()?.display(),
+        cgroupfs::mount_point()?.display(),
         binary.display()
     );
     let command = ["unshare", "--mount", "sh", "-c", &script];

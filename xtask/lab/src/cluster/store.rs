@@ -166,7 +166,7 @@ impl Store {
         }
     }
 
-    /// Forgets the log.
+    /// Drops the log.
     pub(crate) fn compact(&mut self) {
         self.compacted = self.revision;
         self.log.clear();
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_tells_every_change_after_a_resource_version_until_it_is_compacted() {
+    fn the_log_has_every_change_after_a_revision_until_it_is_compacted() {
         let mut store = Store::default();
         store.add(Kind::Pod, "app", "web", json!({"metadata": {"uid": "u1"}}));
         store.modify(Kind::Pod, "app", "web", |pod| pod["status"] = json!({"phase": "Running"}));

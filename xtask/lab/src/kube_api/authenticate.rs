@@ -1,6 +1,6 @@
 //! Who a bearer token stands for.
 //!
-//! Owns the checks of a service-account token. Never asks what the user may do.
+//! Owns the checks of a service-account token. Never authorizes anything.
 
 use std::{
     collections::HashMap,
@@ -121,7 +121,7 @@ mod tests {
     use crate::cluster::{API_AUDIENCE, PodSpec};
 
     #[test]
-    fn a_token_of_a_deleted_pod_is_good_for_ten_more_seconds_if_it_was_seen_before() {
+    fn a_deleted_pods_token_stays_valid_for_ten_seconds_if_it_was_cached() {
         let cluster = Cluster::new("https://oidc.test.invalid");
         cluster.add_service_account("app", "web");
         let text = str::to_owned;

@@ -19,7 +19,7 @@ const REQUEST_AUDIENCE: &str = "request-serviceaccounts-token-audience";
 /// Where the keys of tokens are.
 const ISSUER: [&str; 2] = ["/openid/v1/jwks", "/.well-known/openid-configuration"];
 
-/// What nodes may do beside what the Node authorizer looks at one by one, as far as the lab serves it.
+/// What nodes may do without a check of the single object by the Node authorizer, as far as the lab serves it.
 const NODE_RULES: &[(&[&str], &str, &[&str])] =
     &[(&["create"], AUTHENTICATION, &["tokenreviews"]), (&["create", "update", "patch"], "", &["events"])];
 
@@ -154,7 +154,7 @@ impl Rules {
         user.is_in(MASTERS) || self.rules.iter().any(applies)
     }
 
-    /// What an agent does in its own name, whoever it acts as for pods and tokens.
+    /// What an agent does as itself, without impersonation.
     fn grant_own(&mut self, subject: &str) {
         self.grant(subject, &["get", "list", "watch"], "", &["namespaces"]);
         self.grant(subject, &["create"], "", &["events"]);

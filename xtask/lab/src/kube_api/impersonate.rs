@@ -1,4 +1,4 @@
-//! Acting as somebody else: constrained impersonation, and the older unconstrained kind behind it.
+//! Impersonation: the constrained kind, and the older unconstrained kind as a fallback.
 //!
 //! Owns the headers and the modes. A UID or an extra value to act with is not served: no mode then applies but the
 //! unconstrained one.
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::cluster::Cluster;
 
-/// Whom the headers ask to act as.
+/// The user that the headers ask to impersonate.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Wanted {
     name: String,

@@ -19,7 +19,7 @@ use crate::{
         Cluster,
         store::{Kind, Store},
     },
-    faults::{Faults, Service},
+    fault_injection::{Faults, Service},
     http::{self, Response},
 };
 
@@ -46,7 +46,7 @@ struct Watch {
     /// Everything up to here was seen.
     revision: u64,
     /// The client knows that everything up to here was seen.
-    told: u64,
+    reported: u64,
     pending: VecDeque<Bytes>,
     revisions: watch::Receiver<u64>,
     bookmark_at: Instant,
@@ -114,7 +114,7 @@ impl Watch {
             selection,
             bookmarks: attributes.flag("allowWatchBookmarks"),
             revision: version,
-            told: version,
+            reported: version,
             pending: VecDeque::new(),
             revisions: cluster.revisions(),
             bookmark_at: now + BOOKMARK_DELAY,
@@ -161,7 +161,7 @@ impl Watch {
     }
 
     fn owes_bookmark(&self) -> bool {
-        self.bookmarks && self.told < self.revision
+        self.bookmarks && self.reported < self.revision
     }
 
     fn send_state(&mut self) {
@@ -214,7 +214,7 @@ impl Watch {
             object["metadata"]["annotations"] = annotations.clone();
         }
         self.send("BOOKMARK", &object);
-        self.told = self.revision;
+        self.reported = self.revision;
     }
 
     fn send(&mut self, verb: &str, object: &Value) {

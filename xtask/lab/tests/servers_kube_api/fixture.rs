@@ -10,7 +10,7 @@ use kube::{
 };
 use lab::{
     cluster::{Cluster, PodSpec},
-    faults::Faults,
+    fault_injection::Faults,
     kube_api::{KubeApi, KubeUser},
 };
 use serde_json::{Value, json};

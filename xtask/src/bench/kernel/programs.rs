@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use aya::programs::{ProgramInfo, loaded_programs};
-use lab::process::Process;
+use lab::process_id::Process;
 
 /// The programs of one agent.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! The agent under test: the release binary in its own pod, configured by its public flags only.
 //!
-//! Owns one process from start to exit. What it does is known from its ports, its log and its exit status.
+//! Owns one process from start to exit. It is observed by its ports, its log and its exit status only.
 
 use std::{
     collections::BTreeMap,
@@ -21,16 +21,16 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::{cgroup, memory::MemoryLimit, node::Node, pod::PodSpec, process::Process};
+use crate::{cgroupfs, memory::MemoryLimit, pod::PodSpec, process_id::Process, simulated_node::Node};
 
 /// Where the agent's probes and metrics are.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9163);
 
 /// How long the agent may take until it serves: the programs are verified meanwhile, on emulated machines too.
 const READY_TIMEOUT: Duration = Duration::from_mins(1);
-/// How long it may take to exit once it was told to: more than any drain deadline used here.
+/// How long it may take to exit after SIGTERM: more than any drain deadline used here.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
-/// As much of the log as a person reads at once.
+/// How many lines of the log an error shows.
 const LOG_TAIL: usize = 30;
 
 /// How to run the agent.
@@ -38,9 +38,9 @@ const LOG_TAIL: usize = 30;
 pub struct AgentSpec {
     /// The `podgate` binary.
     pub binary: PathBuf,
-    /// Flags besides those that say where the lab's node is.
+    /// Flags in addition to those that say where the lab's node is.
     pub args: Vec<String>,
-    /// Environment besides the same.
+    /// Environment variables, in addition to those.
     pub env: BTreeMap<String, String>,
 }
 
@@ -108,23 +108,23 @@ impl AgentProcess {
         self.signal(Signal::SIGTERM)
     }
 
-    /// Kills the agent (SIGKILL) and waits for its end.
+    /// Kills the agent (SIGKILL) and waits for its exit.
     pub async fn kill(&mut self) -> anyhow::Result<ExitStatus> {
         self.signal(Signal::SIGKILL)?;
         self.wait().await
     }
 
-    /// Lets the agent hang (SIGSTOP).
+    /// Suspends the agent (SIGSTOP).
     pub fn suspend(&self) -> anyhow::Result<()> {
         self.signal(Signal::SIGSTOP)
     }
 
-    /// Lets it go on (SIGCONT).
+    /// Resumes the agent (SIGCONT).
     pub fn resume(&self) -> anyhow::Result<()> {
         self.signal(Signal::SIGCONT)
     }
 
-    /// Leaves the agent hardly any memory: the kernel kills it when it wants more than so many bytes.
+    /// Limits the agent's memory: the kernel kills it when it needs more than `bytes`.
     pub fn limit_memory(&self, bytes: u64) -> anyhow::Result<MemoryLimit> {
         MemoryLimit::set(&self.container, self.process.pid, bytes)
     }
@@ -132,9 +132,9 @@ impl AgentProcess {
     /// Waits for the agent to exit by itself, or after [`AgentProcess::terminate`].
     pub async fn wait(&mut self) -> anyhow::Result<ExitStatus> {
         let status = timeout(STOP_TIMEOUT, self.child.wait()).await.with_context(|| {
-            format!("the agent still runs {STOP_TIMEOUT:?} after it was told to stop:\n{}", self.log_tail())
+            format!("the agent still runs {STOP_TIMEOUT:?} after it was asked to stop:\n{}", self.log_tail())
         })??;
-        cgroup::remove(&self.container)?;
+        cgroupfs::remove(&self.container)?;
         Ok(status)
     }
 
@@ -161,7 +161,7 @@ impl AgentProcess {
     }
 }
 
-/// A pod of the agent's, as its `DaemonSet` makes it.
+/// A pod of the agent, as its `DaemonSet` makes it.
 pub(crate) fn pod_spec(name: &str) -> PodSpec {
     PodSpec { service_account: "podgate".to_owned(), host_network: true, ..PodSpec::new("kube-system", name) }
 }

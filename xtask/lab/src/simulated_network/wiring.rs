@@ -1,5 +1,5 @@
-//! Links, addresses and routes of the node and its pods, as the Amazon VPC CNI lays them out: a pod has a /32
-//! and reaches everything through 169.254.1.1, the node has one route back per pod, and nobody asks by ARP.
+//! Netdevs, addresses and routes of the node and its pods, as the Amazon VPC CNI lays them out: a pod has a /32
+//! and reaches everything through 169.254.1.1, the node has one route back per pod, and ARP is never used.
 //!
 //! Owns what is inside the lab's own namespaces; never touches the host's network.
 
@@ -10,14 +10,13 @@ use std::{
 };
 
 use anyhow::Context as _;
-use futures::TryStreamExt as _;
-use rtnetlink::{
-    Handle, LinkUnspec, LinkVeth, RouteMessageBuilder,
-    packet_route::{address::AddressHeaderFlags, route::RouteScope},
-};
+use rtnetlink::{LinkUnspec, LinkVeth};
 use serde::{Deserialize, Serialize};
 
-use super::{NetNs, Routing};
+use super::{
+    NetNs, Routing,
+    netlink::{MAIN, add_address, add_default_route, add_neighbor, bring_up, netdev_index},
+};
 
 /// Where the simulated instance metadata service listens.
 const IMDS: [IpAddr; 2] = [
@@ -28,10 +27,8 @@ const IMDS: [IpAddr; 2] = [
 pub(super) const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// A pod's gateway: the VPC CNI's.
 pub(super) const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
-/// `lo` is always the first link of a namespace.
+/// `lo` is always the first netdev of a namespace.
 const LO: u32 = 1;
-/// `RT_TABLE_MAIN` of `include/uapi/linux/rtnetlink.h`.
-pub(super) const MAIN: u32 = 254;
 
 /// A pod's addresses, one of each family that it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,7 +83,7 @@ pub fn node_addresses() -> NodeAddresses {
 /// routing of its pods wants.
 pub(crate) fn wire_node(node: &NetNs, routing: Routing) -> anyhow::Result<()> {
     node.netlink(async |handle| {
-        link_up(&handle, LO).await?;
+        bring_up(&handle, LO).await?;
         let NodeAddresses { v4, v6 } = node_addresses();
         for address in IMDS.into_iter().chain([v4.into(), v6.into()]) {
             add_address(&handle, LO, address).await?;
@@ -108,36 +105,36 @@ pub(crate) fn wire_node(node: &NetNs, routing: Routing) -> anyhow::Result<()> {
 /// node.
 pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) -> anyhow::Result<()> {
     let addresses = PodAddresses::of_pod(index, routing).list();
-    let node_link = format!("{}{index:08x}", routing.link_prefix());
+    let node_netdev = format!("{}{index:08x}", routing.netdev_prefix());
     let [high, low] = index.to_be_bytes();
     let node_mac = [0x02, 0, 0, high, low, 1];
     let pod_mac = [0x02, 0, 0, high, low, 2];
 
     // Made in the pod's namespace, so that the name eth0 is free.
     pod.netlink(async |handle| {
-        link_up(&handle, LO).await?;
-        let pair = LinkVeth::new("eth0", &node_link).address(pod_mac.to_vec()).build();
+        bring_up(&handle, LO).await?;
+        let pair = LinkVeth::new("eth0", &node_netdev).address(pod_mac.to_vec()).build();
         handle.link().add(pair).execute().await.context("cannot create the veth pair")?;
-        let end = LinkUnspec::new_with_name(&node_link)
+        let end = LinkUnspec::new_with_name(&node_netdev)
             .address(node_mac.to_vec())
             .setns_by_fd(node.as_fd().as_raw_fd())
             .build();
         handle.link().set(end).execute().await.context("cannot move the veth's end to the node")
     })?;
     node.netlink(async |handle| {
-        let link = link_index(&handle, &node_link).await?;
-        link_up(&handle, link).await?;
+        let netdev = netdev_index(&handle, &node_netdev).await?;
+        bring_up(&handle, netdev).await?;
         for &address in &addresses {
-            add_neighbor(&handle, link, address, pod_mac).await?;
+            add_neighbor(&handle, netdev, address, pod_mac).await?;
         }
-        routing.route_pod(&handle, (link, &node_link), index, &addresses).await
+        routing.route_pod(&handle, (netdev, &node_netdev), index, &addresses).await
     })?;
     pod.netlink(async |handle| {
-        let eth0 = link_index(&handle, "eth0").await?;
+        let eth0 = netdev_index(&handle, "eth0").await?;
         for &address in &addresses {
             add_address(&handle, eth0, address).await?;
         }
-        link_up(&handle, eth0).await?;
+        bring_up(&handle, eth0).await?;
         for address in &addresses {
             let gateway = if address.is_ipv4() { GATEWAY_V4.into() } else { GATEWAY_V6.into() };
             add_neighbor(&handle, eth0, gateway, node_mac).await?;
@@ -145,83 +142,4 @@ pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) 
         }
         Ok(())
     })
-}
-
-pub(super) async fn link_index(handle: &Handle, name: &str) -> anyhow::Result<u32> {
-    let link = handle
-        .link()
-        .get()
-        .match_name(name)
-        .execute()
-        .try_next()
-        .await
-        .with_context(|| format!("cannot look up the link {name}"))?
-        .with_context(|| format!("there is no link {name}"))?;
-    Ok(link.header.index)
-}
-
-pub(super) async fn link_up(handle: &Handle, link: u32) -> anyhow::Result<()> {
-    let up = LinkUnspec::new_with_index(link).up().build();
-    handle.link().set(up).execute().await.with_context(|| format!("cannot bring link {link} up"))
-}
-
-/// Adds one address without a subnet, usable at once (no duplicate address detection).
-pub(super) async fn add_address(handle: &Handle, link: u32, address: IpAddr) -> anyhow::Result<()> {
-    let mut request = handle.address().add(link, address, host_prefix(address));
-    request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
-    request.execute().await.with_context(|| format!("cannot add {address}"))
-}
-
-pub(super) async fn add_neighbor(
-    handle: &Handle,
-    link: u32,
-    address: IpAddr,
-    mac: [u8; 6],
-) -> anyhow::Result<()> {
-    handle
-        .neighbours()
-        .add(link, address)
-        .link_layer_address(&mac)
-        .execute()
-        .await
-        .with_context(|| format!("cannot add the neighbor {address}"))
-}
-
-/// Routes one address straight onto the link.
-pub(super) async fn add_host_route(
-    handle: &Handle,
-    link: u32,
-    address: IpAddr,
-    table: u32,
-) -> anyhow::Result<()> {
-    let route = RouteMessageBuilder::<IpAddr>::new()
-        .table_id(table)
-        .output_interface(link)
-        .destination_prefix(address, host_prefix(address))?
-        .scope(RouteScope::Link)
-        .build();
-    handle.route().add(route).execute().await.with_context(|| format!("cannot add the route to {address}"))
-}
-
-/// Routes everything else, as far as `table` goes, by `gateway`, which is in no subnet of the link's: hence `onlink`.
-pub(super) async fn add_default_route(
-    handle: &Handle,
-    link: u32,
-    gateway: IpAddr,
-    table: u32,
-) -> anyhow::Result<()> {
-    let everything: IpAddr =
-        if gateway.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let route = RouteMessageBuilder::<IpAddr>::new()
-        .table_id(table)
-        .output_interface(link)
-        .destination_prefix(everything, 0)?
-        .gateway(gateway)?
-        .onlink()
-        .build();
-    handle.route().add(route).execute().await.with_context(|| format!("cannot add the route by {gateway}"))
-}
-
-pub(super) fn host_prefix(address: IpAddr) -> u8 {
-    if address.is_ipv4() { 32 } else { 128 }
 }

@@ -1,6 +1,6 @@
-//! What goes wrong on purpose, for every server of the lab.
+//! Faults that are injected into the servers of the lab.
 //!
-//! Owns which fault meets which request. Never answers one: the servers word the errors as the real services do.
+//! Owns which request meets which fault. Never answers one: the servers word the errors as the real services do.
 
 use std::{
     collections::HashMap,
@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 
 /// A server of the lab.
@@ -47,7 +48,7 @@ pub enum Fault {
     },
     /// The connection is closed without an answer; at ratio 1 every open connection is closed as well.
     Drop,
-    /// The request is accepted and never answered; open watches fall silent.
+    /// The request is accepted and never answered; open watches send nothing more.
     Hang,
 }
 
@@ -74,6 +75,7 @@ struct Shared {
 struct Switches {
     latency: Option<Switch>,
     failure: Option<Switch>,
+    clock_offset: SignedDuration,
     cuts: u64,
 }
 
@@ -89,7 +91,7 @@ struct Switch {
 // === impl Faults ===
 
 impl Faults {
-    /// Every request to `service` meets `fault` from now on. A latency stays beside another fault; of the others
+    /// Every request to `service` meets `fault` from now on. A latency combines with another fault; of the others
     /// the last one set counts.
     pub fn set(&self, service: Service, fault: Fault) {
         self.set_ratio(service, fault, 1.0);
@@ -114,9 +116,31 @@ impl Faults {
         });
     }
 
-    /// `service` is in good health again.
+    /// `service` answers properly again, without delay. Its clock stays as it is set.
     pub fn clear(&self, service: Service) {
         self.change(service, |switches| (switches.latency, switches.failure) = (None, None));
+    }
+
+    /// `service` answers without delay again; another fault stays.
+    pub fn clear_latency(&self, service: Service) {
+        self.change(service, |switches| switches.latency = None);
+    }
+
+    /// `service` answers properly again; a latency stays.
+    pub fn clear_failure(&self, service: Service) {
+        self.change(service, |switches| switches.failure = None);
+    }
+
+    /// The wall clock of `service` is ahead of this machine's by `offset`, or behind it where that is negative.
+    pub fn set_clock(&self, service: Service, offset: SignedDuration) {
+        self.change(service, |switches| switches.clock_offset = offset);
+    }
+
+    /// What time it is to `service`.
+    pub(crate) fn now(&self, service: Service) -> Timestamp {
+        let all = self.shared.switches.lock().unwrap_or_else(PoisonError::into_inner);
+        let offset = all.get(&service).map_or(SignedDuration::ZERO, |switches| switches.clock_offset);
+        Timestamp::now().saturating_add(offset).unwrap_or(Timestamp::MAX)
     }
 
     /// Decides about the next request to `service`.
@@ -232,6 +256,26 @@ mod tests {
         faults.clear(Service::Imds);
         let verdict = faults.next(Service::Imds);
         assert_eq!((verdict.delay, verdict.fault), (Duration::ZERO, None));
+    }
+
+    #[test]
+    fn latency_and_failure_are_cleared_one_without_the_other() {
+        let faults = Faults::default();
+        faults.set(Service::Imds, Fault::Latency(Duration::from_millis(7)));
+        faults.set(Service::Imds, Fault::Drop);
+        faults.clear_latency(Service::Imds);
+        let verdict = faults.next(Service::Imds);
+        assert_eq!((verdict.delay, verdict.fault), (Duration::ZERO, Some(Fault::Drop)));
+        faults.clear_failure(Service::Imds);
+        assert_eq!(faults.next(Service::Imds).fault, None);
+    }
+
+    #[test]
+    fn each_service_has_a_clock_of_its_own() {
+        let faults = Faults::default();
+        faults.set_clock(Service::EksAuth, SignedDuration::from_hours(-1));
+        let behind = faults.now(Service::KubeApi).duration_since(faults.now(Service::EksAuth));
+        assert_eq!(behind.as_mins(), 60);
     }
 
     #[tokio::test]

@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pod_s_cgroup_lies_where_the_kubelet_puts_it() {
+    fn the_cgroup_of_a_pod_lies_where_the_kubelet_puts_it() {
         let uid = "5b1c3a52-8d3c-4a50-a2f6-9d6b7c1e0f11";
         let cases = [
             (

@@ -19,7 +19,7 @@ use rtnetlink::{
 
 use super::{
     NetNs,
-    wiring::{MAIN, add_default_route, add_host_route, add_neighbor, link_index},
+    netlink::{MAIN, add_default_route, add_host_route, add_neighbor, netdev_index},
 };
 
 /// How the node routes its pods.
@@ -47,7 +47,7 @@ const LOCAL: u32 = 255;
 /// Preferences of the VPC CNI's rules: those of pods with security groups, and the local table's after them.
 const POD_PREFERENCE: u32 = 10;
 const LOCAL_PREFERENCE: u32 = 20;
-/// The VPC's router in the node's subnets; nobody answers there.
+/// The VPC's router in the node's subnets; nothing answers there.
 const VPC_ROUTER: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(10, 10, 0, 1)), IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2))];
 const VPC_ROUTER_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 1];
@@ -88,8 +88,8 @@ table inet hardened {
 // === impl Routing ===
 
 impl Routing {
-    /// What the names of pods' links on the node begin with.
-    pub(super) fn link_prefix(self) -> &'static str {
+    /// What the names of pods' netdevs on the node begin with.
+    pub(super) fn netdev_prefix(self) -> &'static str {
         if self == Self::StrictSecurityGroups { "vlan" } else { "eni" }
     }
 
@@ -112,17 +112,17 @@ impl Routing {
         }
     }
 
-    /// Routes to the `index`th pod, behind `link` called `name`, and from it.
+    /// Routes to the `index`th pod, behind `netdev` called `name`, and from it.
     pub(super) async fn route_pod(
         self,
         handle: &Handle,
-        (link, name): (u32, &str),
+        (netdev, name): (u32, &str),
         index: u16,
         addresses: &[IpAddr],
     ) -> anyhow::Result<()> {
         if self != Self::StrictSecurityGroups {
             for &address in addresses {
-                add_host_route(handle, link, address, MAIN).await?;
+                add_host_route(handle, netdev, address, MAIN).await?;
             }
             return Ok(());
         }
@@ -131,7 +131,7 @@ impl Routing {
         let uplink = format!("vlan.eth.{index}");
         connect_to_vpc(handle, &uplink, table).await?;
         for &address in addresses {
-            add_host_route(handle, link, address, table).await?;
+            add_host_route(handle, netdev, address, table).await?;
             let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
             for from in [uplink.as_str(), name] {
                 add_rule(handle, rule(family, table, POD_PREFERENCE, Some(from))).await?;
@@ -141,15 +141,15 @@ impl Routing {
     }
 }
 
-/// Makes the link to the VPC and the default routes by it. A bridge without ports: what is sent is lost.
+/// Makes the netdev to the VPC and the default routes by it. A bridge without ports: what is sent is lost.
 async fn connect_to_vpc(handle: &Handle, name: &str, table: u32) -> anyhow::Result<()> {
     let made = handle.link().add(LinkBridge::new(name).build()).execute().await;
-    made.with_context(|| format!("cannot make the link {name}"))?;
-    let link = link_index(handle, name).await?;
+    made.with_context(|| format!("cannot make the netdev {name}"))?;
+    let netdev = netdev_index(handle, name).await?;
     for router in VPC_ROUTER {
-        add_neighbor(handle, link, router, VPC_ROUTER_MAC).await?;
-        add_host_route(handle, link, router, table).await?;
-        add_default_route(handle, link, router, table).await?;
+        add_neighbor(handle, netdev, router, VPC_ROUTER_MAC).await?;
+        add_host_route(handle, netdev, router, table).await?;
+        add_default_route(handle, netdev, router, table).await?;
     }
     Ok(())
 }
@@ -159,7 +159,7 @@ fn rule(family: AddressFamily, table: u32, preference: u32, from: Option<&str>) 
     rule.header.family = family;
     rule.header.action = RuleAction::ToTable;
     rule.attributes = vec![RuleAttribute::Table(table), RuleAttribute::Priority(preference)];
-    rule.attributes.extend(from.map(|link| RuleAttribute::Iifname(link.to_owned())));
+    rule.attributes.extend(from.map(|netdev| RuleAttribute::Iifname(netdev.to_owned())));
     rule
 }
 

@@ -1,6 +1,6 @@
-//! The link of the EKS Pod Identity Agent: what its init container makes of the node's network.
+//! The netdev of the EKS Pod Identity Agent: what its init container makes of the node's network.
 //!
-//! As `pkg/initalizer/executor.go` of eks-pod-identity-agent 0.1.37 does it. Nothing ever removes the link.
+//! As `pkg/initalizer/executor.go` of eks-pod-identity-agent 0.1.37 does it. Nothing ever removes the netdev.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -16,30 +16,30 @@ use rtnetlink::{
 
 use super::{
     NetNs,
-    wiring::{MAIN, add_address, host_prefix, link_index, link_up},
+    netlink::{MAIN, add_address, bring_up, host_prefix, netdev_index},
 };
 
-const LINK: &str = "pod-id-link0";
+const NETDEV: &str = "pod-id-link0";
 const ADDRESSES: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(169, 254, 170, 23)),
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23)),
 ];
 
-/// Makes the link with its addresses and its routes in the main table, as far as they are missing; an error where such a
-/// route leads to another link.
+/// Makes the netdev with its addresses and its routes in the main table, as far as they are missing; an error where such a
+/// route leads to another netdev.
 pub(crate) fn make_eks_agent_netdev(node: &NetNs) -> anyhow::Result<()> {
     node.netlink(async |handle| {
-        if link_index(&handle, LINK).await.is_err() {
+        if netdev_index(&handle, NETDEV).await.is_err() {
             create(&handle).await?;
         }
-        let link = link_index(&handle, LINK).await?;
-        let present = addresses(&handle, link).await?;
+        let netdev = netdev_index(&handle, NETDEV).await?;
+        let present = addresses(&handle, netdev).await?;
         for address in ADDRESSES.into_iter().filter(|address| !present.contains(address)) {
-            add_address(&handle, link, address).await?;
+            add_address(&handle, netdev, address).await?;
         }
-        link_up(&handle, link).await?;
+        bring_up(&handle, netdev).await?;
         for address in ADDRESSES {
-            add_route(&handle, link, address).await?;
+            add_route(&handle, netdev, address).await?;
         }
         Ok(())
     })
@@ -47,15 +47,16 @@ pub(crate) fn make_eks_agent_netdev(node: &NetNs) -> anyhow::Result<()> {
 
 /// A bridge without ports does as well where the kernel has no dummy.
 async fn create(handle: &Handle) -> anyhow::Result<()> {
-    if handle.link().add(LinkDummy::new(LINK).build()).execute().await.is_err() {
-        let bridge = handle.link().add(LinkBridge::new(LINK).build()).execute().await;
-        bridge.with_context(|| format!("cannot create the link {LINK}"))?;
+    if handle.link().add(LinkDummy::new(NETDEV).build()).execute().await.is_err() {
+        let bridge = handle.link().add(LinkBridge::new(NETDEV).build()).execute().await;
+        bridge.with_context(|| format!("cannot create the netdev {NETDEV}"))?;
     }
     Ok(())
 }
 
-async fn addresses(handle: &Handle, link: u32) -> anyhow::Result<Vec<IpAddr>> {
-    let messages: Vec<_> = handle.address().get().set_link_index_filter(link).execute().try_collect().await?;
+async fn addresses(handle: &Handle, netdev: u32) -> anyhow::Result<Vec<IpAddr>> {
+    let messages: Vec<_> =
+        handle.address().get().set_link_index_filter(netdev).execute().try_collect().await?;
     let attributes = messages.into_iter().flat_map(|message| message.attributes);
     let address = |attribute| match attribute {
         AddressAttribute::Address(address) => Some(address),
@@ -64,15 +65,15 @@ async fn addresses(handle: &Handle, link: u32) -> anyhow::Result<Vec<IpAddr>> {
     Ok(attributes.filter_map(address).collect())
 }
 
-async fn add_route(handle: &Handle, link: u32, address: IpAddr) -> anyhow::Result<()> {
+async fn add_route(handle: &Handle, netdev: u32, address: IpAddr) -> anyhow::Result<()> {
     if let Some(existing) = main_route(handle, address).await? {
-        let is_own = existing.attributes.contains(&RouteAttribute::Oif(link));
-        ensure!(is_own, "expected route {address} to be on {LINK}, please remove route and try again");
+        let is_own = existing.attributes.contains(&RouteAttribute::Oif(netdev));
+        ensure!(is_own, "expected route {address} to be on {NETDEV}, please remove route and try again");
         return Ok(());
     }
     let route = RouteMessageBuilder::<IpAddr>::new()
         .table_id(MAIN)
-        .output_interface(link)
+        .output_interface(netdev)
         .destination_prefix(address, host_prefix(address))?;
     let added = handle.route().add(route.build()).execute().await;
     added.with_context(|| format!("cannot add the route to {address}"))

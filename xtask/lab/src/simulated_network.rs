@@ -4,7 +4,8 @@
 //! caller never changes.
 
 mod eks_agent_netdev;
-mod routing;
+mod netlink;
+mod routing_mode;
 mod tamper;
 mod wiring;
 
@@ -27,7 +28,7 @@ pub(crate) use self::{
     wiring::{wire_node, wire_pod},
 };
 pub use self::{
-    routing::Routing,
+    routing_mode::Routing,
     wiring::{NodeAddresses, PodAddresses, node_addresses},
 };
 
@@ -69,7 +70,8 @@ impl NetNs {
         })
     }
 
-    /// A listener inside. It keeps nobody from listening at every address: some of them are not the node's in truth.
+    /// A listener inside. Others can still listen at the wildcard address of its port: on a real node, not all of these
+    /// addresses are local.
     pub fn listen(&self, address: SocketAddr) -> anyhow::Result<TcpListener> {
         self.run(|| listen(address).with_context(|| format!("cannot listen on {address}")))
     }

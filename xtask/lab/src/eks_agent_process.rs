@@ -1,6 +1,6 @@
-//! A stand-in for the EKS Pod Identity Agent, as far as it meets podgate: its pod, its link, its listeners, its answers.
+//! A stand-in for the EKS Pod Identity Agent, as far as it meets podgate: its pod, its netdev, its listeners, its answers.
 //!
-//! Owns one process from start to end. It answers with credentials that nobody else hands out.
+//! Owns one process from start to end. It answers with credentials that no other server issues.
 
 use std::process::Stdio;
 
@@ -20,7 +20,7 @@ pub const DAEMON_SET: &str = "eks-pod-identity-agent";
 pub const NAMESPACE: &str = "kube-system";
 
 /// What runs in its pod.
-const PROGRAM: &str = include_str!("eks_agent.py");
+const PROGRAM: &str = include_str!("eks_agent_process.py");
 /// What the program prints once it listens and has reached itself.
 const SERVING: &str = "serving";
 
@@ -54,7 +54,7 @@ impl EksAgent {
         self.child.id()
     }
 
-    /// Kills the process; its pod and its link stay.
+    /// Kills the process; its pod and its netdev stay.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill().await.context("cannot kill the EKS Pod Identity Agent")
     }

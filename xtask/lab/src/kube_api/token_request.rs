@@ -52,6 +52,7 @@ pub(super) fn create(
     user: &User,
     attributes: &Attributes,
     mut request: Value,
+    now: Timestamp,
 ) -> Result<Value, Status> {
     let Attributes { namespace, name, .. } = attributes;
     let mut spec: Spec = serde_json::from_value(request["spec"].take()).map_err(|error| {
@@ -70,7 +71,6 @@ pub(super) fn create(
     let pod =
         spec.bound_object_ref.as_ref().map(|bound| check_bound(cluster, attributes, bound)).transpose()?;
 
-    let now = Timestamp::now();
     let asked = Duration::from_secs(spec.expiration_seconds);
     let prolong =
         pod.is_some() && spec.expiration_seconds == PROLONGED && spec.audiences == [API_AUDIENCE.to_owned()];
@@ -82,7 +82,7 @@ pub(super) fn create(
         lifetime: if prolong { PROLONGED_TO } else { asked },
         warn_after: prolong.then_some(asked),
     };
-    // Somebody may have deleted the pod since it was looked at.
+    // The pod may have been deleted since it was looked up.
     let claims =
         cluster.claims(&order, now).ok_or_else(|| Status::not_found("pods", pod.unwrap_or_default()))?;
     let expires = now.as_second().saturating_add(i64::try_from(spec.expiration_seconds).unwrap_or(i64::MAX));
@@ -104,7 +104,11 @@ pub(super) fn create(
 }
 
 /// Answers a `TokenReview`.
-pub(super) fn review(authenticator: &Authenticator, mut review: Value) -> Result<Value, Status> {
+pub(super) fn review(
+    authenticator: &Authenticator,
+    mut review: Value,
+    now: Timestamp,
+) -> Result<Value, Status> {
     let spec = &review["spec"];
     let Some(token) = spec["token"].as_str().filter(|token| !token.is_empty()) else {
         return Err(Status::bad_request("token is required for TokenReview in authentication".to_owned()));
@@ -115,7 +119,7 @@ pub(super) fn review(authenticator: &Authenticator, mut review: Value) -> Result
     if audiences.is_empty() {
         audiences.push(API_AUDIENCE.to_owned());
     }
-    let status = match authenticator.token(token, &audiences, Timestamp::now(), Instant::now()) {
+    let status = match authenticator.token(token, &audiences, now, Instant::now()) {
         Ok((user, audiences)) => json!({"authenticated": true, "user": user.info(), "audiences": audiences}),
         Err(error) => json!({"user": {}, "error": error}),
     };

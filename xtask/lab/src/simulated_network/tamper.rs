@@ -17,21 +17,22 @@ use rtnetlink::{
 
 use super::{
     NetNs,
-    wiring::{GATEWAY_V4, GATEWAY_V6, add_address, host_prefix, link_index},
+    netlink::{add_address, host_prefix, netdev_index},
+    wiring::{GATEWAY_V4, GATEWAY_V6},
 };
 
 /// `RT_TABLE_LOCAL` of `include/uapi/linux/rtnetlink.h`.
 const LOCAL: u32 = 255;
-/// Nobody's: what is sent to it arrives nowhere.
-const NOBODY: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 0xff];
+/// An address that no netdev has: what is sent to it is lost.
+const UNUSED_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 0xff];
 
 impl NetNs {
-    /// From now on nothing that a pod sends arrives, and nobody tells it so.
+    /// From now on everything that the pod sends is lost without an error.
     pub fn mute(&self) -> anyhow::Result<()> {
         self.netlink(async |handle| {
-            let eth0 = link_index(&handle, "eth0").await?;
+            let eth0 = netdev_index(&handle, "eth0").await?;
             for gateway in [GATEWAY_V4.into(), GATEWAY_V6.into()] {
-                let gateway = handle.neighbours().add(eth0, gateway).link_layer_address(&NOBODY);
+                let gateway = handle.neighbours().add(eth0, gateway).link_layer_address(&UNUSED_MAC);
                 gateway.replace().execute().await.context("cannot give the gateway another address")?;
             }
             Ok(())
@@ -41,8 +42,8 @@ impl NetNs {
     /// Gives a pod another address in the place of its own.
     pub(crate) fn exchange_address(&self, own: Ipv4Addr, other: Ipv4Addr) -> anyhow::Result<()> {
         self.netlink(async |handle| {
-            let eth0 = link_index(&handle, "eth0").await?;
-            // The new one first: with a link's last address its routes go.
+            let eth0 = netdev_index(&handle, "eth0").await?;
+            // The new one first: with a netdev's last address its routes go.
             add_address(&handle, eth0, other.into()).await?;
             let mut addresses = handle.address().get().set_link_index_filter(eth0).execute();
             while let Some(address) = addresses.try_next().await.context("cannot list addresses")? {
@@ -58,20 +59,20 @@ impl NetNs {
     pub(crate) fn reroute(&self, address: Ipv4Addr, to_pod: Ipv4Addr) -> anyhow::Result<()> {
         self.netlink(async |handle| {
             let mut neighbors = handle.neighbours().get().execute();
-            let (mut link, mut mac) = (0, Vec::new());
+            let (mut netdev, mut mac) = (0, Vec::new());
             while let Some(neighbor) = neighbors.try_next().await.context("cannot list neighbors")? {
                 let is_pod = |attribute: &NeighbourAttribute| {
                     *attribute == NeighbourAttribute::Destination(NeighbourAddress::Inet(to_pod))
                 };
                 if neighbor.attributes.iter().any(is_pod) {
-                    link = neighbor.header.ifindex;
+                    netdev = neighbor.header.ifindex;
                     mac = neighbor.attributes.iter().find_map(link_layer_address).unwrap_or_default();
                 }
             }
-            let request = handle.neighbours().add(link, address.into()).link_layer_address(&mac);
+            let request = handle.neighbours().add(netdev, address.into()).link_layer_address(&mac);
             request.replace().execute().await.context("cannot name the pod's other address")?;
             let route = RouteMessageBuilder::<Ipv4Addr>::new()
-                .output_interface(link)
+                .output_interface(netdev)
                 .destination_prefix(address, 32)
                 .scope(RouteScope::Link)
                 .build();
@@ -84,7 +85,7 @@ impl NetNs {
     /// wire can.
     pub fn deafen(&self, address: IpAddr) -> anyhow::Result<()> {
         self.netlink(async |handle| {
-            let eth0 = link_index(&handle, "eth0").await?;
+            let eth0 = netdev_index(&handle, "eth0").await?;
             let route = RouteMessageBuilder::<IpAddr>::new()
                 .table_id(LOCAL)
                 .kind(RouteType::Local)

@@ -18,16 +18,16 @@ use uuid::Uuid;
 
 use crate::{
     cluster::{Cluster, POD_IDENTITY_AUDIENCE},
-    faults::{Faults, Service},
+    fault_injection::{Faults, Service},
     http::{self, Handler, Refusal, Response, Server},
     jwt::Claims,
 };
 
-mod keys;
+mod session_keys;
 mod sigv4;
-mod token;
+mod token_check;
 
-pub use crate::imds::NodeCredentials;
+pub use crate::imds_server::NodeCredentials;
 
 /// Longest name of a role session.
 const SESSION_NAME_MAX: usize = 64;
@@ -41,7 +41,7 @@ pub struct EksAuthConfig {
     pub region: String,
     /// Account of cluster and roles, twelve digits.
     pub account: String,
-    /// LimitKey signature is accepted.
+    /// The credentials whose signature is accepted.
     pub node: NodeCredentials,
     /// How long what it issues is good for.
     pub session: Duration,
@@ -54,7 +54,7 @@ pub struct EksAuth {
     service: Arc<AuthService>,
 }
 
-/// To whom credentials were issued.
+/// Credentials that were issued: for which role, and to which pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Issued {
     /// The role's ARN.
@@ -69,7 +69,7 @@ pub struct Issued {
     pub pod_uid: String,
     /// Name of the pod.
     pub pod_name: String,
-    /// When they end.
+    /// When they expire.
     pub expiration: Timestamp,
 }
 
@@ -77,6 +77,7 @@ pub struct Issued {
 struct AuthService {
     config: EksAuthConfig,
     cluster: Cluster,
+    faults: Faults,
     state: Mutex<State>,
 }
 
@@ -122,7 +123,7 @@ impl EksAuth {
         faults: Faults,
     ) -> anyhow::Result<Self> {
         let state = Mutex::new(State { session: config.session, ..State::default() });
-        let service = Arc::new(AuthService { config, cluster, state });
+        let service = Arc::new(AuthService { config, cluster, faults: faults.clone(), state });
         Ok(Self { server: Server::spawn(vec![listener], None, faults, Arc::clone(&service))?, service })
     }
 
@@ -138,7 +139,7 @@ impl EksAuth {
 
     /// Gives a service account a role, instead of the one it has.
     pub fn associate(&self, namespace: &str, service_account: &str, role_name: &str) {
-        let id = format!("a-{}", keys::lower_base36(17));
+        let id = format!("a-{}", session_keys::lower_base36(17));
         let association = Association { id, role_name: role_name.to_owned() };
         let key = (namespace.to_owned(), service_account.to_owned());
         self.service.state().associations.insert(key, association);
@@ -150,12 +151,18 @@ impl EksAuth {
         self.service.state().associations.remove(&key);
     }
 
+    /// The name of the role that a service account has.
+    pub fn role_of(&self, namespace: &str, service_account: &str) -> Option<String> {
+        let key = (namespace.to_owned(), service_account.to_owned());
+        self.service.state().associations.get(&key).map(|association| association.role_name.clone())
+    }
+
     /// How long what is issued from now on is good for.
     pub fn set_session(&self, session: Duration) {
         self.service.state().session = session;
     }
 
-    /// Requests for credentials that arrived, whatever became of them.
+    /// Requests for credentials that arrived, answered or not.
     pub fn calls(&self) -> u64 {
         self.service.state().arrivals.len() as u64
     }
@@ -178,7 +185,7 @@ impl EksAuth {
         state.refusals.clear();
     }
 
-    /// To whom the credentials with this access key id were issued.
+    /// The role and the pod of the credentials with this access key ID.
     pub fn issued(&self, access_key_id: &str) -> Option<Issued> {
         self.service.state().issued.get(access_key_id).cloned()
     }
@@ -200,17 +207,17 @@ impl Handler for AuthService {
     const SERVICE: Service = Service::EksAuth;
 
     fn arrived(&self, request: &http::Request) {
-        if !opens(request) {
+        if !is_warm_up(request) {
             self.state().arrivals.push(Instant::now());
         }
     }
 
     async fn handle(&self, request: http::Request) -> Response {
-        if opens(&request) {
+        if is_warm_up(&request) {
             let refusal = json!({"__type": "UnknownOperationException"});
             return with_request_id(http::json(StatusCode::NOT_FOUND, &refusal));
         }
-        match self.answer(&request, Timestamp::now()) {
+        match self.answer(&request, self.faults.now(Self::SERVICE)) {
             Ok(value) => with_request_id(http::json(StatusCode::OK, &value)),
             Err(error) => self.error(error.status, error.code, &error.message),
         }
@@ -242,7 +249,7 @@ impl AuthService {
         }
         let call: Call = serde_json::from_slice(&request.body)
             .map_err(|_| ServiceError::bad_request("InvalidParameterException", "token: must not be null"))?;
-        let claims = token::check(&self.cluster, &call.token, now)?;
+        let claims = token_check::check(&self.cluster, &call.token, now)?;
         self.issue(&claims, now)
     }
 
@@ -259,11 +266,11 @@ impl AuthService {
             );
             return Err(ServiceError::not_found(message));
         };
-        let pod = claims.kubernetes.pod.clone().ok_or_else(token::unbound)?;
+        let pod = claims.kubernetes.pod.clone().ok_or_else(token_check::unbound)?;
         let expiration = now + state.session;
         let Association { id, role_name } = association;
         let session = session_name(cluster_name, &pod.name);
-        let access_key_id = keys::access_key_id();
+        let access_key_id = session_keys::access_key_id();
         let issued = Issued {
             role_arn: format!("arn:aws:iam::{account}:role/{role_name}"),
             role_name: role_name.clone(),
@@ -288,8 +295,8 @@ impl AuthService {
             },
             "credentials": {
                 "accessKeyId": access_key_id,
-                "secretAccessKey": keys::secret_access_key(),
-                "sessionToken": keys::session_token(),
+                "secretAccessKey": session_keys::secret_access_key(),
+                "sessionToken": session_keys::session_token(),
                 "expiration": expiration.as_second(),
             },
         }))
@@ -334,8 +341,8 @@ fn operation(request: &http::Request) -> Option<&str> {
     (request.method == Method::POST && !name.is_empty() && !name.contains('/')).then_some(name)
 }
 
-/// Whether it only opens a connection.
-fn opens(request: &http::Request) -> bool {
+/// Whether it is sent only to open a connection.
+fn is_warm_up(request: &http::Request) -> bool {
     request.method == Method::HEAD && request.path == "/"
 }
 

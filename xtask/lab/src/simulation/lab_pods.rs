@@ -1,4 +1,4 @@
-//! The pods of a lab: those on the node, and how they came to be at the API server.
+//! The pods of a lab: on the node, and at the API server.
 //!
 //! Owns the lab's state file. Never enters a pod.
 
@@ -13,10 +13,9 @@ use anyhow::Context as _;
 
 use crate::{
     cluster::{self, Cluster},
-    lab::NODE_NAME,
-    node::Node,
     pod::{self, Pod, PodSpec},
-    process::Process,
+    process_id::Process,
+    simulated_node::{NODE_NAME, Node},
     state::State,
 };
 
@@ -100,12 +99,30 @@ impl Pods {
         self.state.save()
     }
 
+    pub(super) fn find(&self, name: &str) -> anyhow::Result<Pod> {
+        self.state.pod(name).cloned()
+    }
+
+    /// Records the role of a service account's pods.
+    pub(super) fn set_role(
+        &mut self,
+        namespace: &str,
+        service_account: &str,
+        role: Option<&str>,
+    ) -> anyhow::Result<()> {
+        let pods = self.state.pods.iter_mut();
+        for pod in pods.filter(|pod| pod.namespace == namespace && pod.service_account == service_account) {
+            pod.role = role.map(str::to_owned);
+        }
+        self.state.save()
+    }
+
     pub(super) fn set_agent(&mut self, agent: Process) -> anyhow::Result<()> {
         self.state.agent = Some(agent);
         self.state.save()
     }
 
-    /// Where the next agent's log goes.
+    /// The path of the next agent's log.
     pub(super) fn next_log(&mut self, node: &Node) -> PathBuf {
         self.next_log += 1;
         node.place.directory.join(format!("agent-{}.log", self.next_log))
@@ -144,7 +161,7 @@ impl Pods {
 }
 
 impl Drop for Pods {
-    /// Ends the sandboxes and their zombies; their cgroups go with the lab's.
+    /// Reaps the sandboxes; their cgroups are removed with the lab's.
     fn drop(&mut self) {
         for sandbox in self.sandboxes.values_mut() {
             let _ = sandbox.kill();

@@ -77,7 +77,7 @@ impl Tree {
     }
 
     /// The content of a leaf, or the listing of a directory with or without its slash.
-    pub(super) fn get(&self, path: &str) -> Option<Content> {
+    pub(super) fn get(&self, path: &str, now: Timestamp) -> Option<Content> {
         let plain = |text| Some(Content { text, is_credentials: false });
         let path = path.trim_start_matches('/').trim_end_matches('/');
         if path.is_empty() {
@@ -88,7 +88,7 @@ impl Tree {
             return None;
         }
         if let Some((_, leaf)) = self.leaves.iter().find(|(leaf, _)| leaf == path) {
-            return Some(leaf.content());
+            return Some(leaf.content(now));
         }
         let below = |leaf: &str| -> Option<String> {
             let rest = leaf.strip_prefix(path)?;
@@ -104,11 +104,11 @@ impl Tree {
 // === impl Leaf ===
 
 impl Leaf {
-    fn content(&self) -> Content {
+    fn content(&self, now: Timestamp) -> Content {
         match self {
             Self::Text(text) => Content { text: text.clone(), is_credentials: false },
             Self::Credentials(credentials) => {
-                Content { text: document(credentials, Timestamp::now()), is_credentials: true }
+                Content { text: document(credentials, now), is_credentials: true }
             }
         }
     }
@@ -200,7 +200,11 @@ mod tests {
             ("/newest/meta-data/instance-id", None),
             ("/2021-3-23/meta-data/instance-id", None),
         ] {
-            assert_eq!(tree.get(path).map(|content| content.text).as_deref(), expected, "{path}");
+            assert_eq!(
+                tree.get(path, Timestamp::UNIX_EPOCH).map(|content| content.text).as_deref(),
+                expected,
+                "{path}"
+            );
         }
     }
 
@@ -223,7 +227,7 @@ mod tests {
             ("/latest/meta-data/iam/security-credentials/", false),
             ("/latest/user-data", false),
         ] {
-            assert_eq!(tree.get(path).unwrap().is_credentials, noticed, "{path}");
+            assert_eq!(tree.get(path, Timestamp::UNIX_EPOCH).unwrap().is_credentials, noticed, "{path}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The simulated node: its cgroups, its network namespace, its kubelet's directory, a bpffs of its own.
 //!
-//! Owns what is there before the first pod and after the last one. Never runs a server or the agent.
+//! Owns what exists before the first pod and after the last one. Never runs a server or the agent.
 
 use std::{
     fs, io,
@@ -19,12 +19,14 @@ use tokio::{
 };
 
 use crate::{
-    cgroup::{self, CgroupDriver, NodeCgroups},
-    enter::{self, Entry, RunDirectory},
-    netns::{NetNs, Routing, wire_node},
-    pod::base_environment,
-    process::Process,
+    cgroupfs::{self, CgroupDriver, NodeCgroups},
+    enter::{self, Entry, RunDirectory, base_environment},
+    process_id::Process,
+    simulated_network::{NetNs, Routing, wire_node},
 };
+
+/// The node's name.
+pub const NODE_NAME: &str = "ip-10-10-0-10.us-west-2.compute.internal";
 
 /// Where the node is on this machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -33,7 +35,7 @@ pub struct NodePlace {
     pub directory: PathBuf,
     /// The node's cgroups.
     pub cgroups: NodeCgroups,
-    /// A process that does nothing but keep the node's network namespace.
+    /// A process that only keeps the node's network namespace alive.
     pub keeper: Process,
 }
 
@@ -139,7 +141,7 @@ impl Node {
         fetch(tokio::net::TcpStream::from_std(stream)?, &address.to_string(), path).await
     }
 
-    /// Asks the agent that was started last by its socket.
+    /// Sends a request to the socket of the agent that was started last.
     pub async fn ask_agent(&self, path: &str) -> io::Result<Answer> {
         fetch(UnixStream::connect(self.place.agent_socket()).await?, "podgate", path).await
     }
@@ -161,7 +163,7 @@ async fn fetch(
 }
 
 impl Drop for Node {
-    /// Ends the keeper's zombie; that it was killed is the business of whoever removes the cgroup.
+    /// Reaps the keeper. Removing the cgroup may have killed it already.
     fn drop(&mut self) {
         let _ = self.keeper.kill();
         let _ = self.keeper.wait();
@@ -169,7 +171,7 @@ impl Drop for Node {
 }
 
 fn keep(helper: &Path, netns: &NetNs, cgroup: &Path) -> anyhow::Result<Child> {
-    cgroup::create(cgroup)?;
+    cgroupfs::create(cgroup)?;
     let child = netns.run(|| {
         Command::new(helper)
             .arg(enter::PAUSE_SUBCOMMAND)
@@ -182,6 +184,6 @@ fn keep(helper: &Path, netns: &NetNs, cgroup: &Path) -> anyhow::Result<Child> {
             .spawn()
             .context("cannot start a process to keep a network namespace")
     })?;
-    cgroup::join(cgroup, child.id())?;
+    cgroupfs::join(cgroup, child.id())?;
     Ok(child)
 }

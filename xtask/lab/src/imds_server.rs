@@ -19,13 +19,13 @@ use hyper::{Method, StatusCode};
 
 use crate::{
     crypto::random,
-    faults::{Faults, Service},
+    fault_injection::{Faults, Service},
     http::{self, Handler, Refusal, Response, Server},
 };
 
-mod tree;
+mod metadata_tree;
 
-use tree::Tree;
+use metadata_tree::Tree;
 
 /// Longest life of a session token, seconds.
 const MAX_TTL: u64 = 21_600;
@@ -41,7 +41,7 @@ pub struct NodeCredentials {
     pub access_key_id: String,
     /// The signing secret.
     pub secret_access_key: String,
-    /// What goes with temporary credentials.
+    /// The session token of temporary credentials.
     pub session_token: String,
 }
 
@@ -87,7 +87,8 @@ pub struct Request {
 #[derive(Debug)]
 struct State {
     tree: Tree,
-    /// Session tokens and when they end.
+    faults: Faults,
+    /// Session tokens and when they expire.
     tokens: Mutex<HashMap<String, Instant>>,
     requests: Mutex<Vec<Request>>,
     credential_reads: AtomicU64,
@@ -113,6 +114,7 @@ impl Imds {
     ) -> anyhow::Result<Self> {
         let state = Arc::new(State {
             tree: Tree::new(config),
+            faults: faults.clone(),
             tokens: Mutex::default(),
             requests: Mutex::default(),
             credential_reads: AtomicU64::new(0),
@@ -189,7 +191,7 @@ impl State {
         if !admitted {
             return error(StatusCode::UNAUTHORIZED);
         }
-        match self.tree.get(&request.path) {
+        match self.tree.get(&request.path, self.faults.now(Self::SERVICE)) {
             None => error(StatusCode::NOT_FOUND),
             Some(content) => {
                 if content.is_credentials {

@@ -1,8 +1,8 @@
 //! A whole lab: the node, the servers it talks to, its pods, and the agent.
 //!
-//! Owns the order in which they come and go. Everything goes when the `Lab` is dropped.
+//! Owns the order in which they start and stop. Everything is removed when the `Lab` is dropped.
 
-mod pods;
+mod lab_pods;
 
 use std::{
     fs::{self, File},
@@ -17,27 +17,25 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::process::Command;
 
-use self::pods::Pods;
+use self::lab_pods::Pods;
 use crate::{
-    agent::{self, AgentProcess, AgentSpec},
-    cgroup::{self, CgroupDriver},
+    agent_process::{self, AgentProcess, AgentSpec},
+    cgroupfs::{self, CgroupDriver},
     cluster::Cluster,
-    eks_agent::{self, EksAgent},
-    eks_auth::{EksAuth, EksAuthConfig, NodeCredentials},
-    enter::{self, Entry, RunDirectory},
-    faults::Faults,
-    imds::{Imds, ImdsConfig},
+    eks_agent_process::{self, EksAgent},
+    eks_auth_server::{EksAuth, EksAuthConfig, NodeCredentials},
+    enter::{self, Entry, RunDirectory, base_environment},
+    fault_injection::Faults,
+    imds_server::{Imds, ImdsConfig},
     kube_api::{KubeApi, KubeUser},
-    netns::{NetNs, Routing, make_eks_agent_netdev},
-    node::Node,
-    pod::{EnvKind, Pod, PodSpec, base_environment, container_id},
+    pod::{EnvKind, Pod, PodSpec, container_id},
+    simulated_network::{NetNs, Routing, make_eks_agent_netdev},
+    simulated_node::{NODE_NAME, Node},
     state::{self, Claim},
 };
 
 /// The cluster's name at EKS.
 pub const CLUSTER_NAME: &str = "lab";
-/// The node's name.
-pub const NODE_NAME: &str = "ip-10-10-0-10.us-west-2.compute.internal";
 /// The node's region.
 pub const REGION: &str = "us-west-2";
 /// The node's own role: what no pod may ever get.
@@ -56,7 +54,7 @@ const IMDS: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)), 80),
 ];
 /// Life of the credentials that EKS Auth gives out: the real one's.
-const SESSION: Duration = Duration::from_hours(6);
+pub(crate) const SESSION_DURATION: Duration = Duration::from_hours(6);
 
 /// What a lab should be like.
 #[derive(Clone, Debug)]
@@ -84,7 +82,7 @@ pub struct Lab {
     pub eks_auth: EksAuth,
     /// The node's own metadata service.
     pub imds: Imds,
-    /// What goes wrong on purpose.
+    /// The faults of the servers.
     pub faults: Faults,
     /// The node.
     pub node: Node,
@@ -138,7 +136,7 @@ impl Lab {
                 region: REGION.to_owned(),
                 account: ACCOUNT.to_owned(),
                 node: credentials.clone(),
-                session: SESSION,
+                session: SESSION_DURATION,
             },
             cluster.clone(),
             faults.clone(),
@@ -148,7 +146,7 @@ impl Lab {
         let imds = Imds::serve(listeners?, imds_config(credentials), faults.clone())?;
 
         let mut pods = Pods::new(state)?;
-        let agent_pod = pods.add(&node, &cluster, &agent::pod_spec("podgate-x7k2m"))?;
+        let agent_pod = pods.add(&node, &cluster, &agent_process::pod_spec("podgate-x7k2m"))?;
         // The agent has the rights that it is deployed with, and no more.
         kube_api.allow_node_audience(false);
         kube_api.apply_rbac(MANIFEST)?;
@@ -176,13 +174,33 @@ impl Lab {
     /// Adds a pod: first at the API server, then on the node. Makes its namespace, its service account and the
     /// association with its role where they are missing.
     pub fn add_pod(&self, spec: &PodSpec) -> anyhow::Result<Pod> {
-        self.associate(spec);
+        self.associate_pod(spec);
         self.pods().add(&self.node, &self.cluster, spec)
+    }
+
+    /// The pod called `name`, as `NAMESPACE/NAME` or just `NAME`.
+    pub fn pod(&self, name: &str) -> anyhow::Result<Pod> {
+        self.pods().find(name)
+    }
+
+    /// Gives a service account a role, instead of the one it has.
+    pub fn associate(&self, namespace: &str, service_account: &str, role: &str) -> anyhow::Result<()> {
+        self.eks_auth.associate(namespace, service_account, role);
+        self.pods().set_role(namespace, service_account, Some(role))
+    }
+
+    /// Takes a service account's role away.
+    pub fn dissociate(&self, namespace: &str, service_account: &str) -> anyhow::Result<()> {
+        if self.eks_auth.role_of(namespace, service_account).is_none() {
+            bail!("the service account {namespace}/{service_account} has no pod identity association");
+        }
+        self.eks_auth.dissociate(namespace, service_account);
+        self.pods().set_role(namespace, service_account, None)
     }
 
     /// Starts a pod on the node that the API server does not show yet: [`Lab::announce`] adds it there.
     pub fn start_unannounced(&self, spec: &PodSpec) -> anyhow::Result<Pod> {
-        self.associate(spec);
+        self.associate_pod(spec);
         self.pods().start(&self.node, spec)
     }
 
@@ -193,7 +211,7 @@ impl Lab {
 
     /// Gives a pod a new token, as the kubelet does from time to time.
     pub fn rotate_token(&self, pod: &Pod) -> anyhow::Result<()> {
-        pods::write_token(&self.cluster, pod)
+        lab_pods::write_token(&self.cluster, pod)
     }
 
     /// A pod's network.
@@ -208,7 +226,7 @@ impl Lab {
 
     /// Adds a pod that gets the address of one that has ended.
     pub fn add_pod_at(&self, spec: &PodSpec, ended: &Pod) -> anyhow::Result<Pod> {
-        self.associate(spec);
+        self.associate_pod(spec);
         self.pods().add_at(&self.node, &self.cluster, spec, ended)
     }
 
@@ -227,7 +245,7 @@ impl Lab {
         self.command(&pod.entry(environment), command)
     }
 
-    /// A command in a pod's container, but in another pod's network, as a mesh's proxy dials; killed when dropped.
+    /// A command in a pod's container, but in another pod's network, as a mesh's proxy connects; killed when dropped.
     pub fn exec_through<A: AsRef<str>>(
         &self,
         pod: &Pod,
@@ -246,7 +264,7 @@ impl Lab {
         self.command(&Entry { run, ..pod.entry(EnvKind::None) }, command)
     }
 
-    /// Gives a pod the address of another one that lives, as a network plugin does that has lost count: what is sent there
+    /// Gives a pod the address of another running pod, as a faulty network plugin does: what is sent there
     /// arrives at `pod` from now on.
     pub fn double(&self, other: &Pod, pod: &Pod) -> anyhow::Result<()> {
         let (from, to) = (other.addresses.v4, pod.addresses.v4);
@@ -271,16 +289,16 @@ impl Lab {
         self.start_agent_in(&self.agent_pod, spec).await
     }
 
-    /// Adds one more pod of the agent's, as a rolling update does beside the first. To the API server it is that.
+    /// Adds another pod of the agent, as a rolling update with a surge does.
     pub fn add_agent_pod(&self, name: &str) -> anyhow::Result<Pod> {
-        self.pods().add(&self.node, &self.cluster, &agent::pod_spec(name))
+        self.pods().add(&self.node, &self.cluster, &agent_process::pod_spec(name))
     }
 
     /// Starts the agent in a new container of one of its pods and waits until it serves.
     pub async fn start_agent_in(&self, pod: &Pod, spec: &AgentSpec) -> anyhow::Result<AgentProcess> {
         let container = self.node.place.cgroups.container(&pod.cgroup, &container_id());
-        cgroup::create(&container)?;
-        // The socket is to be this agent's, and nobody else is to answer for it.
+        cgroupfs::create(&container)?;
+        // Only the agent that is started now may answer at the socket.
         match fs::remove_file(self.node.place.agent_socket()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
@@ -307,11 +325,29 @@ impl Lab {
         self.command(&entry, &argv(binary, arguments.iter().map(AsRef::as_ref)))
     }
 
+    /// Where the agent's binary runs for its other subcommands, with the settings that say where the lab's node is.
+    pub(crate) fn agent_tool_entry(&self) -> Entry {
+        let place = &self.node.place;
+        let mut entry = self.agent_entry(&self.agent_pod.container);
+        entry.env.extend(
+            [
+                ("PODGATE_NODE_NAME", NODE_NAME.to_owned()),
+                ("PODGATE_CLUSTER_NAME", CLUSTER_NAME.to_owned()),
+                ("PODGATE_CGROUP_ROOT", place.cgroups.below_mount.clone()),
+                ("PODGATE_KUBELET_ROOT", place.kubelet().display().to_string()),
+                ("PODGATE_BPFFS", place.bpffs().display().to_string()),
+                ("PODGATE_HANDOVER_DIR", place.handover().display().to_string()),
+            ]
+            .map(|(name, value)| (name.to_owned(), value)),
+        );
+        entry
+    }
+
     /// Starts the stand-in for the EKS Pod Identity Agent in its pod, as that pod's containers do one after the other, and waits until
     /// it serves. Where it cannot, for a route or a listener that is in its way, this is the error.
     pub async fn start_eks_agent(&self, pod: &Pod) -> anyhow::Result<EksAgent> {
         make_eks_agent_netdev(&self.node.netns)?;
-        EksAgent::start(self.exec(pod, EnvKind::None, &eks_agent::command())?).await
+        EksAgent::start(self.exec(pod, EnvKind::None, &eks_agent_process::command())?).await
     }
 
     fn agent_command(&self, spec: &AgentSpec, container: &Path) -> anyhow::Result<Command> {
@@ -355,7 +391,7 @@ impl Lab {
         Ok(helper)
     }
 
-    fn associate(&self, spec: &PodSpec) {
+    fn associate_pod(&self, spec: &PodSpec) {
         if let Some(role) = &spec.role {
             self.eks_auth.associate(&spec.namespace, &spec.service_account, role);
         }
