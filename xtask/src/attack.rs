@@ -106,7 +106,7 @@ fn run_here(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
     privilege::require_root("the attacks")?;
     let builds = match arguments.agents.as_deref() {
         Some([release, undefended]) => Builds { release: release.clone(), undefended: undefended.clone() },
-        _ => Builds { release: ebpf::build_release_agent()?, undefended: ebpf::build_undefended_agent()? },
+        _ => Builds { release: ebpf::build_agent()?, undefended: ebpf::build_undefended_agent()? },
     };
     let only = arguments.only.as_deref().unwrap_or_default();
     let attacks: Vec<_> = list::ATTACKS.iter().filter(|attack| attack.name.contains(only)).collect();

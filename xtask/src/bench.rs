@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: what the agent costs beside a server that does nothing, and what its programs cost others.
+//! `cargo xtask bench`: what the agent costs compared with a server that does nothing, and what its programs cost others.
 //!
 //! Owns the first comparison: both servers are asked from the same pod, over the same veth, in turns.
 
@@ -7,10 +7,14 @@ mod load;
 mod server;
 mod traffic;
 
-use std::{path::Path, process::Stdio};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
 
 use anyhow::{Context as _, bail};
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use lab::{AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, process_id::Process, simulated_network};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
@@ -25,19 +29,42 @@ pub(crate) use self::{
 };
 use crate::{cmd, ebpf, privilege, report, workspace};
 
-/// Turns: each server is asked this often, in every variant.
-const ROUNDS: usize = 5;
 const PATH: &str = "/v1/credentials";
 const AGENT_ADDRESS: &str = "169.254.170.23:80";
 /// Clock ticks of `/proc/PID/stat`; the kernel's `USER_HZ`, 100 on every architecture that EKS has.
 const MILLISECONDS_PER_TICK: f64 = 10.0;
 
-#[derive(Debug, Subcommand)]
-pub(crate) enum Command {
-    /// Warm requests through the redirect, beside a bare hyper server.
+/// What to measure, and how long.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Run every measurement once, without a release build: shows that the benchmark works, and no figures to rely on.
+    #[arg(long, global = true)]
+    short: bool,
+    /// Both, if none is named.
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+enum Command {
+    /// Warm requests through the redirect, compared with a bare hyper server.
     Warm,
-    /// What the kernel programs cost a connection, and what others notice of them.
+    /// What the kernel programs cost a connection, and what they cost unrelated connections.
     Kernel,
+}
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    Full,
+    Short,
+}
+
+/// What is measured with.
+struct Binaries {
+    agent: PathBuf,
+    /// This program: the bare server, the load and the traffic.
+    helper: PathBuf,
 }
 
 /// How requests and connections go together.
@@ -76,12 +103,46 @@ impl Variant {
         }
     }
 
-    /// Enough for the clock ticks of the CPU time to be fine.
-    fn requests(self) -> u32 {
-        match self {
-            Self::KeepAlive => 50_000,
-            Self::NewConnection => 10_000,
+    /// Enough for the clock ticks of the CPU time to be fine; and, when it is short, for each client to need a second
+    /// connection, because the agent closes one after 1,000 requests.
+    fn requests(self, extent: Extent) -> u32 {
+        match (self, extent) {
+            (Self::KeepAlive, Extent::Full) => 50_000,
+            (Self::NewConnection, Extent::Full) => 10_000,
+            (Self::KeepAlive, Extent::Short) => 6_000,
+            (Self::NewConnection, Extent::Short) => 500,
         }
+    }
+}
+
+// === impl Extent ===
+
+impl Extent {
+    /// How often each server is asked, in every variant.
+    fn rounds(self) -> usize {
+        match self {
+            Self::Full => 5,
+            Self::Short => 1,
+        }
+    }
+}
+
+// === impl Binaries ===
+
+impl Binaries {
+    /// For figures, all of them are release builds, as the agent is in an image.
+    fn build(extent: Extent) -> anyhow::Result<Self> {
+        if extent == Extent::Short {
+            return Ok(Self { agent: ebpf::build_agent()?, helper: env::current_exe()? });
+        }
+        cmd::run(
+            "release build of the bare server and the load",
+            workspace::cargo().args(["build", "--release", "--package", "xtask"]),
+        )?;
+        Ok(Self {
+            agent: ebpf::build_release_agent()?,
+            helper: workspace::target_directory().join("release/xtask"),
+        })
     }
 }
 
@@ -106,17 +167,22 @@ impl Measured {
 }
 
 /// Measures.
-pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     privilege::require_root("the benchmark")?;
-    let agent = ebpf::build_release_agent()?;
-    let helper = build_release_helper()?;
+    let extent = if arguments.short { Extent::Short } else { Extent::Full };
+    let binaries = Binaries::build(extent)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let measure = async {
-            match command {
-                Command::Warm => compare(&agent, &helper).await,
-                Command::Kernel => kernel::measure(&agent, &helper).await,
+            let commands =
+                arguments.command.map_or(vec![Command::Warm, Command::Kernel], |command| vec![command]);
+            for command in commands {
+                match command {
+                    Command::Warm => compare(&binaries, extent).await?,
+                    Command::Kernel => kernel::measure(&binaries, extent).await?,
+                }
             }
+            Ok(())
         };
         tokio::select! {
             measured = measure => measured,
@@ -125,19 +191,11 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     })
 }
 
-/// The bare server and the load must be release builds as the agent is.
-fn build_release_helper() -> anyhow::Result<std::path::PathBuf> {
-    cmd::run(
-        "release build of the bare server and the load",
-        workspace::cargo().args(["build", "--release", "--package", "xtask"]),
-    )?;
-    Ok(workspace::target_directory().join("release/xtask"))
-}
-
-async fn compare(agent: &Path, helper: &Path) -> anyhow::Result<()> {
+async fn compare(binaries: &Binaries, extent: Extent) -> anyhow::Result<()> {
+    let helper = binaries.helper.as_path();
     let lab = Lab::up(LabSpec::new(&format!("bench-{}", std::process::id()), helper))?;
     let pod = lab.add_pod(&PodSpec::new("bench", "client").role("client-role"))?;
-    let agent = lab.start_agent(&AgentSpec::new(agent, &["--imds", "intercept"])).await?;
+    let agent = lab.start_agent(&AgentSpec::new(&binaries.agent, &["--imds", "intercept"])).await?;
     let body = warm_up(&lab, &pod).await?;
     let bare_address = format!("{}:{BARE_PORT}", simulated_network::node_addresses().v4);
     let bare = start_bare(&lab, helper, &bare_address, body.len()).await?;
@@ -146,24 +204,24 @@ async fn compare(agent: &Path, helper: &Path) -> anyhow::Result<()> {
         Contender {
             name: "bare hyper",
             address: bare_address,
-            process: Process::of(bare.id().context("the bare server has ended")?)?,
+            process: Process::of(bare.id().context("the bare server has exited")?)?,
         },
     ];
     let calls = lab.eks_auth.calls();
     for variant in Variant::ALL {
         let mut measured = [Measured::default(), Measured::default()];
-        for round in 1..=ROUNDS {
-            eprintln!("{}: round {round} of {ROUNDS}", variant.name());
+        for round in 1..=extent.rounds() {
+            eprintln!("{}: round {round} of {}", variant.name(), extent.rounds());
             for (contender, measured) in contenders.iter().zip(&mut measured) {
                 let before = cpu_milliseconds(contender.process)?;
-                let result = ask(&lab, &pod, helper, contender, variant).await?;
+                let result = ask(&lab, &pod, helper, contender, variant, variant.requests(extent)).await?;
                 measured.add(&result, cpu_milliseconds(contender.process)? - before);
             }
         }
         print(variant, &contenders, &measured);
     }
     if lab.eks_auth.calls() != calls {
-        bail!("EKS Auth was called meanwhile: these were not warm requests");
+        bail!("EKS Auth was called during the measurement: these were not warm requests");
     }
     agent.stop().await?;
     lab.down()
@@ -204,9 +262,10 @@ async fn ask(
     helper: &Path,
     contender: &Contender,
     variant: Variant,
+    requests: u32,
 ) -> anyhow::Result<LoadResult> {
     let helper = helper.display().to_string();
-    let requests = variant.requests().to_string();
+    let requests = requests.to_string();
     let mut command = vec![helper.as_str(), "bench-load", "--address", &contender.address];
     command.extend(["--path", PATH, "--requests", &requests]);
     if matches!(variant, Variant::NewConnection) {

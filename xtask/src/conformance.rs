@@ -61,7 +61,7 @@ struct Report {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     privilege::require_root("the conformance run")?;
     let clients = select(&arguments.clients)?;
-    let agent = ebpf::build_release_agent()?;
+    let agent = ebpf::build_agent()?;
     let mut subjects = Vec::new();
     let mut cells = Vec::new();
     for (client, built) in clients.iter().zip(build::build(&clients)) {

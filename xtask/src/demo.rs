@@ -28,7 +28,7 @@ const REFUSAL_MILLISECONDS: f64 = 100.0;
 /// Builds everything, runs the clients, prints the table. Fails when a row is not as it should be.
 pub(crate) fn run(json: bool) -> anyhow::Result<ExitCode> {
     privilege::require_root("the demo")?;
-    let agent = AgentSpec::new(ebpf::build_release_agent()?, &["--imds", "intercept"]);
+    let agent = AgentSpec::new(ebpf::build_agent()?, &["--imds", "intercept"]);
     let clients = Clients::prepare()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let rows = runtime.block_on(async {

@@ -26,6 +26,9 @@ use crate::{
 const TARGET: &str = "bpfel-unknown-none";
 /// What `agent/build.rs` reads.
 pub(crate) const OBJECT_VARIABLE: &str = "PODGATE_EBPF_OBJECT";
+/// Cargo chooses the features of dependencies by the packages that are selected. With this crate among them, the agent of
+/// simulated nodes shares its dependencies with this crate and with all tests; `xtask/Cargo.toml` has the other half.
+const SELECTION: [&str; 4] = ["--package", "agent", "--package", "xtask"];
 /// The programs' budget of instructions, in the workspace.
 pub(crate) const BUDGET: &str = ".ci/ebpf-budget.toml";
 /// Where the kubepods cgroup usually is: one below the root of the hierarchy.
@@ -97,33 +100,30 @@ fn build_object_with(arguments: &[&str], directory: &str) -> anyhow::Result<Obje
     Ok(Object { path })
 }
 
-/// Builds the agent with the object inside; the path of the `podgate` binary.
-pub(crate) fn build_agent(object: &Object, release: bool) -> anyhow::Result<PathBuf> {
-    let mut command = cargo();
-    command.args(["build", "--package", "agent", "--bin", "podgate"]).env(OBJECT_VARIABLE, &object.path);
-    let profile = if release { "release" } else { "debug" };
-    if release {
-        command.arg("--release");
-    }
-    cmd::run(&format!("podgate ({profile})"), &mut command)?;
-    Ok(target_directory().join(profile).join("podgate"))
+/// Builds the programs and the agent of simulated nodes; the path of the `podgate` binary.
+pub(crate) fn build_agent() -> anyhow::Result<PathBuf> {
+    build_binary("podgate", &[], &build_object()?)
 }
 
-/// Builds the programs and the agent that people run.
-pub(crate) fn build_release_agent() -> anyhow::Result<PathBuf> {
-    build_agent(&build_object()?, true)
-}
-
-/// Builds the agent in which defenses can be switched off, programs included.
+/// The same with defenses that can be switched off, those of the programs included.
 pub(crate) fn build_undefended_agent() -> anyhow::Result<PathBuf> {
-    let object = build_undefended_object()?;
+    build_binary("podgate-undefended", &["--features", "undefended"], &build_undefended_object()?)
+}
+
+/// Builds the agent as it is in an image.
+pub(crate) fn build_release_agent() -> anyhow::Result<PathBuf> {
+    let object = build_object()?;
     let mut command = cargo();
-    command
-        .args(["build", "--release", "--package", "agent", "--features", "undefended"])
-        .args(["--bin", "podgate-undefended"])
-        .env(OBJECT_VARIABLE, &object.path);
-    cmd::run("podgate-undefended (release)", &mut command)?;
-    Ok(target_directory().join("release/podgate-undefended"))
+    command.args(["build", "--release", "--package", "agent", "--bin", "podgate"]);
+    cmd::run("podgate (release)", command.env(OBJECT_VARIABLE, &object.path))?;
+    Ok(target_directory().join("release/podgate"))
+}
+
+fn build_binary(name: &str, features: &[&str], object: &Object) -> anyhow::Result<PathBuf> {
+    let mut command = cargo();
+    command.arg("build").args(SELECTION).args(features).args(["--bin", name]);
+    cmd::run(name, command.env(OBJECT_VARIABLE, &object.path))?;
+    Ok(target_directory().join("debug").join(name))
 }
 
 /// The build of the programs, independent of the cargo that runs this command.

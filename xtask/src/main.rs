@@ -73,8 +73,7 @@ enum Command {
     #[command(subcommand)]
     Lab(lab::Command),
     /// Measure.
-    #[command(subcommand)]
-    Bench(bench::Command),
+    Bench(bench::Arguments),
     /// Run a command where ENTRY (JSON) says.
     #[command(name = ::lab::enter::SUBCOMMAND, hide = true)]
     LabEnter {
@@ -126,7 +125,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Test { tier, vm } => return test::run(tier.or(vm.map(test::Tier::from))),
         Command::Fuzz(arguments) => return fuzz::run(&arguments),
         Command::Lab(command) => lab::run(command)?,
-        Command::Bench(command) => bench::run(&command)?,
+        Command::Bench(arguments) => bench::run(&arguments)?,
         Command::LabEnter { entry, command } => {
             match ::lab::enter::enter(&serde_json::from_str(&entry)?, &command)? {}
         }

@@ -38,7 +38,7 @@ pub(crate) enum Tier {
     /// The kernel tests in a virtual machine with Linux 6.12; needs Debian's packages.
     #[value(name = "vm-6.12")]
     Vm612,
-    /// The release binary on a simulated node; needs root.
+    /// The agent on a simulated node; needs root.
     Lab,
 }
 
@@ -216,10 +216,7 @@ fn kernel_environment(tier: Tier) -> anyhow::Result<Vec<(&'static str, PathBuf)>
     bpftool::install()?;
     Ok(if tier == Tier::Lab {
         clients::install_packages()?;
-        vec![
-            (AGENT_VARIABLE, ebpf::build_release_agent()?),
-            (UNDEFENDED_VARIABLE, ebpf::build_undefended_agent()?),
-        ]
+        vec![(AGENT_VARIABLE, ebpf::build_agent()?), (UNDEFENDED_VARIABLE, ebpf::build_undefended_agent()?)]
     } else {
         vec![(OBJECT_VARIABLE, ebpf::build_object()?.path)]
     })

@@ -5,6 +5,7 @@
 
 mod guest;
 mod image;
+mod libraries;
 
 use std::{
     collections::BTreeSet,
@@ -31,10 +32,6 @@ use crate::{
 /// The program that emulates the machine, and its package.
 const QEMU: &str = "qemu-system-x86_64";
 const QEMU_PACKAGE: &str = "qemu-system-x86";
-/// Debian's cloud kernels and the emulated machine are for this architecture.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// There is no C library in the machine.
-const RUSTFLAGS: &str = "-C target-feature=+crt-static";
 /// This program's hidden command that is the machine's first process.
 const INIT_COMMAND: &str = "vm-init";
 
@@ -88,12 +85,12 @@ impl Kernel {
 /// console is the command's standard output, and has the line [`SUCCESS`] if all is well.
 pub(crate) fn prepare_tests(kernel: Kernel) -> anyhow::Result<Command> {
     let image = image(kernel)?;
-    boot(kernel, &image, &test_files()?, "")
+    boot(kernel, &image, test_files()?, "")
 }
 
 /// Asks the kernel's verifier how many instructions it goes through for each program.
 pub(crate) fn measure(kernel: Kernel) -> anyhow::Result<Counts> {
-    let qemu = boot(kernel, &image(kernel)?, &test_files()?, guest::MEASURE)?;
+    let qemu = boot(kernel, &image(kernel)?, test_files()?, guest::MEASURE)?;
     eprintln!("  kernel {} …", kernel.series());
     let mut limited = Command::new("timeout");
     let console = cmd::ask(limited.arg(MEASURE_SECONDS).arg(qemu.get_program()).args(qemu.get_args()))?;
@@ -125,7 +122,7 @@ fn prepare_attacks(kernel: Kernel, mut files: Vec<File>, only: &str) -> anyhow::
         let name = file.file_name().map(PathBuf::from).unwrap_or_default();
         files.push((Path::new(guest::MODULES).join(name), file));
     }
-    let qemu = boot(kernel, &image, &files, &format!("{}={only}", guest::ATTACK))?;
+    let qemu = boot(kernel, &image, files, &format!("{}={only}", guest::ATTACK))?;
     let mut limited = Command::new("timeout");
     limited.arg(ATTACK_SECONDS).arg(qemu.get_program()).args(qemu.get_args());
     limited.stdin(Stdio::null()).stdout(Stdio::piped());
@@ -172,62 +169,55 @@ fn image(kernel: Kernel) -> anyhow::Result<Image> {
 /// The kernel tests, and what they need.
 fn test_files() -> anyhow::Result<Vec<File>> {
     let object = ebpf::build_object()?.path;
-    let tests = ["--package", "agent", "--features", "agent/kernel-tests", "--test", "kernel"];
-    let xtask = ["--package", "xtask", "--bin", "xtask"];
-    let messages = build("static kernel tests", &[&tests[..], &xtask].concat(), &object)?;
     let own = [
-        (guest::INIT, executable(&messages, "xtask")?),
-        (guest::TESTS, executable(&messages, "kernel")?),
+        (guest::INIT, env::current_exe()?),
+        (guest::TESTS, build_tests(&object)?),
         (guest::OBJECT, object),
         (guest::BUDGET, workspace::root().join(ebpf::BUDGET)),
     ];
-    let own = own.map(|(name, path)| (name.into(), path));
-    let mut files = Vec::from(own);
-    for path in bpftool::files()? {
-        // Where they are here.
-        files.push((path.strip_prefix("/").unwrap_or(&path).to_owned(), path));
-    }
+    let mut files: Vec<File> = own.map(|(name, path)| (name.into(), path)).into();
+    files.push(in_place(bpftool::path()?));
     Ok(files)
 }
 
 /// Both builds of the agent, and this program.
 fn attack_files() -> anyhow::Result<Vec<File>> {
-    let agent = ["--package", "agent", "--bin", "podgate", "--package", "xtask", "--bin", "xtask"];
-    let messages = build("static podgate", &agent, &ebpf::build_object()?.path)?;
-    let init = executable(&messages, "xtask")?;
-    let release = executable(&messages, "podgate")?;
-    let undefended = ["--package", "agent", "--features", "undefended", "--bin", "podgate-undefended"];
-    let messages = build("static podgate-undefended", &undefended, &ebpf::build_undefended_object()?.path)?;
-    let undefended = executable(&messages, "podgate-undefended")?;
     let files = [
-        (guest::INIT, init),
-        (guest::RELEASE, release),
-        (guest::UNDEFENDED, undefended),
+        (guest::INIT, env::current_exe()?),
+        (guest::RELEASE, ebpf::build_agent()?),
+        (guest::UNDEFENDED, ebpf::build_undefended_agent()?),
         (AUTHORITIES, Path::new("/").join(AUTHORITIES)),
     ];
     Ok(files.map(|(name, path)| (name.into(), path)).into())
 }
 
-/// Builds something for a machine without libraries; cargo's messages. In a directory of its own: with other flags,
-/// everything else would be built anew each time.
-fn build(what: &str, arguments: &[&str], object: &Path) -> anyhow::Result<String> {
-    let directory = workspace::target_directory().join("vm-build");
+/// Builds the kernel tests as they run on this machine, too; the path of the program.
+fn build_tests(object: &Path) -> anyhow::Result<PathBuf> {
     let build = || {
         let mut build = workspace::cargo();
         build
-            .args(["build", "--target", TARGET, "--target-dir"])
-            .arg(&directory)
-            .args(arguments)
-            .env("RUSTFLAGS", RUSTFLAGS)
-            // The machine holds its files in memory, and is emulated: what is built in seconds more runs in minutes less.
-            .env("CARGO_PROFILE_DEV_DEBUG", "false")
-            .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1")
+            .args([
+                "test",
+                "--no-run",
+                "--package",
+                "agent",
+                "--features",
+                "kernel-tests",
+                "--test",
+                "kernel",
+            ])
             .env(ebpf::OBJECT_VARIABLE, object);
         build
     };
-    cmd::run(what, &mut build())?;
+    cmd::run("kernel tests", &mut build())?;
     // Nothing is left to do but to say where everything is.
-    cmd::ask(build().args(["--quiet", "--message-format", "json"]))
+    let messages = cmd::ask(build().args(["--quiet", "--message-format", "json"]))?;
+    executable(&messages, "kernel")
+}
+
+/// A file that is in the machine where it is here.
+fn in_place(path: PathBuf) -> File {
+    (path.strip_prefix("/").unwrap_or(&path).to_owned(), path)
 }
 
 /// The program of the target `name` in cargo's messages.
@@ -257,9 +247,12 @@ fn pack(files: &[File]) -> anyhow::Result<Vec<u8>> {
 
 /// A kernel that gets stuck or finds itself broken panics; a panic is a reboot, and a reboot ends QEMU. What the kernel
 /// does not know, it gives to the first process: `NAME=VALUE` as environment, and what comes after `--` as arguments.
-fn boot(kernel: Kernel, image: &Image, files: &[File], arguments: &str) -> anyhow::Result<Command> {
+fn boot(kernel: Kernel, image: &Image, mut files: Vec<File>, arguments: &str) -> anyhow::Result<Command> {
+    let programs: Vec<_> = files.iter().map(|(_, path)| path.as_path()).collect();
+    let libraries = libraries::of(&programs)?;
+    files.extend(libraries.into_iter().map(in_place));
     let initramfs = workspace::target_directory().join(format!("vm/{}.cpio", kernel.series()));
-    fs::write(&initramfs, pack(files)?).with_context(|| format!("cannot write {}", initramfs.display()))?;
+    fs::write(&initramfs, pack(&files)?).with_context(|| format!("cannot write {}", initramfs.display()))?;
     let mut qemu = Command::new(QEMU);
     let append = format!(
         "console=ttyS0 quiet oops=panic softlockup_panic=1 hung_task_panic=1 panic=-1 rdinit=/{} \

@@ -21,13 +21,11 @@ use self::{
     ratio::Ratios,
 };
 use super::{
-    start_server,
+    Binaries, Extent, start_server,
     traffic::{CONNECTIONS, REQUESTS, Traffic},
 };
 use crate::report;
 
-/// Measurements of unrelated connections, and of requests on one, whose work is counted.
-const TURNS: u32 = 10;
 /// Redirected connections whose work is counted.
 const REDIRECTED: u32 = 1_000;
 /// What is redirected wherever the agent listens.
@@ -39,33 +37,59 @@ const GOAL_NANOSECONDS: f64 = 600.0;
 /// What is left of throughput and of requests per second, at least.
 const GOAL_RATIO: f64 = 0.98;
 
-/// The node, its pods and the agent's binary.
+/// The node, its pods, the agent's binary and how much is measured.
 struct Bench<'a> {
     lab: Lab,
     client: Pod,
     server: Pod,
     agent: &'a Path,
     helper: String,
+    extent: Extent,
 }
 
 /// Measures both, with the program on outgoing packets and without it, and prints the tables.
-pub(super) async fn measure(agent: &Path, helper: &Path) -> anyhow::Result<()> {
+pub(super) async fn measure(binaries: &Binaries, extent: Extent) -> anyhow::Result<()> {
+    let helper = binaries.helper.as_path();
     let lab = Lab::up(LabSpec::new(&format!("bench-{}", std::process::id()), helper))?;
     let client = lab.add_pod(&PodSpec::new("bench", "client").role("client-role"))?;
     let server = lab.add_pod(&PodSpec::new("bench", "server"))?;
-    let bench = Bench { lab, client, server, agent, helper: helper.display().to_string() };
+    let bench =
+        Bench { lab, client, server, agent: &binaries.agent, helper: helper.display().to_string(), extent };
     let mut pairs = Pairs::start(&bench).await?;
     // Both pairs are the same here: what comes out is how good the comparison is.
     let title = "without podgate";
     print_compared(title, &pairs.compare(title).await?, None);
-    for (title, guard) in [("podgate, --egress-filter off", "off"), ("podgate with its guard", "auto")] {
-        let agent = bench.start_agent(guard).await?;
+    for (title, egress_filter) in
+        [("podgate, --egress-filter off", "off"), ("podgate with its egress filter", "auto")]
+    {
+        let agent = bench.start_agent(egress_filter).await?;
         bench.programs(title, &agent).await?;
         print_compared(title, &pairs.compare(title).await?, Some(GOAL_RATIO));
         agent.stop().await?;
     }
     drop(pairs);
     bench.lab.down()
+}
+
+// === impl Extent ===
+
+impl Extent {
+    /// Measurements of unrelated connections, and of requests on one, whose work is counted.
+    fn turns(self) -> u32 {
+        match self {
+            Self::Full => 10,
+            Self::Short => 1,
+        }
+    }
+
+    /// Turns of each kind of traffic, each with both pairs.
+    fn rounds_of_pairs(self) -> usize {
+        match self {
+            Self::Full => 400,
+            // The least that the median has an interval for.
+            Self::Short => 6,
+        }
+    }
 }
 
 // === impl Bench ===
@@ -88,8 +112,9 @@ impl Bench<'_> {
         let statistics =
             enable_stats(Stats::RunTime).context("the kernel does not count its programs' work")?;
         let mut work = vec![programs.work()?];
+        let turns = self.extent.turns();
         for traffic in [Traffic::Connect, Traffic::Exchange] {
-            for _ in 0..TURNS {
+            for _ in 0..turns {
                 client.measure(traffic).await?;
             }
             work.push(programs.work()?);
@@ -104,7 +129,7 @@ impl Bench<'_> {
             "an unrelated small request",
             "a redirected connection with a request",
         ];
-        let times = [TURNS * CONNECTIONS, TURNS * REQUESTS, REDIRECTED];
+        let times = [turns * CONNECTIONS, turns * REQUESTS, REDIRECTED];
         for (((pair, what), times), goal) in work.windows(2).zip(whats).zip(times).zip(goals) {
             if let [before, after] = pair {
                 print_programs(&format!("{title}: {what}"), &per_time(before, after, times)?, goal);
@@ -114,9 +139,12 @@ impl Bench<'_> {
         Ok(())
     }
 
-    async fn start_agent(&self, guard: &str) -> anyhow::Result<AgentProcess> {
+    async fn start_agent(&self, egress_filter: &str) -> anyhow::Result<AgentProcess> {
         self.lab
-            .start_agent(&AgentSpec::new(self.agent, &["--imds", "intercept", "--egress-filter", guard]))
+            .start_agent(&AgentSpec::new(
+                self.agent,
+                &["--imds", "intercept", "--egress-filter", egress_filter],
+            ))
             .await
     }
 
@@ -141,7 +169,9 @@ fn per_time(
 ) -> anyhow::Result<BTreeMap<String, Work>> {
     let times = f64::from(times);
     let per_time = |(name, &after): (&String, &Work)| {
-        let before = *before.get(name).with_context(|| format!("the program {name} came meanwhile"))?;
+        let before = *before
+            .get(name)
+            .with_context(|| format!("the program {name} was loaded during the measurement"))?;
         let work = after.since(before);
         let work = Work { nanoseconds: work.nanoseconds / times, calls: work.calls / times };
         Ok((name.clone(), work))

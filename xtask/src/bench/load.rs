@@ -21,6 +21,9 @@ use tokio::net::TcpStream;
 /// Clients at a time: enough to keep a server busy, few enough to measure it and not a queue.
 const CLIENTS: u32 = 4;
 
+/// The client's side of a connection.
+type Connection = SendRequest<Empty<Bytes>>;
+
 #[derive(Clone, Debug, Args)]
 pub(crate) struct LoadArguments {
     /// Whom to ask.
@@ -32,7 +35,7 @@ pub(crate) struct LoadArguments {
     /// How many requests in all.
     #[arg(long)]
     requests: u32,
-    /// A connection for each request, instead of one per client.
+    /// A connection for each request, instead of one per client for as long as the server keeps it open.
     #[arg(long)]
     new_connections: bool,
 }
@@ -80,7 +83,7 @@ async fn client(arguments: LoadArguments) -> anyhow::Result<Vec<Duration>> {
     let mut connection = None;
     for _ in 0..arguments.requests / CLIENTS {
         let began = Instant::now();
-        let mut sender = match connection.take() {
+        let mut sender = match reusable(connection.take()).await {
             Some(sender) => sender,
             None => connect(arguments.address).await?,
         };
@@ -93,7 +96,13 @@ async fn client(arguments: LoadArguments) -> anyhow::Result<Vec<Duration>> {
     Ok(took)
 }
 
-async fn connect(address: SocketAddr) -> anyhow::Result<SendRequest<Empty<Bytes>>> {
+/// The connection, unless the server has closed it: it limits the requests of one.
+async fn reusable(connection: Option<Connection>) -> Option<Connection> {
+    let mut sender = connection?;
+    sender.ready().await.is_ok().then_some(sender)
+}
+
+async fn connect(address: SocketAddr) -> anyhow::Result<Connection> {
     let stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
     stream.set_nodelay(true)?;
     let (sender, connection) = handshake(TokioIo::new(stream)).await?;
@@ -101,7 +110,7 @@ async fn connect(address: SocketAddr) -> anyhow::Result<SendRequest<Empty<Bytes>
     Ok(sender)
 }
 
-async fn ask(sender: &mut SendRequest<Empty<Bytes>>, arguments: &LoadArguments) -> anyhow::Result<()> {
+async fn ask(sender: &mut Connection, arguments: &LoadArguments) -> anyhow::Result<()> {
     sender.ready().await?;
     let mut request = Request::get(&arguments.path).header(header::HOST, arguments.address.ip().to_string());
     if arguments.new_connections {

@@ -75,7 +75,7 @@ pub(super) fn agent(command: AgentCommand) -> anyhow::Result<()> {
 fn start(arguments: StartArguments, request: fn(NewAgent) -> Request) -> anyhow::Result<()> {
     // Before anything is built.
     running(&arguments.lab.name)?;
-    let binary = arguments.build.then(ebpf::build_release_agent).transpose()?;
+    let binary = arguments.build.then(ebpf::build_agent).transpose()?;
     let flags = (!arguments.flags.is_empty()).then_some(arguments.flags);
     let pid: u32 = remote_control::ask(&arguments.lab.name, &request(NewAgent { binary, flags }))?;
     println!("the agent serves, process {pid}");

@@ -37,7 +37,7 @@ pub(super) fn up(arguments: &UpArguments) -> anyhow::Result<()> {
     server.args(["lab-serve", "--name", &arguments.name, "--imds", arguments.imds.as_flag()]);
     server.args(["--pods", &arguments.pods.to_string(), "--routing", arguments.routing.as_flag()]);
     if !arguments.no_agent {
-        server.arg("--agent").arg(ebpf::build_release_agent()?);
+        server.arg("--agent").arg(ebpf::build_agent()?);
     }
     start(&mut server, &arguments.name)?;
     lab_status::print_up(&State::load(&arguments.name)?);

@@ -1,8 +1,8 @@
 //! The same traffic twice, in turns: between two pods, and in the same networks but in no pod's cgroup, where podgate's
 //! programs are not.
 //!
-//! Owns the four processes. Both pairs run beside the same agent and at the same time of day, one after the other every
-//! few milliseconds, so that what else goes on on the machine meets both alike.
+//! Owns the four processes. Both pairs run with the same agent and take turns every few milliseconds, so that other load
+//! on the machine affects both alike.
 
 use std::{net::IpAddr, process::Stdio};
 
@@ -16,8 +16,6 @@ use tokio::{
 use super::{Bench, ratio::Ratios};
 use crate::bench::{median, server, start_server, traffic::Traffic};
 
-/// Turns of each kind of traffic, each with both pairs.
-const ROUNDS: usize = 400;
 /// First ports of the servers: in the pod, and in its network.
 const PORTS: [u16; 2] = [8091, 8095];
 
@@ -30,6 +28,7 @@ pub(super) struct Client {
 
 /// Two clients and their servers.
 pub(super) struct Pairs {
+    rounds: usize,
     in_pods: Client,
     outside: Client,
     _servers: [Child; 2],
@@ -82,6 +81,7 @@ impl Pairs {
         let in_pods = bench.lab.exec(&bench.client, EnvKind::None, &ask(bench, address, in_pod))?;
         let outside = bench.lab.exec_outside(&bench.client, &ask(bench, address, outside))?;
         Ok(Self {
+            rounds: bench.extent.rounds_of_pairs(),
             in_pods: Client::start(in_pods).await?,
             outside: Client::start(outside).await?,
             _servers: servers,
@@ -92,9 +92,9 @@ impl Pairs {
     pub(super) async fn compare(&mut self, title: &str) -> anyhow::Result<Vec<Compared>> {
         let mut compared = Vec::new();
         for traffic in Traffic::ALL {
-            eprintln!("{title}: {ROUNDS} rounds of {}", traffic.name());
+            eprintln!("{title}: {} rounds of {}", self.rounds, traffic.name());
             let (mut with, mut without, mut ratios) = (Vec::new(), Vec::new(), Ratios::default());
-            for round in 0..ROUNDS {
+            for round in 0..self.rounds {
                 // The order changes each time, so that being the first favors neither.
                 let (of_pods, of_others) = if round % 2 == 0 {
                     let of_pods = self.in_pods.measure(traffic).await?;
