@@ -11,7 +11,7 @@ use anyhow::bail;
 
 use crate::{
     cmd, report,
-    workspace::{cargo, root, target_directory},
+    workspace::{cargo, cargo_install, root, target_directory, tools},
 };
 
 /// Version of cargo-deny.
@@ -134,15 +134,9 @@ fn pass(name: &str, command: &mut Command) -> anyhow::Result<Outcome> {
 
 /// cargo-deny from `target/tools`, installed there first if it is not there.
 fn cargo_deny() -> anyhow::Result<Command> {
-    let tools = target_directory().join("tools");
-    let program = tools.join("bin/cargo-deny");
+    let program = tools().join("bin/cargo-deny");
     if !program.is_file() {
-        cmd::run(
-            &format!("cargo-deny {DENY_VERSION}"),
-            cargo()
-                .args(["install", "cargo-deny", "--version", DENY_VERSION, "--locked", "--root"])
-                .arg(&tools),
-        )?;
+        cmd::run(&format!("cargo-deny {DENY_VERSION}"), &mut cargo_install("cargo-deny", DENY_VERSION))?;
     }
     let mut command = Command::new(program);
     command.current_dir(root()).args(["--config", ".deny.toml"]);

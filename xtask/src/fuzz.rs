@@ -14,7 +14,7 @@ use clap::Args;
 
 use crate::{
     cmd, report,
-    workspace::{cargo, root, target_directory},
+    workspace::{cargo_install, root, target_directory, tools},
 };
 
 /// Version of cargo-fuzz.
@@ -95,15 +95,10 @@ fn targets(only: Option<&str>) -> anyhow::Result<Vec<String>> {
 /// Builds the programs and tells where they are. cargo-fuzz sets the flags that sanitizer and coverage need, which stable
 /// Rust has but does not offer.
 fn build() -> anyhow::Result<PathBuf> {
-    let tools = target_directory().join("tools");
-    let program = tools.join("bin/cargo-fuzz");
+    let program = tools().join("bin/cargo-fuzz");
     if !program.is_file() {
-        cmd::run(
-            &format!("cargo-fuzz {CARGO_FUZZ_VERSION}"),
-            cargo()
-                .args(["install", "cargo-fuzz", "--version", CARGO_FUZZ_VERSION, "--locked", "--root"])
-                .arg(&tools),
-        )?;
+        let mut install = cargo_install("cargo-fuzz", CARGO_FUZZ_VERSION);
+        cmd::run(&format!("cargo-fuzz {CARGO_FUZZ_VERSION}"), &mut install)?;
     }
     let host = cmd::ask(Command::new("rustc").args(["--print", "host-tuple"]))?;
     let mut command = Command::new(program);

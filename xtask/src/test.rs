@@ -4,11 +4,18 @@
 
 mod step;
 
-use std::{collections::BTreeMap, fs, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::PathBuf,
+    process::{self, ExitCode},
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use comfy_table::Cell;
+use futures::future::join_all;
 use lab::state::{self, State};
 use tokio::process::Command;
 
@@ -113,10 +120,10 @@ pub(crate) fn run(only: Option<Tier>) -> anyhow::Result<ExitCode> {
     let budgets = read_budgets()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut outcomes = Vec::new();
-    for tier in tiers {
-        match tier.vm() {
-            Some(kernel) => run_vm(tier, kernel, &budgets, &runtime, &mut outcomes)?,
-            None => run_tier(tier, &budgets, &runtime, &mut outcomes)?,
+    for group in tiers.chunk_by(|one, next| one.vm().is_some() && next.vm().is_some()) {
+        match group {
+            [tier] if tier.vm().is_none() => run_tier(*tier, &budgets, &runtime, &mut outcomes)?,
+            tiers => run_vms(tiers, &budgets, &runtime, &mut outcomes)?,
         }
     }
     Ok(verdict(&outcomes))
@@ -169,23 +176,35 @@ fn run_tier(
     Ok(())
 }
 
-/// Gets the machine ready, then lets it run the tests: two steps, so that each has a time of its own.
-fn run_vm(
-    tier: Tier,
-    kernel: vm::Kernel,
+/// Gets the machines ready, then lets them run the tests side by side, because each uses one processor: two steps for
+/// each, so that both have a time of their own.
+fn run_vms(
+    tiers: &[Tier],
     budgets: &Budgets,
     runtime: &tokio::runtime::Runtime,
     outcomes: &mut Vec<Outcome>,
 ) -> anyhow::Result<()> {
-    let mut machine = None;
-    let prepare = Step::new(format!("{}: prepare", tier.name()), budget(budgets, "prepare-vm")?);
-    outcomes.push(prepare.measure(|| {
-        machine = Some(vm::prepare_tests(kernel)?);
-        Ok(())
-    }));
-    if let Some(machine) = machine {
-        let tests = Step::new(tier.name().to_owned(), budget(budgets, "vm")?).with_last_word(vm::SUCCESS);
-        outcomes.push(runtime.block_on(tests.run(vec![machine.into()]))?);
+    let mut ready = Vec::new();
+    for &tier in tiers {
+        let Some(kernel) = tier.vm() else { continue };
+        let prepare = Step::new(format!("{}: prepare", tier.name()), budget(budgets, "prepare-vm")?);
+        outcomes.push(prepare.measure(|| {
+            ready.push((tier, vm::prepare_tests(kernel)?));
+            Ok(())
+        }));
+    }
+    let limit = budget(budgets, "vm")?;
+    let run = |(index, (tier, machine)): (usize, (Tier, process::Command))| {
+        let name = tier.name().to_owned();
+        // The output of one comes as it is written, that of the others whole, afterwards.
+        let step = if index == 0 { Step::new(name, limit) } else { Step::held_back(name, limit) };
+        step.with_last_word(vm::SUCCESS).run(vec![machine.into()])
+    };
+    let runs: Vec<_> = ready.into_iter().enumerate().map(run).collect();
+    for outcome in runtime.block_on(join_all(runs)) {
+        let mut outcome = outcome?;
+        outcome.print_held_back();
+        outcomes.push(outcome);
     }
     Ok(())
 }

@@ -203,7 +203,8 @@ impl Language {
                 workspace::cargo()
                     .current_dir(directory)
                     .args(["build", "--target-dir"])
-                    .arg(rust_directory()),
+                    .arg(rust_directory())
+                    .env("CARGO_PROFILE_DEV_DEBUG", "false"),
             ),
         }
     }

@@ -13,7 +13,7 @@ use super::TARGET;
 use crate::{
     apt,
     cmd::{self, Missing},
-    workspace::{cargo, target_directory},
+    workspace::{cargo_install, tools},
 };
 
 /// Version of bpf-linker.
@@ -46,7 +46,7 @@ pub(super) fn ready() -> anyhow::Result<Toolchain> {
 
 /// The linker for this toolchain; built first if there is none.
 pub(super) fn linker(toolchain: &Toolchain) -> anyhow::Result<PathBuf> {
-    let root = target_directory().join("tools");
+    let root = tools();
     let linker = root.join("bin/bpf-linker");
     if linker.is_file()
         && is_built_for(&fs::read_to_string(root.join(".crates2.json")).unwrap_or_default(), toolchain.llvm)
@@ -56,10 +56,8 @@ pub(super) fn linker(toolchain: &Toolchain) -> anyhow::Result<PathBuf> {
     let llvm = llvm_prefix(toolchain.llvm)?;
     cmd::run(
         &format!("bpf-linker {LINKER_VERSION} for LLVM {}", toolchain.llvm),
-        cargo()
-            .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--force"])
-            .args(["--no-default-features", "--features", &format!("llvm-{}", toolchain.llvm), "--root"])
-            .arg(&root)
+        cargo_install("bpf-linker", LINKER_VERSION)
+            .args(["--force", "--no-default-features", "--features", &format!("llvm-{}", toolchain.llvm)])
             .env("LLVM_PREFIX", llvm),
     )?;
     Ok(linker)
@@ -227,7 +225,7 @@ fn has_rustup() -> bool {
 
 /// Toolchains of podgate's own: the user's nightly is not updated for it.
 fn own_rustup_home() -> PathBuf {
-    target_directory().join("tools/rustup")
+    tools().join("rustup")
 }
 
 fn rustup_home() -> PathBuf {

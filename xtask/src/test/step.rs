@@ -25,6 +25,7 @@ pub(super) struct Step {
     name: String,
     budget: Duration,
     last_word: Option<&'static str>,
+    is_held_back: bool,
 }
 
 /// What came of a step.
@@ -41,6 +42,8 @@ pub(super) struct Outcome {
     missing: Option<&'static str>,
     /// Why the step failed, where that is no failing test.
     error: Option<String>,
+    /// Output that is not printed yet, of a step that runs alongside another.
+    held_back: Option<String>,
 }
 
 // === impl Step ===
@@ -48,7 +51,12 @@ pub(super) struct Outcome {
 impl Step {
     pub(super) fn new(name: String, budget: Duration) -> Self {
         println!("\n{}", report::heading(&name));
-        Self { name, budget, last_word: None }
+        Self { name, budget, last_word: None, is_held_back: false }
+    }
+
+    /// A step that runs alongside another: its output is held back for [`Outcome::print_held_back`].
+    pub(super) fn held_back(name: String, budget: Duration) -> Self {
+        Self { name, budget, last_word: None, is_held_back: true }
     }
 
     /// The step fails unless its output has this line: for commands that cannot tell by their exit status.
@@ -116,6 +124,7 @@ impl Step {
             has_tests: false,
             missing: self.last_word,
             error: None,
+            held_back: self.is_held_back.then(String::new),
         }
     }
 }
@@ -128,7 +137,10 @@ impl Outcome {
         let stdout = child.stdout.take().context("BUG: the output is not a pipe")?;
         let mut lines = BufReader::new(stdout).lines();
         while let Some(line) = lines.next_line().await? {
-            println!("{line}");
+            match &mut self.held_back {
+                Some(text) => text.extend([line.as_str(), "\n"]),
+                None => println!("{line}"),
+            }
             self.note(&line);
         }
         let status = child.wait().await?;
@@ -136,6 +148,13 @@ impl Outcome {
             self.error = Some(status.to_string());
         }
         Ok(())
+    }
+
+    /// Prints what was held back, under its heading.
+    pub(super) fn print_held_back(&mut self) {
+        if let Some(text) = self.held_back.take() {
+            print!("\n{}\n{text}", report::heading(&self.name));
+        }
     }
 
     /// Takes notice of the last word, and adds a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
@@ -196,8 +215,7 @@ mod tests {
     use super::*;
 
     fn outcome(lines: &[&str]) -> Outcome {
-        let mut outcome =
-            Step { name: "unit".to_owned(), budget: Duration::from_secs(1), last_word: None }.outcome();
+        let mut outcome = Step::held_back("unit".to_owned(), Duration::from_secs(1)).outcome();
         for line in lines {
             outcome.note(line);
         }
@@ -224,8 +242,7 @@ mod tests {
 
     #[test]
     fn a_step_without_its_last_word_is_a_failure() {
-        let step =
-            Step { name: "vm".to_owned(), budget: Duration::from_secs(1), last_word: Some("vm: success") };
+        let step = Step::held_back("vm".to_owned(), Duration::from_secs(1)).with_last_word("vm: success");
         let mut outcome = step.outcome();
         outcome.note("test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured");
         assert_eq!(outcome.problem().as_deref(), Some("ended without saying `vm: success`"));
