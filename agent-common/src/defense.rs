@@ -45,7 +45,7 @@ defenses! {
     /// So many connections are open at the port for probes and metrics, and no more.
     ProbeLimit = "probe-limit",
     /// Every dial is its own task's. Without: a socket stays whose it was at its first dial.
-    OriginOfEveryConnect = "origin-of-every-dial",
+    OriginOfEveryConnect = "origin-of-every-connect",
     /// IPv6 and v4-mapped dials are decided like IPv4 ones. Without: they are left alone.
     Ipv6 = "ipv6",
     /// Only what is below kubepods is a pod. Without: what is named like one.
@@ -54,14 +54,10 @@ defenses! {
     OutermostPod = "outermost-pod",
     /// A static pod has no service account. Without: that of the pod that names its hash.
     StaticPods = "static-pods",
-    /// the EKS Pod Identity Agent, which no policy applies to, is a `DaemonSet` of one namespace. Without: of any.
-    EksAgentNamespace = "eks-agent-namespace",
     /// A dial must come from the pod's own network.
     OwnNetwork = "own-network",
-    /// Packets that no dial stands for are stopped.
-    Guard = "egress-filter",
     /// Nobody else listens where the agent does.
-    AddressReservation = "bind-guard",
+    AddressReservation = "address-reservation",
     /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds among those who share
     /// its port, the agent at first.
     OwnListeners = "own-listeners",
@@ -73,12 +69,8 @@ defenses! {
     RefusalWhenDown = "refusal-when-down",
     /// Pods that are not known yet are treated like the strictest. Without: left alone.
     UnknownPods = "unknown-pods",
-    /// A pod's annotation cannot loosen its mode.
-    PodsOnlyTighten = "pods-only-tighten",
     /// Who comes without a ticket is served only where dials are sent. Without: at every address of the agent's.
-    ConnectedAddresses = "dialled-addresses",
-    /// A token must be of the pod that sends it.
-    TokenOfCaller = "token-of-caller",
+    ConnectedAddresses = "connected-addresses",
     /// A token opens the cache only once EKS Auth has accepted it.
     AcceptedTokens = "accepted-tokens",
     /// A pod that is gone gets nothing, whoever says to be it. Without: as long as something of it is kept.
@@ -94,8 +86,6 @@ defenses! {
     WebPages = "web-pages",
     /// Requests that passed a proxy are refused.
     Forwarding = "forwarding",
-    /// IMDSv1 is off unless allowed.
-    ImdsV1 = "imds-v1",
     /// A request's body belongs to it. Without: it is read as the next request.
     Framing = "framing",
     /// Commands are the node's and those of podgate's own pod. Without: whoever reaches their socket.

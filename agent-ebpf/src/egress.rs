@@ -78,7 +78,7 @@ fn judge(packet: &Packet, destination: Endpoint) -> Verdict {
     if imds == IMDS_AUDIT && jobs & JOB_AUDIT_PATHS != 0 {
         audit(packet, socket, pod_cgroup_id, destination);
     }
-    if matches!(imds, IMDS_OFF | IMDS_AUDIT) || jobs & JOB_FILTER == 0 || !holds(Defense::Guard) {
+    if matches!(imds, IMDS_OFF | IMDS_AUDIT) || jobs & JOB_FILTER == 0 {
         return Verdict::Pass;
     }
     tell(Counter::EgressDropped, packet, pod_cgroup_id, destination);

@@ -4,6 +4,8 @@
 
 use std::{io, net::IpAddr, path::PathBuf, sync::Arc, time::Instant};
 
+#[cfg(feature = "undefended")]
+use agent_common::defense::{Defense, holds};
 use agent_common::origin::Origin;
 
 pub mod cgroup;
@@ -24,6 +26,10 @@ use self::{
     cgroupfs::CgroupPaths,
     network::{Networks, PodProcesses, Verdict},
 };
+
+/// The annotation by which the kubelet ties a static pod to its mirror pod.
+#[cfg(feature = "undefended")]
+const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
 /// What of the node's kernel identity depends on.
 pub trait NodeFacts: CgroupPaths + PodProcesses {}
@@ -108,7 +114,8 @@ impl CallerResolver {
             Owner::Pod(uid) => Ok(SourcePod { uid, cgroup: found.pod }),
             #[cfg(feature = "undefended")]
             Owner::StaticPod(ref config_hash)
-                if let Some(uid) = crate::undefended::mirror_of(&self.pods, config_hash) =>
+                if !holds(Defense::StaticPods)
+                    && let Some(uid) = self.pods.annotated(CONFIG_HASH, config_hash) =>
             {
                 Ok(SourcePod { uid, cgroup: found.pod })
             }

@@ -4,9 +4,8 @@
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
-use agent_common::{
-    defense::{Defense, holds},
-    policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy},
+use agent_common::policy::{
+    IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, POD_IDENTITY_ON, PodPolicy,
 };
 use serde::Serialize;
 
@@ -201,8 +200,7 @@ fn imds(defaults: Defaults, namespace: &Annotations, pod: &Pod) -> (ImdsMode, Re
         Read::Value(mode) => (mode, Reason::Namespace),
         Read::Unreadable(_) => guarded(base),
     });
-    let may_loosen = matches!(read(namespace, ANNOTATION_IMDS_POD_OVERRIDE), Read::Value(true))
-        || !holds(Defense::PodsOnlyTighten);
+    let may_loosen = matches!(read(namespace, ANNOTATION_IMDS_POD_OVERRIDE), Read::Value(true));
     match read(&pod.annotations, ANNOTATION_IMDS) {
         Read::Value(mode) if may_loosen || mode > of_namespace.0 => raised((mode, Reason::Pod)),
         Read::Absent | Read::Value(_) => of_namespace,

@@ -262,9 +262,6 @@ impl<S: CredentialSource> Server<S> {
             (Some(delegate), Some(sent)) if self.token_delegates.contains(&delegate.service_account) => {
                 return self.delegated(connection, &delegate, sent, deadline).await;
             }
-            (Some(_), Some(sent)) if !holds(Defense::TokenOfCaller) => {
-                return self.anonymous(connection, sent, deadline).await;
-            }
             (Some(pod), Some(sent)) => return Err(self.mismatched_token(connection, &pod, &sent)),
             (Some(pod), None) => {
                 if !self.policy(&pod, deadline).await?.tokenless {
@@ -532,7 +529,7 @@ fn allow_read(policy: Policy, head: &Parts, has_session: bool) -> Result<(), Ref
     if has_session {
         return Ok(());
     }
-    if !policy.imds_v1 && holds(Defense::ImdsV1) {
+    if !policy.imds_v1 {
         return Err(imds::v1_is_off());
     }
     if is_forwarded(&head.headers) { Err(forwarded()) } else { Ok(()) }

@@ -22,14 +22,12 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::identity::{PodUid, Pods, SourcePod};
+use crate::identity::SourcePod;
 
 /// Which defenses are off: labels, separated by commas.
 const VARIABLE: &str = "PODGATE_WITHOUT";
 /// The ABI that the pins are to be of.
 const ABI_VARIABLE: &str = "PODGATE_ABI";
-/// The annotation by which the kubelet ties a static pod to its mirror pod.
-const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
 /// Who was first known at an address.
 static KNOWN: LazyLock<Mutex<HashMap<IpAddr, (Origin, SourcePod)>>> = LazyLock::new(Mutex::default);
@@ -83,11 +81,6 @@ pub(crate) fn by_address(
 pub(crate) fn abi_version() -> u32 {
     let other = env::var(ABI_VARIABLE).ok().and_then(|version| version.parse().ok());
     other.unwrap_or(ABI_VERSION)
-}
-
-/// The pod that says of itself that it stands for a static pod.
-pub(crate) fn mirror_of(pods: &Pods, config_hash: &str) -> Option<PodUid> {
-    if holds(Defense::StaticPods) { None } else { pods.annotated(CONFIG_HASH, config_hash) }
 }
 
 // === impl Unframed ===

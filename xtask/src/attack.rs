@@ -16,7 +16,7 @@ mod row;
 mod scene;
 mod sockets;
 
-use std::{net::IpAddr, path::PathBuf, pin::Pin, process::ExitCode, time::Instant};
+use std::{fmt, net::IpAddr, path::PathBuf, pin::Pin, process::ExitCode, time::Instant};
 
 use agent_common::{
     defense::Defense,
@@ -60,12 +60,23 @@ pub(crate) struct Arguments {
     agents: Option<Vec<PathBuf>>,
 }
 
+/// What a control does without.
+#[derive(Clone, Copy, Debug)]
+enum Without {
+    /// A defense, which only a build for this suite can switch off.
+    Defense(Defense),
+    /// What this setting of the agent takes away: the flag and its value.
+    Flags(&'static str, &'static str),
+    /// What this annotation of the attacker's namespace takes away, as its administrator may set it: the key and its value.
+    Annotation(&'static str, &'static str),
+}
+
 /// An attack.
 struct Attack {
     name: &'static str,
     tried: &'static str,
-    /// What is switched off for the control.
-    without: &'static [Defense],
+    /// What the control does without: all of it together, and only then does the attack work.
+    without: &'static [Without],
     /// Whether it begins before the agent is there.
     is_early: bool,
     run: for<'a> fn(&'a Scene) -> Running<'a>,
@@ -137,24 +148,58 @@ async fn run_all(attacks: &[&Attack], builds: &Builds) -> Vec<Row> {
             // Once more, alone: on a slow machine the two may have been in each other's way.
             _ => attack.run_on(builds, attack.without).await,
         };
+        let layers = attack.layers(builds).await;
         let names = (attack.name, attack.tried);
-        let row = Row::new(names, attack.without, defended, control, began.elapsed().as_secs_f64());
+        let seconds = began.elapsed().as_secs_f64();
+        let row = Row::new(names, attack.without, defended, &layers, control, seconds);
         eprintln!("{}", row.line());
         rows.push(row);
     }
     rows
 }
 
+// === impl Without ===
+
+impl fmt::Display for Without {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Defense(defense) => f.write_str(defense.label()),
+            Self::Flags(flag, value) => write!(f, "{flag} {value}"),
+            Self::Annotation(key, value) => write!(f, "{key}: {value}"),
+        }
+    }
+}
+
 // === impl Attack ===
 
 impl Attack {
-    async fn run_on(&self, builds: &Builds, without: &[Defense]) -> anyhow::Result<Outcome> {
+    /// What comes of it without one of several defenses: each of them must do by itself.
+    async fn layers(&self, builds: &Builds) -> Vec<anyhow::Result<Outcome>> {
+        let mut outcomes = Vec::new();
+        if self.without.len() > 1 {
+            for without in self.without {
+                outcomes.push(self.run_without(builds, &[*without], false).await);
+            }
+        }
+        outcomes
+    }
+
+    async fn run_on(&self, builds: &Builds, without: &[Without]) -> anyhow::Result<Outcome> {
+        self.run_without(builds, without, !without.is_empty()).await
+    }
+
+    async fn run_without(
+        &self,
+        builds: &Builds,
+        without: &[Without],
+        is_harm_expected: bool,
+    ) -> anyhow::Result<Outcome> {
         let scene = Scene::up(builds, without)?;
         if !self.is_early {
             scene.start_agent().await?;
         }
         let outcome = (self.run)(&scene).await;
-        let is_as_expected = outcome.as_ref().is_ok_and(|outcome| outcome.is_harm != without.is_empty());
+        let is_as_expected = outcome.as_ref().is_ok_and(|outcome| outcome.is_harm == is_harm_expected);
         if !is_as_expected {
             eprintln!("{}, the end of the agent's log:\n{}", self.name, scene.log_tail().await);
         }

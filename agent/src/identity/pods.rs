@@ -98,8 +98,7 @@ impl fmt::Display for ServiceAccountRef {
 impl DaemonSetRef {
     /// Whether the pod is one of this `DaemonSet`'s: by its controller, not by a name or label that another pod can have.
     pub fn controls(&self, pod: &Pod) -> bool {
-        let is_in_namespace =
-            pod.service_account.namespace == self.namespace || !holds(Defense::EksAgentNamespace);
+        let is_in_namespace = pod.service_account.namespace == self.namespace;
         is_in_namespace && pod.daemon_set.as_ref() == Some(&self.name)
     }
 }

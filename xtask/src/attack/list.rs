@@ -2,18 +2,31 @@
 
 use agent_common::defense::Defense;
 
-use super::{Attack, credentials, lifetime, network, packets, pods, requests, sockets};
+use super::{Attack, Without, credentials, lifetime, network, packets, pods, requests, sockets};
+
+/// Settings of an operator that take a defense away: for these the control needs no other build.
+const NO_EGRESS_FILTER: Without = Without::Flags("--egress-filter", "off");
+const IMDS_V1: Without = Without::Flags("--imds-v1", "allow");
+const EVIL_EKS_AGENT: Without = Without::Flags("--eks-agent", "evil/eks-pod-identity-agent");
+const EVIL_DELEGATE: Without = Without::Flags("--token-delegate", "evil/attacker");
+const POD_OVERRIDE: Without = Without::Annotation("podgate.dev/imds-pod-override", "true");
 
 macro_rules! attacks {
     ($($name:literal, $tried:literal, [$($without:ident),+], $run:path $(, $early:ident)?;)+) => {
         &[$(Attack {
             name: $name,
             tried: $tried,
-            without: &[$(Defense::$without),+],
+            without: &[$(attacks!(@without $without)),+],
             is_early: attacks!(@early $($early)?),
             run: |scene| Box::pin($run(scene)),
         }),+]
     };
+    (@without NO_EGRESS_FILTER) => { NO_EGRESS_FILTER };
+    (@without IMDS_V1) => { IMDS_V1 };
+    (@without EVIL_EKS_AGENT) => { EVIL_EKS_AGENT };
+    (@without EVIL_DELEGATE) => { EVIL_DELEGATE };
+    (@without POD_OVERRIDE) => { POD_OVERRIDE };
+    (@without $defense:ident) => { Without::Defense(Defense::$defense) };
     (@early early) => { true };
     (@early) => { false };
 }
@@ -52,19 +65,19 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::full_queue;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
-        [Guard], packets::raw_tcp;
+        [NO_EGRESS_FILTER], packets::raw_tcp;
     "udp-to-imds", "a datagram to the real IMDS",
-        [Guard], packets::datagram;
+        [NO_EGRESS_FILTER], packets::datagram;
     "icmp-to-imds", "a ping to the real IMDS",
-        [Guard], packets::ping;
+        [NO_EGRESS_FILTER], packets::ping;
     "ipv6-to-imds", "IMDSv2 at fd00:ec2::254",
-        [Ipv6, Guard], network::ipv6;
+        [Ipv6, NO_EGRESS_FILTER], network::ipv6;
     "v4-mapped-to-imds", "IMDSv2 at ::ffff:169.254.169.254",
-        [Ipv6, Guard], network::mapped;
+        [Ipv6, NO_EGRESS_FILTER], network::mapped;
     "socket-passed-on", "a socket that another pod has dialled is passed on and dialled again",
         [OriginOfEveryConnect], pods::passed_socket;
     "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
-        [Guard], pods::earlier_socket, early;
+        [NO_EGRESS_FILTER], pods::earlier_socket, early;
     "lookalike-cgroup", "a cgroup named like another pod's outside kubepods, and a pod's socket",
         [BelowKubepods, OwnNetwork], pods::lookalike_cgroup;
     "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
@@ -72,19 +85,19 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "static-pod-s-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
         [StaticPods, OwnNetwork], pods::static_pod;
     "claimed-owner", "a tenant's pod that says to be of the EKS Pod Identity Agent, which is left alone",
-        [EksAgentNamespace], pods::claimed_owner;
+        [EVIL_EKS_AGENT], pods::claimed_owner;
     "pod-not-known-yet", "IMDSv2 from a pod that the API server does not show yet",
         [UnknownPods], pods::unknown_pod;
     "loosening-annotation", "a tenant's pod with podgate.dev/imds: off",
-        [PodsOnlyTighten], pods::loosening_annotation;
+        [POD_OVERRIDE], pods::loosening_annotation;
     "forged-token", "a token of another pod's name with a signature of one's own, while the pod's credentials are cached",
         [AcceptedTokens], credentials::forged_token;
     "stolen-token", "another pod's token, sent by a pod",
-        [TokenOfCaller], credentials::stolen_token;
+        [EVIL_DELEGATE], credentials::stolen_token;
     "stolen-token-at-own-pair", "the same at podgate's own pair of addresses, where no dial is sent",
         [ConnectedAddresses], credentials::stolen_token_at_own_pair;
     "stolen-token-by-sidecar", "the same by way of a mesh's sidecar, which dials again",
-        [TokenOfCaller], credentials::stolen_token_by_sidecar;
+        [EVIL_DELEGATE], credentials::stolen_token_by_sidecar;
     "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
         [AddressReservation, OwnListeners], credentials::joined_listener;
     "wildcard-listener", "the same at every address, also after the agent is killed with -9",
@@ -96,11 +109,11 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "fake-handover-socket", "the same pod puts its own socket there, and offers the next agent credentials for another pod",
         [HandoverProof], sockets::offered_handover;
     "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
-        [RefusalWhenDown, Guard], lifetime::killed;
+        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::killed;
     "agent-stopped", "the same while it is stopped",
-        [RefusalWhenDown, Guard], lifetime::stopped;
+        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::stopped;
     "agent-hung", "the same while it hangs",
-        [RefusalWhenDown, Guard], lifetime::hung;
+        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::hung;
     "agent-succeeded", "the same while others take over from it, one after the other",
         [ReplacedInPlace], lifetime::succeeded;
     "agent-of-another-abi", "the same while one of another ABI takes over from it, and then one of its own again",
@@ -117,7 +130,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "open-proxy", "a server in a pod that fetches URLs for others, and says for whom",
         [Forwarding], requests::open_proxy;
     "tricked-server", "a server in a pod that can be made to fetch a URL with GET",
-        [ImdsV1], requests::tricked_server;
+        [IMDS_V1], requests::tricked_server;
     "another-dialect-s-host", "the same with the path and the Host of EKS Pod Identity, at IMDS's address",
         [DialectByAddress], requests::other_dialect;
     "smuggled-request", "two requests in one segment: a proxy's, with another one in its body",

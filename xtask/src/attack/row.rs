@@ -2,11 +2,10 @@
 //!
 //! Owns the verdict; never runs anything.
 
-use agent_common::defense::Defense;
 use comfy_table::Cell;
 use serde::{Deserialize, Serialize};
 
-use super::scene::Outcome;
+use super::{Without, scene::Outcome};
 use crate::report;
 
 /// One row.
@@ -19,6 +18,8 @@ pub(super) struct Row {
     tried: String,
     got: String,
     without: Vec<String>,
+    /// What it got without one of several defenses, each in turn.
+    layers: Vec<String>,
     control: String,
     is_withstood: bool,
     verdict: String,
@@ -30,23 +31,25 @@ pub(super) struct Row {
 impl Row {
     pub(super) fn new(
         (attack, tried): (&str, &str),
-        without: &[Defense],
+        without: &[Without],
         defended: anyhow::Result<Outcome>,
+        layers: &[anyhow::Result<Outcome>],
         control: anyhow::Result<Outcome>,
         seconds: f64,
     ) -> Self {
-        let (is_withstood, verdict) = judge(&defended, &control);
-        let say = |outcome: anyhow::Result<Outcome>| match outcome {
-            Ok(outcome) => outcome.got,
+        let (is_withstood, verdict) = judge(&defended, layers, &control);
+        let say = |outcome: &anyhow::Result<Outcome>| match outcome {
+            Ok(outcome) => outcome.got.clone(),
             Err(error) => format!("error: {error:#}"),
         };
         Self {
             kernel: None,
             attack: attack.to_owned(),
             tried: tried.to_owned(),
-            got: say(defended),
-            without: without.iter().map(|defense| defense.label().to_owned()).collect(),
-            control: say(control),
+            got: say(&defended),
+            without: without.iter().map(ToString::to_string).collect(),
+            layers: layers.iter().map(say).collect(),
+            control: say(&control),
             is_withstood,
             verdict,
             seconds,
@@ -62,12 +65,18 @@ impl Row {
         self.is_withstood
     }
 
+    /// What it got without each defense, and without all of them.
+    fn controls(&self) -> String {
+        let each = self.without.iter().zip(&self.layers).map(|(without, got)| format!("{without}: {got}\n"));
+        each.chain([format!("{}: {}", self.without.join(", "), self.control)]).collect()
+    }
+
     /// One line, for those who wait.
     pub(super) fn line(&self) -> String {
         let verdict = if self.is_withstood {
             report::success(&self.verdict)
         } else {
-            format!("{}: {}; control: {}", report::failure(&self.verdict), self.got, self.control)
+            format!("{}: {}; without {}", report::failure(&self.verdict), self.got, self.controls())
         };
         format!("{:<24} {verdict} ({:.1} s)", self.attack, self.seconds)
     }
@@ -86,7 +95,7 @@ pub(super) fn print(rows: &[Row]) {
             ),
             Cell::new(&row.tried),
             Cell::new(&row.got),
-            Cell::new(format!("{}: {}", row.without.join(", "), row.control)),
+            Cell::new(row.controls()),
             report::verdict(row.is_withstood, &row.verdict),
         ]);
     }
@@ -103,9 +112,15 @@ pub(super) fn print(rows: &[Row]) {
 }
 
 /// An attack that would not work anyway proves nothing.
-fn judge(defended: &anyhow::Result<Outcome>, control: &anyhow::Result<Outcome>) -> (bool, String) {
+fn judge(
+    defended: &anyhow::Result<Outcome>,
+    layers: &[anyhow::Result<Outcome>],
+    control: &anyhow::Result<Outcome>,
+) -> (bool, String) {
+    let layer_fails = layers.iter().any(|layer| !matches!(layer, Ok(Outcome { is_harm: false, .. })));
     let (is_withstood, verdict) = match (defended, control) {
         (Ok(Outcome { is_harm: true, .. }), _) => (false, "the attack works"),
+        (Ok(_), _) if layer_fails => (false, "one of the defenses does not do alone"),
         (Err(_), _) => (false, "not run: the attack could not be carried out"),
         (Ok(_), Ok(Outcome { is_harm: true, .. })) => (true, "withstood"),
         (Ok(_), _) => (false, "not run: the control fails"),
@@ -124,16 +139,19 @@ mod tests {
         let harm = || Ok(Outcome::harm("a role"));
         let nothing = || Ok(Outcome::nothing("HTTP 403"));
         let error = || Err(anyhow!("no"));
-        for (defended, control, is_withstood) in [
-            (nothing(), harm(), true),
-            (nothing(), nothing(), false),
-            (nothing(), error(), false),
-            (harm(), harm(), false),
-            (harm(), nothing(), false),
-            (error(), harm(), false),
+        for (defended, layers, control, is_withstood) in [
+            (nothing(), vec![], harm(), true),
+            (nothing(), vec![nothing(), nothing()], harm(), true),
+            (nothing(), vec![nothing(), harm()], harm(), false),
+            (nothing(), vec![error(), nothing()], harm(), false),
+            (nothing(), vec![], nothing(), false),
+            (nothing(), vec![], error(), false),
+            (harm(), vec![], harm(), false),
+            (harm(), vec![], nothing(), false),
+            (error(), vec![], harm(), false),
         ] {
-            let case = format!("{defended:?}, {control:?}");
-            assert_eq!(judge(&defended, &control).0, is_withstood, "{case}");
+            let case = format!("{defended:?}, {layers:?}, {control:?}");
+            assert_eq!(judge(&defended, &layers, &control).0, is_withstood, "{case}");
         }
     }
 }

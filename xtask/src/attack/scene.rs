@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use agent_common::{abi::ABI_VERSION, defense::Defense};
+use agent_common::abi::ABI_VERSION;
 use anyhow::{Context as _, bail};
 use lab::{
     AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, NODE_ROLE, Pod, PodSpec, enter,
@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use super::{
-    Builds, POD_IDENTITY, PROGRAM,
+    Builds, POD_IDENTITY, PROGRAM, Without,
     attacker::{self, Act, Got},
     get,
 };
@@ -103,16 +103,26 @@ impl Outcome {
 
 impl Scene {
     /// A node without an agent yet, which will be without these defenses.
-    pub(super) fn up(builds: &Builds, without: &[Defense]) -> anyhow::Result<Self> {
+    pub(super) fn up(builds: &Builds, without: &[Without]) -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("attack-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
         let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
-        let labels: Vec<_> = without.iter().map(|defense| defense.label()).collect();
-        let mut other_abi = AgentSpec::new(&builds.undefended, &FLAGS);
-        other_abi.env.insert(WITHOUT.to_owned(), labels.join(","));
+        let (mut switched_off, mut flags) = (Vec::new(), FLAGS.to_vec());
+        for without in without {
+            match *without {
+                Without::Defense(defense) => switched_off.push(defense.label()),
+                Without::Flags(flag, value) => flags.extend([flag, value]),
+                Without::Annotation(key, value) => {
+                    let annotations = [(key.to_owned(), value.to_owned())].into();
+                    lab.cluster.add_namespace(&attacker().namespace, annotations);
+                }
+            }
+        }
+        let mut other_abi = AgentSpec::new(&builds.undefended, &flags);
+        other_abi.env.insert(WITHOUT.to_owned(), switched_off.join(","));
         let mut spec = other_abi.clone();
-        if without.is_empty() {
-            spec = AgentSpec::new(&builds.release, &FLAGS);
+        if switched_off.is_empty() {
+            spec = AgentSpec::new(&builds.release, &flags);
         }
         other_abi.env.insert(ABI.to_owned(), (ABI_VERSION + 1).to_string());
         Ok(Self { lab, spec, other_abi, agent: Mutex::default(), successors: AtomicU32::new(0) })
