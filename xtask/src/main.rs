@@ -13,6 +13,8 @@ mod closed_output;
 mod cmd;
 mod conformance;
 mod demo;
+#[cfg(test)]
+mod documents;
 mod ebpf;
 mod fuzz;
 mod initramfs;
