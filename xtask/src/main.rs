@@ -13,6 +13,7 @@ mod closed_output;
 mod cmd;
 mod conformance;
 mod demo;
+mod disk;
 #[cfg(test)]
 mod documents;
 mod ebpf;
@@ -21,6 +22,7 @@ mod initramfs;
 mod lab;
 mod privilege;
 mod report;
+mod setup;
 mod test;
 mod vm;
 mod workspace;
@@ -32,7 +34,7 @@ use clap::{Parser, Subcommand};
 /// Something must be installed first.
 const EXIT_MISSING: u8 = 2;
 
-/// podgate's developer commands.
+/// podgate's developer commands. Each says first what it will install, build and take.
 #[derive(Debug, Parser)]
 #[command(name = "xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -68,8 +70,11 @@ enum Command {
         /// Run the kernel tests in a virtual machine with this kernel only.
         #[arg(long, value_enum, value_name = "KERNEL", conflicts_with = "tier")]
         vm: Option<vm::Kernel>,
+        /// Run the tests whose names contain one of these only; options of the test binaries are passed on, too.
+        #[arg(last = true, value_name = "FILTER")]
+        filters: Vec<String>,
     },
-    /// Give every parser of what comes from outside inputs that nobody has thought of.
+    /// Feed random inputs to every parser of external data.
     Fuzz(fuzz::Arguments),
     /// Start, enter and stop simulated nodes.
     #[command(subcommand)]
@@ -107,6 +112,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    cmd::start_clock();
     let arguments = Arguments::parse();
     closed_output::catch(|| match run(arguments.command) {
         Ok(code) => code,
@@ -124,7 +130,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Demo { json } => return demo::run(json),
         Command::Attack(arguments) => return attack::run(&arguments),
         Command::Conformance(arguments) => return conformance::run(&arguments),
-        Command::Test { tier, vm } => return test::run(tier.or(vm.map(test::Tier::from))),
+        Command::Test { tier, vm, filters } => {
+            return test::run(tier.or(vm.map(test::Tier::from)), &filters);
+        }
         Command::Fuzz(arguments) => return fuzz::run(&arguments),
         Command::Lab(command) => lab::run(command)?,
         Command::Bench(arguments) => bench::run(&arguments)?,
