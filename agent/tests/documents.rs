@@ -52,7 +52,7 @@ struct Program {
     annotations: BTreeSet<String>,
     maps: BTreeSet<String>,
     events: BTreeSet<&'static str>,
-    /// The agent's sources in one, with strings that go on in the next line joined.
+    /// The agent's sources and the shared records, in one, with strings that go on in the next line joined.
     sources: String,
 }
 
@@ -151,7 +151,8 @@ impl Program {
     fn read(root: &Path) -> Self {
         let mut command = Cli::command();
         command.build();
-        let sources = joined(&below(&root.join("agent/src")));
+        let sources =
+            joined(&[below(&root.join("agent/src")), below(&root.join("agent-common/src"))].concat());
         let tools = joined(
             &[
                 below(&root.join("xtask/src")),
