@@ -26,15 +26,16 @@ use crate::{
     config::{Config, TargetMode},
     control::{kernel_events, reconcile::Reconciler},
     credentials::{
+        Clock,
         aws::{
             self,
             eks_auth::{self, EksAuth},
         },
-        cache::{self, Clock, CredentialCache},
+        cache::{self, CredentialCache},
         kube_identity::{self, Clients},
         metrics::CacheMetrics,
         source::NodeSource,
-        token::{Tokens, issuer::Issuer},
+        token::{TokenProvider, TokenVerifier},
     },
     dialect::imds_token::ImdsTokens,
     identity::{
@@ -165,7 +166,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
         instance_metadata::follow(instance_metadata::imds(), instance),
     );
     let eks_auth = EksAuth::new(&aws, &config.cluster_name, &config.node_name, of_instance.clone());
-    let warm = eks_auth.clone().keep_warm(connections, eks_auth::WARM_EVERY);
+    let warm = eks_auth.clone().keep_warm(connections, eks_auth::WARM_INTERVAL);
     tasks.spawn("the connection to EKS Auth", warm);
     let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
     let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
@@ -242,7 +243,7 @@ async fn inherit(config: &Config, engine: &CredentialCache<NodeSource>, handover
         }
     };
     match transfer::ask(&config.handover_dir, &key, handovers).await {
-        Ok(entries) => engine.hold(entries),
+        Ok(entries) => engine.stage(entries),
         Err(transfer::Error::Nobody) => info!("no agent before this one is alive: credentials are fetched"),
         Err(error) => {
             warn!(directory = %config.handover_dir.display(), %error, "no credentials were handed over: they are fetched again");
@@ -281,11 +282,12 @@ pub fn engine(
     eks_auth: EksAuth,
     metrics: CacheMetrics,
 ) -> Arc<CredentialCache<NodeSource>> {
-    let issuer = Issuer::new(kube.own.clone());
-    issuer.prepare();
+    let verifier = TokenVerifier::new(kube.own.clone());
+    verifier.prepare();
     let clock: Clock = Arc::new(Timestamp::now);
-    let tokens = Tokens::new(&config.kubelet_root, kube.node.clone(), issuer.clone(), Arc::clone(&clock));
-    let source = NodeSource { issuer, tokens, eks_auth };
+    let tokens =
+        TokenProvider::new(&config.kubelet_root, kube.node.clone(), verifier.clone(), Arc::clone(&clock));
+    let source = NodeSource { verifier, tokens, eks_auth };
     // JitterSource that differ between nodes are enough.
     let seed = RandomState::new().hash_one(&config.node_name);
     CredentialCache::start(source, cache::BUDGET, clock, seed, metrics)

@@ -1,25 +1,31 @@
-//! Credentials: what they are, where they come from, and how they are kept.
+//! Credentials: what they are, where they come from, how they are cached, and when they are fetched.
 //!
-//! Owns everything between an identified caller and AWS; never sees a request, never decides who may ask.
+//! Owns everything between an identified caller and AWS; never sees a request, never decides who may ask. This file holds
+//! the types that all parts share. `token` (what proves a pod's service account), `aws` (what exchanges it) and `scheduler`
+//! (pure: when to fetch) know nothing of each other; `source` joins the first two behind a trait, and `cache` uses it all.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
+use aws_lc_rs::digest::SHA256_OUTPUT_LEN;
 use jiff::Timestamp;
 
 pub mod aws;
 pub mod cache;
+mod freshness;
 pub mod kube_identity;
 pub mod metrics;
 mod scheduler;
 pub mod source;
 pub mod token;
 
-pub use self::scheduler::{Budget, freshness::Floor};
-use self::scheduler::{
-    Outcome,
-    freshness::{Failure, Life},
-};
+pub use self::freshness::{Floor, Life};
 use crate::{identity::ServiceAccountRef, secret::Secret};
+
+/// The wall clock, which tests replace.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// SHA-256 of a service-account token.
+pub(crate) type TokenDigest = [u8; SHA256_OUTPUT_LEN];
 
 /// Temporary credentials of a pod's role.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,59 +55,59 @@ pub struct Role {
     pub name: String,
 }
 
-/// Why there are no credentials. The text is for whoever runs the pod.
+/// Why there are no credentials. The texts are for whoever runs the pod, and are part of the wire dialects.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// EKS Auth said no, or that it cannot.
+    /// EKS Auth answered with an error.
     #[error("EKS Auth refused: {0}")]
     Service(ServiceError),
-    /// EKS Auth could not be asked.
+    /// EKS Auth could not be reached.
     #[error("EKS Auth cannot be reached: {reason}")]
     Unreachable {
         /// What failed underneath.
         reason: String,
     },
-    /// The node has no credentials to ask with.
+    /// The node has no credentials to call EKS Auth with.
     #[error("the node has no AWS credentials: {reason}")]
     NodeCredentials {
         /// What failed underneath.
         reason: String,
     },
-    /// There is no token to ask with.
+    /// There is no token to call EKS Auth with.
     #[error("no token for the pod's service account: {reason}")]
     Token {
         /// What failed underneath.
         reason: String,
     },
-    /// The caller's token is not one of this cluster's for EKS Auth.
+    /// The caller's token was not issued by this cluster for EKS Auth.
     #[error("the token is not good: {reason}")]
     BadToken {
         /// What is wrong with it.
         reason: String,
     },
-    /// The answer is not one, or not EKS Auth's.
+    /// The answer is not EKS Auth's, or is incomplete.
     #[error("EKS Auth's answer cannot be used: {reason}")]
     BadAnswer {
         /// What is wrong with it.
         reason: String,
     },
-    /// The answer is for somebody else.
+    /// The answer is for another service account.
     #[error("EKS Auth's answer cannot be used: it is for {answered}, not {asked}")]
     Mismatch {
-        /// The service account that it is for.
+        /// The service account of the answer.
         answered: ServiceAccountRef,
         /// The pod's.
         asked: ServiceAccountRef,
     },
-    /// It takes too long. The call goes on, and whoever asks again shares its result.
+    /// It takes too long. The fetch continues, and callers who retry share its result.
     #[error("no token or no answer from EKS Auth after {} ms; try again", .0.as_millis())]
     Slow(Duration),
-    /// Nobody vouches for the caller, and there are too many like it.
+    /// The caller is anonymous, and there are too many of its kind.
     #[error("too many requests with tokens that nobody has verified yet; try again")]
     Busy,
 }
 
-/// An error as EKS Auth gives it.
+/// An error response of EKS Auth.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceError {
     /// HTTP status.
@@ -119,7 +125,7 @@ pub struct ServiceError {
 // === impl Credentials ===
 
 impl Credentials {
-    /// When they begin and end.
+    /// When they were obtained, and when they expire.
     pub fn life(&self) -> Life {
         Life { obtained_at: self.obtained_at, expiration: self.expiration }
     }
@@ -128,32 +134,6 @@ impl Credentials {
 // === impl Error ===
 
 impl Error {
-    /// What it means for the next attempt.
-    fn outcome(&self) -> Outcome {
-        let failure = match self {
-            Self::Service(error) if error.is_throttling() => return Outcome::Throttled(error.retry_after),
-            Self::Service(error) if error.is_refusal() => Failure::Refused,
-            Self::Mismatch { .. } => Failure::Refused,
-            Self::Token { .. } | Self::BadToken { .. } | Self::Busy => Failure::NoToken,
-            Self::Service(_)
-            | Self::BadAnswer { .. }
-            | Self::Unreachable { .. }
-            | Self::NodeCredentials { .. }
-            | Self::Slow(_) => Failure::Outage,
-        };
-        Outcome::Failed(failure)
-    }
-
-    /// The same, for those whose request it was not.
-    fn for_others(&self) -> Self {
-        match self {
-            Self::Service(error) => {
-                Self::Service(ServiceError { request_id: String::new(), ..error.clone() })
-            }
-            _ => self.clone(),
-        }
-    }
-
     /// Its name in metrics.
     pub(crate) fn label(&self) -> &'static str {
         match self {
@@ -191,7 +171,7 @@ impl Role {
         })
     }
 
-    /// The role's ARN, but for a path, which the assumed role's does not show.
+    /// The role's ARN, without a path, which the assumed role's ARN does not show.
     pub fn arn(&self) -> String {
         format!("arn:{}:iam::{}:role/{}", self.partition, self.account_id, self.name)
     }
@@ -200,13 +180,13 @@ impl Role {
 // === impl ServiceError ===
 
 impl ServiceError {
-    /// Whether it asks for fewer calls: by status or code, or by saying when to come back.
+    /// Whether it asks for fewer calls: by status, by code, or with `Retry-After`.
     fn is_throttling(&self) -> bool {
         let asks_to_wait = self.status == 503 && self.retry_after.is_some();
         self.status == 429 || self.code == "ThrottlingException" || asks_to_wait
     }
 
-    /// LimitKey fault it is by the service's model: `client` or `server`, and `unknown` for a code that the model has not.
+    /// Whose fault it is by the service's model: `client` or `server`, or `unknown` for a code that the model does not have.
     pub(crate) fn fault(&self) -> &'static str {
         match self.code.as_str() {
             "AccessDeniedException"
@@ -221,14 +201,13 @@ impl ServiceError {
         }
     }
 
-    /// Whether it is a no that EKS Auth means, of those that do not ask for fewer calls. A code that it does not use is
-    /// somebody else's: a proxy's, say.
+    /// Whether EKS Auth has refused for good. A code that it does not use comes from elsewhere, such as a proxy.
     fn is_refusal(&self) -> bool {
         let is_no = self.fault() == "client" || self.code == "ValidationException";
         is_no && !self.is_throttling() && self.status < 500
     }
 
-    /// Whether it is the token that EKS Auth does not take.
+    /// Whether EKS Auth refused the token itself.
     fn is_about_the_token(&self) -> bool {
         matches!(self.code.as_str(), "ExpiredTokenException" | "InvalidTokenException")
     }
@@ -245,39 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_eks_auth_itself_refuses_is_a_refusal() {
-        let wait = Some(Duration::from_secs(3));
-        for (status, code, retry_after, outcome) in [
-            (400, "AccessDeniedException", None, Outcome::Failed(Failure::Refused)),
-            (404, "ResourceNotFoundException", wait, Outcome::Failed(Failure::Refused)),
-            (403, "UnknownError", None, Outcome::Failed(Failure::Outage)),
-            (407, "proxy_authentication_required", None, Outcome::Failed(Failure::Outage)),
-            (500, "InternalServerException", None, Outcome::Failed(Failure::Outage)),
-            (502, "AccessDeniedException", None, Outcome::Failed(Failure::Outage)),
-            (503, "ServiceUnavailableException", None, Outcome::Failed(Failure::Outage)),
-            (503, "ServiceUnavailableException", wait, Outcome::Throttled(wait)),
-            (400, "ThrottlingException", None, Outcome::Throttled(None)),
-            (429, "UnknownError", wait, Outcome::Throttled(wait)),
-        ] {
-            let error = ServiceError {
-                status,
-                code: code.into(),
-                message: String::new(),
-                request_id: "r".into(),
-                retry_after,
-            };
-            assert_eq!(Error::Service(error).outcome(), outcome, "{status} {code}");
-        }
-        let garbage = Error::BadAnswer { reason: "it is HTML".into() };
-        assert_eq!(garbage.outcome(), Outcome::Failed(Failure::Outage));
-        let [web, db] =
-            ["web", "db"].map(|name| ServiceAccountRef { namespace: "app".into(), name: name.into() });
-        let mismatch = Error::Mismatch { answered: web, asked: db };
-        assert_eq!(mismatch.outcome(), Outcome::Failed(Failure::Refused));
-    }
-
-    #[test]
-    fn a_role_is_read_from_the_assumed_role_s_arn() {
+    fn a_role_is_parsed_from_an_assumed_role_arn() {
         let role =
             Role::from_assumed_role_arn("arn:aws-cn:sts::123456789012:assumed-role/web/eks-c1-web-0-5f");
         let role = role.unwrap();

@@ -339,7 +339,7 @@ impl<S: CredentialSource> Server<S> {
     /// The pod of this node whose token a delegate presents. Nothing but the token speaks for that pod, so that it is
     /// verified here, whatever EKS Auth would say.
     async fn presented(&self, sent: &SentToken, deadline: Instant) -> Result<Arc<Pod>, Refusal> {
-        let verified = self.engine.is_good(sent).await;
+        let verified = self.engine.is_verified(sent).await;
         if !verified.map_err(|error| refusal::credentials(&error, None))? {
             return Err(refusal::unverified());
         }

@@ -1,5 +1,5 @@
-//! How the agent reaches EKS Auth, with the settings that operators give by environment: each test is a process of its
-//! own, so that it has one of its own.
+//! How the agent reaches EKS Auth, with settings from the environment: each test runs in its own process, to have its own
+//! environment.
 #![expect(clippy::unwrap_used, reason = "test code")]
 
 use std::{env, io::Write as _, process::Command, sync::Arc, time::Duration};
@@ -20,14 +20,14 @@ use tokio_rustls::{TlsAcceptor, rustls};
 /// Set in the process that makes the calls.
 const CHILD: &str = "PODGATE_TEST_CALLS";
 
-/// Set in it when it keeps a connection warm.
+/// Set in it if it keeps a connection warm.
 const WARM: &str = "PODGATE_TEST_WARM";
-/// Set in it to the region that its instance says it is in after the first call.
+/// Set in it to the region that its instance learns after the first call.
 const LATER: &str = "PODGATE_TEST_REGION";
-/// How long the proxy leaves a connection open on which nothing happens.
+/// How long the proxy keeps an idle connection open.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// Makes two calls as this process's environment says, and prints how they end.
+/// Makes two calls with this process's environment, and prints their outcomes.
 async fn calls() {
     let (config, mut connections) = match aws::config().await {
         Ok(config) => config,
@@ -41,7 +41,7 @@ async fn calls() {
     }
     for _ in 0..2 {
         if warm {
-            // The one before has been closed, and there is another.
+            // The previous one was closed, and there is another.
             connections.wait_for(|open| *open == 1).await.unwrap();
             connections.wait_for(|open| *open == 0).await.unwrap();
             connections.wait_for(|open| *open == 1).await.unwrap();
@@ -58,8 +58,7 @@ async fn calls() {
     }
 }
 
-/// Runs this very test again as a process with this environment and nothing else of AWS in it, and tells the outcomes of
-/// its calls.
+/// Runs this very test again in a process with only these AWS variables, and returns the outcomes of its calls.
 async fn outcomes(test: &'static str, variables: &[(&str, &str)]) -> Vec<String> {
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture"]);
@@ -79,13 +78,13 @@ async fn outcomes(test: &'static str, variables: &[(&str, &str)]) -> Vec<String>
 
 const STATIC: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "ASIANODE"), ("AWS_SECRET_ACCESS_KEY", "secret")];
 
-/// A proxy that is at the same time every host behind it, with certificates of an authority of its own. It answers each
-/// request with an error, and tells of each `CONNECT`.
+/// A proxy that also plays every host behind it, with certificates of its own CA. It answers each request with an error,
+/// and reports each `CONNECT`.
 struct Proxy {
     url: String,
     authority: tempfile::NamedTempFile,
     connects: mpsc::UnboundedReceiver<String>,
-    /// Of each request: how many came before it on its connection, and its method.
+    /// For each request: how many preceded it on its connection, and its method.
     requests: mpsc::UnboundedReceiver<(usize, String)>,
 }
 
@@ -156,8 +155,8 @@ impl Proxy {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_proxy_the_authorities_and_the_endpoint_are_the_operator_s() {
-    const TEST: &str = "the_proxy_the_authorities_and_the_endpoint_are_the_operator_s";
+async fn the_operator_sets_the_proxy_the_ca_bundle_and_the_endpoint() {
+    const TEST: &str = "the_operator_sets_the_proxy_the_ca_bundle_and_the_endpoint";
     if env::var_os(CHILD).is_some() {
         return calls().await;
     }
@@ -189,8 +188,8 @@ async fn the_proxy_the_authorities_and_the_endpoint_are_the_operator_s() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_region_that_the_instance_tells_late_is_used_where_no_setting_names_one() {
-    const TEST: &str = "a_region_that_the_instance_tells_late_is_used_where_no_setting_names_one";
+async fn a_region_learned_late_from_imds_is_used_if_none_is_configured() {
+    const TEST: &str = "a_region_learned_late_from_imds_is_used_if_none_is_configured";
     if env::var_os(CHILD).is_some() {
         return calls().await;
     }
@@ -207,8 +206,8 @@ async fn a_region_that_the_instance_tells_late_is_used_where_no_setting_names_on
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_call_waits_for_a_handshake_although_connections_are_closed_between_calls() {
-    const TEST: &str = "no_call_waits_for_a_handshake_although_connections_are_closed_between_calls";
+async fn no_call_waits_for_a_handshake_after_the_server_has_closed() {
+    const TEST: &str = "no_call_waits_for_a_handshake_after_the_server_has_closed";
     if env::var_os(CHILD).is_some() {
         return calls().await;
     }
@@ -252,7 +251,7 @@ async fn missing_node_credentials_are_named_and_none_come_from_podgate_itself() 
     assert!(dialled.is_err(), "podgate was asked for its own credentials");
 }
 
-/// Somebody who answers every request with a page and this status. Returns the URL.
+/// A server that answers every request with an HTML page and this status. Returns its URL.
 async fn page(status: u16) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -272,8 +271,8 @@ async fn page(status: u16) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_is_no_answer_of_eks_auth_s_whatever_its_status() {
-    const TEST: &str = "a_page_is_no_answer_of_eks_auth_s_whatever_its_status";
+async fn an_html_page_is_no_answer_of_eks_auth_whatever_its_status() {
+    const TEST: &str = "an_html_page_is_no_answer_of_eks_auth_whatever_its_status";
     if env::var_os(CHILD).is_some() {
         return calls().await;
     }

@@ -1,4 +1,4 @@
-//! What the engine promises, in virtual time: hours pass in seconds, and every call of EKS Auth is counted.
+//! What the cache promises, in virtual time: hours pass in seconds, and every call of EKS Auth is counted.
 #![expect(clippy::unwrap_used, reason = "test code")]
 
 use std::{
@@ -11,10 +11,10 @@ use std::{
 
 use agent::{
     credentials::{
-        Budget, Credentials, Error, Floor,
-        cache::{BUDGET, Clock, CredentialCache},
+        Clock, Credentials, Error, Floor,
+        cache::{BUDGET, Budget, CredentialCache},
         metrics::CacheMetrics,
-        token::issuer::Verdict,
+        token::Verdict,
     },
     identity::{Pod, Pods},
     testing::{
@@ -27,11 +27,11 @@ use tokio::time::{Instant as TokioInstant, sleep, timeout};
 
 type Answer = Result<Arc<Credentials>, Error>;
 
-/// The engine in its virtual world.
+/// The cache in its virtual world.
 #[derive(Clone)]
 struct World {
     upstream: Arc<FakeUpstream>,
-    engine: Arc<CredentialCache<Arc<FakeUpstream>>>,
+    cache: Arc<CredentialCache<Arc<FakeUpstream>>>,
     metrics: CacheMetrics,
     clock: Clock,
     /// Minutes by which the wall clock is ahead.
@@ -44,9 +44,9 @@ impl World {
         let (offset, steady) = (Arc::clone(&ahead), virtual_clock());
         let clock: Clock = Arc::new(move || steady() + SignedDuration::from_mins(offset.load(Relaxed)));
         let upstream = FakeUpstream::new(Arc::clone(&clock));
-        let engine =
+        let cache =
             CredentialCache::start(Arc::clone(&upstream), budget, Arc::clone(&clock), 42, metrics.clone());
-        Self { upstream, engine, metrics, clock, ahead }
+        Self { upstream, cache, metrics, clock, ahead }
     }
 
     async fn ask(&self, pod: &Arc<Pod>) -> Answer {
@@ -55,7 +55,7 @@ impl World {
 
     async fn ask_above(&self, floor: Floor, pod: &Arc<Pod>) -> Answer {
         let deadline = TokioInstant::now() + Duration::from_millis(800);
-        let answer = self.engine.for_pod(pod, None, floor, deadline.into_std()).await;
+        let answer = self.cache.for_pod(pod, None, floor, deadline.into_std()).await;
         if let Ok(credentials) = &answer {
             assert!(are_of(credentials, pod.uid), "another pod's");
             assert!((self.clock)() < credentials.expiration, "expired");
@@ -63,7 +63,7 @@ impl World {
         answer
     }
 
-    /// As SDKs do: again after a second, for as long as it takes.
+    /// As SDKs do: retries every second, as long as it takes.
     async fn ask_until_served(&self, pod: &Arc<Pod>) {
         while self.ask(pod).await.is_err() {
             sleep(Duration::from_secs(1)).await;
@@ -79,7 +79,7 @@ impl World {
         self.upstream.calls().len()
     }
 
-    /// Calls since then, by seconds of this length.
+    /// Calls since then, in buckets of this width.
     fn histogram(&self, since: Timestamp, width: Duration) -> Vec<usize> {
         let mut bars = Vec::new();
         for call in self.upstream.calls().iter().filter(|call| call.at >= since) {
@@ -113,7 +113,7 @@ async fn a_cold_node_makes_one_call_a_pod() {
              {at_once} served at their first attempt",
             world.calls()
         );
-        // Who has lost three in a row is told, and served when it asks again.
+        // Callers that lost three answers in a row see the error, and are served when they retry.
         let calls = world.upstream.calls();
         let is_served =
             |pod: &Arc<Pod>| calls.iter().any(|call| call.pod == pod.uid && call.served_at.is_some());
@@ -130,8 +130,8 @@ async fn a_cold_node_makes_one_call_a_pod() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_caller_s_own_floor_decides_whether_it_is_served_from_what_is_at_hand() {
-    for (minutes_left, floor, is_kept) in [
+async fn the_floor_of_each_caller_decides_whether_it_is_served_from_cache() {
+    for (minutes_left, floor, is_cached) in [
         (31, Floor::Imds, true),
         (29, Floor::Imds, false),
         (25, Floor::Imds, false),
@@ -145,26 +145,30 @@ async fn each_caller_s_own_floor_decides_whether_it_is_served_from_what_is_at_ha
         let begun = TokioInstant::now();
         let second = world.ask_above(floor, &pod).await.unwrap();
         let answer = (second.access_key_id == first.access_key_id, begun.elapsed().is_zero(), world.calls());
-        let calls = if is_kept { 1 } else { 2 };
-        assert_eq!(answer, (is_kept, is_kept, calls), "{minutes_left} min left, {floor:?}");
+        let calls = if is_cached { 1 } else { 2 };
+        assert_eq!(answer, (is_cached, is_cached, calls), "{minutes_left} min left, {floor:?}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_s_caller_has_the_container_s_floor() {
-    for (minutes_left, is_kept) in [(25, true), (19, false)] {
+async fn a_caller_with_a_token_has_the_container_floor() {
+    for (minutes_left, is_cached) in [(25, true), (19, false)] {
         let (world, pod) = (World::new(BUDGET), Arc::new(pod("app", "web")));
-        world.upstream.change(|conditions| conditions.verdict = Verdict::Good);
+        world.upstream.change(|conditions| conditions.verdict = Verdict::Valid);
         let first = world.ask(&pod).await.unwrap();
         world.ahead.store(6 * 60 - minutes_left, Relaxed);
         let deadline = TokioInstant::now() + Duration::from_millis(800);
-        let second = world.engine.for_token(sent_by(&pod), [10, 0, 0, 9].into(), deadline.into_std()).await;
-        assert_eq!(second.unwrap().access_key_id == first.access_key_id, is_kept, "{minutes_left} min left");
+        let second = world.cache.for_token(sent_by(&pod), [10, 0, 0, 9].into(), deadline.into_std()).await;
+        assert_eq!(
+            second.unwrap().access_key_id == first.access_key_id,
+            is_cached,
+            "{minutes_left} min left"
+        );
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn callers_who_hang_up_before_the_answer_leave_it_for_the_next() {
+async fn callers_that_hang_up_leave_the_answer_to_the_next() {
     let (world, pods) = (World::new(BUDGET), pods(250));
     world.upstream.change(|conditions| conditions.latency = Duration::from_millis(300));
     let asks = pods.iter().flat_map(|pod| std::iter::repeat_n(pod, 8));
@@ -173,7 +177,7 @@ async fn callers_who_hang_up_before_the_answer_leave_it_for_the_next() {
     sleep(Duration::from_millis(300)).await;
     let begun = TokioInstant::now();
     let answers = world.ask_all(&pods).await;
-    println!("250 pods x 8 callers gone after 100 of 300 ms, then 250 again: {} calls", world.calls());
+    println!("250 pods x 8 callers hang up after 100 of 300 ms, then 250 again: {} calls", world.calls());
     assert!(answers.iter().all(Result::is_ok) && begun.elapsed().is_zero());
     assert_eq!(world.calls(), 250);
 }
@@ -190,12 +194,12 @@ async fn a_caller_who_gives_up_and_tries_again_is_served_by_the_first_call() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_thousand_that_are_due_together_are_spread_and_none_expires() {
+async fn two_thousand_refreshes_due_together_are_spread_and_none_expires() {
     let world = World::new(Budget { per_second: 10.0, burst: 2500.0 });
     let pods = pods(2000);
     assert!(world.ask_all(&pods).await.iter().all(Result::is_ok));
     assert!(world.ask_all(&pods).await.iter().all(Result::is_ok), "they are in use");
-    // The node has slept for four and a half hours: all are due.
+    // The node was suspended for four and a half hours: all are due.
     world.ahead.store(270, Relaxed);
     let since = (world.clock)();
     let mut failed = 0;
@@ -212,11 +216,11 @@ async fn two_thousand_that_are_due_together_are_spread_and_none_expires() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_thousand_with_little_life_left_give_way_to_those_who_have_nothing() {
+async fn two_thousand_stale_pods_give_way_to_pods_without_credentials() {
     let world = World::new(Budget { per_second: 10.0, burst: 20.0 });
     let (pods, cold) = (pods(2000), pods(100));
     futures::future::join_all(pods.iter().map(|pod| world.ask_until_served(pod))).await;
-    // The node has slept: they have 16 to 20 minutes left, and are below the floor.
+    // The node was suspended: they have 16 to 20 minutes left, and are below the floor.
     world.ahead.store(340, Relaxed);
     let since = (world.clock)();
     let crowd = world.clone();
@@ -267,7 +271,7 @@ async fn half_an_hour_without_eks_auth_is_not_noticed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn past_expiry_refusals_are_quick_and_recovery_is_too() {
+async fn after_expiration_in_an_outage_errors_and_recovery_are_quick() {
     let few_or_many = [1, 2, 250].into_iter();
     for (weather, count) in few_or_many.flat_map(|count| [(Weather::Down, count), (Weather::Hangs, count)]) {
         let (world, pods) = (World::new(BUDGET), pods(count));
@@ -346,14 +350,14 @@ async fn throttled_to_one_call_a_second_a_cold_node_is_fair_and_quick() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pod_without_association_that_asks_a_thousand_times_a_second_costs_nobody_anything() {
+async fn a_pod_without_association_that_asks_all_the_time_disturbs_nobody() {
     let world = World::new(BUDGET);
     let (others, noisy) = (pods(50), Arc::new(pod("app", "without")));
     world.upstream.change(|conditions| conditions.weather = Weather::Says(404, "ResourceNotFoundException"));
     assert!(world.ask(&noisy).await.is_err());
     world.upstream.change(|conditions| conditions.weather = Weather::Fair);
     let (crowd, asks) = (world.clone(), Arc::clone(&noisy));
-    // Whatever it is answered, its association stays missing.
+    // The association stays missing.
     let upstream = Arc::clone(&world.upstream);
     let refusals = tokio::spawn(async move {
         let mut refused = 0;
@@ -382,7 +386,7 @@ async fn a_pod_without_association_that_asks_a_thousand_times_a_second_costs_nob
 }
 
 #[tokio::test(start_paused = true)]
-async fn known_pods_need_no_api_server_and_new_ones_are_told_to_try_again() {
+async fn known_pods_need_no_api_server_and_new_ones_are_told_to_retry() {
     let world = World::new(BUDGET);
     let (known, new) = (pods(50), pods(20));
     assert!(world.ask_all(&known).await.iter().all(Result::is_ok));
@@ -399,7 +403,7 @@ async fn known_pods_need_no_api_server_and_new_ones_are_told_to_try_again() {
     let begun = TokioInstant::now();
     futures::future::join_all(new.iter().map(|pod| world.ask_until_served(pod))).await;
     println!(
-        "API server away for 10 min: known pods served; 20 new ones {:?} after its return",
+        "API server unavailable for 10 min: known pods served; 20 new ones {:?} after its return",
         begun.elapsed()
     );
     // They had asked every ten seconds, and each of them tries again after thirty at the latest; one is enough.
@@ -412,7 +416,7 @@ async fn after_a_crash_a_full_node_is_fetched_again_under_its_budget() {
         let (world, pods) = (World::new(budget), pods(250));
         let since = (world.clock)();
         for pod in &pods {
-            world.engine.prefetch(pod);
+            world.cache.prefetch(pod);
         }
         // Twenty of them ask meanwhile, and are served first.
         let begun = TokioInstant::now();
@@ -428,7 +432,7 @@ async fn after_a_crash_a_full_node_is_fetched_again_under_its_budget() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_an_upgrade_a_full_node_makes_no_call_before_it_would_have_made_one() {
+async fn an_upgrade_of_a_full_node_causes_no_extra_calls() {
     let (world, pods) = (World::new(BUDGET), pods(250));
     assert!(world.ask_all(&pods).await.iter().all(Result::is_ok));
     assert!(world.ask_all(&pods).await.iter().all(Result::is_ok), "they are in use");
@@ -438,7 +442,7 @@ async fn after_an_upgrade_a_full_node_makes_no_call_before_it_would_have_made_on
         known.insert(pod);
     }
     let mut next = world.clone();
-    next.engine = CredentialCache::start(
+    next.cache = CredentialCache::start(
         Arc::clone(&world.upstream),
         BUDGET,
         Arc::clone(&world.clock),
@@ -446,11 +450,11 @@ async fn after_an_upgrade_a_full_node_makes_no_call_before_it_would_have_made_on
         next.metrics.clone(),
     );
     let (since, before) = ((world.clock)(), world.calls());
-    next.engine.hold(world.engine.to_transfer());
+    next.cache.stage(world.cache.to_transfer());
     for pod in &pods {
-        next.engine.prefetch(pod);
+        next.cache.prefetch(pod);
     }
-    next.engine.adopt(&known);
+    next.cache.adopt(&known);
     drop(world);
     for _ in 0..100 {
         sleep(Duration::from_mins(1)).await;

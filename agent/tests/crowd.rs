@@ -38,7 +38,7 @@ static ALONE: Mutex<()> = Mutex::const_new(());
 #[derive(Clone)]
 struct Caller {
     node: SocketAddr,
-    /// On loopback each pod has an address of its own, too.
+    /// Each pod has its own address, also on loopback.
     from: Ipv4Addr,
     name: String,
     token: String,
@@ -53,18 +53,18 @@ impl Caller {
         Self { node: node.address, from, name: pod.name.clone(), token: pod.token(node) }
     }
 
-    async fn dial(&self) -> io::Result<Connection> {
+    async fn connect(&self) -> io::Result<Connection> {
         let socket = TcpSocket::new_v4()?;
         socket.bind((self.from, 0).into())?;
         Ok(Connection(socket.connect(self.node).await?))
     }
 
-    /// On a connection of its own.
+    /// On its own connection.
     async fn get(&self) -> io::Result<(u16, String)> {
-        self.dial().await?.get(&self.token).await
+        self.connect().await?.get(&self.token).await
     }
 
-    /// As SDKs do: again, for as long as it takes. Tells after how many attempts.
+    /// As SDKs do: retries as long as it takes. Returns the number of attempts.
     async fn get_until_served(&self) -> (u32, String) {
         for attempt in 1..100 {
             match self.get().await {
@@ -113,7 +113,7 @@ fn crowd(node: Node, pods: usize) -> (Node, Vec<Caller>) {
     (node, callers)
 }
 
-/// LimitKey credentials these are.
+/// The pod that these credentials are for.
 fn owner(node: &Node, body: &str) -> String {
     let body: serde_json::Value = serde_json::from_str(body).unwrap();
     node.eks_auth.issued(body["AccessKeyId"].as_str().unwrap()).unwrap().pod_name
@@ -153,7 +153,7 @@ async fn a_cold_node_makes_one_call_a_pod_however_many_ask() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn callers_who_hang_up_leave_their_call_to_the_next_ones() {
+async fn callers_that_hang_up_leave_their_call_to_the_next_ones() {
     let _alone = ALONE.lock().await;
     let (node, callers) = cold_node(PODS).await;
     node.faults.set(Service::EksAuth, Fault::Latency(Duration::from_millis(300)));
@@ -173,7 +173,7 @@ async fn callers_who_hang_up_leave_their_call_to_the_next_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_who_gives_up_after_a_second_is_served_by_the_call_that_took_three() {
+async fn a_caller_that_retries_is_served_by_its_first_slow_call() {
     let _alone = ALONE.lock().await;
     let (node, callers) = cold_node(1).await;
     node.faults.set(Service::EksAuth, Fault::Latency(Duration::from_secs(3)));
@@ -192,7 +192,7 @@ async fn a_caller_who_gives_up_after_a_second_is_served_by_the_call_that_took_th
 async fn p99(callers: &[Caller]) -> Duration {
     let work = callers.iter().cloned().map(|caller| {
         tokio::spawn(async move {
-            let mut connection = caller.dial().await.unwrap();
+            let mut connection = caller.connect().await.unwrap();
             let mut times = Vec::new();
             for _ in 0..100 {
                 let begun = Instant::now();
@@ -218,12 +218,12 @@ async fn a_noisy_pod_without_association_is_not_noticed_by_others() {
     everybody_at_once(&node, &callers).await;
     let quiet = p99(&callers).await;
     let noise = Arc::new(AtomicU32::new(0));
-    // A thousand a second, on a connection for each of the answers that may be under way.
+    // A thousand a second, on as many connections as there may be pending answers.
     let talkers: Vec<_> = (0..40)
         .map(|_| {
             let (lonely, noise) = (lonely.clone(), Arc::clone(&noise));
             tokio::spawn(async move {
-                let mut connection = lonely.dial().await.unwrap();
+                let mut connection = lonely.connect().await.unwrap();
                 let mut pace = tokio::time::interval(Duration::from_millis(40));
                 loop {
                     pace.tick().await;
@@ -251,7 +251,7 @@ async fn a_noisy_pod_without_association_is_not_noticed_by_others() {
 #[tokio::test(flavor = "multi_thread")]
 async fn unverifiable_tokens_by_the_thousand_leave_the_others_their_turn() {
     let _alone = ALONE.lock().await;
-    // Without the cluster's keys EKS Auth alone can judge tokens.
+    // Without the cluster's keys only EKS Auth can verify tokens.
     let deny = |kube_api: &KubeApi| kube_api.allow_issuer_discovery(false);
     let (node, callers) = crowd(Node::start_where(ImdsMode::Intercept, Faults::default(), deny).await, 20);
     let (signed, _) = callers[0].token.rsplit_once('.').unwrap();
@@ -273,18 +273,18 @@ async fn unverifiable_tokens_by_the_thousand_leave_the_others_their_turn() {
         *statuses.entry(asked.await.unwrap().map(|(status, _)| status).ok()).or_default() += 1;
     }
     println!(
-        "1000 forged tokens at once that nobody can verify: answered {statuses:?}, {} calls; 20 others served in {took:?}",
+        "1000 unverifiable forged tokens at once: answered {statuses:?}, {} calls; 20 others served in {took:?}",
         node.eks_auth.calls()
     );
     assert!(!statuses.contains_key(&Some(200)));
     assert!(took < Duration::from_secs(15));
-    // Four at once, and one more each time that a pause is over.
+    // Four at once, and one more after each pause.
     let in_vain = node.eks_auth.calls() - callers.len() as u64;
     assert!((1..=8).contains(&in_vain), "{in_vain}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn known_pods_are_served_while_the_api_server_is_away_and_new_ones_when_it_is_back() {
+async fn known_pods_need_no_api_server_and_new_ones_wait_for_it() {
     let _alone = ALONE.lock().await;
     let node = Node::start(ImdsMode::Intercept).await;
     node.eks_auth.associate("app", "web", "web-role");
@@ -296,15 +296,15 @@ async fn known_pods_are_served_while_the_api_server_is_away_and_new_ones_when_it
     assert_eq!(get(&known).await.status, 200);
     node.faults.set(Service::KubeApi, Fault::Drop);
     let new = node.pod("new-0", "web", |_| {});
-    let away = Instant::now();
+    let outage = Instant::now();
     let mut refused = 0;
-    while away.elapsed() < Duration::from_secs(5) {
+    while outage.elapsed() < Duration::from_secs(5) {
         assert_eq!(get(&known).await.status, 200);
         let answer = get(&new).await;
         assert!(answer.status >= 500, "retryable: {answer:?}");
         refused += 1;
     }
-    // What happened meanwhile is told no more: 410 Gone.
+    // The watch cannot resume: 410 Gone.
     node.cluster.compact();
     node.faults.clear(Service::KubeApi);
     let back = Instant::now();
@@ -312,7 +312,7 @@ async fn known_pods_are_served_while_the_api_server_is_away_and_new_ones_when_it
         assert!(back.elapsed() < Duration::from_mins(1), "never again");
     }
     println!(
-        "API server away for 5 s: the known pod served, the new one refused {refused} times; served {:?} after its return",
+        "API server unavailable for 5 s: the known pod served, the new one refused {refused} times; served {:?} after its return",
         back.elapsed()
     );
 }

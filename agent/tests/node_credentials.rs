@@ -1,5 +1,4 @@
-//! The node's own credentials from each of their sources: each test is a process of its own, so that it has an environment
-//! of its own.
+//! The node's own credentials from each of their sources: each test runs in its own process, to have its own environment.
 #![expect(clippy::unwrap_used, reason = "test code")]
 
 use std::{
@@ -27,7 +26,7 @@ use tokio::{
 /// Set in the process that asks for credentials.
 const CHILD: &str = "PODGATE_TEST_ASKS";
 
-/// A process that says, when asked, which key the node has by its environment, or why none.
+/// A process that reports on request which access key it finds in its environment, or why none.
 struct Asker {
     process: Child,
     to: ChildStdin,
@@ -35,7 +34,7 @@ struct Asker {
 }
 
 impl Asker {
-    /// A variable that is empty is not set.
+    /// An empty variable is not set.
     fn start(test: &str, variables: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env::current_exe().unwrap());
         command.args(["--exact", test, "--nocapture"]);
@@ -58,7 +57,7 @@ impl Asker {
         Self { process, to, from: BufReader::new(from) }
     }
 
-    /// Asks once, and tells the answer.
+    /// Asks once, and returns the answer.
     fn ask(&mut self) -> String {
         writeln!(self.to, "ask").unwrap();
         loop {
@@ -78,7 +77,7 @@ impl Drop for Asker {
     }
 }
 
-/// What the process does: it answers each line.
+/// The process: it answers each line.
 async fn answer() {
     let (config, _) = aws::config().await.unwrap();
     let provider = config.credentials_provider().unwrap();
@@ -100,7 +99,7 @@ fn write_keys(file: &Path, key: &str) {
 }
 
 #[tokio::test]
-async fn keys_that_are_replaced_in_the_shared_file_are_used_within_a_minute() {
+async fn replaced_keys_in_the_shared_file_are_used_within_a_minute() {
     if env::var_os(CHILD).is_some() {
         return answer().await;
     }
@@ -108,8 +107,7 @@ async fn keys_that_are_replaced_in_the_shared_file_are_used_within_a_minute() {
     let file = directory.path().join("credentials");
     let variables =
         [("AWS_SHARED_CREDENTIALS_FILE", file.to_str().unwrap()), ("AWS_EC2_METADATA_DISABLED", "true")];
-    let mut asker =
-        Asker::start("keys_that_are_replaced_in_the_shared_file_are_used_within_a_minute", &variables);
+    let mut asker = Asker::start("replaced_keys_in_the_shared_file_are_used_within_a_minute", &variables);
     assert!(!asker.ask().contains("ASIA"), "there are none yet");
     for key in ["ASIAFIRST", "ASIASECOND"] {
         write_keys(&file, key);
@@ -166,7 +164,7 @@ async fn a_web_identity_is_exchanged_at_sts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_instance_s_role_is_had_by_imds_v2_and_kept_while_that_is_away() {
+async fn the_instance_role_comes_from_imds_v2_and_survives_its_outage() {
     if env::var_os(CHILD).is_some() {
         return answer().await;
     }
@@ -175,7 +173,7 @@ async fn the_instance_s_role_is_had_by_imds_v2_and_kept_while_that_is_away() {
     let endpoint = format!("http://{}", imds.address());
     let asking = tokio::task::spawn_blocking(move || {
         let mut asker = Asker::start(
-            "the_instance_s_role_is_had_by_imds_v2_and_kept_while_that_is_away",
+            "the_instance_role_comes_from_imds_v2_and_survives_its_outage",
             &[("AWS_EC2_METADATA_SERVICE_ENDPOINT", endpoint.as_str())],
         );
         let first = asker.ask();
@@ -189,9 +187,8 @@ async fn the_instance_s_role_is_had_by_imds_v2_and_kept_while_that_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_proxy_is_on_the_way_to_imds_though_a_profile_begins_there_and_goes_on_to_sts_by_it() {
-    const TEST: &str =
-        "no_proxy_is_on_the_way_to_imds_though_a_profile_begins_there_and_goes_on_to_sts_by_it";
+async fn the_proxy_is_used_for_sts_but_not_for_imds() {
+    const TEST: &str = "the_proxy_is_used_for_sts_but_not_for_imds";
     if env::var_os(CHILD).is_some() {
         let (copy, mut instance) = watch::channel(Instance::default());
         tokio::spawn(instance_metadata::follow(instance_metadata::imds(), copy));
@@ -231,7 +228,7 @@ async fn no_proxy_is_on_the_way_to_imds_though_a_profile_begins_there_and_goes_o
     assert_eq!(through_proxy.len(), 1);
 }
 
-/// An IMDS whose instance has a role, by IMDSv2 alone.
+/// An IMDS whose instance has a role, with IMDSv2 only.
 fn imds(faults: &Faults) -> Imds {
     let credentials = NodeCredentials {
         access_key_id: "ASIANODE".into(),
@@ -253,7 +250,7 @@ fn imds(faults: &Faults) -> Imds {
     imds
 }
 
-/// A proxy with a security token service behind it, and nothing else. It tells what it was asked.
+/// A proxy with nothing but STS behind it. It reports what it was asked.
 async fn proxy() -> (String, mpsc::UnboundedReceiver<String>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -285,7 +282,7 @@ async fn proxy() -> (String, mpsc::UnboundedReceiver<String>) {
     (endpoint, asked)
 }
 
-/// A security token service that gives everybody the same keys, and tells what it was asked.
+/// An STS that always returns the same keys, and reports what it was asked.
 async fn sts() -> (String, mpsc::UnboundedReceiver<String>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());

@@ -31,12 +31,12 @@ impl<S: CredentialSource> PodLifecycle for PodState<S> {
 
     async fn gone(&self, uid: PodUid) {
         self.connections.end(uid);
-        self.engine.gone(uid).await;
+        self.engine.on_cgroup_removed(uid).await;
     }
 
     async fn forget(&self, uid: PodUid) {
         self.connections.end(uid);
-        self.engine.forget(uid).await;
+        self.engine.on_pod_deleted(uid).await;
     }
 
     fn prefetch(&self, pod: &Arc<Pod>) {

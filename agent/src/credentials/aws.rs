@@ -1,6 +1,6 @@
-//! How the agent itself speaks to AWS: region, endpoint and connections.
+//! The agent's own AWS clients: region, endpoint, connections and node credentials.
 //!
-//! Endpoints (`AWS_ENDPOINT_URL_EKS_AUTH`, FIPS, dual stack) are the SDK's own settings.
+//! Endpoints (`AWS_ENDPOINT_URL_EKS_AUTH`, FIPS, dual stack) are settings of the SDK.
 
 use std::{env, fs, io, path::PathBuf, time::Duration};
 
@@ -30,18 +30,18 @@ use crate::{error::chain, instance_metadata};
 
 /// A connection takes a millisecond within a region.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// A whole call. Callers are answered sooner; this bounds the call that goes on without them.
+/// A whole call. Callers are answered sooner; this bounds the call that continues without them.
 const CALL_TIMEOUT: Duration = Duration::from_secs(4);
-/// Connections are kept as long as EKS Auth keeps them: a pod's first request should not wait for TLS.
+/// As long as EKS Auth keeps connections open: a pod's first request should not wait for a TLS handshake.
 const IDLE_TIMEOUT: Duration = Duration::from_hours(1);
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// PEM file of the authorities to trust instead of the system's.
+/// Names a PEM file with the root certificates to trust instead of the system's.
 const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
 
-/// Why AWS cannot be spoken to.
+/// Why there are no AWS clients.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The authorities to trust cannot be read.
+    /// The root certificates cannot be read.
     #[error("cannot read the certificates in {path}, which {CA_BUNDLE} names: {source}")]
     CaBundle {
         /// The file.
@@ -49,22 +49,22 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// There is nobody to trust.
+    /// There are no root certificates.
     #[error(
-        "there are no certificates of authorities to verify AWS's by: install the system's (package ca-certificates, \
-         /etc/ssl/certs), or name a PEM file in {CA_BUNDLE}"
+        "no root certificates to verify AWS with: install the system's (package ca-certificates, /etc/ssl/certs), or name a \
+         PEM file in {CA_BUNDLE}"
     )]
-    NoAuthorities,
-    /// The HTTP client cannot be made.
-    #[error("cannot make an HTTPS client: {0}")]
+    NoRootCertificates,
+    /// The HTTP client cannot be built.
+    #[error("cannot build an HTTPS client: {0}")]
     Client(String),
 }
 
 /// How many connections to AWS are open.
 pub type Connections = watch::Receiver<usize>;
 
-/// The configuration of every AWS client of the agent, and what becomes of their connections. The region is
-/// `AWS_REGION`'s, the shared configuration's, or the instance's, if that is known yet.
+/// The configuration of all AWS clients, and how many connections they have open. The region comes from `AWS_REGION`, the
+/// shared configuration, or the instance, if that is known yet.
 pub async fn config() -> Result<(SdkConfig, Connections), Error> {
     let (open, connections) = watch::channel(0);
     let timeouts =
@@ -75,13 +75,13 @@ pub async fn config() -> Result<(SdkConfig, Connections), Error> {
         .region(region.clone())
         .credentials_provider(NodeCredentials::new(region, http_client(watch::Sender::default())?))
         .timeout_config(timeouts)
-        // The engine tries again, when that does no harm.
+        // The cache retries, where that does no harm.
         .retry_config(RetryConfig::disabled());
     Ok((config.load().await, connections))
 }
 
-/// Asks once for what every call needs, and says what is missing: better now than to the first pod. What is
-/// missing may come later, so the agent goes on.
+/// Checks what every call needs, and logs what is missing, before the first pod finds out. It may come later, so this is
+/// no fatal error.
 pub async fn check(config: &SdkConfig) {
     if config.region().is_none() {
         warn!("no AWS region: set AWS_REGION, or let the agent reach the instance metadata service");
@@ -90,28 +90,27 @@ pub async fn check(config: &SdkConfig) {
     match tokio::time::timeout(CALL_TIMEOUT, provider.provide_credentials()).await {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => {
-            warn!(error = chain(&error), "the node has no AWS credentials to call EKS Auth with");
+            warn!(error = chain(&error), "no AWS credentials of the node to call EKS Auth with");
         }
-        Err(_) => warn!("the node's AWS credentials did not come in time"),
+        Err(_) => warn!("timed out getting the AWS credentials of the node"),
     }
 }
 
-/// The region where the SDK looks for it.
+/// The region, from where the SDK looks for it.
 async fn region() -> Option<Region> {
     let chain = RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
         .or_else(ProfileFileRegionProvider::new())
         .or_else(ImdsRegionProvider::builder().configure(&instance_metadata::directly()).build());
-    // A variable that is set to nothing names none.
+    // An empty variable counts as unset.
     chain.region().await.filter(|region| !region.as_ref().is_empty())
 }
 
-/// Connections through `HTTPS_PROXY` but for `NO_PROXY`, to who has a certificate of the system's authorities or of those
-/// in `AWS_CA_BUNDLE`.
+/// Connects through `HTTPS_PROXY`, except for `NO_PROXY`; trusts the system's root certificates or those in `AWS_CA_BUNDLE`.
 fn http_client(open: watch::Sender<usize>) -> Result<Client, Error> {
     let roots = match env::var_os(CA_BUNDLE).filter(|path| !path.is_empty()) {
         // The SDK panics without any.
         None if rustls_native_certs::load_native_certs().certs.is_empty() => {
-            return Err(Error::NoAuthorities);
+            return Err(Error::NoRootCertificates);
         }
         None => TrustStore::default(),
         Some(path) => {
@@ -142,7 +141,7 @@ fn count(open: &watch::Sender<usize>, event: &ConnectionEvent<'_>) {
     }
 }
 
-/// The file, once it is known to be all certificates: the SDK panics on others.
+/// The file, if all of it is certificates: the SDK panics otherwise.
 fn ca_bundle(path: &std::path::Path) -> io::Result<Vec<u8>> {
     let pem = fs::read(path)?;
     let invalid =
@@ -164,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bundle_of_authorities_is_read_whole_or_refused() {
+    fn a_ca_bundle_is_read_whole_or_refused() {
         let bundle = |text: &str| {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             file.write_all(text.as_bytes()).unwrap();

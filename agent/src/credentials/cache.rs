@@ -1,9 +1,9 @@
-//! Each pod's credentials: cached, or fetched once however many ask.
+//! Each pod's credentials: cached, or fetched once however many callers ask.
 //!
-//! Owns the credentials and the calls that fetch them; what is fetched when is the `plan`'s. A call belongs to the engine,
-//! not to whoever asked: callers may give up, its result is kept. Its key is the pod, so a caller gets what is kept for a
-//! pod by the kernel's attestation alone, or with a token that was verified here, or that EKS Auth has accepted for that very pod.
-//! Never knows a request or a dialect.
+//! Owns the credentials and the fetches; when something is fetched is up to `scheduler`. A fetch belongs to the cache, not to
+//! its callers: they may hang up, and its result is still cached. The key is the pod, so a caller gets a pod's credentials by
+//! kernel attestation alone, or with a token that was verified here or accepted by EKS Auth for that very pod. Never knows a
+//! request or a dialect.
 
 use std::{
     collections::HashMap,
@@ -21,123 +21,106 @@ use papaya::HashMap as ConcurrentMap;
 use tokio::{sync::Notify, time::Instant as TokioInstant};
 
 mod absent;
+mod completing;
 mod fetch;
+mod handover;
 mod in_flight;
-#[cfg(test)]
-pub(super) mod planted;
-mod transferred;
-mod trust;
+mod outcome;
+mod pod_lifecycle;
 mod upkeep;
+mod verified_tokens;
 
-#[cfg(test)]
-use self::planted::{Bug, planted};
-pub use self::transferred::Transferred;
 use self::{
-    absent::Absent,
-    in_flight::{InFlight, Tokens, Waiter},
-    upkeep::supervise,
+    absent::AbsentPods,
+    in_flight::{InFlight, TokenSources, Waiter},
+    outcome::without_request_id,
 };
+pub use super::scheduler::Budget;
 use super::{
-    Budget, Credentials, Error,
+    Clock, Credentials, Error, Floor, Life, TokenDigest,
     metrics::CacheMetrics,
-    scheduler::freshness::{Floor, Life},
-    scheduler::{Action, Answer, FairnessKey, Key, Scheduler, TokenDigest},
+    scheduler::{Action, Answer, FairnessKey, Key, Scheduler},
     source::CredentialSource,
     token::claims::SentToken,
 };
-use crate::identity::{Pod, PodUid};
+use crate::identity::{Pod, PodUid, ServiceAccountRef};
 
-/// What a node allows itself: its pods at once after a start, and again every fourth of them whose answer was lost, since
-/// their callers wait; one every tenth of a second in the long run.
+/// A node's calls of EKS Auth. The burst lets all its pods be fetched at once after a start, and every fourth again whose
+/// answer was lost, since their callers wait; in the long run it is one call every tenth of a second.
 pub const BUDGET: Budget = Budget { per_second: 10.0, burst: 320.0 };
-/// Who can be served from what is cached waits no longer for something fresher.
-const TIMEOUT: Duration = Duration::from_millis(400);
-
-/// Tells the time.
-pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+/// A caller who can be served stale credentials waits no longer for fresher ones.
+const STALE_TIMEOUT: Duration = Duration::from_millis(400);
 
 /// The credentials of this node's pods.
 pub struct CredentialCache<S> {
     source: S,
     clock: Clock,
     ready: ConcurrentMap<PodUid, Arc<Ready>>,
-    /// Tokens that open what is kept for a pod.
+    /// Verified tokens, and the pod whose credentials each of them gives access to.
     trusted: ConcurrentMap<TokenDigest, PodUid>,
     state: Mutex<State>,
-    planned: Arc<Notify>,
+    schedule_changed: Arc<Notify>,
     metrics: CacheMetrics,
-    myself: Weak<Self>,
+    weak_self: Weak<Self>,
 }
 
-/// Credentials cached.
+/// A pod's credentials, and what was planned for them, on their way from one agent of the node to the next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Transferred {
+    /// The pod.
+    pub pod: PodUid,
+    /// The service account that they are for.
+    pub service_account: ServiceAccountRef,
+    /// The credentials.
+    pub credentials: Arc<Credentials>,
+    /// When to refresh them, if they are used.
+    pub refresh_at: Timestamp,
+    /// Whether they are used.
+    pub asked: bool,
+}
+
+/// Cached credentials.
 struct Ready {
     credentials: Arc<Credentials>,
-    /// From when it was known last that there are no better ones.
+    /// Counts from the last fetch, even where that brought nothing better.
     life: Life,
-    /// Whether anybody has been served from them.
+    /// Whether they have been served.
     asked: AtomicBool,
 }
 
 struct State {
-    plan: Scheduler,
+    scheduler: Scheduler,
     records: HashMap<Key, Record>,
     /// What the predecessor had, until its pods are known.
-    held: HashMap<PodUid, Transferred>,
-    /// InFlights begun so far: their numbers.
-    flights: u64,
-    /// Why EKS Auth gave no answer the last time, if it has given none since.
+    staged: HashMap<PodUid, Transferred>,
+    /// Fetches started so far; each has its number.
+    fetches_begun: u64,
+    /// The last error of EKS Auth, while it gives no answer.
     outage: Option<Error>,
-    absent: Absent,
-    /// When the pods in need were last counted.
+    absent: AbsentPods,
+    /// When failing pods were last counted.
     counted_at: Timestamp,
 }
 
-/// What is kept beside the plan.
+/// What is known of a key, other than its schedule.
 #[derive(Default)]
 struct Record {
-    tokens: Tokens,
+    tokens: TokenSources,
     trusted: Vec<TokenDigest>,
-    flight: Option<InFlight>,
+    in_flight: Option<InFlight>,
     last_error: Option<Error>,
-    /// Whether operators know that what there is cannot be refreshed.
+    /// Whether operators were told that the cached credentials cannot be refreshed.
     warned: bool,
 }
 
 // === impl CredentialCache ===
 
 impl<S: CredentialSource> CredentialCache<S> {
-    /// An engine with nothing in it, and the task that keeps its schedule on the current runtime. `seed` is for jitter_source
-    /// that need no secrecy, and should differ between nodes.
-    pub fn start(source: S, budget: Budget, clock: Clock, seed: u64, metrics: CacheMetrics) -> Arc<Self> {
-        let plan = Scheduler::new(budget, seed, clock());
-        let state = State {
-            plan,
-            records: HashMap::new(),
-            held: HashMap::new(),
-            flights: 0,
-            outage: None,
-            absent: Absent::default(),
-            counted_at: Timestamp::MIN,
-        };
-        let engine = Arc::new_cyclic(|myself| Self {
-            source,
-            clock,
-            ready: ConcurrentMap::new(),
-            trusted: ConcurrentMap::new(),
-            state: Mutex::new(state),
-            planned: Arc::new(Notify::new()),
-            metrics,
-            myself: Weak::clone(myself),
-        });
-        tokio::spawn(supervise(Arc::downgrade(&engine), Arc::clone(&engine.planned)));
-        engine
-    }
-
-    /// The credentials of a pod that the kernel vouches for. `sent` is the token that it sent, if any, which says that it
-    /// is bound to this pod; else podgate finds one.
+    /// The credentials of a kernel-attested pod. `sent` is the token that it sent, if any, whose claims name this pod;
+    /// otherwise podgate obtains one.
     ///
     /// # Errors
-    /// [`Error::Slow`] at `deadline`, while the fetch goes on for whoever asks next.
+    /// [`Error::Slow`] at `deadline`; the fetch continues for the next caller.
     pub async fn for_pod(
         &self,
         pod: &Arc<Pod>,
@@ -147,21 +130,24 @@ impl<S: CredentialSource> CredentialCache<S> {
     ) -> Result<Arc<Credentials>, Error> {
         if let Some(sent) = &sent {
             let digest = sent.token.digest();
-            // Where nobody can tell, the kernel's attestation is enough, and EKS Auth judges the token.
-            if self.whose(&digest) != Some(pod.uid) && self.is_good(sent).await? {
+            // Where the keys are unavailable, attestation is enough, and EKS Auth judges the token.
+            if self.pod_of_token(&digest) != Some(pod.uid) && self.is_verified(sent).await? {
                 let mut state = self.lock();
-                state.is_here(pod.uid)?;
+                state.ensure_present(pod.uid)?;
                 self.trust(&mut state, pod.uid, digest);
             }
         }
-        self.counted(self.of_pod(pod.uid, Tokens::new(sent, Some(pod)), floor, deadline).await, floor)
+        self.count_below_floor(
+            self.get_or_fetch(pod.uid, TokenSources::new(sent, Some(pod)), floor, deadline).await,
+            floor,
+        )
     }
 
-    /// The credentials of the pod that a token is bound to, for a caller at `address` that nobody vouches for. What the
-    /// token says counts for nothing before it is verified, here or by EKS Auth.
+    /// The credentials of the pod that a token is bound to, for an anonymous caller at `address`. The claims count for
+    /// nothing until the token is verified, here or by EKS Auth.
     ///
     /// # Errors
-    /// [`Error::Slow`] at `deadline`, while the fetch goes on for whoever asks next.
+    /// [`Error::Slow`] at `deadline`; the fetch continues for the next caller.
     pub async fn for_token(
         &self,
         sent: SentToken,
@@ -169,48 +155,44 @@ impl<S: CredentialSource> CredentialCache<S> {
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Error> {
         let digest = sent.token.digest();
-        let mut uid = self.whose(&digest);
+        let mut uid = self.pod_of_token(&digest);
         if !holds(Defense::AcceptedTokens) {
             uid = sent.claims.pod;
         }
-        #[cfg(test)]
-        if planted(Bug::ForgedOpens) {
-            uid = sent.claims.pod;
-        }
-        if uid.is_none() && self.is_good(&sent).await? {
+        if uid.is_none() && self.is_verified(&sent).await? {
             uid = sent.claims.pod;
             if let Some(uid) = uid {
                 let mut state = self.lock();
-                state.is_here(uid)?;
+                state.ensure_present(uid)?;
                 self.trust(&mut state, uid, digest);
             }
         }
-        let tokens = Tokens::new(Some(sent), None);
+        let tokens = TokenSources::new(Some(sent), None);
         let answer = if let Some(uid) = uid {
-            self.of_pod(uid, tokens, Floor::Container, deadline).await
+            self.get_or_fetch(uid, tokens, Floor::Container, deadline).await
         } else {
             let fairness_key = FairnessKey::Address(address.to_canonical());
             let waiter = self.join(&mut self.lock(), Key::Token(digest), fairness_key, tokens)?;
             waiter.wait(deadline.into()).await
         };
-        self.counted(answer, Floor::Container)
+        self.count_below_floor(answer, Floor::Container)
     }
 
     /// Fetches a pod's credentials before it asks.
     pub fn prefetch(&self, pod: &Arc<Pod>) {
         let mut state = self.lock();
-        if state.absent.is_gone(pod.uid, TokioInstant::now()) {
+        if state.absent.is_removed(pod.uid, TokioInstant::now()) {
             return;
         }
         self.adopt_for(&mut state, pod);
-        let tokens = Tokens::new(None, Some(pod));
+        let tokens = TokenSources::new(None, Some(pod));
         state.records.entry(Key::Pod(pod.uid)).or_default().tokens.update(tokens);
-        state.plan.prefetch(pod.uid, self.now());
-        self.act(&mut state);
+        state.scheduler.prefetch(pod.uid, self.now());
+        self.apply_schedule(&mut state);
     }
 
-    /// Counts what has little life left, however it came.
-    fn counted(
+    /// Counts an answer whose credentials are below the floor, wherever they came from.
+    fn count_below_floor(
         &self,
         answer: Result<Arc<Credentials>, Error>,
         floor: Floor,
@@ -221,10 +203,10 @@ impl<S: CredentialSource> CredentialCache<S> {
         answer
     }
 
-    async fn of_pod(
+    async fn get_or_fetch(
         &self,
         uid: PodUid,
-        tokens: Tokens,
+        tokens: TokenSources,
         floor: Floor,
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Error> {
@@ -233,105 +215,96 @@ impl<S: CredentialSource> CredentialCache<S> {
             && self.is_fresh(ready, floor)
         {
             if !ready.asked.load(Relaxed) && !ready.asked.swap(true, Relaxed) {
-                self.first_asked(&mut self.lock(), uid);
+                self.on_first_use(&mut self.lock(), uid);
             }
             return Ok(Arc::clone(&ready.credentials));
         }
         let until = TokioInstant::from(deadline);
-        let timeout_limit = TokioInstant::now() + TIMEOUT;
+        let stale_until = TokioInstant::now() + STALE_TIMEOUT;
         let until =
-            if ready.is_some_and(|ready| self.is_alive(&ready)) { until.min(timeout_limit) } else { until };
+            if ready.is_some_and(|ready| self.is_unexpired(&ready)) { until.min(stale_until) } else { until };
         let joined = {
             let mut state = self.lock();
-            // A flight may have completed meanwhile: the caller needs no other one.
+            // A fetch may have completed meanwhile: this caller needs no second one.
             let ready = self.ready.pin().get(&uid).cloned();
-            #[cfg(test)]
-            let ready = ready.filter(|_| !planted(Bug::OneLook));
             if let Some(ready) = ready.filter(|ready| self.is_fresh(ready, floor)) {
                 ready.asked.store(true, Relaxed);
-                self.first_asked(&mut state, uid);
+                self.on_first_use(&mut state, uid);
                 return Ok(Arc::clone(&ready.credentials));
             }
-            state.is_here(uid)?;
+            state.ensure_present(uid)?;
             self.join(&mut state, Key::Pod(uid), FairnessKey::Pod(uid), tokens)
         };
         let fetched = match joined {
             Ok(waiter) => waiter.wait(until).await,
             Err(error) => Err(error),
         };
-        match (fetched, self.alive(uid)) {
-            (Err(_), Some(spare)) => Ok(Arc::clone(&spare.credentials)),
+        match (fetched, self.unexpired(uid)) {
+            (Err(_), Some(stale)) => Ok(Arc::clone(&stale.credentials)),
             (fetched, _) => fetched,
         }
     }
 
-    /// Joins the flight of a key, which begins if there is none.
+    /// Joins the fetch of a key, which is started if there is none.
     fn join(
         &self,
         state: &mut State,
         key: Key,
         fairness_key: FairnessKey,
-        tokens: Tokens,
+        tokens: TokenSources,
     ) -> Result<Waiter, Error> {
-        let answer = state.plan.ask(key, fairness_key, self.now());
+        let answer = state.scheduler.ask(key, fairness_key, self.now());
         if answer == Answer::Busy {
             return Err(Error::Busy);
         }
         let record = state.records.entry(key).or_default();
         record.tokens.update(tokens);
         let last_error = record.last_error.clone();
-        let Answer::Joined { hope } = answer else {
+        let Answer::Joined { likely } = answer else {
             return Err(last_error.unwrap_or(Error::Slow(Duration::ZERO)));
         };
-        let outage = state.outage.as_ref().filter(|_| state.plan.eks_auth_is_unavailable());
-        let last_error = last_error.or_else(|| outage.map(Error::for_others));
-        let waiter = record.flight.get_or_insert_default().waiter(hope, last_error);
-        self.act(state);
+        let outage = state.outage.as_ref().filter(|_| state.scheduler.eks_auth_is_unavailable());
+        let last_error = last_error.or_else(|| outage.map(without_request_id));
+        let waiter = record.in_flight.get_or_insert_default().waiter(likely, last_error);
+        self.apply_schedule(state);
         Ok(waiter)
     }
 
-    /// Does what the plan says is to be done now, and lets the schedule be looked at again.
-    fn act(&self, state: &mut State) {
-        self.act_for_now(state);
-        #[cfg(test)]
-        if planted(Bug::NotifyLost) {
-            return;
-        }
-        self.planned.notify_one();
+    /// Does what the scheduler says is due, and wakes the upkeep task to look at the schedule again.
+    fn apply_schedule(&self, state: &mut State) {
+        self.apply_due(state);
+        self.schedule_changed.notify_one();
     }
 
-    fn act_for_now(&self, state: &mut State) {
-        while let Some(action) = state.plan.next(self.now()) {
+    fn apply_due(&self, state: &mut State) {
+        while let Some(action) = state.scheduler.next(self.now()) {
             match action {
-                #[cfg(test)]
-                Action::Drop(_) if planted(Bug::ExpiredOut) => {}
-                Action::Drop(key) => self.drop_record(state, key),
-                Action::Fetch(key, class) => {
-                    state.flights += 1;
+                Action::Evict(key) => self.evict(state, key),
+                Action::Fetch(key, priority) => {
+                    state.fetches_begun += 1;
                     let record = state.records.entry(key).or_default();
-                    let flight = record.flight.get_or_insert_default();
-                    let Some(engine) = self.myself.upgrade() else { return };
-                    let (tokens, is_second) = (record.tokens.clone(), flight.is_second());
-                    flight.begin(state.flights, engine.fly(key, class, state.flights, tokens, is_second));
+                    let in_flight = record.in_flight.get_or_insert_default();
+                    let Some(cache) = self.weak_self.upgrade() else { return };
+                    let (tokens, is_retry) = (record.tokens.clone(), in_flight.is_retry());
+                    in_flight.begin(
+                        state.fetches_begun,
+                        cache.run_fetch(key, priority, state.fetches_begun, tokens, is_retry),
+                    );
                 }
             }
         }
-        self.metrics.flights.set(i64::try_from(state.plan.flights()).unwrap_or(i64::MAX));
-        self.metrics.eks_auth_unavailable.set(i64::from(state.plan.eks_auth_is_unavailable()));
+        self.metrics.in_flight.set(i64::try_from(state.scheduler.in_flight()).unwrap_or(i64::MAX));
+        self.metrics.eks_auth_unavailable.set(i64::from(state.scheduler.eks_auth_is_unavailable()));
     }
 
-    /// Drops everything that is known of a key, a flight included.
-    fn give_up(&self, state: &mut State, key: Key) {
-        state.plan.forget(key);
-        self.drop_record(state, key);
-        self.act(state);
+    /// Removes a key altogether, and aborts its fetch.
+    fn cancel(&self, state: &mut State, key: Key) {
+        state.scheduler.remove(key);
+        self.evict(state, key);
+        self.apply_schedule(state);
     }
 
-    fn drop_record(&self, state: &mut State, key: Key) {
-        #[cfg(test)]
-        if planted(Bug::ForgetLeaves) {
-            return;
-        }
+    fn evict(&self, state: &mut State, key: Key) {
         let record = state.records.remove(&key).unwrap_or_default();
         let trusted = self.trusted.pin();
         for digest in &record.trusted {
@@ -342,27 +315,23 @@ impl<S: CredentialSource> CredentialCache<S> {
         }
     }
 
-    fn first_asked(&self, state: &mut State, uid: PodUid) {
-        state.plan.asked(Key::Pod(uid), self.now());
-        self.act(state);
+    fn on_first_use(&self, state: &mut State, uid: PodUid) {
+        state.scheduler.asked(Key::Pod(uid), self.now());
+        self.apply_schedule(state);
     }
 
     fn is_fresh(&self, ready: &Ready, floor: Floor) -> bool {
-        #[cfg(test)]
-        if planted(Bug::ExpiredOut) {
-            return true;
-        }
-        self.now() < ready.life.good_until(floor)
+        self.now() < ready.life.fresh_until(floor)
     }
 
-    fn is_alive(&self, ready: &Ready) -> bool {
+    fn is_unexpired(&self, ready: &Ready) -> bool {
         self.now() < ready.credentials.expiration
     }
 
-    /// What there is for a pod, for want of something fresher.
-    fn alive(&self, uid: PodUid) -> Option<Arc<Ready>> {
+    /// The cached credentials of a pod, fresh or stale.
+    fn unexpired(&self, uid: PodUid) -> Option<Arc<Ready>> {
         let ready = self.ready.pin().get(&uid).cloned();
-        ready.filter(|ready| self.is_alive(ready))
+        ready.filter(|ready| self.is_unexpired(ready))
     }
 
     fn now(&self) -> Timestamp {

@@ -1,6 +1,6 @@
-//! Who the agent is at the API server.
+//! The identity with which the agent calls the API server.
 //!
-//! Owns how the client is made; never asks the server anything itself.
+//! Owns the configuration of its clients; never makes a call itself.
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use kube::{Client, Config};
 
 use crate::config::KubeIdentity;
 
-/// The API server says something on each watch about once a minute (bookmarks).
+/// The API server sends a bookmark on each watch about once a minute.
 const READ_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Why there is no client for the API server.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Neither a kubeconfig nor a service account.
-    #[error("no way to the API server: set KUBECONFIG, or run in a pod with a service account's token: {0}")]
+    #[error("no API server configured: set KUBECONFIG, or run in a pod with a service account's token: {0}")]
     Infer(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The configuration found cannot be used.
     #[error("the API server's configuration cannot be used: {0}")]
@@ -27,7 +27,7 @@ pub enum Error {
 pub struct Clients {
     /// For the node's pods and their tokens: acts as `--kube-identity` says.
     pub node: Client,
-    /// For what is the agent's own: namespaces.
+    /// For everything else: acts as the agent's own service account.
     pub own: Client,
 }
 
@@ -37,9 +37,9 @@ pub struct Clients {
 /// pods and tokens, and the Node authorizer limits it to the pods of its node.
 pub async fn clients(identity: KubeIdentity, node_name: &str) -> Result<Clients, Error> {
     let mut config = Config::infer().await.map_err(|error| Error::Infer(error.into()))?;
-    // The client would try again for minutes; the watch backs off by itself, and a pod waits for a token.
+    // The client would retry for minutes; the watch backs off by itself, and a pod waits for a token.
     config.default_retry = false;
-    // A server that hangs is given up, and so is a connection that is dead and does not say so.
+    // Gives up on a server that hangs, and on a dead connection.
     config.read_timeout = Some(READ_TIMEOUT);
     let own = client(config.clone())?;
     if identity == KubeIdentity::AssociatedNode {

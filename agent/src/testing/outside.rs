@@ -28,7 +28,7 @@ use super::{credentials, pod, pod_uid};
 use crate::{
     credentials::{
         Role, token,
-        token::{claims, signature::KeySet},
+        token::{claims, jwks::KeySet},
     },
     dialect::{
         Dialect, Refusal, Response, ecs, forwarded,

@@ -13,12 +13,13 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     credentials::{
-        Credentials, Error, Role, ServiceError,
+        Clock, Credentials, Error, Role, ServiceError,
         aws::eks_auth::Assumed,
-        cache::Clock,
         source::CredentialSource,
-        token::claims::{Claims, SentToken},
-        token::issuer::Verdict,
+        token::{
+            Verdict,
+            claims::{Claims, SentToken},
+        },
     },
     identity::{Pod, PodUid, ServiceAccountRef},
     secret::Secret,
@@ -229,15 +230,15 @@ impl Drop for UnderWay<'_> {
 }
 
 impl CredentialSource for Arc<FakeUpstream> {
-    fn judge<'a>(&'a self, token: &'a Secret, _: &'a Claims) -> BoxFuture<'a, Verdict> {
+    fn verify<'a>(&'a self, token: &'a Secret, _: &'a Claims) -> BoxFuture<'a, Verdict> {
         Box::pin(async {
             let Conditions { judging, verdict, .. } = self.lock().conditions.clone();
             if !judging.is_zero() {
                 sleep(judging).await;
             }
             let is_genuine = owner(token).is_some();
-            if verdict == Verdict::Good && !is_genuine {
-                return Verdict::Bad("its signature is wrong".to_owned());
+            if verdict == Verdict::Valid && !is_genuine {
+                return Verdict::Invalid("its signature is wrong".to_owned());
             }
             verdict
         })
@@ -268,7 +269,7 @@ impl CredentialSource for Arc<FakeUpstream> {
         })
     }
 
-    fn refused<'a>(&'a self, uid: PodUid, token: &'a Secret) -> BoxFuture<'a, ()> {
+    fn reject_token<'a>(&'a self, uid: PodUid, token: &'a Secret) -> BoxFuture<'a, ()> {
         Box::pin(async move {
             self.lock().kept_tokens.retain(|of, (_, kept)| *of != uid || kept != token);
         })
@@ -313,7 +314,7 @@ impl CredentialSource for Arc<FakeUpstream> {
         })
     }
 
-    fn forget(&self, uid: PodUid) -> BoxFuture<'_, ()> {
+    fn remove_pod(&self, uid: PodUid) -> BoxFuture<'_, ()> {
         Box::pin(async move {
             self.lock().kept_tokens.remove(&uid);
         })

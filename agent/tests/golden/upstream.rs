@@ -7,8 +7,10 @@ use agent::{
         Error,
         aws::eks_auth::{Assumed, EksAuth},
         source::CredentialSource,
-        token::claims::{self, Claims},
-        token::issuer::Verdict,
+        token::{
+            Verdict,
+            claims::{self, Claims},
+        },
     },
     identity::{Pod, PodUid},
     instance_metadata::Instance,
@@ -103,15 +105,15 @@ impl Source {
 }
 
 impl CredentialSource for Source {
-    fn judge<'a>(&'a self, token: &'a Secret, claims: &'a Claims) -> BoxFuture<'a, Verdict> {
+    fn verify<'a>(&'a self, token: &'a Secret, claims: &'a Claims) -> BoxFuture<'a, Verdict> {
         let verdict = if token.expose().ends_with(UNVERIFIED) {
             Verdict::Unknown
         } else if token.expose().ends_with(FORGED) {
-            Verdict::Bad("its signature is wrong".to_owned())
+            Verdict::Invalid("its signature is wrong".to_owned())
         } else if claims.pod.is_none() {
-            Verdict::Bad("it is not bound to a pod".to_owned())
+            Verdict::Invalid("it is not bound to a pod".to_owned())
         } else {
-            Verdict::Good
+            Verdict::Valid
         };
         Box::pin(async { verdict })
     }
@@ -124,7 +126,7 @@ impl CredentialSource for Source {
         Box::pin(async { token })
     }
 
-    fn refused<'a>(&'a self, _: PodUid, _: &'a Secret) -> BoxFuture<'a, ()> {
+    fn reject_token<'a>(&'a self, _: PodUid, _: &'a Secret) -> BoxFuture<'a, ()> {
         Box::pin(async {})
     }
 
@@ -137,7 +139,7 @@ impl CredentialSource for Source {
         })
     }
 
-    fn forget(&self, _: PodUid) -> BoxFuture<'_, ()> {
+    fn remove_pod(&self, _: PodUid) -> BoxFuture<'_, ()> {
         Box::pin(async {})
     }
 }

@@ -33,7 +33,7 @@ fn kept(node: &Node, pod: &TestPod, minutes_left: i64) -> String {
         role: Role { account_id: "123456789012".into(), partition: "aws".into(), name: "web-role".into() },
     };
     let kept = credentials.access_key_id.clone();
-    node.engine.hold(vec![Transferred {
+    node.engine.stage(vec![Transferred {
         pod: pod.uid,
         service_account,
         credentials: Arc::new(credentials),

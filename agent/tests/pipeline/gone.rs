@@ -90,7 +90,7 @@ async fn a_pod_whose_cgroup_is_gone_gets_nothing_though_the_api_server_shows_it(
         [by_token, by_both, by_kernel]
     };
     assert!(ask_all().await.iter().all(|answer| answer.status == 200));
-    node.engine.gone(uid).await;
+    node.engine.on_cgroup_removed(uid).await;
     for answer in ask_all().await {
         assert!(answer.status == 500 && answer.body.contains("the pod is gone"), "{answer:?}");
     }

@@ -1,6 +1,6 @@
-//! One call of `AssumeRoleForPodIdentity`.
+//! The call `AssumeRoleForPodIdentity` of EKS Auth.
 //!
-//! Owns the call and what its failures mean; never caches, never tries twice.
+//! Owns the call and the meaning of its failures; never caches, never retries.
 
 use std::time::Duration;
 
@@ -30,10 +30,10 @@ use crate::{
     secret::Secret,
 };
 
-/// Nobody is asked to wait longer than that.
-const RETRY_AFTER_MAX: Duration = Duration::from_mins(5);
-/// How often a connection is opened that nobody asked for, at most: what AWS closes sooner is left closed for a while.
-pub const WARM_EVERY: Duration = Duration::from_secs(20);
+/// A longer `Retry-After` is cut to this.
+const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
+/// Least time between two connections that are opened ahead of time.
+pub const WARM_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Exchanges tokens for credentials.
 #[derive(Clone, Debug)]
@@ -56,7 +56,7 @@ pub struct Assumed {
 // === impl EksAuth ===
 
 impl EksAuth {
-    /// Calls on behalf of this node of this cluster, on this instance.
+    /// Calls for this node of this cluster, on this instance.
     pub fn new(
         config: &SdkConfig,
         cluster_name: &str,
@@ -71,21 +71,21 @@ impl EksAuth {
         }
     }
 
-    /// Sees to it that there is a connection when a pod asks: a first one now, and another whenever the last one has been
-    /// closed. For ever.
+    /// Keeps a connection open for the next pod that asks: opens one now, and another whenever the last one was closed, until
+    /// shutdown.
     pub async fn keep_warm(self, mut connections: Connections, every: Duration) {
         while connections.wait_for(|open| *open == 0).await.is_ok() {
-            self.touch().await;
+            self.open_connection().await;
             sleep(every).await;
         }
     }
 
-    /// A request that asks for nothing: the SDK opens no connection without one.
-    async fn touch(&self) {
+    /// Opens a connection. The SDK does so only for a request, so this sends one that has no effect.
+    async fn open_connection(&self) {
         let call = self.client.assume_role_for_pod_identity().cluster_name(&self.cluster_name).token("");
-        let call = call.customize().config_override(self.region()).mutate_request(ask_for_nothing);
+        let call = call.customize().config_override(self.region()).mutate_request(make_head_request);
         let answer = call.send().await;
-        // It refuses, of course.
+        // EKS Auth refuses it, as expected.
         if let Err(error) = answer
             && error.raw_response().is_none()
         {
@@ -93,7 +93,7 @@ impl EksAuth {
         }
     }
 
-    /// Exchanges one token.
+    /// Exchanges a token for credentials.
     pub async fn assume_role(&self, token: &Secret) -> Result<Assumed, Error> {
         let Instance { id, zone_id, .. } = self.instance.borrow().clone();
         let call = self.client.assume_role_for_pod_identity().set_instance_id(id).set_zone(zone_id);
@@ -103,7 +103,7 @@ impl EksAuth {
         assumed(&answer, Timestamp::now()).map_err(|reason| Error::BadAnswer { reason: reason.to_owned() })
     }
 
-    /// Where no setting names a region, it is the instance's, which may be known only after the start.
+    /// The configured region, or else the instance's, which may become known only after the start.
     fn region(&self) -> config::Builder {
         let set = self.client.config().region();
         let region = set.cloned().or_else(|| self.instance.borrow().region.clone().map(Region::new));
@@ -111,13 +111,13 @@ impl EksAuth {
     }
 }
 
-/// Makes `HEAD /` of a call, which is no operation of EKS Auth's.
-fn ask_for_nothing(request: &mut HttpRequest) {
+/// Turns a call into `HEAD /`, which is no operation of EKS Auth.
+fn make_head_request(request: &mut HttpRequest) {
     let uri: Option<Uri> = request.uri().parse().ok();
     let Some((scheme, authority)) = uri.as_ref().and_then(|uri| uri.scheme_str().zip(uri.authority())) else {
         return;
     };
-    // What comes from an address is one.
+    // It is made of the parts of a valid URI.
     let _ = request.set_uri(format!("{scheme}://{authority}/"));
     let _ = request.set_method(Method::HEAD.as_str());
     request.headers_mut().remove(CONTENT_LENGTH.as_str());
@@ -125,14 +125,14 @@ fn ask_for_nothing(request: &mut HttpRequest) {
 }
 
 fn assumed(answer: &AssumeRoleForPodIdentityOutput, now: Timestamp) -> Result<Assumed, &'static str> {
-    // The SDK makes up empty ones for those that are missing.
+    // The SDK fills in empty strings for missing fields.
     let credentials = answer
         .credentials()
-        .filter(|sent| is_there(&[sent.access_key_id(), sent.secret_access_key(), sent.session_token()]));
+        .filter(|sent| all_present(&[sent.access_key_id(), sent.secret_access_key(), sent.session_token()]));
     let credentials = credentials.ok_or("it has no credentials")?;
-    let subject = answer.subject().filter(|sent| is_there(&[sent.namespace(), sent.service_account()]));
+    let subject = answer.subject().filter(|sent| all_present(&[sent.namespace(), sent.service_account()]));
     let subject = subject.ok_or("it has no subject")?;
-    let user = answer.assumed_role_user().filter(|sent| is_there(&[sent.arn()]));
+    let user = answer.assumed_role_user().filter(|sent| all_present(&[sent.arn()]));
     let arn = user.ok_or("it has no assumed role")?.arn();
     let expiration = Timestamp::from_second(credentials.expiration().secs());
     Ok(Assumed {
@@ -151,30 +151,30 @@ fn assumed(answer: &AssumeRoleForPodIdentityOutput, now: Timestamp) -> Result<As
     })
 }
 
-fn is_there(fields: &[&str]) -> bool {
+fn all_present(fields: &[&str]) -> bool {
     !fields.contains(&"")
 }
 
-/// That the node's credentials are what is missing shows only as a cause of a failure to construct or dispatch; that they
-/// are bad, in AWS's common errors.
+/// Missing node credentials show only as a cause of a construction or dispatch failure; invalid ones, as one of AWS's common
+/// errors.
 fn failure(error: &SdkError<AssumeRoleForPodIdentityError, HttpResponse>) -> Error {
     match error {
-        SdkError::ServiceError(answer) => answered(answer.err().meta(), answer.raw()),
-        SdkError::ResponseError(answer) => Error::BadAnswer { reason: foreign(answer.raw()) },
+        SdkError::ServiceError(answer) => service_failure(answer.err().meta(), answer.raw()),
+        SdkError::ResponseError(answer) => Error::BadAnswer { reason: describe_foreign(answer.raw()) },
         SdkError::TimeoutError(_) => Error::Unreachable { reason: "no answer in time".to_owned() },
         _ if is_about_credentials(error) => Error::NodeCredentials { reason: chain(error) },
         _ => Error::Unreachable { reason: chain(error) },
     }
 }
 
-/// An error in a successful answer is one that could not be read, and one without a code is not EKS Auth's.
-fn answered(error: &ErrorMetadata, answer: &HttpResponse) -> Error {
+/// An error with a successful status is an answer that could not be parsed; one without a code is not EKS Auth's.
+fn service_failure(error: &ErrorMetadata, answer: &HttpResponse) -> Error {
     let status = answer.status();
     let (code, message) = match error.code() {
         Some(code) if !status.is_success() => (code, error.message().unwrap_or_default().to_owned()),
-        // Whatever says so, it wants to be left in peace.
-        _ if status.as_u16() == 429 || status.is_server_error() => ("UnknownError", foreign(answer)),
-        _ => return Error::BadAnswer { reason: foreign(answer) },
+        // Not EKS Auth itself, but it asks for fewer calls.
+        _ if status.as_u16() == 429 || status.is_server_error() => ("UnknownError", describe_foreign(answer)),
+        _ => return Error::BadAnswer { reason: describe_foreign(answer) },
     };
     let error = ServiceError {
         status: status.as_u16(),
@@ -189,21 +189,21 @@ fn answered(error: &ErrorMetadata, answer: &HttpResponse) -> Error {
     Error::Service(error)
 }
 
-/// Describes an answer that does not read as EKS Auth's.
-fn foreign(answer: &HttpResponse) -> String {
+/// Describes an answer that is not EKS Auth's.
+fn describe_foreign(answer: &HttpResponse) -> String {
     let status = answer.status().as_u16();
     let kind = answer.headers().get("content-type").unwrap_or("no content type");
     format!("EKS Auth answered {status} with {kind}, and not as EKS Auth does (a proxy between?)")
 }
 
-/// In whole seconds; a date is not worth a clock that may be wrong.
+/// In whole seconds. A date is ignored, since the clock may be wrong.
 fn retry_after(answer: &HttpResponse) -> Option<Duration> {
     let seconds = answer.headers().get("retry-after")?.trim().parse().ok()?;
-    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
+    Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER))
 }
 
-/// Whether it is the node's signature that AWS does not take. `ExpiredTokenException` is about the pod's token where it
-/// is a 400, as the service's own errors are.
+/// Whether AWS rejects the node's signature. With status 400, like EKS Auth's own errors, `ExpiredTokenException` is about
+/// the pod's token.
 fn is_about_signature(error: &ServiceError) -> bool {
     match error.code.as_str() {
         "UnrecognizedClientException"
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_taken_over_whole() {
+    fn an_answer_is_converted_completely() {
         let answer = answer("arn:aws:sts::123456789012:assumed-role/web/eks-c1-web-0-x");
         let assumed = assumed(&answer, Timestamp::UNIX_EPOCH).unwrap();
         assert_eq!(assumed.service_account.to_string(), "app/web");
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_the_node_s_signature_is_not_the_pod_s_fault() {
+    fn a_rejected_node_signature_is_no_fault_of_the_pod() {
         for (status, code, of_node) in [
             (403, "UnrecognizedClientException", true),
             (403, "InvalidSignatureException", true),

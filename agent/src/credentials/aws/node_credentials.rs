@@ -1,6 +1,6 @@
-//! The node's own credentials, by which EKS Auth is asked.
+//! The node's own AWS credentials, which sign the calls of EKS Auth.
 //!
-//! Owns their sources, in which nothing leads back to podgate itself: no container provider, nor a profile that names one.
+//! Owns their sources, none of which leads back to podgate itself: no container provider, nor a profile that names one.
 
 use std::{
     sync::Arc,
@@ -19,42 +19,41 @@ use aws_smithy_http_client::pool::Client;
 
 use crate::instance_metadata;
 
-/// Static keys do not say when they end: whoever puts others in their file is heard after this time.
-const READ_EVERY: Duration = Duration::from_mins(1);
+/// Static keys have no expiration: changes to their file take effect after this time.
+const STATIC_KEYS_TTL: Duration = Duration::from_mins(1);
 
-/// Environment, shared files (hybrid nodes), web identity, instance role: the first that is there.
+/// The first that exists of: environment, shared files (hybrid nodes), web identity, instance role.
 #[derive(Debug)]
 pub(super) struct NodeCredentials {
     region: Option<Region>,
     http_client: Client,
-    /// One for good: while IMDS is away it goes on with what it had.
+    /// A single provider, which goes on serving what it has while IMDS is unavailable.
     instance_role: Arc<dyn ProvideCredentials>,
 }
 
-/// What a profile gets that wants credentials from a container's endpoint.
+/// Refuses profiles that want credentials from a container endpoint.
 #[derive(Debug)]
-struct NotFromContainer;
+struct RefuseContainer;
 
 // === impl NodeCredentials ===
 
 impl NodeCredentials {
-    /// STS is asked in `region` over `http_client`'s connections. The instance's role never is: no proxy is on the way to
-    /// the node's own IMDS.
+    /// Calls STS in `region` with `http_client`; the instance role bypasses it, since the node's IMDS is not behind a proxy.
     pub(super) fn new(region: Option<Region>, http_client: Client) -> Self {
         let instance_role =
             ImdsCredentialsProvider::builder().configure(&instance_metadata::directly()).build();
         Self { region, http_client, instance_role: Arc::new(instance_role) }
     }
 
-    /// The files are read anew each time: the SDK's own provider reads them once in its life, and its configuration, too.
+    /// Reads the files anew each time: the SDK's own provider reads them, and its configuration, only once.
     async fn load(&self) -> provider::Result {
         let sts = ProviderConfig::without_region()
             .with_region(self.region.clone())
             .with_http_client(self.http_client.clone());
         let profile = ProfileFileCredentialsProvider::builder()
             .configure(&sts)
-            .with_custom_provider("EcsContainer", NotFromContainer)
-            // The SDK's own would be asked over the same connections as STS.
+            .with_custom_provider("EcsContainer", RefuseContainer)
+            // The SDK's own would use the same connections as STS.
             .with_custom_provider("Ec2InstanceMetadata", Arc::clone(&self.instance_role));
         let web_identity = WebIdentityTokenCredentialsProvider::builder().configure(&sts);
         let chain =
@@ -63,7 +62,7 @@ impl NodeCredentials {
                 .or_else("WebIdentityToken", web_identity.build())
                 .or_else("Ec2InstanceMetadata", Arc::clone(&self.instance_role));
         let mut credentials = chain.provide_credentials().await?;
-        credentials.expiry_mut().get_or_insert_with(|| SystemTime::now() + READ_EVERY);
+        credentials.expiry_mut().get_or_insert_with(|| SystemTime::now() + STATIC_KEYS_TTL);
         Ok(credentials)
     }
 }
@@ -77,9 +76,9 @@ impl ProvideCredentials for NodeCredentials {
     }
 }
 
-// === impl NotFromContainer ===
+// === impl RefuseContainer ===
 
-impl ProvideCredentials for NotFromContainer {
+impl ProvideCredentials for RefuseContainer {
     fn provide_credentials<'a>(&'a self) -> Provided<'a>
     where
         Self: 'a,
@@ -96,8 +95,8 @@ mod tests {
     use crate::error::chain;
 
     #[tokio::test]
-    async fn a_profile_that_leads_back_to_podgate_gives_the_reason() {
-        let refused = NotFromContainer.provide_credentials().await.unwrap_err();
+    async fn a_profile_that_leads_back_to_podgate_is_refused() {
+        let refused = RefuseContainer.provide_credentials().await.unwrap_err();
         assert!(chain(&refused).contains("podgate itself"), "{refused:?}");
     }
 }

@@ -1,41 +1,39 @@
-//! What a fetch asks, and of whom: a token of the API server, then credentials of EKS Auth.
+//! The calls of one fetch: a token from the API server, then credentials from EKS Auth.
 //!
-//! Owns the calls and for how long each may take; never decides when, and keeps nothing.
+//! Owns the calls and their timeouts; never decides when, and caches nothing.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
 use jiff::SignedDuration;
 use tokio::time::timeout;
 
-use super::{CredentialCache, Tokens};
+use super::{CredentialCache, in_flight::TokenSources};
 use crate::{
     credentials::{
-        Credentials, Error, ServiceError,
-        aws::eks_auth::Assumed,
-        scheduler::{Key, TokenDigest},
+        Credentials, Error, ServiceError, TokenDigest, aws::eks_auth::Assumed, scheduler::Key,
         source::CredentialSource,
     },
     identity::{Pod, PodUid},
     secret::Secret,
 };
 
-/// How long a token may take. Callers are answered sooner; this ends what they share, so that a service that hangs does
-/// not hold a pod forever.
+/// How long a token may take. Callers are answered sooner; this ends the fetch that they share, so that a service that
+/// hangs does not block a pod forever.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(5);
-/// A token that takes longer keeps no other fetch waiting.
-const TOKEN_SOON: Duration = Duration::from_millis(250);
-/// How long EKS Auth may take.
+/// A fetch whose token takes longer gives up its slot until it arrives.
+const TOKEN_SLOT_TIMEOUT: Duration = Duration::from_millis(250);
+/// How long a call of EKS Auth may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(4);
-/// Credentials with less life are of no use to anybody.
-const LIFE_MIN: SignedDuration = SignedDuration::from_secs(15);
+/// Credentials with less life are useless.
+const MIN_LIFE: SignedDuration = SignedDuration::from_secs(15);
 
 /// What a fetch brings.
 pub(super) enum Fetched {
-    /// Credentials, and the caller's token, if it was that.
+    /// Credentials, and the caller's token, if that was used.
     Credentials { credentials: Arc<Credentials>, accepted: Option<Accepted> },
-    /// The pod's token, which was long in coming: EKS Auth is called for others meanwhile.
+    /// The pod's token, after giving up the slot: EKS Auth is to be called when it is this fetch's turn again.
     Token,
-    /// Nothing with the token that podgate had: another one is worth a call when it is this fetch's turn again.
+    /// EKS Auth refused the token that podgate had: another one is worth a call when it is this fetch's turn again.
     TokenRefused(ServiceError),
 }
 
@@ -43,23 +41,23 @@ pub(super) enum Fetched {
 #[derive(Clone, Copy)]
 pub(super) struct Accepted {
     pub(super) token: TokenDigest,
-    /// The pod that it says it is bound to.
+    /// The pod that its claims name.
     pub(super) pod: Option<PodUid>,
 }
 
 // === impl CredentialCache ===
 
 impl<S: CredentialSource> CredentialCache<S> {
-    /// Fetches with the token that the caller sent, or else with one that podgate finds: with two of those at most, as
-    /// `is_second` tells.
+    /// Fetches with the token that the caller sent, or else with one that podgate obtains: at most two of those, the second
+    /// one as a retry.
     pub(super) async fn fetch(
         &self,
         key: Key,
         number: u64,
-        tokens: &Tokens,
-        is_second: bool,
+        tokens: &TokenSources,
+        is_retry: bool,
     ) -> Result<Fetched, Error> {
-        if let Some(sent) = tokens.sent_and_good(self.now()) {
+        if let Some(sent) = tokens.unexpired_sent(self.now()) {
             let assumed = self.call(&sent.token).await?;
             let accepted = Some(Accepted { token: sent.token.digest(), pod: sent.claims.pod });
             return self.checked(assumed, tokens, accepted);
@@ -69,15 +67,15 @@ impl<S: CredentialSource> CredentialCache<S> {
             return Err(Error::Token { reason });
         };
         let mut sought = pin!(self.token(pod));
-        let Ok(token) = timeout(TOKEN_SOON, &mut sought).await else {
-            self.linger(key, number);
-            // The source keeps it until it is this fetch's turn again.
+        let Ok(token) = timeout(TOKEN_SLOT_TIMEOUT, &mut sought).await else {
+            self.release_slot(key, number);
+            // The source caches it until it is this fetch's turn again.
             return sought.await.map(|_| Fetched::Token);
         };
         let token = token?;
         match self.call(&token).await {
-            Err(Error::Service(error)) if error.is_about_the_token() && !is_second => {
-                self.source.refused(pod.uid, &token).await;
+            Err(Error::Service(error)) if error.is_about_the_token() && !is_retry => {
+                self.source.reject_token(pod.uid, &token).await;
                 Ok(Fetched::TokenRefused(error))
             }
             called => self.checked(called?, tokens, None),
@@ -96,11 +94,11 @@ impl<S: CredentialSource> CredentialCache<S> {
         assumed.unwrap_or_else(|_| Err(Error::Unreachable { reason: "no answer in time".to_owned() }))
     }
 
-    /// Takes an answer only for the pod that it was asked for, and while it is good for something.
+    /// Accepts only an answer for the right service account, with credentials that are still useful.
     fn checked(
         &self,
         assumed: Assumed,
-        tokens: &Tokens,
+        tokens: &TokenSources,
         accepted: Option<Accepted>,
     ) -> Result<Fetched, Error> {
         let Assumed { service_account: answered, credentials } = assumed;
@@ -109,7 +107,7 @@ impl<S: CredentialSource> CredentialCache<S> {
         {
             return Err(Error::Mismatch { answered, asked: pod.service_account.clone() });
         }
-        if credentials.expiration < self.now() + LIFE_MIN {
+        if credentials.expiration < self.now() + MIN_LIFE {
             let reason = "its credentials have expired already; is this node's clock right?".to_owned();
             return Err(Error::BadAnswer { reason });
         }

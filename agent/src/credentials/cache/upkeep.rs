@@ -1,78 +1,106 @@
-//! What is done without anybody asking: whatever is due, when it is.
+//! Starts the cache, and runs its schedule for as long as it lives.
 //!
-//! Owns the task of the schedule, which nothing ends but the engine's end; what is due is the plan's.
+//! Owns the upkeep task, which survives panics: without it nothing is ever refreshed. What is due is up to the scheduler.
 
 use std::{
+    collections::HashMap,
     panic::AssertUnwindSafe,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
 use futures::FutureExt as _;
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
+use papaya::HashMap as ConcurrentMap;
 use tokio::{sync::Notify, time::sleep};
 use tracing::error;
 
-#[cfg(test)]
-use super::planted;
-use super::{CredentialCache, State};
-use crate::credentials::source::CredentialSource;
+use super::{AbsentPods, Budget, CredentialCache, State};
+use crate::credentials::{Clock, metrics::CacheMetrics, scheduler::Scheduler, source::CredentialSource};
 
-const AFTER_PANIC: Duration = Duration::from_secs(1);
-/// Longest sleep: the clock may be set meanwhile.
-const SLEEP_MAX: Duration = Duration::from_mins(1);
-/// Pods are counted less often than the schedule is looked at.
-const COUNT_EVERY: SignedDuration = SignedDuration::from_secs(10);
+const PANIC_RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Longest sleep, since the wall clock may be set meanwhile.
+const MAX_SLEEP: Duration = Duration::from_mins(1);
+/// Failing pods are counted less often than the schedule runs.
+const COUNT_INTERVAL: SignedDuration = SignedDuration::from_secs(10);
 
 // === impl CredentialCache ===
 
 impl<S: CredentialSource> CredentialCache<S> {
-    /// Does what is due, and tells how long there is nothing to do.
-    fn act_when_due(&self) -> Duration {
+    /// An empty cache, and its upkeep task on the current runtime. `seed` is for jitter: it needs no secrecy, and should
+    /// differ between nodes.
+    pub fn start(source: S, budget: Budget, clock: Clock, seed: u64, metrics: CacheMetrics) -> Arc<Self> {
+        let scheduler = Scheduler::new(budget, seed, clock());
+        let state = State {
+            scheduler,
+            records: HashMap::new(),
+            staged: HashMap::new(),
+            fetches_begun: 0,
+            outage: None,
+            absent: AbsentPods::default(),
+            counted_at: Timestamp::MIN,
+        };
+        let cache = Arc::new_cyclic(|weak_self| Self {
+            source,
+            clock,
+            ready: ConcurrentMap::new(),
+            trusted: ConcurrentMap::new(),
+            state: Mutex::new(state),
+            schedule_changed: Arc::new(Notify::new()),
+            metrics,
+            weak_self: Weak::clone(weak_self),
+        });
+        tokio::spawn(supervise(Arc::downgrade(&cache), Arc::clone(&cache.schedule_changed)));
+        cache
+    }
+
+    /// Does what is due, and returns how long to sleep.
+    fn run_due(&self) -> Duration {
         let mut state = self.lock();
-        #[cfg(test)]
-        planted::panic_once();
-        self.act_for_now(&mut state);
+        self.apply_due(&mut state);
         self.count(&mut state);
-        state.plan.wake_at().map_or(SLEEP_MAX, |at| {
-            let left = at.duration_since(self.now()).max(SignedDuration::ZERO);
-            left.unsigned_abs().min(SLEEP_MAX)
+        state.scheduler.wake_at().map_or(MAX_SLEEP, |at| {
+            let wait = at.duration_since(self.now()).max(SignedDuration::ZERO);
+            wait.unsigned_abs().min(MAX_SLEEP)
         })
     }
 
-    /// Counts the pods in need, now and then.
+    /// Counts failing pods, now and then.
     fn count(&self, state: &mut State) {
         let now = self.now();
-        if (state.counted_at..state.counted_at + COUNT_EVERY).contains(&now) {
+        if (state.counted_at..state.counted_at + COUNT_INTERVAL).contains(&now) {
             return;
         }
         state.counted_at = now;
-        let (below_floor, without) = state.plan.in_need(now);
-        self.metrics.in_need(below_floor, without);
+        let (below_floor, missing) = state.scheduler.count_failing(now);
+        self.metrics.set_failing(below_floor, missing);
     }
 }
 
-/// Without the schedule nothing is ever refreshed: whatever happens in it, it goes on.
-pub(super) async fn supervise<S: CredentialSource>(engine: Weak<CredentialCache<S>>, planned: Arc<Notify>) {
+/// Restarts the upkeep task when it panics.
+pub(super) async fn supervise<S: CredentialSource>(
+    cache: Weak<CredentialCache<S>>,
+    schedule_changed: Arc<Notify>,
+) {
     loop {
-        let schedule = keep_schedule(Weak::clone(&engine), Arc::clone(&planned));
+        let schedule = run_schedule(Weak::clone(&cache), Arc::clone(&schedule_changed));
         if AssertUnwindSafe(schedule).catch_unwind().await.is_ok() {
             return;
         }
-        error!("BUG: the schedule of credentials has panicked; it goes on");
-        sleep(AFTER_PANIC).await;
+        error!("BUG: the credential schedule panicked; restarting it");
+        sleep(PANIC_RETRY_DELAY).await;
     }
 }
 
-/// Does what is due when it is due, for as long as there is an engine.
-async fn keep_schedule<S: CredentialSource>(engine: Weak<CredentialCache<S>>, planned: Arc<Notify>) {
+/// Does what is due when it is due, until the cache is dropped.
+async fn run_schedule<S: CredentialSource>(cache: Weak<CredentialCache<S>>, schedule_changed: Arc<Notify>) {
     loop {
-        let Some(engine) = engine.upgrade() else { return };
-        let until = engine.act_when_due();
-        drop(engine);
+        let Some(cache) = cache.upgrade() else { return };
+        let until = cache.run_due();
+        drop(cache);
         tokio::select! {
             () = sleep(until) => {}
-            () = planned.notified() => {}
+            () = schedule_changed.notified() => {}
         }
     }
 }

@@ -1,4 +1,4 @@
-//! How fast this node may call EKS Auth: a budget of its own, and what EKS Auth makes of it by throttling.
+//! How fast this node may call EKS Auth: its own budget, reduced by what EKS Auth throttles.
 //!
 //! Owns the rate; never decides whose call is next, never reads a clock.
 
@@ -6,27 +6,27 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::credentials::scheduler::freshness::Jitter;
+use crate::credentials::freshness::Jitter;
 
 /// Slowest rate, in calls a second, however much is throttled.
-const SLOWEST: f64 = 0.1;
-/// With so many answers since EKS Auth throttled last, the rate was about right, and a little less will do.
-const SETTLED: u32 = 5;
-/// With so many it is time to find out whether EKS Auth allows more again.
-const RECOVERED: u32 = 60;
+const MIN_RATE: f64 = 0.1;
+/// After so many answers since the last throttling the rate was about right, and a little less will do.
+const SETTLED_ANSWERS: u32 = 5;
+/// After so many it is time to find out whether EKS Auth allows more again.
+const RECOVERED_ANSWERS: u32 = 60;
 
 /// What the node allows itself.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Budget {
     /// Calls a second, in the long run.
     pub per_second: f64,
-    /// Calls at once, by callers who wait; what is done ahead of time is never done in a burst.
+    /// Calls at once, in the foreground; refreshes and prefetches never come in a burst.
     pub burst: f64,
 }
 
-/// Two token buckets, one of which is for what is done ahead of time, and a rate that follows what EKS Auth allows.
+/// Two token buckets, one of them for refreshes and prefetches, and a rate that follows what EKS Auth allows.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct RateLimit {
     budget: Budget,
     rate: f64,
     /// The rate to return to: just below that at which EKS Auth throttled last.
@@ -39,9 +39,9 @@ pub(super) struct Pace {
     answers: u32,
 }
 
-// === impl Pace ===
+// === impl RateLimit ===
 
-impl Pace {
+impl RateLimit {
     pub(super) fn new(budget: Budget, now: Timestamp) -> Self {
         Self {
             budget,
@@ -63,7 +63,7 @@ impl Pace {
         (self.filled_at + missing).max(self.paused_until)
     }
 
-    /// Makes a call of it, if one may be made now.
+    /// Takes a call, if one may be made now.
     pub(super) fn take(&mut self, ahead: bool, now: Timestamp) -> bool {
         if now < self.ready_at(ahead) {
             return false;
@@ -85,11 +85,11 @@ impl Pace {
     pub(super) fn answered(&mut self) {
         self.answers = self.answers.saturating_add(1);
         let gap = (self.ceiling - self.rate).max(0.0);
-        let growth = if self.answers > RECOVERED { 0.05 } else { 0.001 };
+        let growth = if self.answers > RECOVERED_ANSWERS { 0.05 } else { 0.001 };
         self.rate = (self.rate + 0.1 * gap + growth * self.rate).min(self.budget.per_second);
     }
 
-    /// EKS Auth has throttled a call that began at `begun_at`. Those that were under way together count once.
+    /// EKS Auth throttled a call that began at `begun_at`. Concurrent ones count once.
     pub(super) fn throttled(
         &mut self,
         begun_at: Timestamp,
@@ -99,19 +99,19 @@ impl Pace {
     ) {
         self.fill(now);
         if let Some(after) = retry_after {
-            // Other nodes have been told the same.
+            // Other nodes were told the same.
             let jitter = after.mul_f64(0.1 * jitter);
             self.paused_until = self.paused_until.max(now + after + jitter);
         }
         if begun_at <= self.throttled_at {
             return;
         }
-        let settled = self.answers >= SETTLED;
+        let settled = self.answers >= SETTLED_ANSWERS;
         self.ceiling = self.rate * 0.98;
         // Not all nodes of a cluster by the same factor.
         let factor = if settled { 0.95 } else { 0.5 };
-        self.rate = (self.rate * factor * (1.0 - 0.02 * jitter)).max(SLOWEST);
-        // What was throttled has cost EKS Auth nothing: after a small step it is tried again soon.
+        self.rate = (self.rate * factor * (1.0 - 0.02 * jitter)).max(MIN_RATE);
+        // A throttled call costs EKS Auth nothing: after a small step it is tried again soon.
         let tokens = if settled { 0.75 } else { 0.0 };
         (self.tokens, self.tokens_ahead) = (self.tokens.min(tokens), self.tokens_ahead.min(tokens));
         (self.throttled_at, self.answers) = (now, 0);
@@ -131,7 +131,7 @@ impl Pace {
         self.filled_at = self.filled_at.max(now);
     }
 
-    /// None while EKS Auth throttles.
+    /// No burst while EKS Auth throttles.
     fn burst(&self) -> f64 {
         if self.rate < self.budget.per_second { 1.0 } else { self.budget.burst }
     }
@@ -143,8 +143,8 @@ mod tests {
 
     const START: Timestamp = Timestamp::UNIX_EPOCH;
 
-    fn pace() -> Pace {
-        Pace::new(Budget { per_second: 10.0, burst: 4.0 }, START)
+    fn rate_limit() -> RateLimit {
+        RateLimit::new(Budget { per_second: 10.0, burst: 4.0 }, START)
     }
 
     fn after(millis: i64) -> Timestamp {
@@ -152,11 +152,11 @@ mod tests {
     }
 
     #[test]
-    fn callers_have_a_burst_and_what_is_done_ahead_has_none() {
-        let mut pace = pace();
-        assert_eq!((0..9).filter(|_| pace.take(false, START)).count(), 4);
-        assert_eq!(pace.ready_at(false), after(100));
-        let mut ahead = self::pace();
+    fn only_the_foreground_has_a_burst() {
+        let mut rate_limit = rate_limit();
+        assert_eq!((0..9).filter(|_| rate_limit.take(false, START)).count(), 4);
+        assert_eq!(rate_limit.ready_at(false), after(100));
+        let mut ahead = self::rate_limit();
         assert_eq!((0..9).filter(|_| ahead.take(true, START)).count(), 1);
         assert_eq!(ahead.ready_at(true), after(100));
         assert!(ahead.take(false, START), "callers need not wait for it");
@@ -165,32 +165,32 @@ mod tests {
     }
 
     #[test]
-    fn throttling_slows_everything_and_calls_under_way_together_count_once() {
-        let mut pace = pace();
+    fn concurrent_throttled_calls_slow_the_rate_once() {
+        let mut rate_limit = rate_limit();
         for _ in 0..4 {
-            pace.throttled(START, None, after(50), 0.0);
+            rate_limit.throttled(START, None, after(50), 0.0);
         }
-        let halved: Vec<_> = (50..1050).filter(|millis| pace.take(false, after(*millis))).collect();
+        let halved: Vec<_> = (50..1050).filter(|millis| rate_limit.take(false, after(*millis))).collect();
         assert!((4..=5).contains(&halved.len()), "{halved:?}");
     }
 
     #[test]
-    fn retry_after_is_honoured_and_lengthened_a_little() {
-        let mut pace = pace();
-        pace.throttled(START, Some(Duration::from_secs(3)), after(0), 1.0);
+    fn retry_after_is_honored_and_lengthened_a_little() {
+        let mut rate_limit = rate_limit();
+        rate_limit.throttled(START, Some(Duration::from_secs(3)), after(0), 1.0);
         for ahead in [false, true] {
-            assert!(pace.ready_at(ahead) >= after(3000) && pace.ready_at(ahead) <= after(3300));
+            assert!(rate_limit.ready_at(ahead) >= after(3000) && rate_limit.ready_at(ahead) <= after(3300));
         }
     }
 
     #[test]
     fn the_rate_comes_back_when_throttling_ends() {
-        let mut pace = pace();
+        let mut rate_limit = rate_limit();
         for second in 0..4 {
-            pace.throttled(after(second * 1000), None, after(second * 1000 + 1), 0.5);
+            rate_limit.throttled(after(second * 1000), None, after(second * 1000 + 1), 0.5);
         }
-        assert!(pace.rate < 1.0);
-        (0..200).for_each(|_| pace.answered());
-        assert!(pace.rate > 9.0, "{}", pace.rate);
+        assert!(rate_limit.rate < 1.0);
+        (0..200).for_each(|_| rate_limit.answered());
+        assert!(rate_limit.rate > 9.0, "{}", rate_limit.rate);
     }
 }

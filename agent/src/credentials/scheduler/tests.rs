@@ -2,8 +2,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use proptest::prelude::*;
 
-use super::{anonymous::FLIGHTS_PER_ADDRESS, *};
-use crate::{credentials::scheduler::freshness, testing::pod_uid};
+use super::{anonymous::FETCHES_PER_ADDRESS, *};
+use crate::{credentials::freshness, testing::pod_uid};
 
 const START: Timestamp = Timestamp::UNIX_EPOCH;
 const BUDGET: Budget = Budget { per_second: 10.0, burst: 20.0 };
@@ -12,14 +12,14 @@ fn secs(seconds: i64) -> SignedDuration {
     SignedDuration::from_secs(seconds)
 }
 
-/// The plan, and a world in which fetches take their time and end as the test says.
+/// The scheduler, and fetches that take as long and end as the test says.
 struct World {
-    plan: Scheduler,
+    scheduler: Scheduler,
     now: Timestamp,
     takes: SignedDuration,
     ends: Box<dyn FnMut(Key, Timestamp) -> Outcome>,
     under_way: BTreeMap<(Timestamp, u64), Key>,
-    begun: Vec<(Timestamp, Key, Class)>,
+    begun: Vec<(Timestamp, Key, Priority)>,
     lives: HashMap<Key, Life>,
     dropped: HashSet<Key>,
 }
@@ -27,7 +27,7 @@ struct World {
 impl World {
     fn new(ends: impl FnMut(Key, Timestamp) -> Outcome + 'static) -> Self {
         Self {
-            plan: Scheduler::new(BUDGET, 7, START),
+            scheduler: Scheduler::new(BUDGET, 7, START),
             now: START,
             takes: SignedDuration::from_millis(50),
             ends: Box::new(ends),
@@ -39,55 +39,56 @@ impl World {
     }
 
     fn ask(&mut self, uid: PodUid) -> Answer {
-        let answer = self.plan.ask(Key::Pod(uid), FairnessKey::Pod(uid), self.now);
+        let answer = self.scheduler.ask(Key::Pod(uid), FairnessKey::Pod(uid), self.now);
         self.act();
         answer
     }
 
-    /// With a token that nobody vouches for.
+    /// As an anonymous caller with a token.
     fn ask_from(&mut self, address: u32, token: u32) -> Answer {
         let mut digest = [0; 32];
         digest[..4].copy_from_slice(&token.to_be_bytes());
         let fairness_key = FairnessKey::Address(std::net::Ipv4Addr::from_bits(address).into());
-        let answer = self.plan.ask(Key::Token(digest), fairness_key, self.now);
+        let answer = self.scheduler.ask(Key::Token(digest), fairness_key, self.now);
         self.act();
         answer
     }
 
     fn act(&mut self) {
-        while let Some(action) = self.plan.next(self.now) {
+        while let Some(action) = self.scheduler.next(self.now) {
             match action {
-                Action::Fetch(key, class) => {
-                    assert!(!self.under_way.values().any(|other| *other == key), "two flights for {key:?}");
-                    self.begun.push((self.now, key, class));
+                Action::Fetch(key, priority) => {
+                    assert!(!self.under_way.values().any(|other| *other == key), "two fetches for {key:?}");
+                    self.begun.push((self.now, key, priority));
                     self.under_way.insert((self.now + self.takes, self.begun.len() as u64), key);
                 }
-                Action::Drop(key) => {
+                Action::Evict(key) => {
                     self.dropped.insert(key);
                 }
             }
         }
     }
 
-    /// Lets the time pass, with everything that happens meanwhile.
+    /// Lets time pass, with everything that happens meanwhile.
     fn pass(&mut self, time: SignedDuration) {
         let until = self.now + time;
         loop {
-            let landing = self.under_way.first_key_value().map(|((at, _), _)| *at);
-            let wake_at = self.plan.wake_at().map(|at| at.max(self.now));
-            let Some(next) = [landing, wake_at].into_iter().flatten().min().filter(|at| *at <= until) else {
+            let completes_at = self.under_way.first_key_value().map(|((at, _), _)| *at);
+            let wake_at = self.scheduler.wake_at().map(|at| at.max(self.now));
+            let Some(next) = [completes_at, wake_at].into_iter().flatten().min().filter(|at| *at <= until)
+            else {
                 break;
             };
             self.now = next;
-            while let Some(flight) = self.under_way.first_entry()
-                && flight.key().0 <= self.now
+            while let Some(fetch) = self.under_way.first_entry()
+                && fetch.key().0 <= self.now
             {
-                let key = flight.remove();
+                let key = fetch.remove();
                 let outcome = (self.ends)(key, self.now);
-                if let Outcome::Got(life) = outcome {
+                if let Outcome::Received(life) = outcome {
                     self.lives.insert(key, life);
                 }
-                self.plan.completed(key, outcome, self.now);
+                self.scheduler.completed(key, outcome, self.now);
             }
             self.act();
         }
@@ -101,21 +102,21 @@ impl World {
 
 fn lives(minutes: i64) -> impl FnMut(Key, Timestamp) -> Outcome {
     move |_, now| {
-        Outcome::Got(Life { obtained_at: now, expiration: now + SignedDuration::from_mins(minutes) })
+        Outcome::Received(Life { obtained_at: now, expiration: now + SignedDuration::from_mins(minutes) })
     }
 }
 
 #[test]
-fn what_is_asked_for_is_refreshed_and_what_is_not_lapses() {
+fn used_credentials_are_refreshed_and_unused_ones_lapse() {
     let mut world = World::new(lives(360));
     let [busy, idle] = [pod_uid(), pod_uid()];
     world.ask(busy);
     world.ask(idle);
     for _ in 0..96 {
         world.pass(SignedDuration::from_mins(15));
-        world.plan.asked(Key::Pod(busy), world.now);
+        world.scheduler.asked(Key::Pod(busy), world.now);
     }
-    // The one who asked once has one set more, and then no more.
+    // Credentials used once are refreshed once.
     assert_eq!(world.calls_of(idle), 2);
     assert!(world.dropped.contains(&Key::Pod(idle)) && !world.dropped.contains(&Key::Pod(busy)));
     let calls = world.calls_of(busy);
@@ -123,16 +124,16 @@ fn what_is_asked_for_is_refreshed_and_what_is_not_lapses() {
 }
 
 #[test]
-fn who_comes_back_after_a_lapse_is_refreshed_again() {
+fn credentials_used_again_after_a_lapse_are_refreshed() {
     let mut world = World::new(lives(360));
     let uid = pod_uid();
     world.ask(uid);
     world.pass(SignedDuration::from_mins(500));
     let before = world.calls_of(uid);
     assert_eq!(before, 2, "refreshed once, and lapsing");
-    world.plan.asked(Key::Pod(uid), world.now);
+    world.scheduler.asked(Key::Pod(uid), world.now);
     world.act();
-    assert_eq!(world.begun.last().map(|(_, _, class)| *class), Some(Class::Refresh));
+    assert_eq!(world.begun.last().map(|(_, _, priority)| *priority), Some(Priority::Refresh));
 }
 
 #[test]
@@ -149,11 +150,11 @@ fn refusals_are_remembered_longer_and_longer() {
     let (half, hour) = (after[17_999], after[35_999]);
     assert!(hour - half <= 8, "in the second half hour: {}", hour - half);
     // Another pod starts clean, whatever its service account.
-    assert!(matches!(world.ask(pod_uid()), Answer::Joined { hope: true }));
+    assert!(matches!(world.ask(pod_uid()), Answer::Joined { likely: true }));
 }
 
 #[test]
-fn one_lost_answer_is_tried_again_before_anybody_is_told() {
+fn one_lost_answer_is_retried_before_any_caller_sees_it() {
     let mut calls = 0;
     let mut world = World::new(move |_, now| {
         calls += 1;
@@ -167,7 +168,7 @@ fn one_lost_answer_is_tried_again_before_anybody_is_told() {
 }
 
 #[test]
-fn while_eks_auth_is_away_it_is_asked_once_in_two_seconds() {
+fn an_open_circuit_probes_every_two_seconds() {
     let mut world = World::new(|_, _| Outcome::Failed(Failure::Outage));
     let pods: Vec<_> = (0..50).map(|_| pod_uid()).collect();
     for _ in 0..600 {
@@ -176,14 +177,14 @@ fn while_eks_auth_is_away_it_is_asked_once_in_two_seconds() {
         }
         world.pass(SignedDuration::from_millis(100));
     }
-    assert!(world.plan.eks_auth_is_unavailable());
+    assert!(world.scheduler.eks_auth_is_unavailable());
     let late = world.begun.iter().filter(|(at, ..)| *at > START + secs(30)).count();
     assert!((15..=21).contains(&late), "in thirty seconds: {late}");
-    assert!(matches!(world.ask(pod_uid()), Answer::Joined { hope: false }));
+    assert!(matches!(world.ask(pod_uid()), Answer::Joined { likely: false }));
 }
 
 #[test]
-fn pods_without_a_token_spoil_nothing_for_others() {
+fn pods_without_a_token_do_not_affect_others() {
     let good = pod_uid();
     let mut world = World::new(move |key, now| {
         if key == Key::Pod(good) { lives(360)(key, now) } else { Outcome::Failed(Failure::NoToken) }
@@ -194,42 +195,42 @@ fn pods_without_a_token_spoil_nothing_for_others() {
         }
         world.pass(SignedDuration::from_millis(100));
     }
-    assert!(!world.plan.eks_auth_is_unavailable());
+    assert!(!world.scheduler.eks_auth_is_unavailable());
     world.ask(good);
     world.pass(SignedDuration::from_millis(200));
     assert!(world.lives.contains_key(&Key::Pod(good)));
 }
 
 #[test]
-fn a_prefetch_waits_for_everybody_and_gives_way_to_its_own_pod() {
+fn a_prefetch_comes_last_and_is_promoted_when_its_pod_asks() {
     let mut world = World::new(lives(360));
     world.takes = secs(1);
     let pods: Vec<_> = (0..40).map(|_| pod_uid()).collect();
     for uid in &pods {
-        world.plan.prefetch(*uid, world.now);
+        world.scheduler.prefetch(*uid, world.now);
     }
     world.act();
     let last = pods[39];
     world.ask(last);
-    assert_eq!(world.begun.last(), Some(&(START, Key::Pod(last), Class::Foreground)));
+    assert_eq!(world.begun.last(), Some(&(START, Key::Pod(last), Priority::Foreground)));
     world.pass(secs(60));
     assert!(pods.iter().all(|uid| world.calls_of(*uid) == 1));
 }
 
 #[test]
-fn an_address_without_a_pod_has_few_flights_and_others_have_theirs() {
-    let mut plan = Scheduler::new(BUDGET, 7, START);
+fn each_anonymous_address_has_its_own_few_fetches() {
+    let mut scheduler = Scheduler::new(BUDGET, 7, START);
     let mut ask = |digest: u8, last: u8| {
-        plan.ask(Key::Token([digest; 32]), FairnessKey::Address([10, 0, 0, last].into()), START)
+        scheduler.ask(Key::Token([digest; 32]), FairnessKey::Address([10, 0, 0, last].into()), START)
     };
     let answers: Vec<_> = (0..10).map(|digest| ask(digest, 1)).collect();
-    assert_eq!(answers.iter().filter(|answer| **answer == Answer::Busy).count(), 10 - FLIGHTS_PER_ADDRESS);
+    assert_eq!(answers.iter().filter(|answer| **answer == Answer::Busy).count(), 10 - FETCHES_PER_ADDRESS);
     assert!(matches!(ask(99, 2), Answer::Joined { .. }));
     assert!(matches!(ask(0, 1), Answer::Joined { .. }), "the same token again");
 }
 
 #[test]
-fn who_sends_forged_tokens_has_a_few_calls_a_minute_and_is_nobody_else_s_trouble() {
+fn forged_tokens_get_a_few_calls_a_minute_and_disturb_nobody() {
     let mut world = World::new(|key, now| match key {
         Key::Token([_, _, _, 0, ..]) => lives(360)(key, now),
         _ => Outcome::Failed(Failure::Refused),
@@ -241,18 +242,18 @@ fn who_sends_forged_tokens_has_a_few_calls_a_minute_and_is_nobody_else_s_trouble
     };
     for _ in 0..36_000 {
         world.ask_from(forger, token);
-        // The last byte says whether EKS Auth takes it.
+        // The last byte decides whether EKS Auth accepts it.
         token = (token + 1) | 1;
         world.pass(SignedDuration::from_millis(100));
     }
     let [first, half, hour] = [1, 30, 60].map(|minute| calls_until(&world, minute));
-    assert!((2..=FLIGHTS_PER_ADDRESS + 2).contains(&first), "in the first minute: {first}");
+    assert!((2..=FETCHES_PER_ADDRESS + 2).contains(&first), "in the first minute: {first}");
     assert!(hour - half <= 8, "in the second half hour: {}", hour - half);
     assert!(
-        matches!(world.ask_from(0x0a00_0002, 0x0100), Answer::Joined { hope: true }),
+        matches!(world.ask_from(0x0a00_0002, 0x0100), Answer::Joined { likely: true }),
         "at another address"
     );
-    assert!(world.plan.entries.len() <= 20, "{}", world.plan.entries.len());
+    assert!(world.scheduler.entries.len() <= 20, "{}", world.scheduler.entries.len());
 }
 
 #[test]
@@ -266,15 +267,15 @@ fn a_good_token_clears_its_address() {
     assert_eq!(world.ask_from(1, 0x0100), Answer::Busy, "one was refused a moment ago");
     world.pass(secs(10));
     for token in 2..6 {
-        assert!(matches!(world.ask_from(1, token << 8), Answer::Joined { hope: true }), "{token}");
+        assert!(matches!(world.ask_from(1, token << 8), Answer::Joined { likely: true }), "{token}");
         world.pass(secs(1));
     }
 }
 
 #[test]
-fn however_many_addresses_send_forged_tokens_the_next_one_has_room() {
+fn however_many_addresses_send_forged_tokens_the_next_has_room() {
     let mut world = World::new(|_, _| Outcome::Failed(Failure::Refused));
-    world.plan = Scheduler::new(Budget { per_second: 1e6, burst: 1e6 }, 7, START);
+    world.scheduler = Scheduler::new(Budget { per_second: 1e6, burst: 1e6 }, 7, START);
     for address in 0..600 {
         let tokens = if address == 0 { 3 } else { 1 };
         for token in 0..tokens {
@@ -283,7 +284,7 @@ fn however_many_addresses_send_forged_tokens_the_next_one_has_room() {
         }
         world.pass(SignedDuration::from_millis(100));
     }
-    assert!(world.plan.entries.len() <= 513, "{}", world.plan.entries.len());
+    assert!(world.scheduler.entries.len() <= 513, "{}", world.scheduler.entries.len());
     assert!(!world.dropped.is_empty());
 }
 
@@ -292,7 +293,7 @@ fn after_refusals_a_caller_waits_for_the_call_that_is_under_way() {
     let mut world = World::new(|_, _| Outcome::Failed(Failure::Refused));
     let uid = pod_uid();
     for _ in 0..3 {
-        assert_eq!(world.ask(uid), Answer::Joined { hope: true });
+        assert_eq!(world.ask(uid), Answer::Joined { likely: true });
         world.pass(SignedDuration::from_millis(100));
         assert_eq!(world.ask(uid), Answer::Refused);
         world.pass(SignedDuration::from_mins(5));
@@ -300,24 +301,24 @@ fn after_refusals_a_caller_waits_for_the_call_that_is_under_way() {
 }
 
 #[test]
-fn what_was_refused_before_anybody_asked_is_asked_again_by_the_first() {
+fn a_refused_prefetch_is_retried_when_the_pod_asks() {
     let mut calls = 0;
     let mut world = World::new(move |key, now| {
         calls += 1;
         if calls <= 2 { Outcome::Failed(Failure::Refused) } else { lives(360)(key, now) }
     });
     let uid = pod_uid();
-    world.plan.prefetch(uid, START);
+    world.scheduler.prefetch(uid, START);
     world.act();
     world.pass(secs(12));
     assert_eq!((world.calls_of(uid), world.lives.len()), (2, 0));
-    assert_eq!(world.ask(uid), Answer::Joined { hope: true });
+    assert_eq!(world.ask(uid), Answer::Joined { likely: true });
     world.pass(secs(1));
     assert!(world.lives.contains_key(&Key::Pod(uid)));
 }
 
 #[test]
-fn a_prefetch_that_somebody_waits_for_is_a_caller_s_when_it_goes_again() {
+fn a_prefetch_with_a_waiter_is_retried_in_the_foreground() {
     for outcome in [Outcome::Throttled(None), Outcome::Failed(Failure::Outage)] {
         let mut calls = 0;
         let mut world = World::new(move |key, now| {
@@ -325,17 +326,17 @@ fn a_prefetch_that_somebody_waits_for_is_a_caller_s_when_it_goes_again() {
             if calls == 1 { outcome } else { lives(360)(key, now) }
         });
         let uid = pod_uid();
-        world.plan.prefetch(uid, START);
+        world.scheduler.prefetch(uid, START);
         world.act();
         world.ask(uid);
         world.pass(secs(10));
-        let classes: Vec<_> = world.begun.iter().map(|(_, _, class)| *class).collect();
-        assert_eq!(classes, [Class::Prefetch, Class::Foreground], "{outcome:?}");
+        let priorities: Vec<_> = world.begun.iter().map(|(_, _, priority)| *priority).collect();
+        assert_eq!(priorities, [Priority::Prefetch, Priority::Foreground], "{outcome:?}");
     }
 }
 
 #[test]
-fn a_node_with_few_pods_notices_an_outage_too() {
+fn a_node_with_few_pods_opens_the_circuit_too() {
     for count in 1..4 {
         let mut world = World::new(|_, _| Outcome::Failed(Failure::Outage));
         let pods: Vec<_> = (0..count).map(|_| pod_uid()).collect();
@@ -343,13 +344,13 @@ fn a_node_with_few_pods_notices_an_outage_too() {
             world.ask(*uid);
         }
         world.pass(secs(2));
-        assert!(world.plan.eks_auth_is_unavailable(), "{count}");
-        assert_eq!(world.ask(pods[0]), Answer::Joined { hope: false }, "{count}");
+        assert!(world.scheduler.eks_auth_is_unavailable(), "{count}");
+        assert_eq!(world.ask(pods[0]), Answer::Joined { likely: false }, "{count}");
     }
 }
 
 #[test]
-fn one_pod_s_trouble_is_no_outage_while_others_are_answered() {
+fn one_failing_pod_does_not_open_the_circuit() {
     let bad = pod_uid();
     let mut world = World::new(move |key, now| {
         if key == Key::Pod(bad) { Outcome::Failed(Failure::Outage) } else { lives(360)(key, now) }
@@ -358,12 +359,12 @@ fn one_pod_s_trouble_is_no_outage_while_others_are_answered() {
         world.ask(bad);
         world.ask(pod_uid());
         world.pass(SignedDuration::from_millis(200));
-        assert!(!world.plan.eks_auth_is_unavailable());
+        assert!(!world.scheduler.eks_auth_is_unavailable());
     }
 }
 
 #[test]
-fn what_expires_in_an_outage_is_remembered_to_have_failed() {
+fn the_failure_is_remembered_when_credentials_expire_in_an_outage() {
     let begun = START + secs(1);
     let mut world =
         World::new(
@@ -377,10 +378,10 @@ fn what_expires_in_an_outage_is_remembered_to_have_failed() {
         world.pass(secs(60));
         world.ask(uid);
     }
-    assert!(world.plan.entries[&Key::Pod(uid)].failed.is_some_and(|failed| failed.times >= 2));
-    assert_eq!(world.plan.in_need(world.now), (0, 1));
+    assert!(world.scheduler.entries[&Key::Pod(uid)].failed.is_some_and(|failed| failed.times >= 2));
+    assert_eq!(world.scheduler.count_failing(world.now), (0, 1));
     world.pass(SignedDuration::from_mins(11));
-    assert!(world.plan.entries.is_empty(), "but not forever");
+    assert!(world.scheduler.entries.is_empty(), "but not forever");
 }
 
 #[test]
@@ -399,11 +400,11 @@ fn a_clock_that_is_set_back_after_an_outage_stops_nothing() {
         world.ask(*uid);
     }
     world.pass(secs(5));
-    assert!(world.plan.eks_auth_is_unavailable());
+    assert!(world.scheduler.eks_auth_is_unavailable());
     weather.set(true);
     world.ask(pods[0]);
     world.pass(secs(5));
-    assert!(!world.plan.eks_auth_is_unavailable());
+    assert!(!world.scheduler.eks_auth_is_unavailable());
     world.now -= SignedDuration::from_hours(5);
     weather.set(false);
     let (before, other) = (world.begun.len(), pod_uid());
@@ -413,11 +414,11 @@ fn a_clock_that_is_set_back_after_an_outage_stops_nothing() {
     }
     let calls = world.begun.len() - before;
     assert!(calls < 20, "what fails now is no leftover of the outage: {calls} calls in ten seconds");
-    assert!(world.plan.eks_auth_is_unavailable());
+    assert!(world.scheduler.eks_auth_is_unavailable());
 }
 
 #[test]
-fn pods_without_a_token_try_again_one_by_one_and_all_when_one_has_got_it() {
+fn pods_without_a_token_retry_one_by_one_until_one_has_a_token() {
     let weather = std::rc::Rc::new(std::cell::Cell::new(false));
     let has_tokens = std::rc::Rc::clone(&weather);
     let mut world =
@@ -426,7 +427,7 @@ fn pods_without_a_token_try_again_one_by_one_and_all_when_one_has_got_it() {
                 if has_tokens.get() { lives(360)(key, now) } else { Outcome::Failed(Failure::NoToken) }
             },
         );
-    world.plan = Scheduler::new(Budget { per_second: 100.0, burst: 100.0 }, 7, START);
+    world.scheduler = Scheduler::new(Budget { per_second: 100.0, burst: 100.0 }, 7, START);
     let pods: Vec<_> = (0..100).map(|_| pod_uid()).collect();
     let mut attempts = Vec::new();
     for _ in 0..3_000 {
@@ -455,7 +456,7 @@ fn pods_without_a_token_try_again_one_by_one_and_all_when_one_has_got_it() {
 }
 
 #[test]
-fn who_has_no_token_does_not_keep_others_from_finding_eks_auth_back() {
+fn a_pod_without_a_token_does_not_consume_the_probe() {
     let [good, bad] = [pod_uid(), pod_uid()];
     let weather = std::rc::Rc::new(std::cell::Cell::new(false));
     let is_fair = std::rc::Rc::clone(&weather);
@@ -468,7 +469,7 @@ fn who_has_no_token_does_not_keep_others_from_finding_eks_auth_back() {
         world.ask(good);
         world.pass(SignedDuration::from_millis(100));
     }
-    assert!(world.plan.eks_auth_is_unavailable());
+    assert!(world.scheduler.eks_auth_is_unavailable());
     weather.set(true);
     // Its turn is first.
     world.ask(bad);
@@ -484,38 +485,42 @@ fn who_has_no_token_does_not_keep_others_from_finding_eks_auth_back() {
 }
 
 #[test]
-fn a_fetch_that_lingers_for_its_token_has_nobody_else_s_place() {
+fn a_fetch_that_awaits_its_token_gives_up_its_slot() {
     let mut world = World::new(lives(360));
     world.takes = secs(5);
-    world.plan = Scheduler::new(Budget { per_second: 1.0, burst: 1.0 }, 7, START);
+    world.scheduler = Scheduler::new(Budget { per_second: 1.0, burst: 1.0 }, 7, START);
     let [slow, next] = [pod_uid(), pod_uid()];
     world.ask(slow);
     world.ask(next);
     assert_eq!((world.calls_of(slow), world.calls_of(next)), (1, 0));
-    world.plan.lingers(Key::Pod(slow), world.now);
+    world.scheduler.awaits_token(Key::Pod(slow), world.now);
     world.act();
     assert_eq!((world.calls_of(slow), world.calls_of(next)), (1, 1), "it has its budget, too");
-    assert_eq!(world.plan.flights(), 2);
-    assert_eq!(world.plan.completed(Key::Pod(slow), Outcome::HasToken, world.now), Completion::GoesOn);
+    assert_eq!(world.scheduler.in_flight(), 2);
+    assert_eq!(world.scheduler.completed(Key::Pod(slow), Outcome::HasToken, world.now), Completion::Retrying);
     world.under_way.retain(|_, key| *key != Key::Pod(slow));
     world.act();
     world.pass(secs(20));
-    assert_eq!((world.calls_of(slow), world.lives.len(), world.plan.flights()), (2, 2, 0));
+    assert_eq!((world.calls_of(slow), world.lives.len(), world.scheduler.in_flight()), (2, 2, 0));
 }
 
 #[test]
-fn a_token_that_is_refused_costs_a_call_and_the_next_one_another() {
+fn a_refused_token_costs_a_call_and_the_next_one_another() {
     let mut tokens = 0;
     let mut world = World::new(move |key, now| {
         tokens += 1;
         if tokens == 1 { Outcome::TokenRefused } else { lives(360)(key, now) }
     });
-    world.plan = Scheduler::new(Budget { per_second: 0.1, burst: 1.0 }, 7, START);
+    world.scheduler = Scheduler::new(Budget { per_second: 0.1, burst: 1.0 }, 7, START);
     let [bad, next] = [pod_uid(), pod_uid()];
     world.ask(bad);
     world.pass(secs(9));
-    assert_eq!((world.calls_of(bad), world.plan.calling, world.plan.flights()), (1, 0, 1), "it has no place");
-    assert!(!world.plan.eks_auth_is_unavailable());
+    assert_eq!(
+        (world.calls_of(bad), world.scheduler.calling, world.scheduler.in_flight()),
+        (1, 0, 1),
+        "it has no place"
+    );
+    assert!(!world.scheduler.eks_auth_is_unavailable());
     world.ask(next);
     world.pass(secs(2));
     assert_eq!((world.calls_of(bad), world.calls_of(next)), (2, 0), "it was first");
@@ -524,7 +529,7 @@ fn a_token_that_is_refused_costs_a_call_and_the_next_one_another() {
 }
 
 #[test]
-fn a_refusal_of_a_token_is_an_answer_of_a_service_that_was_away() {
+fn a_refused_token_closes_the_circuit() {
     let mut world = World::new(|_, now| match now {
         now if now < START + secs(10) => Outcome::Failed(Failure::Outage),
         now if now < START + secs(14) => Outcome::TokenRefused,
@@ -537,31 +542,31 @@ fn a_refusal_of_a_token_is_an_answer_of_a_service_that_was_away() {
         }
         world.pass(secs(1));
     }
-    assert!(!world.plan.eks_auth_is_unavailable());
+    assert!(!world.scheduler.eks_auth_is_unavailable());
     world.pass(secs(5));
-    assert_eq!((world.lives.len(), world.plan.flights()), (3, 0));
+    assert_eq!((world.lives.len(), world.scheduler.in_flight()), (3, 0));
 }
 
 #[test]
-fn what_is_learnt_is_no_failure_any_more() {
+fn credentials_from_elsewhere_clear_the_failure() {
     let mut world = World::new(|_, _| Outcome::Failed(Failure::Refused));
     let uid = pod_uid();
     world.ask(uid);
     world.pass(secs(1));
     assert_eq!(world.ask(uid), Answer::Refused);
     let life = Life { obtained_at: world.now, expiration: world.now + SignedDuration::from_hours(6) };
-    world.plan.learn(uid, life, world.now);
-    assert_eq!(world.ask(uid), Answer::Joined { hope: true });
+    world.scheduler.on_credentials(uid, life, world.now);
+    assert_eq!(world.ask(uid), Answer::Joined { likely: true });
 }
 
 #[test]
-fn a_clock_that_is_set_back_takes_the_plan_along() {
+fn a_clock_that_is_set_back_takes_the_schedule_along() {
     let mut world = World::new(lives(60));
     let uid = pod_uid();
     world.ask(uid);
     world.pass(secs(10));
     world.now -= SignedDuration::from_hours(5);
-    world.plan.asked(Key::Pod(uid), world.now);
+    world.scheduler.asked(Key::Pod(uid), world.now);
     world.act();
     world.pass(SignedDuration::from_mins(25));
     assert_eq!(world.calls_of(uid), 2, "the refresh has come in its time");
@@ -570,29 +575,33 @@ fn a_clock_that_is_set_back_takes_the_plan_along() {
 }
 
 #[test]
-fn nothing_is_left_of_a_pod_that_is_gone() {
+fn nothing_is_left_of_a_removed_pod() {
     let mut world = World::new(lives(60));
     let uids: Vec<_> = (0..30).map(|_| pod_uid()).collect();
     for uid in &uids {
         world.ask(*uid);
     }
     for uid in &uids {
-        world.plan.forget(Key::Pod(*uid));
+        world.scheduler.remove(Key::Pod(*uid));
     }
-    let plan = &world.plan;
-    assert!(plan.entries.is_empty() && plan.timers.next_at().is_none() && plan.queue.first().is_none());
-    assert_eq!((plan.calling, plan.flights(), plan.wake_at()), (0, 0, None));
+    let scheduler = &world.scheduler;
+    assert!(
+        scheduler.entries.is_empty()
+            && scheduler.timers.next_at().is_none()
+            && scheduler.queue.first().is_none()
+    );
+    assert_eq!((scheduler.calling, scheduler.in_flight(), scheduler.wake_at()), (0, 0, None));
 }
 
-/// As many as an address may have.
+/// As many fetches as an address may have.
 #[expect(clippy::cast_possible_truncation, reason = "a small constant")]
-const MOST: u8 = FLIGHTS_PER_ADDRESS as u8;
+const MAX_FETCHES: u8 = FETCHES_PER_ADDRESS as u8;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     /// However many pods there are within the budget, however long their credentials live and whatever was due at once:
-    /// nothing that is in use ends before its successor is there.
+    /// nothing that is in use expires before its replacement is there.
     #[test]
     fn nothing_in_use_expires_while_there_is_budget(
         pods in 1_usize..400,
@@ -601,48 +610,48 @@ proptest! {
         together in any::<bool>(),
     ) {
         let mut world = World::new(lives(minutes));
-        world.plan = Scheduler::new(BUDGET, seed, START);
+        world.scheduler = Scheduler::new(BUDGET, seed, START);
         let uids: Vec<_> = (0..pods).map(|_| pod_uid()).collect();
         for (n, uid) in uids.iter().enumerate() {
             world.ask(*uid);
             if !together {
                 world.pass(secs(7));
-                uids[..n].iter().for_each(|uid| world.plan.asked(Key::Pod(*uid), world.now));
+                uids[..n].iter().for_each(|uid| world.scheduler.asked(Key::Pod(*uid), world.now));
             }
         }
         world.pass(secs(60));
         for _ in 0..40 {
             world.pass(SignedDuration::from_mins(minutes) / 12);
             for uid in &uids {
-                world.plan.asked(Key::Pod(*uid), world.now);
+                world.scheduler.asked(Key::Pod(*uid), world.now);
                 let life = world.lives[&Key::Pod(*uid)];
                 prop_assert!(world.now < life.expiration);
-                let floor = life.good_until(freshness::Floor::Imds);
+                let floor = life.fresh_until(freshness::Floor::Imds);
                 prop_assert!(world.now < floor, "below the floor");
             }
             world.act();
         }
     }
 
-    /// Whoever waits is served in the order of its turns: nobody twice before everybody once.
+    /// Waiting keys take turns: none is served twice before all are served once.
     #[test]
-    fn turns_are_fair(mut weights in proptest::collection::vec(1..=MOST, 2..8), seed in any::<u64>()) {
+    fn turns_are_fair(mut weights in proptest::collection::vec(1..=MAX_FETCHES, 2..8), seed in any::<u64>()) {
         weights.sort_unstable();
-        let mut plan = Scheduler::new(Budget { per_second: 1.0, burst: 0.0 }, seed, START);
+        let mut scheduler = Scheduler::new(Budget { per_second: 1.0, burst: 0.0 }, seed, START);
         for (fairness_key, weight) in (0_u8..).zip(&weights) {
-            for flight in 0..*weight {
+            for fetch in 0..*weight {
                 let address = [10, 0, 0, fairness_key].into();
-                let key = Key::Token([fairness_key * 32 + flight; 32]);
-                let answer = plan.ask(key, FairnessKey::Address(address), START);
+                let key = Key::Token([fairness_key * 32 + fetch; 32]);
+                let answer = scheduler.ask(key, FairnessKey::Address(address), START);
                 let joined = matches!(answer, Answer::Joined { .. });
                 prop_assert!(joined);
             }
         }
         let mut served = vec![0; weights.len()];
         let mut now = START;
-        while let Some(at) = plan.wake_at() {
+        while let Some(at) = scheduler.wake_at() {
             now = now.max(at);
-            let Some(Action::Fetch(Key::Token(digest), _)) = plan.next(now) else { continue };
+            let Some(Action::Fetch(Key::Token(digest), _)) = scheduler.next(now) else { continue };
             let fairness_key = usize::from(digest[0] / 32);
             for (other, times) in served.iter().enumerate() {
                 let has_more = *times < weights[other];

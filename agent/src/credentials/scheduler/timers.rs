@@ -1,29 +1,29 @@
-//! When something is to be looked at again, and the jitter_source that keep it from being everything at once.
+//! Timers, and the source of the jitter that keeps them from firing all at once.
 //!
-//! Owns the one queue of timers; never waits, never reads a clock.
+//! Owns the one timer queue; never waits, never reads a clock.
 
 use std::collections::BTreeMap;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::Key;
-use crate::credentials::scheduler::freshness::Jitter;
+use super::key::Key;
+use crate::credentials::freshness::Jitter;
 
-/// The timers, of which each key has one at most.
+/// The timers; each key has at most one.
 #[derive(Debug, Default)]
 pub(super) struct Timers {
     queue: BTreeMap<Timer, Key>,
     set: u64,
 }
 
-/// When a timer ends, and its number among those that end with it.
+/// When a timer fires, and its number among those that fire with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Timer {
     at: Timestamp,
     number: u64,
 }
 
-/// Numbers from 0 to 1, by `SplitMix64`: they need no secrecy, and a test wants the same ones each time.
+/// `SplitMix64`: jitter needs no secrecy, and tests need the same values each time.
 #[derive(Debug)]
 pub(super) struct JitterSource(u64);
 
@@ -41,18 +41,18 @@ impl Timers {
         self.queue.remove(&timer);
     }
 
-    /// Takes one that has ended.
-    pub(super) fn ended(&mut self, now: Timestamp) -> Option<Key> {
+    /// Takes one that is due.
+    pub(super) fn pop_due(&mut self, now: Timestamp) -> Option<Key> {
         let first = self.queue.first_entry()?;
         (first.key().at <= now).then(|| first.remove())
     }
 
-    /// When the next one ends.
+    /// When the next one fires.
     pub(super) fn next_at(&self) -> Option<Timestamp> {
         self.queue.first_key_value().map(|(timer, _)| timer.at)
     }
 
-    /// Lets all of them end that much earlier.
+    /// Makes all of them fire that much earlier.
     pub(super) fn bring_forward(&mut self, by: SignedDuration) {
         let queue = std::mem::take(&mut self.queue);
         self.queue = queue.into_iter().map(|(timer, key)| (timer.brought_forward(by), key)).collect();

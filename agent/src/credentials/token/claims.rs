@@ -1,7 +1,7 @@
-//! Reads a service-account token: is it one, whose is it, is its time right?
+//! Parses a service-account token, and checks its times.
 //!
-//! Owns the checks that need nothing but the token, in the words of the EKS Pod Identity Agent (eks-pod-identity-agent
-//! 0.1.37), which SDK users search the web for. Signatures are `signature`'s; never fetches a key.
+//! Owns the checks that need nothing but the token, with the error texts of the EKS Pod Identity Agent (0.1.37), which users
+//! search the web for. Signatures are up to `jwks`; never fetches a key.
 
 use base64::{
     Engine as _, alphabet,
@@ -13,10 +13,12 @@ use serde_json::Value;
 
 use crate::{identity::PodUid, secret::Secret};
 
-/// Longest token that is looked at, in bytes. Real ones have 1 to 2 kB.
+/// The audience of tokens for EKS Auth.
+pub const AUDIENCE: &str = "pods.eks.amazonaws.com";
+/// Longest token that is parsed, in bytes. Real ones have 1 to 2 kB.
 pub const MAX_LEN: usize = 16 * 1024;
 
-/// The algorithms that the EKS Pod Identity Agent's library knows; the name is checked, not the signature.
+/// The algorithms that the EKS Pod Identity Agent's library knows; only the name is checked here.
 const ALGORITHMS: [&str; 14] = [
     "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384",
     "ES512", "EdDSA", "none",
@@ -30,25 +32,25 @@ pub(super) const BASE64: GeneralPurpose = GeneralPurpose::new(
         .with_decode_allow_trailing_bits(true),
 );
 
-/// What an unverified token says of itself. Nothing here is true before somebody has verified the token.
+/// The claims of a token. They count for nothing until the token is verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claims {
-    /// The pod it is bound to.
+    /// The pod that it is bound to.
     pub pod: Option<PodUid>,
     /// Who issued it.
     pub issuer: Option<String>,
-    /// For whom it is.
+    /// Who may accept it.
     pub audiences: Vec<String>,
-    /// When it ends; some do not.
+    /// When it expires; some never do.
     pub expiration: Option<Timestamp>,
 }
 
-/// A token that a caller sent, read but not verified.
+/// A token that a caller sent: parsed, not verified.
 #[derive(Clone, Debug)]
 pub struct SentToken {
     /// The token.
     pub token: Secret,
-    /// What it says of itself.
+    /// Its claims.
     pub claims: Claims,
 }
 
@@ -61,7 +63,7 @@ pub enum Error {
     /// It is no token.
     #[error("Service account token cannot be parsed: {0}")]
     Malformed(String),
-    /// Its time is over or has not come.
+    /// It has expired, or is not valid yet.
     #[error("Service account token failed basic claim validations: {0}")]
     Invalid(&'static str),
 }
@@ -91,7 +93,7 @@ enum Audience {
     Many(Vec<String>),
 }
 
-/// Reads a token and checks its times.
+/// Parses a token, and checks its times.
 pub fn read(token: &str, now: Timestamp) -> Result<Claims, Error> {
     if token.is_empty() {
         return Err(Error::Empty);
@@ -137,8 +139,8 @@ pub fn read(token: &str, now: Timestamp) -> Result<Claims, Error> {
     }
 }
 
-/// Decodes a segment. What is wrong is said as Go says it: the first byte that is none of the alphabet, else the last one
-/// where it would begin a group of its own.
+/// Decodes a segment. The error is Go's: it names the first byte outside the alphabet, else the last one, where that would
+/// start a new group.
 fn decode(segment: &str) -> Result<Vec<u8>, String> {
     BASE64.decode(segment).map_err(|_| {
         let is_digit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
@@ -148,7 +150,7 @@ fn decode(segment: &str) -> Result<Vec<u8>, String> {
     })
 }
 
-/// What is wrong with a JSON text, without quoting it: the text is a secret.
+/// Describes a JSON error without quoting the text, which is a secret.
 fn shape(error: &serde_json::Error) -> String {
     let what = match error.classify() {
         serde_json::error::Category::Data => "unexpected type",
@@ -158,7 +160,7 @@ fn shape(error: &serde_json::Error) -> String {
     format!("{what} at column {}", error.column())
 }
 
-/// A JSON number, cut to whole seconds.
+/// A JSON number, truncated to whole seconds.
 fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i64>, D::Error> {
     let number = Option::<serde_json::Number>::deserialize(deserializer)?;
     #[expect(clippy::cast_possible_truncation, reason = "a claim out of range saturates: far past or future")]
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kubelet_s_token_says_whose_it_is() {
+    fn a_kubelet_token_is_parsed() {
         let payload = json!({
             "aud": ["pods.eks.amazonaws.com"], "exp": 1_000_060, "nbf": 999_999.5, "iss": "https://oidc",
             "sub": "system:serviceaccount:app:web",
@@ -201,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn every_refusal_has_the_eks_agent_s_words() {
+    fn every_refusal_has_the_text_of_the_eks_agent() {
         let rs256 = json!({"alg": "RS256"});
         let parsed = "Service account token cannot be parsed: token is";
         let failed = "Service account token failed basic claim validations: token is";

@@ -1,4 +1,4 @@
-//! Stands in for the API server where tokens are concerned: its keys and its `TokenRequest`, in virtual time.
+//! A fake API server for tokens: its keys and its `TokenRequest`, in virtual time.
 
 use std::{
     io,
@@ -23,7 +23,7 @@ use crate::{
     testing,
 };
 
-/// What a token that is asked for here is good for.
+/// The life of its tokens.
 pub(super) const LIFE: SignedDuration = SignedDuration::from_hours(24);
 
 /// A cluster with the pod `web-0`.
@@ -65,7 +65,7 @@ impl FakeCluster {
         })
     }
 
-    /// Who asks it.
+    /// A client of it.
     pub(super) fn client(self: &Arc<Self>) -> Client {
         let cluster = Arc::clone(self);
         let service = service_fn(move |request: Request<Body>| {
@@ -75,7 +75,7 @@ impl FakeCluster {
         Client::new(service, "default")
     }
 
-    /// Whether connections are refused from now on.
+    /// Refuses connections from now on, or no longer.
     pub(super) fn set_down(&self, is_down: bool) {
         self.is_down.store(is_down, SeqCst);
     }
@@ -85,12 +85,12 @@ impl FakeCluster {
         self.latency_ms.store(u64::try_from(latency.as_millis()).unwrap(), SeqCst);
     }
 
-    /// How often somebody began to fetch the keys.
+    /// How often a fetch of the keys has started.
     pub(super) fn key_fetches(&self) -> usize {
         self.key_fetches.load(SeqCst)
     }
 
-    /// How often a token was asked for.
+    /// How often a token was requested.
     pub(super) fn token_requests(&self) -> usize {
         self.token_requests.load(SeqCst)
     }

@@ -1,7 +1,7 @@
-//! Verifies a token's signature against the cluster's keys, a JSON web key set (RFC 7517).
+//! Verifies a token's signature against the cluster's keys, a JSON Web Key Set (RFC 7517).
 //!
-//! Owns the algorithms, each bound to its kind of key: a token cannot choose another. Never fetches the keys, never judges
-//! what a token says.
+//! Owns the algorithms, each bound to its kind of key: a token cannot choose another. Never fetches the keys, never looks at
+//! claims.
 
 use std::collections::HashMap;
 
@@ -13,28 +13,28 @@ use aws_lc_rs::{
         UnparsedPublicKey,
     },
 };
+use base64::Engine as _;
 use serde::Deserialize;
 
 use super::claims::BASE64;
-use base64::Engine as _;
 
 /// The first byte of an uncompressed point (SEC 1).
 const UNCOMPRESSED: u8 = 4;
 
-/// Keys by id.
+/// Keys by key id.
 #[derive(Debug)]
 pub struct KeySet(HashMap<String, Key>);
 
-/// Why a signature does not count.
+/// Why a signature does not verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// The token is not one.
+    /// It is no token.
     #[error("it is malformed")]
     Malformed,
-    /// None of the keys.
+    /// None of the keys has its key id.
     #[error("it is signed with a key that is not the cluster's")]
     UnknownKey,
-    /// The key is the cluster's, the signature is not.
+    /// The key is the cluster's, but the signature does not match.
     #[error("its signature is wrong")]
     WrongSignature,
 }
@@ -73,19 +73,19 @@ struct Header {
 // === impl KeySet ===
 
 impl KeySet {
-    /// Reads a key set. Keys of other kinds are left out.
+    /// Parses a key set. Keys of unknown kinds are left out.
     pub fn parse(json: &str) -> Result<Self, serde_json::Error> {
         let Jwks { keys } = serde_json::from_str(json)?;
         let usable = keys.iter().filter_map(|jwk| Some((jwk.kid.clone(), Key::from_jwk(jwk)?)));
         Ok(Self(usable.collect()))
     }
 
-    /// Whether there are none.
+    /// Whether it has no keys.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Makes sure that one of the keys has signed the token.
+    /// Verifies that one of the keys has signed the token.
     pub fn verify(&self, token: &str) -> Result<(), Error> {
         let (signed, signature) = token.rsplit_once('.').ok_or(Error::Malformed)?;
         let (header, _) = signed.split_once('.').ok_or(Error::Malformed)?;

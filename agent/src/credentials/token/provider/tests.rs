@@ -12,13 +12,13 @@ use jiff::SignedDuration;
 use super::*;
 use crate::credentials::token::fake_cluster::{FakeCluster, LIFE};
 
-/// Tokens on a node whose clock and kubelet are the test's.
+/// A provider on a node whose clock and kubelet belong to the test.
 struct Node {
     cluster: Arc<FakeCluster>,
     kubelet: tempfile::TempDir,
     /// Minutes by which the clock is ahead.
     ahead: Arc<AtomicI64>,
-    tokens: Tokens,
+    tokens: TokenProvider,
 }
 
 // === impl Node ===
@@ -30,8 +30,8 @@ impl Node {
         let offset = Arc::clone(&ahead);
         let clock: Clock =
             Arc::new(move || Timestamp::now() + SignedDuration::from_mins(offset.load(SeqCst)));
-        let issuer = Issuer::new(cluster.client());
-        let tokens = Tokens::new(kubelet.path(), cluster.client(), issuer, clock);
+        let issuer = TokenVerifier::new(cluster.client());
+        let tokens = TokenProvider::new(kubelet.path(), cluster.client(), issuer, clock);
         Self { cluster, kubelet, ahead, tokens }
     }
 
@@ -46,7 +46,7 @@ impl Node {
         self.tokens.for_pod(&self.cluster.pod).await.unwrap().expose().to_owned()
     }
 
-    /// What a pod's token says that is changed by `change`.
+    /// A token of the pod with changed claims.
     fn signed(&self, change: impl FnOnce(&mut lab::jwt::Claims)) -> String {
         let mut claims = self.cluster.cluster.pod_claims("app", "web-0", &[AUDIENCE], LIFE.unsigned_abs());
         change(&mut claims);
@@ -55,7 +55,7 @@ impl Node {
 }
 
 #[tokio::test]
-async fn a_token_that_was_asked_for_is_used_for_four_fifths_of_its_life() {
+async fn a_requested_token_is_used_for_four_fifths_of_its_life() {
     let node = Node::new();
     let first = node.token().await;
     let last = LIFE.as_mins() * 4 / 5;
@@ -69,7 +69,7 @@ async fn a_token_that_was_asked_for_is_used_for_four_fifths_of_its_life() {
 }
 
 #[tokio::test]
-async fn the_kubelet_s_token_is_used_while_it_is_good_and_the_api_server_s_in_its_place() {
+async fn a_valid_kubelet_token_is_used_and_otherwise_one_is_requested() {
     let node = Node::new();
     let good = node.cluster.token().expose().to_owned();
     let forged = node.cluster.cluster.signing_key().forge();
@@ -86,7 +86,7 @@ async fn the_kubelet_s_token_is_used_while_it_is_good_and_the_api_server_s_in_it
         ("forged", forged, false),
         ("none", "not a token".to_owned(), false),
     ] {
-        node.tokens.forget(node.cluster.pod.uid).await;
+        node.tokens.remove_pod(node.cluster.pod.uid).await;
         node.kubelet_writes(&token);
         let before = node.cluster.token_requests();
         assert_eq!(node.token().await == token, is_good, "{what}");
@@ -95,7 +95,7 @@ async fn the_kubelet_s_token_is_used_while_it_is_good_and_the_api_server_s_in_it
 }
 
 #[tokio::test]
-async fn where_nobody_can_verify_it_the_kubelet_s_token_is_used() {
+async fn a_kubelet_token_is_used_while_it_cannot_be_verified() {
     let node = Node::new();
     node.cluster.set_down(true);
     let token = node.cluster.token();
@@ -105,29 +105,29 @@ async fn where_nobody_can_verify_it_the_kubelet_s_token_is_used() {
 }
 
 #[tokio::test]
-async fn a_token_that_eks_auth_has_refused_is_not_given_again() {
+async fn a_token_that_eks_auth_has_refused_is_not_used_again() {
     let node = Node::new();
     let uid = node.cluster.pod.uid;
-    let kubelets = node.cluster.token();
-    node.kubelet_writes(kubelets.expose());
-    assert_eq!(node.token().await, kubelets.expose());
-    node.tokens.refused(uid, &kubelets).await;
+    let kubelet_token = node.cluster.token();
+    node.kubelet_writes(kubelet_token.expose());
+    assert_eq!(node.token().await, kubelet_token.expose());
+    node.tokens.reject_token(uid, &kubelet_token).await;
     let requested = node.token().await;
-    assert_ne!(requested, kubelets.expose());
-    assert_eq!((node.token().await, node.cluster.token_requests()), (requested, 1), "and kept");
+    assert_ne!(requested, kubelet_token.expose());
+    assert_eq!((node.token().await, node.cluster.token_requests()), (requested, 1), "and cached");
 
     // The kubelet has a newer one.
     let newer = node.cluster.token();
     node.kubelet_writes(newer.expose());
     assert_eq!(node.token().await, newer.expose());
-    node.tokens.refused(uid, &newer).await;
+    node.tokens.reject_token(uid, &newer).await;
     let requested = Secret::from(node.token().await);
-    node.tokens.refused(uid, &requested).await;
-    assert_ne!(node.token().await, requested.expose(), "one that was asked for is dropped, too");
+    node.tokens.reject_token(uid, &requested).await;
+    assert_ne!(node.token().await, requested.expose(), "a requested one is dropped, too");
 }
 
 #[test]
-fn the_kubelet_s_chain_of_links_is_followed_and_no_way_out() {
+fn the_kubelet_symlinks_are_followed_but_never_out_of_the_volume() {
     let volume = tempfile::tempdir().unwrap();
     let at = |path: &str| volume.path().join(path);
     assert_eq!(read_projected(&at("absent")).unwrap_err().kind(), io::ErrorKind::NotFound);
