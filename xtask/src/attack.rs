@@ -16,7 +16,14 @@ mod row;
 mod scene;
 mod sockets;
 
-use std::{fmt, net::IpAddr, path::PathBuf, pin::Pin, process::ExitCode, time::Instant};
+use std::{
+    fmt,
+    net::IpAddr,
+    path::PathBuf,
+    pin::Pin,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use agent_common::{
     defense::Defense,
@@ -31,7 +38,11 @@ use self::{
     row::Row,
     scene::{Outcome, Scene},
 };
-use crate::{ebpf, privilege, vm};
+use crate::{
+    ebpf, privilege,
+    setup::{Build, Plan},
+    vm,
+};
 
 /// EKS Pod Identity, and its only path.
 const POD_IDENTITY: std::net::SocketAddr = scene::http(IpAddr::V4(POD_IDENTITY_V4));
@@ -93,6 +104,9 @@ struct Builds {
 
 /// Builds both agents, runs the attacks, prints the table. Fails unless every attack is withstood.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    if arguments.agents.is_none() {
+        announce(&arguments.vm)?;
+    }
     let rows = if arguments.vm.is_empty() { run_here(arguments)? } else { run_in_machines(arguments)? };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
@@ -101,6 +115,19 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     let is_withstood = rows.iter().all(Row::is_withstood);
     Ok(if is_withstood { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Says what will be installed and built, and installs the packages.
+fn announce(kernels: &[vm::Kernel]) -> anyhow::Result<()> {
+    if kernels.is_empty() {
+        privilege::require_root("the attacks")?;
+    }
+    let runs = Duration::from_secs(if kernels.is_empty() { 60 } else { 900 });
+    Plan::new("The attacks run on simulated nodes, with podgate's defenses and without.", runs)
+        .needs(ebpf::missing_tools()?)
+        .needs(if kernels.is_empty() { Vec::new() } else { vm::missing(kernels) })
+        .builds([Build::KernelPrograms, Build::Agent, Build::UndefendedAgent])
+        .begin()
 }
 
 fn run_in_machines(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {

@@ -11,6 +11,7 @@ use std::{
     env,
     path::{Path, PathBuf},
     process::Stdio,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -27,7 +28,11 @@ pub(crate) use self::{
     server::{ServerArguments, serve},
     traffic::{TrafficArguments, traffic},
 };
-use crate::{cmd, ebpf, privilege, report, workspace};
+use crate::{
+    cmd, ebpf, privilege, report,
+    setup::{Build, Plan},
+    workspace,
+};
 
 const PATH: &str = "/v1/credentials";
 const AGENT_ADDRESS: &str = "169.254.170.23:80";
@@ -166,10 +171,23 @@ impl Measured {
     }
 }
 
+/// Says what will be installed and built, and installs the packages.
+fn announce(extent: Extent) -> anyhow::Result<()> {
+    let (title, seconds, agent) = match extent {
+        Extent::Full => ("Measures what podgate costs.", 600, Build::ReleaseAgent),
+        Extent::Short => ("Runs every measurement once.", 60, Build::Agent),
+    };
+    Plan::new(title, Duration::from_secs(seconds))
+        .needs(ebpf::missing_tools()?)
+        .builds([Build::KernelPrograms, agent])
+        .begin()
+}
+
 /// Measures.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     privilege::require_root("the benchmark")?;
     let extent = if arguments.short { Extent::Short } else { Extent::Full };
+    announce(extent)?;
     let binaries = Binaries::build(extent)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -6,10 +6,16 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 
-use crate::{apt, cmd};
+use crate::{apt, cmd, setup::Need};
 
 /// Its name and Debian's package.
 const BPFTOOL: &str = "bpftool";
+
+/// It, if it is missing.
+pub(crate) fn missing() -> Option<Need> {
+    let is_missing = cmd::find_in_path(BPFTOOL).is_none();
+    is_missing.then(|| Need::apt(BPFTOOL, "the tests of `podgate maps`"))
+}
 
 /// Installs it where it is missing.
 pub(crate) fn install() -> anyhow::Result<()> {

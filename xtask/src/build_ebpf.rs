@@ -1,10 +1,15 @@
-//! `cargo xtask build-ebpf`: builds the kernel programs and shows what came out.
+//! `cargo xtask build-ebpf`: builds the kernel programs and shows their sizes.
 //!
 //! Owns the command. How the programs are built and counted is `ebpf`'s.
 
+use std::time::Duration;
+
 use crate::{
+    bpftool,
     ebpf::{self, Counts},
-    privilege, report, vm,
+    privilege, report,
+    setup::{Build, Plan},
+    vm,
 };
 
 /// Builds the programs. With `bless`, what the kernels' verifiers say becomes the budget.
@@ -12,6 +17,13 @@ pub(crate) fn run(bless: bool) -> anyhow::Result<()> {
     if bless {
         privilege::require_root("asking the kernel's verifier")?;
     }
+    let mut plan = Plan::new("The kernel programs.", Duration::from_secs(if bless { 300 } else { 5 }))
+        .needs(ebpf::missing_tools()?)
+        .builds([Build::KernelPrograms]);
+    if bless {
+        plan = plan.needs(vm::missing(&vm::Kernel::ALL)).needs(bpftool::missing()).builds([Build::VmTests]);
+    }
+    plan.begin()?;
     let object = ebpf::build_object()?;
     let bytes = object.read()?;
     let mut table = report::table(&["program", "instructions in the object"]);

@@ -5,15 +5,22 @@
 
 mod imports;
 
-use std::{process::Command, time::Instant};
+use std::{
+    path::PathBuf,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::bail;
 
 use crate::{
     cmd, report,
+    setup::{Build, Need, Plan},
     workspace::{cargo, cargo_install, root, target_directory, tools},
 };
 
+/// What the checks take where nothing has changed.
+const RUNS: Duration = Duration::from_secs(30);
 /// Version of cargo-deny.
 const DENY_VERSION: &str = "0.20.2";
 
@@ -33,7 +40,7 @@ const CHECKS: [(&str, Check); 8] = [
 /// A check. An error means that it failed.
 type Check = fn(&str) -> anyhow::Result<Outcome>;
 
-/// What came of a check that did not fail.
+/// Result of a check that did not fail.
 enum Outcome {
     Passed,
     NotRun(String),
@@ -41,6 +48,11 @@ enum Outcome {
 
 /// Runs every check.
 pub(crate) fn run() -> anyhow::Result<()> {
+    let deny = (!deny_program().is_file()).then(|| Need::cargo(deny_step(), "licenses and advisories", 120));
+    Plan::new("Formatting, lints, documentation, dependencies and the import rules.", RUNS)
+        .needs(deny)
+        .builds([Build::Lints])
+        .begin()?;
     let mut table = report::table(&["check", "result", "seconds"]);
     let (mut passed, mut failed, mut not_run) = (0, 0, 0);
     for (name, check) in CHECKS {
@@ -132,11 +144,19 @@ fn pass(name: &str, command: &mut Command) -> anyhow::Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
+fn deny_program() -> PathBuf {
+    tools().join("bin/cargo-deny")
+}
+
+fn deny_step() -> String {
+    format!("cargo-deny {DENY_VERSION}")
+}
+
 /// cargo-deny from `target/tools`, installed there first if it is not there.
 fn cargo_deny() -> anyhow::Result<Command> {
-    let program = tools().join("bin/cargo-deny");
+    let program = deny_program();
     if !program.is_file() {
-        cmd::run(&format!("cargo-deny {DENY_VERSION}"), &mut cargo_install("cargo-deny", DENY_VERSION))?;
+        cmd::run(&deny_step(), &mut cargo_install("cargo-deny", DENY_VERSION))?;
     }
     let mut command = Command::new(program);
     command.current_dir(root()).args(["--config", ".deny.toml"]);

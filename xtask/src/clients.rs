@@ -1,30 +1,33 @@
 //! The clients of the demo and the lab tests: curl, Python, and boto3 in two versions, unmodified.
 //!
-//! Owns getting them onto the machine: system packages where they are missing, the rest under `target/clients`.
+//! Owns what they need of the system, and their environments under `target/clients`.
 
 use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::Context as _;
 
 use crate::{
-    apt,
-    cmd::{self, Missing},
+    cmd,
+    setup::{Need, Source},
     workspace,
 };
 
 /// The last boto3 that knows IMDSv2 but not yet Pod Identity.
 const BOTO3_OLD: &str = "1.28.85";
 const BOTO3_CURRENT: &str = "1.44.5";
+/// The file that says that an environment is complete.
+const COMPLETE: &str = "complete";
 /// The client program, in the workspace.
 const SCRIPT: &str = "xtask/clients/boto3_credentials.py";
 
-/// What is needed of the system: how to see that it is there, and the Debian package that brings it.
-const TOOLS: [(&[&str], &str); 4] = [
+/// What the clients need of the system: how to see that it is there, and the Debian package that brings it.
+const CLIENT_TOOLS: [(&[&str], &str); 3] = [
     (&["curl", "--version"], "curl"),
     (&["python3", "--version"], "python3"),
     (&["python3", "-c", "import ensurepip, venv"], "python3-venv"),
-    (&["nft", "--version"], "nftables"),
 ];
+/// What loads the rules of simulated nodes with a packet filter, and its package.
+const PACKET_FILTER: (&[&str], &str) = (&["nft", "--version"], "nftables");
 
 /// The clients, ready to run.
 #[derive(Debug)]
@@ -46,9 +49,23 @@ pub(crate) struct Boto3 {
 // === impl Clients ===
 
 impl Clients {
-    /// Installs what is missing, saying so first.
+    /// What is missing, system packages included.
+    pub(crate) fn missing() -> Vec<Need> {
+        let mut needs = missing_packages();
+        let versions = [(BOTO3_OLD, "an SDK older than EKS Pod Identity"), (BOTO3_CURRENT, "a current SDK")];
+        let missing = versions.into_iter().filter(|(version, _)| !Boto3::is_installed(version));
+        needs.extend(missing.map(|(version, purpose)| Need {
+            name: Boto3::step(version),
+            source: Source::Pip,
+            purpose: purpose.to_owned(),
+            seconds: 15,
+            mib: 120,
+        }));
+        needs
+    }
+
+    /// Installs what is missing below the target directory.
     pub(crate) fn prepare() -> anyhow::Result<Self> {
-        install_packages()?;
         Ok(Self {
             boto3_old: Boto3::install(BOTO3_OLD)?,
             boto3_current: Boto3::install(BOTO3_CURRENT)?,
@@ -66,45 +83,47 @@ impl Boto3 {
     }
 
     fn install(version: &str) -> anyhow::Result<Self> {
-        let directory = workspace::target_directory().join("clients").join(format!("boto3-{version}"));
+        let directory = Self::directory(version);
         let python = directory.join("bin/python");
-        let complete = directory.join("complete");
-        if !complete.exists() {
+        if !Self::is_installed(version) {
             cmd::run(
-                &format!("python environment for boto3 {version}"),
+                &format!("Python environment for {}", Self::step(version)),
                 Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory),
             )?;
             cmd::run(
-                &format!("boto3 {version}"),
+                &Self::step(version),
                 Command::new(&python)
                     .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
                     .arg(format!("boto3=={version}")),
             )?;
-            fs::write(complete, "")?;
+            fs::write(directory.join(COMPLETE), "")?;
         }
         Ok(Self { python })
     }
+
+    fn is_installed(version: &str) -> bool {
+        Self::directory(version).join(COMPLETE).exists()
+    }
+
+    fn directory(version: &str) -> PathBuf {
+        workspace::target_directory().join("clients").join(format!("boto3-{version}"))
+    }
+
+    fn step(version: &str) -> String {
+        format!("boto3 {version}")
+    }
 }
 
-/// Installs curl and Python where they are missing.
-pub(crate) fn install_packages() -> anyhow::Result<()> {
-    let is_there = |probe: &[&str]| {
-        Command::new(probe[0]).args(&probe[1..]).output().is_ok_and(|out| out.status.success())
-    };
-    let missing: Vec<&str> =
-        TOOLS.iter().filter(|(probe, _)| !is_there(probe)).map(|(_, package)| *package).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    if !apt::is_usable() {
-        let packages = missing.join(" ");
-        return Err(Missing(format!(
-            "the clients in the pods need {packages}: install them with this system's package manager, on Debian\n\
-             \x20   sudo apt-get install --no-install-recommends {packages}"
-        ))
-        .into());
-    }
-    apt::install("the clients in the pods", &missing)
+/// The clients' packages that this system has not.
+pub(crate) fn missing_packages() -> Vec<Need> {
+    let missing = CLIENT_TOOLS.iter().filter(|(probe, _)| !cmd::succeeds(probe));
+    missing.map(|(_, package)| Need::apt(*package, "the clients in the pods")).collect()
+}
+
+/// The packet filter's package, if this system has it not.
+pub(crate) fn missing_packet_filter() -> Option<Need> {
+    let (probe, package) = PACKET_FILTER;
+    (!cmd::succeeds(probe)).then(|| Need::apt(package, "the packet filters of simulated nodes"))
 }
 
 fn curl_version() -> anyhow::Result<String> {

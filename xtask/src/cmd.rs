@@ -1,31 +1,30 @@
-//! Running other programs so that a person can follow: what is run, that it is still running, what went wrong.
+//! Running other programs so that a person can follow: what is run, how far it is, what went wrong.
 //!
-//! Owns the echo, the spinner and the logs under `target/xtask`; never decides what to run. Progress goes to stderr,
-//! so that a command's own output can be read by programs.
+//! Owns the echo and the logs under `target/xtask`; never decides what to run. Progress goes to stderr, so that a
+//! command's own output can be read by programs.
+
+mod command_progress;
 
 use std::{
     env,
     fmt::Write as _,
     fs::{self, File},
-    io::IsTerminal as _,
-    path::PathBuf,
-    process::{Command, Stdio},
-    sync::LazyLock,
-    time::{Duration, Instant},
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+    sync::mpsc,
+    thread,
+    time::Instant,
 };
 
 use anyhow::{Context as _, bail};
-use indicatif::{MultiProgress, ProgressBar};
 use owo_colors::{OwoColorize as _, Stream};
 
-use crate::workspace;
+use self::command_progress::{CARGO_VARIABLES, Progress, in_all, numbered, say};
+pub(crate) use self::command_progress::{clock, set_steps, start_clock};
+use crate::{disk, workspace};
 
 /// How much of a log is shown when a command fails; the rest is in the file.
 const LOG_TAIL_LINES: usize = 60;
-/// How often the spinner moves.
-const TICK: Duration = Duration::from_millis(100);
-/// The spinners of commands that run at the same time.
-static SPINNERS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// Something that is missing on this machine and that this command does not set up by itself: exit status 2.
 #[derive(Debug)]
@@ -47,24 +46,47 @@ pub(crate) fn run(what: &str, command: &mut Command) -> anyhow::Result<()> {
     let line = format!("$ {}", echo(command));
     say(line.if_supports_color(Stream::Stderr, |line| line.dimmed()));
     let started = Instant::now();
-    let spinner = spinner(what);
     let program = command.get_program().display().to_string();
-    let status = command
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().context("cannot share the log")?)
-        .stderr(log)
-        .status()
-        .with_context(|| format!("{what}: cannot run {program}; is it installed and in PATH?"));
-    spinner.finish_and_clear();
-    let status = status?;
-    let seconds = started.elapsed().as_secs_f64();
+    let status = watch(what, command, log)
+        .with_context(|| format!("{what}: cannot run {program}; is it installed and in PATH?"))?;
+    let took = clock(started.elapsed());
     if !status.success() {
         let log = fs::read_to_string(&log_path).unwrap_or_default();
-        bail!("{what} failed ({status}, {seconds:.1} s)\n{}\nwhole log: {}", tail(&log), log_path.display());
+        let hint = disk::explain_failure(&log).map_or_else(String::new, |hint| format!("\n{hint}"));
+        bail!("{what} failed ({status}, {took})\n{}\nwhole log: {}{hint}", tail(&log), log_path.display());
     }
     let mark = "✓".if_supports_color(Stream::Stderr, |mark| mark.green());
-    say(format_args!("{mark} {what} ({seconds:.1} s)"));
+    say(format_args!("{mark} {}: {took}, {} in all", numbered(what), clock(in_all())));
     Ok(())
+}
+
+/// Runs the command to its end while its progress is shown.
+fn watch(what: &str, command: &mut Command, mut log: File) -> anyhow::Result<ExitStatus> {
+    let is_cargo = is_cargo(Path::new(command.get_program()));
+    command.stdin(Stdio::null()).stdout(log.try_clone().context("cannot share the log")?);
+    if is_cargo {
+        command.envs(CARGO_VARIABLES).stderr(Stdio::piped());
+    } else {
+        command.stderr(log.try_clone().context("cannot share the log")?);
+    }
+    let mut child = command.spawn()?;
+    let output = child.stderr.take();
+    let progress = Progress::new(what);
+    let (ended, until_ended) = mpsc::channel();
+    thread::scope(|scope| {
+        let progress = &progress;
+        scope.spawn(move || progress.keep_writing(&until_ended));
+        let _ended = ended;
+        if let Some(output) = output {
+            progress.follow_cargo(output, &mut log).context("cannot log what it says")?;
+        }
+        Ok(child.wait()?)
+    })
+}
+
+/// Whether a program is cargo or one of its subcommands, which show their progress as cargo does.
+fn is_cargo(program: &Path) -> bool {
+    program.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"cargo"))
 }
 
 /// What `command` prints, without its last line break. For questions that take no time: nothing is shown.
@@ -75,6 +97,12 @@ pub(crate) fn ask(command: &mut Command) -> anyhow::Result<String> {
         bail!("{echo}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim_end());
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+/// Whether a command can be run and succeeds. For questions that take no time.
+pub(crate) fn succeeds(command: &[&str]) -> bool {
+    let [program, arguments @ ..] = command else { return false };
+    Command::new(program).args(arguments).output().is_ok_and(|output| output.status.success())
 }
 
 /// Whether there is such a program.
@@ -112,22 +140,6 @@ fn quote(word: &str) -> String {
     } else {
         format!("'{}'", word.replace('\'', r"'\''"))
     }
-}
-
-/// Prints a line beside the spinners.
-fn say(line: impl std::fmt::Display) {
-    SPINNERS.suspend(|| eprintln!("{line}"));
-}
-
-/// Shows that `what` goes on: a spinner on a terminal, else one line.
-fn spinner(what: &str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        eprintln!("  {what} …");
-        return ProgressBar::hidden();
-    }
-    let spinner = SPINNERS.add(ProgressBar::new_spinner()).with_message(format!("{what} …"));
-    spinner.enable_steady_tick(TICK);
-    spinner
 }
 
 /// What the last run that did `what` has written.

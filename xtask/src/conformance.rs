@@ -17,6 +17,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -29,7 +30,13 @@ use self::{
     cell::{Cell, Verdict},
     progress::Progress,
 };
-use crate::{ebpf, privilege};
+use crate::{
+    ebpf, privilege,
+    setup::{Build, Plan},
+};
+
+/// What all clients take once they are built.
+const RUNS: Duration = Duration::from_mins(3);
 
 /// Which clients, and where to write what was found.
 #[derive(Debug, Args)]
@@ -61,6 +68,11 @@ struct Report {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     privilege::require_root("the conformance run")?;
     let clients = select(&arguments.clients)?;
+    Plan::new("SDKs and tools, old and new, run in pods of simulated nodes.", RUNS)
+        .needs(ebpf::missing_tools()?)
+        .needs(build::missing(&clients))
+        .builds([Build::KernelPrograms, Build::Agent])
+        .begin()?;
     let agent = ebpf::build_agent()?;
     let mut subjects = Vec::new();
     let mut cells = Vec::new();

@@ -4,30 +4,42 @@
 //! simulated AWS side: whose role was handed out under the access key that the client shows.
 
 mod attempt;
-mod row;
+mod case;
+mod table;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, bail};
 use lab::{AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, Pod, PodSpec, enter};
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::{
-    attempt::{Attempt, IMDS, Place},
-    row::{Case, Expected, Row},
+    attempt::{Attempt, IMDS, Source},
+    case::{Case, Expected, Row},
 };
-use crate::{clients::Clients, ebpf, privilege};
+use crate::{
+    clients::Clients,
+    ebpf, privilege,
+    setup::{Build, Plan},
+};
 
+/// What the clients take, all together.
+const RUNS: Duration = Duration::from_secs(20);
 const NAMESPACE: &str = "shop";
 const IMDS_ADDRESS: &str = "169.254.169.254";
 const POD_IDENTITY_ADDRESS: &str = "169.254.170.23";
 const MAPPED_ADDRESS: &str = "::ffff:169.254.169.254";
-/// A pod without an association must not wait longer for its refusal.
+/// A pod without an association must be refused within this time.
 const REFUSAL_MILLISECONDS: f64 = 100.0;
 
-/// Builds everything, runs the clients, prints the table. Fails when a row is not as it should be.
+/// Builds everything, runs the clients, prints the table. Fails unless every row is as expected.
 pub(crate) fn run(json: bool) -> anyhow::Result<ExitCode> {
     privilege::require_root("the demo")?;
+    Plan::new("The demo puts real clients on a simulated node and shows whose role each gets.", RUNS)
+        .needs(ebpf::missing_tools()?)
+        .needs(Clients::missing())
+        .builds([Build::KernelPrograms, Build::Agent])
+        .begin()?;
     let agent = AgentSpec::new(ebpf::build_agent()?, &["--imds", "intercept"]);
     let clients = Clients::prepare()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -35,17 +47,17 @@ pub(crate) fn run(json: bool) -> anyhow::Result<ExitCode> {
         let mut terminate = signal(SignalKind::terminate())?;
         tokio::select! {
             rows = on_a_lab(&agent, &clients) => rows,
-            _ = tokio::signal::ctrl_c() => bail!("interrupted; the simulated node is gone"),
-            _ = terminate.recv() => bail!("terminated; the simulated node is gone"),
+            _ = tokio::signal::ctrl_c() => bail!("interrupted; the simulated node was removed"),
+            _ = terminate.recv() => bail!("terminated; the simulated node was removed"),
         }
     })?;
-    let right = rows.iter().all(Row::is_right);
+    let expected = rows.iter().all(Row::is_expected);
     if json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {
-        row::print(&rows);
+        table::print(&rows);
     }
-    Ok(if right { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if expected { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Brings the node up, lets every client try, takes the node down.
@@ -62,10 +74,10 @@ async fn on_a_lab(agent: &AgentSpec, clients: &Clients) -> anyhow::Result<Vec<Ro
     };
     let rows: anyhow::Result<Vec<Row>> = rows.await;
     let rows = match rows {
-        Ok(rows) if rows.iter().all(Row::is_right) => rows,
-        wrong => {
+        Ok(rows) if rows.iter().all(Row::is_expected) => rows,
+        unexpected => {
             eprintln!("the end of the agent's log:\n{}", agent.log_tail());
-            wrong?
+            unexpected?
         }
     };
     let status = agent.stop().await?;
@@ -101,9 +113,9 @@ impl Demo<'_> {
     /// is a pod's, and wrong.
     async fn let_the_agent_sign_once(&self, name: &str) -> anyhow::Result<()> {
         let pod = self.pod_with_role(name)?;
-        let attempt = attempt::pod_identity(self.lab, Place::Pod(&pod)).await?;
+        let attempt = attempt::pod_identity(self.lab, Source::Pod(&pod)).await?;
         if attempt.access_key_id.is_none() {
-            bail!("the pod {name} got no credentials: {}", attempt.said);
+            bail!("the pod {name} got no credentials: {}", attempt.message);
         }
         Ok(())
     }
@@ -111,7 +123,7 @@ impl Demo<'_> {
     /// 1. An SDK that predates Pod Identity, through IMDSv2, with no environment.
     async fn old_sdk(&self) -> anyhow::Result<Row> {
         let pod = self.pod_with_role("orders")?;
-        let case = Case::new("1", Place::Pod(&pod), IMDS_ADDRESS, "IMDSv2", Expected::OwnRole);
+        let case = Case::new("1", Source::Pod(&pod), IMDS_ADDRESS, "IMDSv2", Expected::OwnRole);
         let reads = self.lab.imds.credential_reads();
         let attempt = attempt::boto3(self.lab, &pod, EnvKind::None, &self.clients.boto3_old).await?;
         Ok(self.judge(&case, attempt, reads))
@@ -127,9 +139,9 @@ impl Demo<'_> {
             ("2a", &allowed, Expected::OwnRole),
             ("2b", &refused, Expected::Refusal { naming: vec!["podgate.dev/imds-v1".into()], within: None }),
         ] {
-            let case = Case::new(number, Place::Pod(pod), IMDS_ADDRESS, "IMDSv1", expected);
+            let case = Case::new(number, Source::Pod(pod), IMDS_ADDRESS, "IMDSv1", expected);
             let reads = self.lab.imds.credential_reads();
-            let attempt = attempt::imds_v1(self.lab, case.place).await?;
+            let attempt = attempt::imds_v1(self.lab, case.source).await?;
             rows.push(self.judge(&case, attempt, reads));
         }
         Ok(rows)
@@ -140,7 +152,7 @@ impl Demo<'_> {
         let pod =
             self.lab.add_pod(&PodSpec::new(NAMESPACE, "payments").role("payments-role").with_token())?;
         let case =
-            Case::new("3", Place::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity, token", Expected::OwnRole);
+            Case::new("3", Source::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity, token", Expected::OwnRole);
         let reads = self.lab.imds.credential_reads();
         let attempt = attempt::boto3(self.lab, &pod, EnvKind::Webhook, &self.clients.boto3_current).await?;
         Ok(self.judge(&case, attempt, reads))
@@ -149,20 +161,20 @@ impl Demo<'_> {
     /// 4. The Pod Identity endpoint without a token: the cgroup alone says who asks.
     async fn without_token(&self) -> anyhow::Result<Row> {
         let pod = self.pod_with_role("search")?;
-        let case = Case::new("4", Place::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity", Expected::OwnRole);
+        let case = Case::new("4", Source::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity", Expected::OwnRole);
         let reads = self.lab.imds.credential_reads();
-        let attempt = attempt::pod_identity(self.lab, case.place).await?;
+        let attempt = attempt::pod_identity(self.lab, case.source).await?;
         Ok(self.judge(&case, attempt, reads))
     }
 
-    /// 5. A dual-stack socket that dials the v4-mapped address, as the JVM's do.
+    /// 5. A dual-stack socket that connects to the v4-mapped address, as the JVM's do.
     async fn dual_stack(&self) -> anyhow::Result<Row> {
         let pod = self.pod_with_role("catalogue")?;
-        let case = Case::new("5", Place::Pod(&pod), MAPPED_ADDRESS, "IMDSv2", Expected::OwnRole);
+        let case = Case::new("5", Source::Pod(&pod), MAPPED_ADDRESS, "IMDSv2", Expected::OwnRole);
         let reads = self.lab.imds.credential_reads();
         // The URL, and with it the Host header, stays as the SDKs have it; the socket is AF_INET6.
         let connect_to = format!("{}:80:[{MAPPED_ADDRESS}]:80", IMDS.trim_start_matches("http://"));
-        let attempt = attempt::imds_v2(self.lab, case.place, &["--connect-to", &connect_to]).await?;
+        let attempt = attempt::imds_v2(self.lab, case.source, &["--connect-to", &connect_to]).await?;
         Ok(self.judge(&case, attempt, reads))
     }
 
@@ -172,7 +184,7 @@ impl Demo<'_> {
         let reads = self.lab.imds.credential_reads();
         let attempts = attempt::boto3_at_once(self.lab, &pods.each_ref(), &self.clients.boto3_old).await?;
         let rows = ["6a", "6b"].into_iter().zip(&pods).zip(attempts).map(|((number, pod), attempt)| {
-            let case = Case::new(number, Place::Pod(pod), IMDS_ADDRESS, "IMDSv2", Expected::OwnRole);
+            let case = Case::new(number, Source::Pod(pod), IMDS_ADDRESS, "IMDSv2", Expected::OwnRole);
             self.judge(&case, attempt, reads)
         });
         Ok(rows.collect())
@@ -181,45 +193,45 @@ impl Demo<'_> {
     /// 7. A pod whose service account has no association: told why, and given nothing at the address where the
     ///    node's role would be.
     async fn not_associated(&self) -> anyhow::Result<Vec<Row>> {
-        let pod = self.lab.add_pod(&PodSpec::new(NAMESPACE, "stranger"))?;
+        let pod = self.lab.add_pod(&PodSpec::new(NAMESPACE, "unassociated"))?;
         let expected = Expected::Refusal {
             naming: vec![pod.namespace.clone(), pod.service_account.clone()],
             within: Some(REFUSAL_MILLISECONDS),
         };
-        let case = Case::new("7a", Place::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity", expected);
+        let case = Case::new("7a", Source::Pod(&pod), POD_IDENTITY_ADDRESS, "Pod Identity", expected);
         let reads = self.lab.imds.credential_reads();
-        let attempt = attempt::pod_identity(self.lab, case.place).await?;
+        let attempt = attempt::pod_identity(self.lab, case.source).await?;
         let told = self.judge(&case, attempt, reads);
         let expected = Expected::Refusal { naming: vec![], within: None };
-        let case = Case::new("7b", Place::Pod(&pod), IMDS_ADDRESS, "IMDSv2", expected);
+        let case = Case::new("7b", Source::Pod(&pod), IMDS_ADDRESS, "IMDSv2", expected);
         let attempt = attempt::boto3(self.lab, &pod, EnvKind::None, &self.clients.boto3_old).await?;
         Ok(vec![told, self.judge(&case, attempt, reads)])
     }
 
     /// 8. A process outside any pod.
     async fn outside_any_pod(&self) -> anyhow::Result<Row> {
-        let case = Case::new("8", Place::Node, IMDS_ADDRESS, "IMDSv2", Expected::NodeRole);
+        let case = Case::new("8", Source::Node, IMDS_ADDRESS, "IMDSv2", Expected::NodeRole);
         let reads = self.lab.imds.credential_reads();
-        let attempt = attempt::imds_v2(self.lab, Place::Node, &[]).await?;
+        let attempt = attempt::imds_v2(self.lab, Source::Node, &[]).await?;
         Ok(self.judge(&case, attempt, reads))
     }
 
-    /// 9. The agent is killed with -9: pods are refused at once, wherever they dial, and served when it is back.
+    /// 9. The agent is killed with -9: pods are refused at once at either address, and served when it is back.
     async fn killed_and_back(&self, agent: &mut AgentProcess, spec: &AgentSpec) -> anyhow::Result<Vec<Row>> {
         let pod = self.pod_with_role("basket")?;
-        let place = Place::Pod(&pod);
+        let source = Source::Pod(&pod);
         let reads = self.lab.imds.credential_reads();
         agent.kill().await?;
         let expected = || Expected::NoConnection { within: REFUSAL_MILLISECONDS };
-        let case = Case::new("9a", place, IMDS_ADDRESS, "agent killed", expected());
-        let mut rows = vec![self.judge(&case, attempt::imds_v2(self.lab, place, &[]).await?, reads)];
-        let case = Case::new("9b", place, POD_IDENTITY_ADDRESS, "agent killed", expected());
-        rows.push(self.judge(&case, attempt::pod_identity(self.lab, place).await?, reads));
+        let case = Case::new("9a", source, IMDS_ADDRESS, "agent killed", expected());
+        let mut rows = vec![self.judge(&case, attempt::imds_v2(self.lab, source, &[]).await?, reads)];
+        let case = Case::new("9b", source, POD_IDENTITY_ADDRESS, "agent killed", expected());
+        rows.push(self.judge(&case, attempt::pod_identity(self.lab, source).await?, reads));
         *agent = self.lab.start_agent(spec).await?;
         self.let_the_agent_sign_once("second").await?;
         let reads = self.lab.imds.credential_reads();
-        let case = Case::new("9c", place, IMDS_ADDRESS, "IMDSv2, agent back", Expected::OwnRole);
-        rows.push(self.judge(&case, attempt::imds_v2(self.lab, place, &[]).await?, reads));
+        let case = Case::new("9c", source, IMDS_ADDRESS, "IMDSv2, agent back", Expected::OwnRole);
+        rows.push(self.judge(&case, attempt::imds_v2(self.lab, source, &[]).await?, reads));
         Ok(rows)
     }
 
@@ -229,7 +241,7 @@ impl Demo<'_> {
 
     fn judge(&self, case: &Case<'_>, mut attempt: Attempt, reads_before: u64) -> Row {
         attempt.version.get_or_insert_with(|| self.clients.curl_version.clone());
-        let found = row::Found {
+        let found = case::Found {
             issued: attempt.access_key_id.as_deref().and_then(|key| self.lab.eks_auth.issued(key)),
             node_reads: self.lab.imds.credential_reads() - reads_before,
         };

@@ -15,8 +15,8 @@ use agent_common::abi::{global, program};
 use anyhow::{Context as _, anyhow, bail};
 use aya::{EbpfLoader, programs::Program};
 
-pub(crate) use self::budget::Counts;
 use self::{budget::Budget, toolchain::Toolchain};
+pub(crate) use self::{budget::Counts, toolchain::missing as missing_tools};
 use crate::{
     cmd,
     workspace::{cargo, root, target_directory},

@@ -1,12 +1,13 @@
-//! `cargo xtask fuzz`: everything that parses a byte from outside gets bytes that nobody has thought of.
+//! `cargo xtask fuzz`: feeds random inputs to every parser of external data.
 //!
 //! Owns building the targets of `agent/fuzz` and running each for its time; never decides what must hold, which is the
-//! agent's `testing::outside`. What was found to be of interest is kept below `target/fuzz` for the next run.
+//! agent's `testing::outside`. Inputs that reach new code are stored below `target/fuzz` for the next run.
 
 use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -14,6 +15,7 @@ use clap::Args;
 
 use crate::{
     cmd, report,
+    setup::{Build, Need, Plan},
     workspace::{cargo_install, root, target_directory, tools},
 };
 
@@ -40,7 +42,7 @@ pub(crate) struct Arguments {
     target: Option<String>,
 }
 
-/// What a target has done.
+/// The result of fuzzing a target.
 struct Outcome {
     executions: Option<String>,
     coverage: Option<String>,
@@ -50,6 +52,12 @@ struct Outcome {
 /// Builds and runs every target.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let targets = targets(arguments.target.as_deref())?;
+    let fuzzer = (!fuzzer().is_file()).then(|| Need::cargo(fuzzer_step(), "building the targets", 60));
+    let runs = Duration::from_secs(targets.len() as u64 * u64::from(arguments.time));
+    Plan::new(&format!("Random inputs for {} parsers of external data.", targets.len()), runs)
+        .needs(fuzzer)
+        .builds([Build::FuzzTargets])
+        .begin()?;
     let programs = build()?;
     let mut table = report::table(&["target", "inputs", "coverage", "result"]);
     let mut failed = 0;
@@ -95,10 +103,9 @@ fn targets(only: Option<&str>) -> anyhow::Result<Vec<String>> {
 /// Builds the programs and tells where they are. cargo-fuzz sets the flags that sanitizer and coverage need, which stable
 /// Rust has but does not offer.
 fn build() -> anyhow::Result<PathBuf> {
-    let program = tools().join("bin/cargo-fuzz");
+    let program = fuzzer();
     if !program.is_file() {
-        let mut install = cargo_install("cargo-fuzz", CARGO_FUZZ_VERSION);
-        cmd::run(&format!("cargo-fuzz {CARGO_FUZZ_VERSION}"), &mut install)?;
+        cmd::run(&fuzzer_step(), &mut cargo_install("cargo-fuzz", CARGO_FUZZ_VERSION))?;
     }
     let host = cmd::ask(Command::new("rustc").args(["--print", "host-tuple"]))?;
     let mut command = Command::new(program);
@@ -107,10 +114,18 @@ fn build() -> anyhow::Result<PathBuf> {
     Ok(directory().join(host).join("release"))
 }
 
+fn fuzzer() -> PathBuf {
+    tools().join("bin/cargo-fuzz")
+}
+
+fn fuzzer_step() -> String {
+    format!("cargo-fuzz {CARGO_FUZZ_VERSION}")
+}
+
 /// Runs one target for so many seconds.
 fn fuzz(target: &str, program: &Path, seconds: u32) -> anyhow::Result<Outcome> {
-    let corpus = kept("corpus", target)?;
-    let artifacts = kept("artifacts", target)?;
+    let corpus = directory_of("corpus", target)?;
+    let artifacts = directory_of("artifacts", target)?;
     let sources = root().join(DIRECTORY);
     let mut command = Command::new(program);
     command
@@ -145,8 +160,8 @@ fn directory() -> PathBuf {
     target_directory().join("fuzz")
 }
 
-/// A directory of this target's that stays.
-fn kept(what: &str, target: &str) -> anyhow::Result<PathBuf> {
+/// A directory of this target's that outlives the run.
+fn directory_of(what: &str, target: &str) -> anyhow::Result<PathBuf> {
     let path = directory().join(what).join(target);
     fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
     Ok(path)
@@ -157,7 +172,7 @@ fn after(log: &str, what: &str) -> Option<String> {
     log.lines().rev().find_map(|line| Some(line.split_once(what)?.1.trim().to_owned()))
 }
 
-/// The last word on the edges that were reached: `#1024 DONE cov: 312 ft: …`.
+/// The edges that were reached, as last reported: `#1024 DONE cov: 312 ft: …`.
 fn coverage(log: &str) -> Option<String> {
     after(log, " cov: ")?.split(' ').next().map(str::to_owned)
 }
@@ -167,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libfuzzer_s_last_word_is_read() {
+    fn the_last_line_of_libfuzzer_is_read() {
         let log = "#2\tINITED cov: 10 ft: 11 corp: 1/1b\n#77\tDONE   cov: 312 ft: 900 corp: 5/9b\n\
                    stat::number_of_executed_units: 77\nstat::average_exec_per_sec:     7\n";
         assert_eq!(coverage(log).as_deref(), Some("312"));

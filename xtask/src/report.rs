@@ -1,6 +1,6 @@
 //! What people read: tables, colors, verdicts.
 //!
-//! Owns the looks. Colours follow `NO_COLOR` and whether the output is a terminal.
+//! Owns the looks. Colors follow `NO_COLOR` and whether the output is a terminal.
 
 use std::fmt::Display;
 
@@ -18,28 +18,86 @@ pub(crate) fn table(columns: &[&str]) -> Table {
     table
 }
 
-/// A table's cell with a verdict: green when right, red when not.
-pub(crate) fn verdict(right: bool, text: impl Display) -> Cell {
+/// The same, but never narrower than its contents.
+pub(crate) fn unwrapped_table(columns: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED).set_header(columns);
+    table
+}
+
+/// The width of the terminal, if standard output is one and has one.
+pub(crate) fn width() -> Option<usize> {
+    Table::new().width().filter(|width| *width > 0).map(usize::from)
+}
+
+/// How many columns a line takes, colors aside.
+pub(crate) fn visible_width(line: &str) -> usize {
+    let mut chars = line.chars();
+    let mut width = 0;
+    while let Some(c) = chars.next() {
+        if c == '\u{1b}' {
+            // A color: `ESC [ … m`.
+            chars.by_ref().find(char::is_ascii_alphabetic);
+        } else {
+            width += 1;
+        }
+    }
+    width
+}
+
+/// Breaks a text into lines between words; a word that is longer than a line has one of its own.
+pub(crate) fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if visible_width(line) + 1 + visible_width(word) <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+/// A table's cell with a verdict: green when good, red when not.
+pub(crate) fn verdict(good: bool, text: impl Display) -> Cell {
     let cell = Cell::new(text);
     // The table itself knows about terminals, not about NO_COLOR.
-    match (std::env::var_os("NO_COLOR"), right) {
+    match (std::env::var_os("NO_COLOR"), good) {
         (Some(_), _) => cell,
         (None, true) => cell.fg(Color::Green),
         (None, false) => cell.fg(Color::Red),
     }
 }
 
-/// Something that is as it should be.
+/// A success, in green.
 pub(crate) fn success(text: impl Display) -> String {
     text.if_supports_color(Stream::Stdout, |text| text.green()).to_string()
 }
 
-/// Something that is not.
+/// A failure, in red.
 pub(crate) fn failure(text: impl Display) -> String {
     text.if_supports_color(Stream::Stdout, |text| text.red()).to_string()
 }
 
-/// The beginning of something.
+/// A heading, in bold.
 pub(crate) fn heading(text: impl Display) -> String {
     text.if_supports_color(Stream::Stdout, |text| text.bold()).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_never_broken() {
+        assert_eq!(wrap("to ::ffff:169.254.169.254, 3 ms", 10), ["to", "::ffff:169.254.169.254,", "3 ms"]);
+        assert_eq!(wrap("", 10), Vec::<String>::new());
+    }
+
+    #[test]
+    fn colors_take_no_room() {
+        assert_eq!(visible_width("\u{1b}[32m✓\u{1b}[0m done"), 6);
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! Owns which tests make a tier, the counting and the verdict. Nothing is skipped: what cannot run fails.
 
+mod selection;
 mod step;
 
 use std::{
@@ -12,15 +13,21 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
 use comfy_table::Cell;
 use futures::future::join_all;
 use lab::state::{self, State};
-use tokio::process::Command;
 
-use self::step::{Outcome, Step};
-use crate::{bpftool, clients, ebpf, privilege, report, vm, workspace};
+use self::{
+    selection::{ALONE, Selection, tests_in},
+    step::{Outcome, Step},
+};
+use crate::{
+    bpftool, clients, ebpf, privilege, report,
+    setup::{Build, Need, Plan},
+    vm, workspace,
+};
 
 /// Seconds by step, in the workspace.
 const BUDGETS: &str = ".ci/budgets.toml";
@@ -51,6 +58,16 @@ pub(crate) enum Tier {
 
 /// Seconds by step, from the file.
 type Budgets = BTreeMap<String, u64>;
+/// Where the tests find what was built for them.
+type Environment = Vec<(&'static str, PathBuf)>;
+
+/// A run of the tests.
+struct Run<'a> {
+    budgets: Budgets,
+    runtime: tokio::runtime::Runtime,
+    filters: &'a [String],
+    outcomes: Vec<Outcome>,
+}
 
 // === impl Tier ===
 
@@ -64,29 +81,64 @@ impl Tier {
         matches!(self, Self::Kernel | Self::Lab)
     }
 
-    /// `cargo test` arguments that select the tier's tests, one list for each run of cargo.
-    fn selection(self) -> anyhow::Result<Vec<Vec<String>>> {
-        let arguments = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    /// The tier's tests, one selection for each run of cargo.
+    fn selections(self) -> anyhow::Result<Vec<Selection>> {
         Ok(match self {
             Self::Unit => vec![
-                arguments("-p agent -p agent-common -p lab -p xtask --lib --bins"),
-                arguments("-p agent -p agent-common -p lab --doc"),
+                Selection::new("-p agent -p agent-common -p lab -p xtask --lib --bins"),
+                Selection::new("-p agent -p agent-common -p lab --doc"),
             ],
             Self::Pipeline => {
-                let mut selection = arguments("-p agent -p lab");
+                let mut selection = Selection::new("-p agent -p lab");
                 for directory in ["agent/tests", "xtask/lab/tests"] {
-                    selection.extend(tests_in(directory)?);
+                    selection.cargo.extend(tests_in(directory)?);
                 }
                 vec![selection]
             }
-            Self::Kernel => vec![arguments("-p agent --features kernel-tests --test kernel")],
+            Self::Kernel => vec![Selection::new("-p agent --features kernel-tests --test kernel")],
             // Not by cargo on this machine.
             Self::Vm61 | Self::Vm612 => Vec::new(),
-            // Those with a steady load come alone: others would take the processors from it.
+            // Those with a steady load run alone: others would take the processors from it.
             Self::Lab => vec![
-                arguments("-p xtask --test lab -- --skip upgrade::"),
-                arguments("-p xtask --test lab -- upgrade:: --test-threads=1 --nocapture"),
+                Selection { skip: Some(ALONE), ..Selection::new("-p xtask --test lab") },
+                Selection { only: Some(ALONE), ..Selection::new("-p xtask --test lab") },
             ],
+        })
+    }
+
+    /// What the tier's tests need and this machine has not.
+    fn missing(self) -> anyhow::Result<Vec<Need>> {
+        let mut needs = Vec::new();
+        if self.needs_root() || self.vm().is_some() {
+            needs.extend(ebpf::missing_tools()?);
+            needs.extend(bpftool::missing());
+        }
+        if let Some(kernel) = self.vm() {
+            needs.extend(vm::missing(&[kernel]));
+        }
+        if self == Self::Lab {
+            needs.extend(clients::missing_packages());
+            needs.extend(clients::missing_packet_filter());
+        }
+        Ok(needs)
+    }
+
+    fn builds(self) -> &'static [Build] {
+        match self {
+            Self::Unit | Self::Pipeline => &[Build::Tests],
+            Self::Kernel => &[Build::KernelPrograms, Build::Tests],
+            Self::Vm61 | Self::Vm612 => &[Build::KernelPrograms, Build::VmTests],
+            Self::Lab => &[Build::KernelPrograms, Build::Agent, Build::UndefendedAgent, Build::Tests],
+        }
+    }
+
+    /// What running its tests takes, roughly.
+    fn runs(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Unit => 30,
+            Self::Pipeline | Self::Kernel => 60,
+            Self::Vm61 | Self::Vm612 => 240,
+            Self::Lab => 300,
         })
     }
 
@@ -111,130 +163,134 @@ impl From<vm::Kernel> for Tier {
     }
 }
 
-/// Runs one tier or all, prints the table and, alone on the last line, `N passed, N failed`.
-pub(crate) fn run(only: Option<Tier>) -> anyhow::Result<ExitCode> {
+/// Runs one tier or all, prints the table and, alone on the last line, `N passed, N failed`. With filters, only the tests
+/// that match one of them; they are arguments of the test binaries and may be options as well.
+pub(crate) fn run(only: Option<Tier>, filters: &[String]) -> anyhow::Result<ExitCode> {
+    ensure!(
+        only.is_some() || filters.is_empty(),
+        "a filter needs a tier: `cargo xtask test --tier TIER -- FILTER`"
+    );
+    ensure!(
+        filters.is_empty() || only.is_none_or(|tier| tier.vm().is_none()),
+        "virtual machines run all their tests; `--tier kernel` has the same ones and takes a filter"
+    );
     let tiers: Vec<Tier> = only.map_or_else(|| Tier::value_variants().to_vec(), |tier| vec![tier]);
     if tiers.iter().any(|tier| tier.needs_root()) {
         privilege::require_root("the tests of the tiers kernel and lab")?;
     }
-    let budgets = read_budgets()?;
+    announce(&tiers)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let mut outcomes = Vec::new();
+    let mut run = Run { budgets: read_budgets()?, runtime, filters, outcomes: Vec::new() };
     for group in tiers.chunk_by(|one, next| one.vm().is_some() && next.vm().is_some()) {
         match group {
-            [tier] if tier.vm().is_none() => run_tier(*tier, &budgets, &runtime, &mut outcomes)?,
-            tiers => run_vms(tiers, &budgets, &runtime, &mut outcomes)?,
+            [tier] if tier.vm().is_none() => run.tier(*tier)?,
+            tiers => run.vms(tiers)?,
         }
     }
-    Ok(verdict(&outcomes))
+    Ok(verdict(&run.outcomes, filters))
 }
 
-/// Compiles the tier's tests, then runs them: two steps, so that each has a time of its own.
-fn run_tier(
-    tier: Tier,
-    budgets: &Budgets,
-    runtime: &tokio::runtime::Runtime,
-    outcomes: &mut Vec<Outcome>,
-) -> anyhow::Result<()> {
-    let environment = if tier.needs_root() {
-        let step =
-            Step::new(format!("{}: build object and agent", tier.name()), budget(budgets, "build-agent")?);
-        let mut environment = Vec::new();
-        outcomes.push(step.measure(|| {
-            environment = kernel_environment(tier)?;
-            Ok(())
-        }));
-        environment
-    } else {
-        Vec::new()
-    };
-    if tier == Tier::Kernel {
-        let step = Step::new(format!("{}: instructions", tier.name()), budget(budgets, "build-agent")?);
-        outcomes.push(step.measure(ebpf::check_workspace_budget));
+/// Says what will be installed and built, and installs the packages.
+fn announce(tiers: &[Tier]) -> anyhow::Result<()> {
+    let names: Vec<_> = tiers.iter().map(|tier| tier.name()).collect();
+    let title = format!("Tests of the tiers {}.", names.join(", "));
+    let mut plan = Plan::new(&title, tiers.iter().map(|tier| tier.runs()).sum());
+    for tier in tiers {
+        plan = plan.needs(tier.missing()?).builds(tier.builds().iter().copied());
     }
-    let compile = Step::new(format!("{}: compile", tier.name()), budget(budgets, "compile")?);
-    let selection = tier.selection()?;
-    // Examples in the documentation are compiled as they run.
-    let compiled = selection.iter().filter(|arguments| !arguments.iter().any(|argument| argument == "--doc"));
-    let compile_commands = compiled.map(|arguments| {
-        let of_cargo = arguments.split(|argument| argument == "--").next().unwrap_or_default();
-        let mut command = cargo_test(of_cargo, &environment);
-        command.arg("--no-run");
-        command
-    });
-    let compiled = runtime.block_on(compile.run(compile_commands.collect()))?;
-    let is_compiled = compiled.is_good();
-    outcomes.push(compiled);
-    if is_compiled {
-        let tests = Step::new(tier.name().to_owned(), budget(budgets, tier.name())?);
-        let commands = selection.iter().map(|arguments| cargo_test(arguments, &environment));
-        outcomes.push(runtime.block_on(tests.run(commands.collect()))?);
-    }
-    if tier == Tier::Lab {
-        remove_dead_labs()?;
-    }
-    Ok(())
+    plan.begin()
 }
 
-/// Gets the machines ready, then lets them run the tests side by side, because each uses one processor: two steps for
-/// each, so that both have a time of their own.
-fn run_vms(
-    tiers: &[Tier],
-    budgets: &Budgets,
-    runtime: &tokio::runtime::Runtime,
-    outcomes: &mut Vec<Outcome>,
-) -> anyhow::Result<()> {
-    let mut ready = Vec::new();
-    for &tier in tiers {
-        let Some(kernel) = tier.vm() else { continue };
-        let prepare = Step::new(format!("{}: prepare", tier.name()), budget(budgets, "prepare-vm")?);
-        outcomes.push(prepare.measure(|| {
-            ready.push((tier, vm::prepare_tests(kernel)?));
-            Ok(())
-        }));
-    }
-    let limit = budget(budgets, "vm")?;
-    let run = |(index, (tier, machine)): (usize, (Tier, process::Command))| {
-        let name = tier.name().to_owned();
-        // The output of one comes as it is written, that of the others whole, afterwards.
-        let step = if index == 0 { Step::new(name, limit) } else { Step::held_back(name, limit) };
-        step.with_last_word(vm::SUCCESS).run(vec![machine.into()])
-    };
-    let runs: Vec<_> = ready.into_iter().enumerate().map(run).collect();
-    for outcome in runtime.block_on(join_all(runs)) {
-        let mut outcome = outcome?;
-        outcome.print_held_back();
-        outcomes.push(outcome);
-    }
-    Ok(())
-}
+// === impl Run ===
 
-/// Selects every integration test in a directory's files; those in directories of their own need root.
-fn tests_in(directory: &str) -> anyhow::Result<Vec<String>> {
-    let path = workspace::root().join(directory);
-    let entries = fs::read_dir(&path).with_context(|| format!("cannot list {}", path.display()))?;
-    let mut selection = Vec::new();
-    for entry in entries {
-        let file = entry?.path();
-        if file.extension().is_some_and(|extension| extension == "rs") {
-            let name = file.file_stem().unwrap_or_default().to_string_lossy();
-            selection.extend(["--test".to_owned(), name.into_owned()]);
+impl Run<'_> {
+    /// Compiles the tier's tests, then runs them: two steps, so that each has a time of its own.
+    fn tier(&mut self, tier: Tier) -> anyhow::Result<()> {
+        let mut environment = Environment::new();
+        if tier.needs_root() {
+            let step = self.step(format!("{}: build object and agent", tier.name()), "build-agent")?;
+            self.outcomes.push(step.measure(|| {
+                environment = kernel_environment(tier)?;
+                Ok(())
+            }));
+        }
+        // Who filters works on something, and runs everything once more in the end.
+        if tier == Tier::Kernel && self.filters.is_empty() {
+            let step = self.step(format!("{}: instructions", tier.name()), "build-agent")?;
+            self.outcomes.push(step.measure(ebpf::check_workspace_budget));
+        }
+        let selections = tier.selections()?;
+        let compile = self.step(format!("{}: compile", tier.name()), "compile")?;
+        let commands = selections.iter().filter(|selection| selection.is_compiled_first()).map(|selection| {
+            let mut command = selection.command(&environment);
+            command.arg("--no-run");
+            command
+        });
+        let compiled = self.runtime.block_on(compile.run(commands.collect()))?;
+        let is_compiled = compiled.is_good();
+        self.outcomes.push(compiled);
+        if is_compiled {
+            let step = self.step(tier.name().to_owned(), tier.name())?.with_filters(self.filters);
+            let mut commands = Vec::new();
+            for selection in &selections {
+                if let Some(arguments) = selection.harness(self.filters, &environment)? {
+                    let mut command = selection.command(&environment);
+                    command.arg("--").args(arguments);
+                    commands.push(command);
+                }
+            }
+            let outcome = self.runtime.block_on(step.run(commands))?;
+            self.outcomes.push(outcome);
+        }
+        if tier == Tier::Lab {
+            remove_dead_labs()?;
+        }
+        Ok(())
+    }
+
+    /// Gets the machines ready, then lets them run the tests side by side, because each uses one processor: two steps
+    /// for each, so that both have a time of their own.
+    fn vms(&mut self, tiers: &[Tier]) -> anyhow::Result<()> {
+        let mut ready = Vec::new();
+        for &tier in tiers {
+            let Some(kernel) = tier.vm() else { continue };
+            let prepare = self.step(format!("{}: prepare", tier.name()), "prepare-vm")?;
+            self.outcomes.push(prepare.measure(|| {
+                ready.push((tier, vm::prepare_tests(kernel)?));
+                Ok(())
+            }));
+        }
+        let limit = self.budget("vm")?;
+        let run = |(index, (tier, machine)): (usize, (Tier, process::Command))| {
+            let name = tier.name().to_owned();
+            // The output of one is printed as it is written, that of the others afterwards.
+            let step = if index == 0 { Step::new(name, limit) } else { Step::held_back(name, limit) };
+            step.with_last_word(vm::SUCCESS).run(vec![machine.into()])
+        };
+        let runs: Vec<_> = ready.into_iter().enumerate().map(run).collect();
+        for outcome in self.runtime.block_on(join_all(runs)) {
+            let mut outcome = outcome?;
+            outcome.print_held_back();
+            self.outcomes.push(outcome);
+        }
+        Ok(())
+    }
+
+    fn step(&self, name: String, budget: &str) -> anyhow::Result<Step> {
+        Ok(Step::new(name, self.budget(budget)?))
+    }
+
+    fn budget(&self, step: &str) -> anyhow::Result<Duration> {
+        match self.budgets.get(step) {
+            Some(seconds) => Ok(Duration::from_secs(*seconds)),
+            None => bail!("{BUDGETS} has no budget for {step}"),
         }
     }
-    Ok(selection)
-}
-
-fn cargo_test(arguments: &[String], environment: &[(&str, PathBuf)]) -> Command {
-    let mut command = Command::from(workspace::cargo());
-    command.arg("test").args(arguments).envs(environment.iter().map(|(name, value)| (*name, value)));
-    command
 }
 
 /// What the tests with root need built, by the variable that tells them where it is.
-fn kernel_environment(tier: Tier) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
-    bpftool::install()?;
+fn kernel_environment(tier: Tier) -> anyhow::Result<Environment> {
     Ok(if tier == Tier::Lab {
-        clients::install_packages()?;
         vec![(AGENT_VARIABLE, ebpf::build_agent()?), (UNDEFENDED_VARIABLE, ebpf::build_undefended_agent()?)]
     } else {
         vec![(OBJECT_VARIABLE, ebpf::build_object()?.path)]
@@ -255,14 +311,7 @@ fn read_budgets() -> anyhow::Result<Budgets> {
     toml::from_str(&text).with_context(|| format!("{BUDGETS} is not a table of seconds"))
 }
 
-fn budget(budgets: &Budgets, step: &str) -> anyhow::Result<Duration> {
-    match budgets.get(step) {
-        Some(seconds) => Ok(Duration::from_secs(*seconds)),
-        None => bail!("{BUDGETS} has no budget for {step}"),
-    }
-}
-
-fn verdict(outcomes: &[Outcome]) -> ExitCode {
+fn verdict(outcomes: &[Outcome], filters: &[String]) -> ExitCode {
     let mut table = report::table(&["step", "passed", "failed", "time", "budget", "verdict"]);
     for outcome in outcomes {
         let problem = outcome.problem();
@@ -279,6 +328,30 @@ fn verdict(outcomes: &[Outcome]) -> ExitCode {
     let passed: u64 = outcomes.iter().map(|outcome| outcome.passed).sum();
     // A step that failed without a failing test (it did not compile, or took too long) counts as one.
     let failed: u64 = outcomes.iter().map(|outcome| outcome.failed.max(u64::from(!outcome.is_good()))).sum();
+    if !filters.is_empty() {
+        let ran: u64 = outcomes.iter().map(|outcome| outcome.passed + outcome.failed).sum();
+        println!("`{}`: {ran} test{} ran", filters.join(" "), if ran == 1 { "" } else { "s" });
+    }
     println!("{passed} passed, {failed} failed");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_needs_a_tier_that_runs_here() {
+        let filters = ["jitter".to_owned()];
+        assert!(run(None, &filters).unwrap_err().to_string().contains("--tier"));
+        assert!(run(Some(Tier::Vm61), &filters).unwrap_err().to_string().contains("--tier kernel"));
+    }
+
+    #[test]
+    fn unit_tests_need_nothing_of_the_machine() {
+        for tier in [Tier::Unit, Tier::Pipeline] {
+            assert!(tier.missing().unwrap().is_empty());
+            assert_eq!(tier.builds(), [Build::Tests]);
+        }
+    }
 }

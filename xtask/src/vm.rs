@@ -26,6 +26,7 @@ use crate::{
     apt, bpftool, cmd,
     ebpf::{self, Counts},
     initramfs::Initramfs,
+    setup::{Need, Source},
     workspace,
 };
 
@@ -144,6 +145,24 @@ fn watch_attacks(kernel: Kernel, mut machine: Command) -> anyhow::Result<String>
     rows.with_context(|| {
         format!("the virtual machine with kernel {} did not finish the attacks", kernel.series())
     })
+}
+
+/// What these machines need and this one has not.
+pub(crate) fn missing(kernels: &[Kernel]) -> Vec<Need> {
+    let directory = workspace::target_directory().join("vm");
+    let mut needs = Vec::new();
+    if !cmd::is_in_path(QEMU) {
+        needs.push(Need::apt(QEMU_PACKAGE, "the virtual machines"));
+    }
+    let images = kernels.iter().filter(|kernel| !image::is_unpacked(kernel.package(), &directory));
+    needs.extend(images.map(|kernel| Need {
+        name: format!("kernel {}", kernel.series()),
+        source: Source::AptDownload,
+        purpose: "the virtual machines".to_owned(),
+        seconds: 20,
+        mib: 200,
+    }));
+    needs
 }
 
 /// Gets the kernel, and what emulates a machine for it.

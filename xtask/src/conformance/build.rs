@@ -4,7 +4,7 @@
 //! Owns when a client is built again: when its manifest or its program has changed.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -15,7 +15,11 @@ use std::{
 use anyhow::Context as _;
 
 use super::catalogue::{Client, Language};
-use crate::{apt, cmd, workspace};
+use crate::{
+    apt, cmd,
+    setup::{Need, Source},
+    workspace,
+};
 
 /// How many are built at once: what they wait for is mostly the network.
 const AT_ONCE: usize = 2;
@@ -30,6 +34,28 @@ pub(super) type Built = Result<Vec<String>, String>;
 struct Tool {
     probe: &'static [&'static str],
     packages: &'static [&'static str],
+}
+
+/// What the clients need and this machine has not: their languages, and themselves.
+pub(super) fn missing(clients: &[&'static Client]) -> Vec<Need> {
+    let languages: BTreeSet<Language> = clients.iter().map(|client| client.language).collect();
+    let packages = languages.into_iter().flat_map(|language| {
+        let purpose = format!("the clients in {}", language.name());
+        language.missing().into_iter().map(move |package| Need::apt(package, &purpose))
+    });
+    let mut needs: Vec<_> = packages.collect();
+    let unbuilt = clients.iter().filter(|client| {
+        !matches!(client.language, Language::Ruby | Language::Shell)
+            && !workspace::target_directory().join("clients").join(client.name).join(STAMP).exists()
+    });
+    needs.extend(unbuilt.map(|client| Need {
+        name: client.name.to_owned(),
+        source: Source::Registries,
+        purpose: format!("the conformance run, in {}", client.language.name()),
+        seconds: 15,
+        mib: 100,
+    }));
+    needs
 }
 
 /// Installs what is missing and builds the clients; the command of each, in their order.
@@ -130,19 +156,15 @@ impl Language {
         }
     }
 
+    /// Its packages that this system has not.
+    fn missing(self) -> Vec<&'static str> {
+        let missing = self.tools().iter().filter(|tool| !cmd::succeeds(tool.probe));
+        missing.flat_map(|tool| tool.packages).copied().collect()
+    }
+
     /// Installs what is missing.
     fn install(self) -> Result<(), String> {
-        let is_there = |tool: &&Tool| {
-            let output = Command::new(tool.probe[0]).args(&tool.probe[1..]).output();
-            output.is_ok_and(|output| output.status.success())
-        };
-        let missing: Vec<&str> = self
-            .tools()
-            .iter()
-            .filter(|tool| !is_there(tool))
-            .flat_map(|tool| tool.packages)
-            .copied()
-            .collect();
+        let missing = self.missing();
         if missing.is_empty() {
             return Ok(());
         }

@@ -1,6 +1,6 @@
 //! One attempt of a real client to get credentials, from a pod or from the node.
 //!
-//! Owns what a client does and what it says. Whether that is right is decided elsewhere, from the servers' side.
+//! Owns what a client does and what it answers. The verdict is `case`'s, from what the servers recorded.
 
 use std::{process::Stdio, time::Duration};
 
@@ -23,14 +23,14 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where a client runs.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Place<'a> {
+pub(super) enum Source<'a> {
     /// In a pod's container.
     Pod(&'a Pod),
     /// On the node, outside any pod.
     Node,
 }
 
-/// What came of it.
+/// Its result.
 #[derive(Debug, Default)]
 pub(super) struct Attempt {
     /// The access key that the client ended up with.
@@ -38,7 +38,7 @@ pub(super) struct Attempt {
     /// HTTP status of the last answer, where the client shows it; 0 for none.
     pub(super) status: Option<u16>,
     /// Body of the last answer, or the client's error.
-    pub(super) said: String,
+    pub(super) message: String,
     /// As the client itself measured it.
     pub(super) milliseconds: f64,
     /// The client's version, where it tells.
@@ -68,7 +68,7 @@ impl Attempt {
         self.status = Some(answer.status);
         self.access_key_id =
             serde_json::from_str::<Credentials>(&answer.body).ok().map(|found| found.access_key_id);
-        self.said = answer.body;
+        self.message = answer.body;
     }
 
     fn succeeded(&self) -> bool {
@@ -83,16 +83,16 @@ struct Answer {
 }
 
 /// curl speaking IMDSv1: the role's name, then its credentials.
-pub(super) async fn imds_v1(lab: &Lab, place: Place<'_>) -> anyhow::Result<Attempt> {
-    imds(lab, place, &[]).await
+pub(super) async fn imds_v1(lab: &Lab, source: Source<'_>) -> anyhow::Result<Attempt> {
+    imds(lab, source, &[]).await
 }
 
 /// curl speaking IMDSv2: a token first. `options` are added to each call.
-pub(super) async fn imds_v2(lab: &Lab, place: Place<'_>, options: &[&str]) -> anyhow::Result<Attempt> {
+pub(super) async fn imds_v2(lab: &Lab, source: Source<'_>, options: &[&str]) -> anyhow::Result<Attempt> {
     let mut token = vec!["-X", "PUT", "-H", "X-aws-ec2-metadata-token-ttl-seconds: 21600"];
     token.extend(options);
     let url = format!("{IMDS}/latest/api/token");
-    let answer = curl(lab, place, &token, &url).await?;
+    let answer = curl(lab, source, &token, &url).await?;
     if answer.status != 200 {
         let mut attempt = Attempt::default();
         attempt.add(answer);
@@ -101,15 +101,15 @@ pub(super) async fn imds_v2(lab: &Lab, place: Place<'_>, options: &[&str]) -> an
     let header = format!("X-aws-ec2-metadata-token: {}", answer.body);
     let mut options = options.to_vec();
     options.extend(["-H", &header]);
-    let mut attempt = imds(lab, place, &options).await?;
+    let mut attempt = imds(lab, source, &options).await?;
     attempt.milliseconds += answer.milliseconds;
     Ok(attempt)
 }
 
 /// curl at the Pod Identity endpoint, without a token.
-pub(super) async fn pod_identity(lab: &Lab, place: Place<'_>) -> anyhow::Result<Attempt> {
+pub(super) async fn pod_identity(lab: &Lab, source: Source<'_>) -> anyhow::Result<Attempt> {
     let mut attempt = Attempt::default();
-    attempt.add(curl(lab, place, &[], POD_IDENTITY).await?);
+    attempt.add(curl(lab, source, &[], POD_IDENTITY).await?);
     Ok(attempt)
 }
 
@@ -124,7 +124,7 @@ pub(super) async fn boto3(
     boto3_line(&output)
 }
 
-/// boto3's default chain in several pods, begun at the same instant.
+/// boto3's default chain in several pods, started at the same instant.
 pub(super) async fn boto3_at_once(lab: &Lab, pods: &[&Pod], client: &Boto3) -> anyhow::Result<Vec<Attempt>> {
     let mut command = client.command();
     command.push("wait".to_owned());
@@ -151,7 +151,7 @@ pub(super) async fn boto3_at_once(lab: &Lab, pods: &[&Pod], client: &Boto3) -> a
     let mut attempts = Vec::new();
     for (_child, mut lines) in waiting {
         let line = timeout(CLIENT_TIMEOUT, lines.next_line()).await.context("a client hangs")??;
-        attempts.push(boto3_line(&line.context("a client ended without an answer")?)?);
+        attempts.push(boto3_line(&line.context("a client exited without an answer")?)?);
     }
     Ok(attempts)
 }
@@ -161,24 +161,24 @@ async fn go(child: &mut Child) -> anyhow::Result<()> {
     Ok(stdin.write_all(b"\n").await?)
 }
 
-async fn imds(lab: &Lab, place: Place<'_>, options: &[&str]) -> anyhow::Result<Attempt> {
+async fn imds(lab: &Lab, source: Source<'_>, options: &[&str]) -> anyhow::Result<Attempt> {
     let mut attempt = Attempt::default();
-    attempt.add(curl(lab, place, options, &format!("{IMDS}{ROLES}")).await?);
+    attempt.add(curl(lab, source, options, &format!("{IMDS}{ROLES}")).await?);
     if attempt.succeeded() {
-        let role = attempt.said.clone();
-        attempt.add(curl(lab, place, options, &format!("{IMDS}{ROLES}{role}")).await?);
+        let role = attempt.message.clone();
+        attempt.add(curl(lab, source, options, &format!("{IMDS}{ROLES}{role}")).await?);
     }
     Ok(attempt)
 }
 
-async fn curl(lab: &Lab, place: Place<'_>, options: &[&str], url: &str) -> anyhow::Result<Answer> {
+async fn curl(lab: &Lab, source: Source<'_>, options: &[&str], url: &str) -> anyhow::Result<Answer> {
     let mut command = vec!["curl", "--silent", "--max-time", "10"];
     command.extend(["--write-out", "\n%{http_code} %{time_total} %{errormsg}"]);
     command.extend(options);
     command.push(url);
-    let command = match place {
-        Place::Pod(pod) => lab.exec(pod, EnvKind::None, &command)?,
-        Place::Node => lab.on_node(&command)?,
+    let command = match source {
+        Source::Pod(pod) => lab.exec(pod, EnvKind::None, &command)?,
+        Source::Node => lab.on_node(&command)?,
     };
     let output = finish(command).await?;
     let (body, numbers) = output.rsplit_once('\n').context("curl did not write its numbers")?;
@@ -191,7 +191,7 @@ async fn curl(lab: &Lab, place: Place<'_>, options: &[&str], url: &str) -> anyho
     })
 }
 
-/// Runs a client to its end, whatever its exit status; its standard error is the demo's.
+/// Runs a client until it exits, with any status; its standard error is the demo's.
 async fn finish(mut command: Command) -> anyhow::Result<String> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = timeout(CLIENT_TIMEOUT, output).await.context("a client hangs")??;
@@ -203,7 +203,7 @@ fn boto3_line(line: &str) -> anyhow::Result<Attempt> {
     Ok(Attempt {
         access_key_id: line.access_key_id,
         status: None,
-        said: line.error.unwrap_or_default(),
+        message: line.error.unwrap_or_default(),
         milliseconds: line.milliseconds,
         version: Some(line.version),
     })

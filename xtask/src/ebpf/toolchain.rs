@@ -13,6 +13,7 @@ use super::TARGET;
 use crate::{
     apt,
     cmd::{self, Missing},
+    setup::{Need, Source},
     workspace::{cargo_install, tools},
 };
 
@@ -20,6 +21,10 @@ use crate::{
 const LINKER_VERSION: &str = "0.13.0";
 /// The LLVM versions that this bpf-linker can be built for.
 const LINKER_LLVM: [u32; 3] = [21, 22, 23];
+/// Where cargo installs it.
+const LINKER: &str = "bin/bpf-linker";
+/// The name of the step that installs a compiler with rustup.
+const NIGHTLY_STEP: &str = "Rust nightly with rust-src";
 /// Debian's packages of a current Rust and of its `core` for BPF.
 const RUST_PACKAGES: [&str; 3] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"];
 
@@ -44,23 +49,77 @@ pub(super) fn ready() -> anyhow::Result<Toolchain> {
     find().ok_or_else(|| Missing(instructions()).into())
 }
 
+/// What `ready` and `linker` would install.
+pub(crate) fn missing() -> anyhow::Result<Vec<Need>> {
+    let mut needs = Vec::new();
+    let toolchain = find();
+    if toolchain.is_none() {
+        if apt::is_usable() && apt::knows(RUST_PACKAGES[0]) {
+            let purpose = "the kernel programs (Rust with `core` for BPF)";
+            needs.extend(RUST_PACKAGES.map(|package| Need::apt(package, purpose)));
+        } else if has_rustup() {
+            needs.push(Need {
+                name: NIGHTLY_STEP.to_owned(),
+                source: Source::Rustup,
+                purpose: "the kernel programs".to_owned(),
+                seconds: 60,
+                mib: 700,
+            });
+        } else {
+            return Err(Missing(instructions()).into());
+        }
+    }
+    if toolchain.as_ref().and_then(|toolchain| built_linker(toolchain.llvm)).is_none() {
+        let llvm = toolchain.map(|toolchain| toolchain.llvm).or_else(llvm_of_packages);
+        if let Some(version) = llvm.filter(|version| find_llvm(*version).is_none()) {
+            needs.push(Need::apt(format!("llvm-{version}-dev"), "building bpf-linker"));
+        }
+        needs.push(Need {
+            name: llvm.map_or_else(|| format!("bpf-linker {LINKER_VERSION}"), linker_step),
+            source: Source::Cargo,
+            purpose: "linking the kernel programs".to_owned(),
+            seconds: 60,
+            mib: 300,
+        });
+    }
+    Ok(needs)
+}
+
 /// The linker for this toolchain; built first if there is none.
 pub(super) fn linker(toolchain: &Toolchain) -> anyhow::Result<PathBuf> {
-    let root = tools();
-    let linker = root.join("bin/bpf-linker");
-    if linker.is_file()
-        && is_built_for(&fs::read_to_string(root.join(".crates2.json")).unwrap_or_default(), toolchain.llvm)
-    {
+    if let Some(linker) = built_linker(toolchain.llvm) {
         return Ok(linker);
     }
     let llvm = llvm_prefix(toolchain.llvm)?;
     cmd::run(
-        &format!("bpf-linker {LINKER_VERSION} for LLVM {}", toolchain.llvm),
+        &linker_step(toolchain.llvm),
         cargo_install("bpf-linker", LINKER_VERSION)
             .args(["--force", "--no-default-features", "--features", &format!("llvm-{}", toolchain.llvm)])
             .env("LLVM_PREFIX", llvm),
     )?;
-    Ok(linker)
+    Ok(tools().join(LINKER))
+}
+
+/// The linker, if it is there and fits.
+fn built_linker(llvm: u32) -> Option<PathBuf> {
+    let root = tools();
+    let record = fs::read_to_string(root.join(".crates2.json")).unwrap_or_default();
+    let linker = root.join(LINKER);
+    (linker.is_file() && is_built_for(&record, llvm)).then_some(linker)
+}
+
+fn linker_step(llvm: u32) -> String {
+    format!("bpf-linker {LINKER_VERSION} for LLVM {llvm}")
+}
+
+/// The LLVM of the compiler that the packages would bring.
+fn llvm_of_packages() -> Option<u32> {
+    llvm_among(&apt::dependencies(RUST_PACKAGES[0]).ok()?)
+}
+
+fn llvm_among(dependencies: &str) -> Option<u32> {
+    let mut packages = dependencies.split_whitespace();
+    packages.find_map(|package| package.strip_prefix("libllvm")?.parse().ok())
 }
 
 /// Where compilers may be: the system's, and rustup's.
@@ -133,7 +192,7 @@ fn install() -> anyhow::Result<()> {
         let home = own_rustup_home();
         eprintln!("installing with rustup, into {}: nightly with the source of `core`", home.display());
         return cmd::run(
-            "Rust nightly with rust-src",
+            NIGHTLY_STEP,
             Command::new("rustup")
                 .args(["toolchain", "install", "nightly", "--profile", "minimal", "--component", "rust-src"])
                 .arg("--no-self-update")
@@ -291,6 +350,13 @@ mod tests {
         assert_eq!(choose([nightly.clone(), debian.clone()].into_iter().flatten()), debian);
         assert_eq!(choose([nightly.clone()].into_iter().flatten()), nightly);
         assert_eq!(choose([].into_iter()), None);
+    }
+
+    #[test]
+    fn the_llvm_of_a_compiler_is_found_among_its_dependencies() {
+        let dependencies = "rustc-web\n  Depends: libc6\nlibstd-rust-web-1.96\n  Depends: libllvm22\n";
+        assert_eq!(llvm_among(dependencies), Some(22));
+        assert_eq!(llvm_among("rustc-web\n  Depends: libc6"), None);
     }
 
     #[test]

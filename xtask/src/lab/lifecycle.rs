@@ -25,14 +25,20 @@ use nix::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{NAMESPACE, ServeArguments, UpArguments, lab_status};
-use crate::{apt, cmd, ebpf, privilege};
+use crate::{
+    clients, ebpf, privilege,
+    setup::{Build, Plan},
+};
 
+/// How long a lab takes to start once everything is built.
+const UP_TAKES: Duration = Duration::from_secs(5);
 /// How long a lab may take to go down.
 const DOWN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Starts a lab in the background and returns when it is up.
 pub(super) fn up(arguments: &UpArguments) -> anyhow::Result<()> {
     check(arguments)?;
+    announce(arguments)?;
     let mut server = process::Command::new(enter::OWN_EXECUTABLE);
     server.args(["lab-serve", "--name", &arguments.name, "--imds", arguments.imds.as_flag()]);
     server.args(["--pods", &arguments.pods.to_string(), "--routing", arguments.routing.as_flag()]);
@@ -52,15 +58,19 @@ fn check(arguments: &UpArguments) -> anyhow::Result<()> {
     let taken = State::list()?.into_iter().any(|lab| lab.name == *name && lab.is_alive());
     ensure!(!taken, "the lab {name} is up already: `cargo xtask lab down --name {name}`");
     cgroupfs::mount_point()?;
-    if arguments.routing.needs_nftables() && !cmd::is_in_path("nft") {
-        ensure!(
-            apt::is_usable(),
-            "--routing {} needs nft: install the package nftables",
-            arguments.routing.as_flag()
-        );
-        apt::install("the lab's packet filter", &["nftables"])?;
-    }
     Ok(())
+}
+
+/// Says what will be installed and built, and installs the packages.
+fn announce(arguments: &UpArguments) -> anyhow::Result<()> {
+    let mut plan = Plan::new(&format!("Starts the lab {}.", arguments.name), UP_TAKES);
+    if arguments.routing.needs_nftables() {
+        plan = plan.needs(clients::missing_packet_filter());
+    }
+    if !arguments.no_agent {
+        plan = plan.needs(ebpf::missing_tools()?).builds([Build::KernelPrograms, Build::Agent]);
+    }
+    plan.begin()
 }
 
 /// Starts the process in the background and waits until the lab is up.

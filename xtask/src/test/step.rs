@@ -26,9 +26,10 @@ pub(super) struct Step {
     budget: Duration,
     last_word: Option<&'static str>,
     is_held_back: bool,
+    filters: Vec<String>,
 }
 
-/// What came of a step.
+/// Result of a step.
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) name: String,
@@ -38,6 +39,7 @@ pub(super) struct Outcome {
     pub(super) failed: u64,
     ignored: u64,
     has_tests: bool,
+    filters: Vec<String>,
     /// A line that must still come.
     missing: Option<&'static str>,
     /// Why the step failed, where that is no failing test.
@@ -51,12 +53,17 @@ pub(super) struct Outcome {
 impl Step {
     pub(super) fn new(name: String, budget: Duration) -> Self {
         println!("\n{}", report::heading(&name));
-        Self { name, budget, last_word: None, is_held_back: false }
+        Self { name, budget, last_word: None, is_held_back: false, filters: Vec::new() }
     }
 
     /// A step that runs alongside another: its output is held back for [`Outcome::print_held_back`].
     pub(super) fn held_back(name: String, budget: Duration) -> Self {
-        Self { name, budget, last_word: None, is_held_back: true }
+        Self { name, budget, last_word: None, is_held_back: true, filters: Vec::new() }
+    }
+
+    /// Only tests that match run; that there is none is a failure which names the filters.
+    pub(super) fn with_filters(self, filters: &[String]) -> Self {
+        Self { filters: filters.to_vec(), ..self }
     }
 
     /// The step fails unless its output has this line: for commands that cannot tell by their exit status.
@@ -79,7 +86,7 @@ impl Step {
         outcome
     }
 
-    /// Runs the commands one after the other; what still runs when the budget is used up is killed. An error only
+    /// Runs the commands one after the other; what still runs when the budget is exceeded is killed. An error only
     /// when the run is interrupted.
     pub(super) async fn run(self, commands: Vec<Command>) -> anyhow::Result<Outcome> {
         let began = Instant::now();
@@ -99,7 +106,7 @@ impl Step {
                     if let Ok(followed) = followed {
                         followed?;
                     } else {
-                        outcome.error = Some("killed: the budget is used up".to_owned());
+                        outcome.error = Some("killed: over its budget".to_owned());
                         kill_group(group)?;
                     }
                 }
@@ -123,6 +130,7 @@ impl Step {
             ignored: 0,
             has_tests: false,
             missing: self.last_word,
+            filters: self.filters,
             error: None,
             held_back: self.is_held_back.then(String::new),
         }
@@ -187,9 +195,11 @@ impl Outcome {
         } else if self.failed > 0 {
             Some("failed".to_owned())
         } else if let Some(line) = self.missing {
-            Some(format!("ended without saying `{line}`"))
+            Some(format!("exited without saying `{line}`"))
         } else if self.ignored > 0 {
             Some(format!("{} ignored: nothing may be skipped", self.ignored))
+        } else if self.passed == 0 && !self.filters.is_empty() {
+            Some(format!("no test matches `{}`", self.filters.join(" ")))
         } else if self.has_tests && self.passed == 0 {
             Some("no test ran".to_owned())
         } else if self.took > self.budget {
@@ -245,7 +255,7 @@ mod tests {
         let step = Step::held_back("vm".to_owned(), Duration::from_secs(1)).with_last_word("vm: success");
         let mut outcome = step.outcome();
         outcome.note("test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured");
-        assert_eq!(outcome.problem().as_deref(), Some("ended without saying `vm: success`"));
+        assert_eq!(outcome.problem().as_deref(), Some("exited without saying `vm: success`"));
         outcome.note("vm: success");
         assert_eq!(outcome.problem(), None);
     }
@@ -255,6 +265,16 @@ mod tests {
         let outcome =
             outcome(&["test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out"]);
         assert_eq!(outcome.problem().as_deref(), Some("no test ran"));
+    }
+
+    #[test]
+    fn a_filter_that_matches_nothing_is_a_failure() {
+        let mut outcome =
+            outcome(&["test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out"]);
+        outcome.filters = vec!["jiter".to_owned()];
+        assert_eq!(outcome.problem().as_deref(), Some("no test matches `jiter`"));
+        outcome.note("test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 8 filtered out");
+        assert_eq!(outcome.problem(), None);
     }
 
     #[test]

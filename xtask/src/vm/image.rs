@@ -56,6 +56,11 @@ pub(super) fn get(package: &str, directory: &Path) -> anyhow::Result<Image> {
     Ok(Image { kernel, modules: unpacked.join(format!("lib/modules/{version}/kernel")) })
 }
 
+/// Whether the image that `package` stands for is there, as far as the lists know that are there already.
+pub(super) fn is_unpacked(package: &str, directory: &Path) -> bool {
+    newest(package).is_ok_and(|newest| directory.join(newest).is_dir())
+}
+
 /// The image that the package `meta` depends on.
 fn newest(meta: &str) -> anyhow::Result<String> {
     let depends = cmd::ask(Command::new("apt-cache").args(["depends", "--important", meta]))?;

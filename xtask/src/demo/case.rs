@@ -1,13 +1,11 @@
-//! One row of the demo's table: what was expected, what came, and whether that is right.
+//! One row of the demo: what was expected, what the client got, and the verdict.
 //!
 //! Owns the verdict, a pure function of the client's access key and what the simulated AWS side recorded.
 
-use comfy_table::Cell;
 use lab::{NODE_ACCESS_KEY_ID, NODE_ROLE, Pod, eks_auth_server::Issued};
 use serde::Serialize;
 
-use super::attempt::{Attempt, Place};
-use crate::report;
+use super::attempt::{Attempt, Source};
 
 /// What a client should get.
 #[derive(Debug)]
@@ -34,8 +32,8 @@ pub(super) enum Expected {
 #[derive(Debug)]
 pub(super) struct Case<'a> {
     number: &'static str,
-    pub(super) place: Place<'a>,
-    dialled: &'static str,
+    pub(super) source: Source<'a>,
+    original_destination: &'static str,
     dialect: &'static str,
     expected: Expected,
 }
@@ -45,24 +43,24 @@ pub(super) struct Case<'a> {
 pub(super) struct Found {
     /// What EKS Auth handed out under the client's access key.
     pub(super) issued: Option<Issued>,
-    /// How often the node's credentials were read meanwhile.
+    /// How often the node's credentials were read during the attempt.
     pub(super) node_reads: u64,
 }
 
 /// One row.
 #[derive(Debug, Serialize)]
 pub(super) struct Row {
-    number: &'static str,
-    pod: String,
-    service_account: String,
-    client: String,
-    dialled: &'static str,
-    dialect: &'static str,
-    role: Option<String>,
-    access_key_id: Option<String>,
-    milliseconds: f64,
-    right: bool,
-    verdict: String,
+    pub(super) number: &'static str,
+    pub(super) pod: String,
+    pub(super) service_account: String,
+    pub(super) client: String,
+    pub(super) original_destination: &'static str,
+    pub(super) dialect: &'static str,
+    pub(super) role: Option<String>,
+    pub(super) access_key_id: Option<String>,
+    pub(super) milliseconds: f64,
+    pub(super) expected: bool,
+    pub(super) verdict: String,
 }
 
 // === impl Case ===
@@ -70,12 +68,12 @@ pub(super) struct Row {
 impl<'a> Case<'a> {
     pub(super) fn new(
         number: &'static str,
-        place: Place<'a>,
-        dialled: &'static str,
+        source: Source<'a>,
+        original_destination: &'static str,
         dialect: &'static str,
         expected: Expected,
     ) -> Self {
-        Self { number, place, dialled, dialect, expected }
+        Self { number, source, original_destination, dialect, expected }
     }
 }
 
@@ -83,87 +81,52 @@ impl<'a> Case<'a> {
 
 impl Row {
     pub(super) fn new(case: &Case<'_>, attempt: Attempt, found: &Found) -> Self {
-        let (right, verdict) = match judge(case, &attempt, found) {
+        let (expected, verdict) = match judge(case, &attempt, found) {
             Ok(verdict) => (true, verdict),
             Err(verdict) => (false, verdict),
         };
-        let (pod, service_account) = match case.place {
-            Place::Pod(pod) => (pod.full_name(), format!("{}/{}", pod.namespace, pod.service_account)),
-            Place::Node => ("(the node)".to_owned(), "-".to_owned()),
+        let (pod, service_account) = match case.source {
+            Source::Pod(pod) => (pod.full_name(), format!("{}/{}", pod.namespace, pod.service_account)),
+            Source::Node => ("(the node)".to_owned(), "-".to_owned()),
         };
         Self {
             number: case.number,
             pod,
             service_account,
             client: attempt.version.unwrap_or_default(),
-            dialled: case.dialled,
+            original_destination: case.original_destination,
             dialect: case.dialect,
             role: role(attempt.access_key_id.as_deref(), found),
             access_key_id: attempt.access_key_id,
             milliseconds: attempt.milliseconds,
-            right,
+            expected,
             verdict,
         }
     }
 
-    pub(super) fn is_right(&self) -> bool {
-        self.right
-    }
-}
-
-/// Prints the table and one line of verdict.
-pub(super) fn print(rows: &[Row]) {
-    let mut table = report::table(&[
-        "",
-        "pod",
-        "service account",
-        "client",
-        "dialled",
-        "dialect",
-        "role",
-        "access key id",
-        "ms",
-        "verdict",
-    ]);
-    for row in rows {
-        table.add_row([
-            Cell::new(row.number),
-            Cell::new(&row.pod),
-            Cell::new(&row.service_account),
-            Cell::new(&row.client),
-            Cell::new(row.dialled),
-            Cell::new(row.dialect),
-            Cell::new(row.role.as_deref().unwrap_or("-")),
-            Cell::new(row.access_key_id.as_deref().unwrap_or("-")),
-            Cell::new(format!("{:.0}", row.milliseconds)),
-            report::verdict(row.right, &row.verdict),
-        ]);
-    }
-    println!("{table}");
-    let wrong = rows.iter().filter(|row| !row.right).count();
-    if wrong == 0 {
-        println!("{}", report::success(format!("all {} rows are as they should be", rows.len())));
-    } else {
-        println!("{}", report::failure(format!("{wrong} of {} rows are not as they should be", rows.len())));
+    pub(super) fn is_expected(&self) -> bool {
+        self.expected
     }
 }
 
 /// Whether the attempt is as the case expects; either way the reason.
 fn judge(case: &Case<'_>, attempt: &Attempt, found: &Found) -> Result<String, String> {
     let is_node_key = attempt.access_key_id.as_deref() == Some(NODE_ACCESS_KEY_ID);
-    match (&case.expected, case.place) {
+    match (&case.expected, case.source) {
         (Expected::NodeRole, _) if is_node_key && found.node_reads == 1 => Ok("untouched".to_owned()),
-        (Expected::NodeRole, _) => Err(format!("does not see the real IMDS: {}", attempt.said)),
+        (Expected::NodeRole, _) => Err(format!("does not see the real IMDS: {}", attempt.message)),
         _ if is_node_key || found.node_reads > 0 => Err("the node's role was handed out".to_owned()),
-        (Expected::OwnRole, Place::Pod(pod)) => own_role(pod, attempt, found.issued.as_ref()),
-        (Expected::OwnRole, Place::Node) => Err("BUG: the node has no role of its own here".to_owned()),
+        (Expected::OwnRole, Source::Pod(pod)) => own_role(pod, attempt, found.issued.as_ref()),
+        (Expected::OwnRole, Source::Node) => Err("BUG: the node has no role of its own here".to_owned()),
         (Expected::NoConnection { within }, _) => no_connection(*within, attempt),
         (Expected::Refusal { naming, within }, _) => refusal(naming, *within, attempt),
     }
 }
 
 fn own_role(pod: &Pod, attempt: &Attempt, issued: Option<&Issued>) -> Result<String, String> {
-    let Some(key) = &attempt.access_key_id else { return Err(format!("no credentials: {}", attempt.said)) };
+    let Some(key) = &attempt.access_key_id else {
+        return Err(format!("no credentials: {}", attempt.message));
+    };
     let Some(issued) = issued else { return Err(format!("EKS Auth never handed out {key}")) };
     let own = issued.pod_uid == pod.uid
         && issued.namespace == pod.namespace
@@ -179,8 +142,8 @@ fn own_role(pod: &Pod, attempt: &Attempt, issued: Option<&Issued>) -> Result<Str
 fn no_connection(within: f64, attempt: &Attempt) -> Result<String, String> {
     match attempt.status {
         Some(0) if attempt.milliseconds <= within => Ok("refused at once by the kernel".to_owned()),
-        Some(0) => Err(format!("refused, but not within {within} ms: {}", attempt.said)),
-        status => Err(format!("status {status:?}: {}", attempt.said)),
+        Some(0) => Err(format!("refused, but not within {within} ms: {}", attempt.message)),
+        status => Err(format!("status {status:?}: {}", attempt.message)),
     }
 }
 
@@ -191,10 +154,10 @@ fn refusal(naming: &[String], within: Option<f64>, attempt: &Attempt) -> Result<
     // An SDK keeps the status to itself; that it ended without credentials is what counts.
     let Some(status) = attempt.status else { return Ok("no credentials, and not the node's".to_owned()) };
     if !(400..500).contains(&status) {
-        return Err(format!("status {status}: {}", attempt.said));
+        return Err(format!("status {status}: {}", attempt.message));
     }
-    if let Some(missing) = naming.iter().find(|name| !attempt.said.contains(*name)) {
-        return Err(format!("refused without naming {missing}: {}", attempt.said));
+    if let Some(missing) = naming.iter().find(|name| !attempt.message.contains(*name)) {
+        return Err(format!("refused without naming {missing}: {}", attempt.message));
     }
     match within {
         Some(limit) if attempt.milliseconds > limit => Err(format!("refused, but not within {limit} ms")),
