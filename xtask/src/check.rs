@@ -3,6 +3,7 @@
 //! Owns the list of checks and the verdict; runs every check even when one fails. What could not run is never shown
 //! as passed.
 
+mod features;
 mod imports;
 
 use std::{
@@ -25,7 +26,7 @@ const RUNS: Duration = Duration::from_secs(30);
 const DENY_VERSION: &str = "0.20.2";
 
 /// Every check: what it is called, and how it is run under that name.
-const CHECKS: [(&str, Check); 8] = [
+const CHECKS: [(&str, Check); 9] = [
     ("formatting", formatting),
     ("lints (agent and tools)", lints),
     // Stable's clippy on the host's target: the BPF toolchains have none. The code is the same but for aya's assembly.
@@ -35,6 +36,7 @@ const CHECKS: [(&str, Check); 8] = [
     ("bans, licenses and sources", dependencies),
     ("security advisories", advisories),
     ("import rules", import_rules),
+    ("one build of each dependency", one_build),
 ];
 
 /// A check. An error means that it failed.
@@ -135,6 +137,18 @@ fn import_rules(_: &str) -> anyhow::Result<Outcome> {
     let violations = imports::violations(&root().join("agent/src"))?;
     if !violations.is_empty() {
         bail!("the import rules are broken:\n{}", violations.join("\n"));
+    }
+    Ok(Outcome::Passed)
+}
+
+fn one_build(_: &str) -> anyhow::Result<Outcome> {
+    let differences = features::differences()?;
+    if !differences.is_empty() {
+        bail!(
+            "dependencies that are built twice, because the agent or a test needs other features than these; \
+             xtask/Cargo.toml has a list to add them to:\n{}",
+            differences.join("\n")
+        );
     }
     Ok(Outcome::Passed)
 }
