@@ -76,7 +76,7 @@ enum Command {
     },
     /// Feed random inputs to every parser of external data.
     Fuzz(fuzz::Arguments),
-    /// Start, enter and stop simulated nodes.
+    /// Start, enter, break and stop simulated nodes.
     #[command(subcommand)]
     Lab(lab::Command),
     /// Measure.

@@ -274,8 +274,8 @@ mod tests {
     fn each_service_has_a_clock_of_its_own() {
         let faults = Faults::default();
         faults.set_clock(Service::EksAuth, SignedDuration::from_hours(-1));
-        let behind = faults.now(Service::KubeApi).duration_since(faults.now(Service::EksAuth));
-        assert_eq!(behind.as_mins(), 60);
+        let eks_auth = faults.now(Service::EksAuth);
+        assert_eq!(faults.now(Service::KubeApi).duration_since(eks_auth).as_mins(), 60);
     }
 
     #[tokio::test]

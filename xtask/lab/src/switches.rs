@@ -208,7 +208,7 @@ fn all() -> Vec<Switch> {
                 Ok(Fault::Error { status, code: code.to_owned(), message: message.to_owned() })
             }));
         }
-        let about = "its clock is ahead by so much, or behind with a minus";
+        let about = "its clock is ahead, or behind with a minus";
         switches.push(Switch::new(format!("{prefix}-clock"), about, Some("10m"), Effect::Clock(service)));
     }
     switches.extend(settings());
@@ -219,27 +219,21 @@ fn all() -> Vec<Switch> {
 /// The faults that every service can have.
 fn faults(of: (Service, &str)) -> [Switch; 5] {
     [
-        Switch::fault(of, "latency", "every answer comes later by so much", Some("500ms"), |value| {
+        Switch::fault(of, "latency", "delays every answer", Some("500ms"), |value| {
             duration(value).map(Fault::Latency)
         }),
         Switch::fault(
             of,
             "throttle",
-            "answers that it is asked too often, Retry-After so much",
+            "throttles every request; the value is Retry-After",
             Some("1s"),
             |value| Ok(Fault::Throttle { retry_after: Some(duration(value)?) }),
         ),
-        Switch::fault(
-            of,
-            "limit",
-            "throttles what is more than so many requests a second",
-            Some("1"),
-            |value| {
-                let per_second: f64 = value.parse().context("not a number of requests a second")?;
-                ensure!(per_second > 0.0 && per_second.is_finite(), "not a number above 0");
-                Ok(Fault::Limit { per_second })
-            },
-        ),
+        Switch::fault(of, "limit", "throttles requests above this many a second", Some("1"), |value| {
+            let per_second: f64 = value.parse().context("not a number of requests a second")?;
+            ensure!(per_second > 0.0 && per_second.is_finite(), "not a number above 0");
+            Ok(Fault::Limit { per_second })
+        }),
         Switch::fault(of, "drop", "closes connections without an answer", None, |_| Ok(Fault::Drop)),
         Switch::fault(of, "hang", "accepts requests and never answers", None, |_| Ok(Fault::Hang)),
     ]
@@ -253,7 +247,7 @@ fn settings() -> [Switch; 7] {
     let event =
         |name: &str, about: &str, happen| Switch::new(name.to_owned(), about, None, Effect::Event(happen));
     [
-        setting("eks-auth-session", "what it issues expires after so much", Some("15m"), |lab, value| {
+        setting("eks-auth-session", "credentials that it issues live so long", Some("15m"), |lab, value| {
             lab.eks_auth.set_session(value.map_or(Ok(SESSION_DURATION), duration)?);
             Ok(())
         }),

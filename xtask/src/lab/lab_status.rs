@@ -14,8 +14,8 @@ use serde_json::json;
 
 use crate::report;
 
-/// Where a line with the addresses at its end has room.
-const WIDE: u16 = 110;
+/// How far what belongs to a lab is indented.
+const INDENT: usize = 2;
 
 /// Shows every lab of this machine.
 pub(super) fn run(as_json: bool) -> anyhow::Result<()> {
@@ -49,8 +49,8 @@ fn print(lab: &State) {
     if !lab.is_alive() {
         return;
     }
-    for line in pods(lab, Table::new().width().is_none_or(|width| width >= WIDE)) {
-        println!("  {line}");
+    for line in pods(lab, Table::new().width().map(usize::from)) {
+        println!("{:INDENT$}{line}", "");
     }
     for switch in live.iter().flat_map(|live| &live.switches) {
         if let Some(setting) = &switch.on {
@@ -87,8 +87,8 @@ fn headline(lab: &State, live: Option<&Status>) -> String {
     }
 }
 
-/// One line a pod, or two where that is too wide.
-fn pods(lab: &State, wide: bool) -> Vec<String> {
+/// One line a pod, or two where that is wider than the terminal.
+fn pods(lab: &State, terminal: Option<usize>) -> Vec<String> {
     let mut rows = vec![["pod", "service account", "role", "env", "pid"].map(str::to_owned)];
     rows.extend(lab.pods.iter().map(|pod| {
         [
@@ -101,21 +101,23 @@ fn pods(lab: &State, wide: bool) -> Vec<String> {
     }));
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default();
     let widths: Vec<usize> = (0..5).map(width).collect();
-    let mut lines = Vec::new();
-    for (index, row) in rows.iter().enumerate() {
-        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        let line = cells.join("  ");
-        let addresses = if index == 0 { "addresses".to_owned() } else { addresses(&lab.pods[index - 1]) };
-        if wide {
-            lines.push(format!("{line}  {addresses}"));
-        } else {
-            lines.push(line.trim_end().to_owned());
-            if index > 0 {
-                lines.push(format!("    {addresses}"));
-            }
-        }
+    let left: Vec<String> = rows
+        .iter()
+        .map(|row| {
+            let cells: Vec<_> =
+                row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+            cells.join("  ")
+        })
+        .collect();
+    let right: Vec<String> =
+        std::iter::once("addresses".to_owned()).chain(lab.pods.iter().map(addresses)).collect();
+    let one_line: Vec<_> = left.iter().zip(&right).map(|(left, right)| format!("{left}  {right}")).collect();
+    if terminal.is_none_or(|terminal| one_line.iter().all(|line| INDENT + line.len() <= terminal)) {
+        return one_line;
     }
-    lines
+    let two_lines = left.iter().zip(&right).skip(1);
+    let two_lines = two_lines.flat_map(|(left, right)| [left.trim_end().to_owned(), format!("    {right}")]);
+    std::iter::once(left[0].trim_end().to_owned()).chain(two_lines).collect()
 }
 
 fn addresses(pod: &Pod) -> String {
@@ -146,9 +148,14 @@ pub(super) fn broken(text: impl std::fmt::Display) -> String {
     text.if_supports_color(Stream::Stdout, |text| text.yellow()).to_string()
 }
 
+/// How a command names a lab; nothing for the usual one.
+pub(super) fn name_flag(lab: &str) -> String {
+    if lab == "dev" { String::new() } else { format!(" --name {lab}") }
+}
+
 /// Commands that work as they stand, with what they do.
 fn hints(lab: &State) -> Vec<String> {
-    let name = if lab.name == "dev" { String::new() } else { format!(" --name {}", lab.name) };
+    let name = name_flag(&lab.name);
     let hint = |command: &str, about: &str| {
         format!("  cargo xtask lab {:38} {about}", format!("{command}{name}")).trim_end().to_owned()
     };
@@ -205,10 +212,11 @@ mod tests {
 
     #[test]
     fn no_line_is_wider_than_the_terminal_and_no_address_is_broken() {
-        for (wide, columns) in [(false, 80), (true, usize::from(WIDE))] {
-            let lines = pods(&lab(), wide);
+        for (columns, count) in [(80, 5), (120, 3)] {
+            let lines = pods(&lab(), Some(columns));
+            assert_eq!(lines.len(), count, "{lines:?}");
             for line in &lines {
-                assert!(line.len() + 2 <= columns, "{line}");
+                assert!(line.len() + INDENT <= columns, "{line}");
             }
             assert!(lines.iter().any(|line| line.contains("10.10.128.1, fd10::1:1")), "{lines:?}");
         }

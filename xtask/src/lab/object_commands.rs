@@ -137,7 +137,7 @@ pub(super) fn fault(fault: &Fault) -> anyhow::Result<()> {
             let setting: Setting =
                 remote_control::ask(lab, &Request::FaultOn { name: switch.to_owned(), setting })?;
             println!("{}", lab_status::broken(lab_status::describe(switch, &setting)));
-            println!("undo: cargo xtask lab fault {switch} off");
+            println!("undo: cargo xtask lab fault {switch} off{}", lab_status::name_flag(lab));
             Ok(())
         }
         (switch, Some(OnOff::Off)) => {

@@ -70,12 +70,12 @@ impl<'a> ControlServer<'a> {
         self.reap().await?;
         ensure!(self.agent.is_none(), "the agent is running already: `cargo xtask lab agent restart`");
         self.binary = agent.binary.or(self.binary.take());
-        if let Some(flags) = agent.flags {
-            self.flags = merge(&self.flags, flags);
-        }
         let binary = self.binary.clone().context(NO_AGENT)?;
-        let spec = AgentSpec { args: self.flags.clone(), ..AgentSpec::new(binary, &[]) };
+        let args = merge(&self.flags, agent.flags.unwrap_or_default());
+        let spec = AgentSpec { args, ..AgentSpec::new(binary, &[]) };
         let agent = self.lab.start_agent(&spec).await?;
+        // Flags that the agent refuses do not stay.
+        self.flags = spec.args;
         let pid = agent.process().pid;
         self.agent = Some(agent);
         Ok(pid)
