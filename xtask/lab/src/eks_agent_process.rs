@@ -1,6 +1,6 @@
 //! A stand-in for the EKS Pod Identity Agent, as far as it meets podgate: its pod, its netdev, its listeners, its answers.
 //!
-//! Owns one process from start to end. It answers with credentials that no other server issues.
+//! Owns one process from start to exit. It answers with credentials that no other server issues.
 
 use std::process::Stdio;
 
@@ -13,7 +13,7 @@ use tokio::{
 use crate::pod::PodSpec;
 
 /// The access key that it answers with.
-pub const ACCESS_KEY_ID: &str = "ASIASTOCKAGENT000000";
+pub const ACCESS_KEY_ID: &str = "ASIAEKSAGENT00000000";
 /// The `DaemonSet` whose pods are the EKS Pod Identity Agent, and the namespace that it is in.
 pub const DAEMON_SET: &str = "eks-pod-identity-agent";
 /// See [`DAEMON_SET`].
@@ -33,8 +33,8 @@ pub struct EksAgent {
 // === impl EksAgent ===
 
 impl EksAgent {
-    /// Starts it by a command that runs [`command`] in its pod, and waits until it serves. Where it cannot listen it ends,
-    /// and this is the error.
+    /// Starts it by a command that runs [`command`] in its pod, and waits until it serves. An error where it exits
+    /// instead, because it cannot listen.
     pub(crate) async fn start(mut command: Command) -> anyhow::Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("cannot start the EKS Pod Identity Agent's program")?;
@@ -59,7 +59,7 @@ impl EksAgent {
         self.child.kill().await.context("cannot kill the EKS Pod Identity Agent")
     }
 
-    /// Whether it still runs. It ends when its own probe does not reach it.
+    /// Whether it still runs. It exits when its own probe does not reach it.
     pub fn is_running(&mut self) -> anyhow::Result<bool> {
         Ok(self.child.try_wait()?.is_none())
     }

@@ -1,7 +1,7 @@
 //! EKS Auth: `AssumeRoleForPodIdentity`, with every check that the real service makes on what it is sent.
 //!
 //! Owns associations and what was issued. Never trusts a request: it must be signed with the node's credentials,
-//! and its token must be the cluster's, in date, for EKS Auth, and of a pod that exists.
+//! and its token must be the cluster's, unexpired, for EKS Auth, and of a pod that exists.
 
 use std::{
     collections::HashMap,
@@ -43,7 +43,7 @@ pub struct EksAuthConfig {
     pub account: String,
     /// The credentials whose signature is accepted.
     pub node: NodeCredentials,
-    /// How long what it issues is good for.
+    /// Lifetime of the credentials that it issues.
     pub session: Duration,
 }
 
@@ -145,7 +145,7 @@ impl EksAuth {
         self.service.state().associations.insert(key, association);
     }
 
-    /// Takes a service account's role away. Credentials issued before stay good, as on AWS.
+    /// Takes a service account's role away. Credentials issued before stay valid, as on AWS.
     pub fn dissociate(&self, namespace: &str, service_account: &str) {
         let key = (namespace.to_owned(), service_account.to_owned());
         self.service.state().associations.remove(&key);
@@ -157,7 +157,7 @@ impl EksAuth {
         self.service.state().associations.get(&key).map(|association| association.role_name.clone())
     }
 
-    /// How long what is issued from now on is good for.
+    /// Sets the lifetime of the credentials that are issued from now on.
     pub fn set_session(&self, session: Duration) {
         self.service.state().session = session;
     }

@@ -52,7 +52,7 @@ pub enum Fault {
     Hang,
 }
 
-/// The switches. Clones share them; the default is a service in good health.
+/// The switches. Clones share them; the default is healthy services.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
     shared: Arc<Shared>,

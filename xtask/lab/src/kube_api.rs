@@ -42,7 +42,7 @@ use status::Status;
 use tls::Authority;
 use user::User;
 
-/// What the kubelet's volumes get for the API server's own audience, though they ask for an hour.
+/// Lifetime of a kubelet's tokens for the API server's own audience, though it asks for an hour.
 const POD_TOKEN_LIFETIME: Duration = Duration::from_hours(365 * 24);
 
 /// A running API server. It stops when this is dropped.
@@ -96,7 +96,7 @@ struct Api {
 // === impl KubeApi ===
 
 impl KubeApi {
-    /// Serves on a listener that is bound already, on the current runtime. The certificate is good for the
+    /// Serves on a listener that is bound already, on the current runtime. The certificate is valid for the
     /// listener's address, 127.0.0.1, `localhost` and `kubernetes.default.svc`.
     pub fn serve(listener: std::net::TcpListener, cluster: Cluster, faults: Faults) -> anyhow::Result<Self> {
         let authority = Authority::new().context("cannot make the cluster's certificate authority")?;

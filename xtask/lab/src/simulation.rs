@@ -2,20 +2,20 @@
 //!
 //! Owns the order in which they start and stop. Everything is removed when the `Lab` is dropped.
 
+mod exec;
 mod lab_pods;
 
 use std::{
     fs::{self, File},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::Stdio,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
-use tokio::process::Command;
 
 use self::lab_pods::Pods;
 use crate::{
@@ -24,7 +24,6 @@ use crate::{
     cluster::Cluster,
     eks_agent_process::{self, EksAgent},
     eks_auth_server::{EksAuth, EksAuthConfig, NodeCredentials},
-    enter::{self, Entry, RunDirectory, base_environment},
     fault_injection::Faults,
     imds_server::{Imds, ImdsConfig},
     kube_api::{KubeApi, KubeUser},
@@ -34,11 +33,11 @@ use crate::{
     state::{self, Claim},
 };
 
-/// The cluster's name at EKS.
+/// The name of the cluster in EKS.
 pub const CLUSTER_NAME: &str = "lab";
 /// The node's region.
 pub const REGION: &str = "us-west-2";
-/// The node's own role: what no pod may ever get.
+/// The role of the node itself, which no pod may ever get.
 pub const NODE_ROLE: &str = "lab-node-role";
 /// The node's own access key.
 pub const NODE_ACCESS_KEY_ID: &str = "ASIAPODGATENODEROLE0";
@@ -53,7 +52,7 @@ const IMDS: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)), 80),
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)), 80),
 ];
-/// Life of the credentials that EKS Auth gives out: the real one's.
+/// Lifetime of the credentials that EKS Auth issues, as on AWS.
 pub(crate) const SESSION_DURATION: Duration = Duration::from_hours(6);
 
 /// What a lab should be like.
@@ -61,13 +60,13 @@ pub(crate) const SESSION_DURATION: Duration = Duration::from_hours(6);
 pub struct LabSpec {
     /// Name, unique on the machine: up to 24 of a-z, 0-9 and `-`.
     pub name: String,
-    /// An executable with the hidden subcommand [`enter::SUBCOMMAND`]: xtask's.
+    /// An executable with the hidden subcommand [`SUBCOMMAND`](crate::enter::SUBCOMMAND): xtask's.
     pub helper: PathBuf,
     /// How the kubelet names cgroups.
     pub driver: CgroupDriver,
     /// How the node routes its pods.
     pub routing: Routing,
-    /// Whether this process does nothing else, so that `lab down` may end it.
+    /// Whether this process does nothing else, so that `lab down` may stop it.
     pub served: bool,
 }
 
@@ -235,35 +234,6 @@ impl Lab {
         self.pods().delete(&self.node, &self.cluster, pod)
     }
 
-    /// A command in a pod's container; killed when dropped.
-    pub fn exec<A: AsRef<str>>(
-        &self,
-        pod: &Pod,
-        environment: EnvKind,
-        command: &[A],
-    ) -> anyhow::Result<Command> {
-        self.command(&pod.entry(environment), command)
-    }
-
-    /// A command in a pod's container, but in another pod's network, as a mesh's proxy connects; killed when dropped.
-    pub fn exec_through<A: AsRef<str>>(
-        &self,
-        pod: &Pod,
-        network_of: &Pod,
-        command: &[A],
-    ) -> anyhow::Result<Command> {
-        let entry = Entry { netns: network_of.sandbox.netns(), ..pod.entry(EnvKind::None) };
-        self.command(&entry, command)
-    }
-
-    /// A command in a pod's container to which the node's files are shown, as by a hostPath: those of the lab. Killed when
-    /// dropped.
-    pub fn exec_with_node<A: AsRef<str>>(&self, pod: &Pod, command: &[A]) -> anyhow::Result<Command> {
-        let directory = self.node.place.directory.clone();
-        let run = RunDirectory::Own([(directory.clone(), directory)].into());
-        self.command(&Entry { run, ..pod.entry(EnvKind::None) }, command)
-    }
-
     /// Gives a pod the address of another running pod, as a faulty network plugin does: what is sent there
     /// arrives at `pod` from now on.
     pub fn double(&self, other: &Pod, pod: &Pod) -> anyhow::Result<()> {
@@ -271,17 +241,6 @@ impl Lab {
         let (Some(from), Some(to)) = (from, to) else { bail!("both pods must have an IPv4 address") };
         self.netns(pod)?.exchange_address(to, from)?;
         self.node.netns.reroute(from, to)
-    }
-
-    /// A command in a pod's network, but in no pod's cgroup: podgate's programs do not see it; killed when dropped.
-    pub fn exec_outside<A: AsRef<str>>(&self, pod: &Pod, command: &[A]) -> anyhow::Result<Command> {
-        let entry = Entry { cgroup: self.node.place.entry().cgroup, ..pod.entry(EnvKind::None) };
-        self.command(&entry, command)
-    }
-
-    /// A command on the node, outside any pod; killed when dropped.
-    pub fn on_node<A: AsRef<str>>(&self, command: &[A]) -> anyhow::Result<Command> {
-        self.command(&self.node.place.entry(), command)
     }
 
     /// Starts the agent in a new container of its pod and waits until it serves.
@@ -318,77 +277,11 @@ impl Lab {
         Ok(agent)
     }
 
-    /// Runs the agent's binary to its end in the agent's pod: for its other subcommands, and for configurations
-    /// that it must refuse. Nothing is added to `arguments`.
-    pub fn agent_tool<A: AsRef<str>>(&self, binary: &Path, arguments: &[A]) -> anyhow::Result<Command> {
-        let entry = self.agent_entry(&self.agent_pod.container);
-        self.command(&entry, &argv(binary, arguments.iter().map(AsRef::as_ref)))
-    }
-
-    /// Where the agent's binary runs for its other subcommands, with the settings that say where the lab's node is.
-    pub(crate) fn agent_tool_entry(&self) -> Entry {
-        let place = &self.node.place;
-        let mut entry = self.agent_entry(&self.agent_pod.container);
-        entry.env.extend(
-            [
-                ("PODGATE_NODE_NAME", NODE_NAME.to_owned()),
-                ("PODGATE_CLUSTER_NAME", CLUSTER_NAME.to_owned()),
-                ("PODGATE_CGROUP_ROOT", place.cgroups.below_mount.clone()),
-                ("PODGATE_KUBELET_ROOT", place.kubelet().display().to_string()),
-                ("PODGATE_BPFFS", place.bpffs().display().to_string()),
-                ("PODGATE_HANDOVER_DIR", place.handover().display().to_string()),
-            ]
-            .map(|(name, value)| (name.to_owned(), value)),
-        );
-        entry
-    }
-
-    /// Starts the stand-in for the EKS Pod Identity Agent in its pod, as that pod's containers do one after the other, and waits until
-    /// it serves. Where it cannot, for a route or a listener that is in its way, this is the error.
+    /// Starts the stand-in for the EKS Pod Identity Agent in its pod, its init container's work first, and waits until it
+    /// serves. An error where a route or a listener is in its way.
     pub async fn start_eks_agent(&self, pod: &Pod) -> anyhow::Result<EksAgent> {
         make_eks_agent_netdev(&self.node.netns)?;
         EksAgent::start(self.exec(pod, EnvKind::None, &eks_agent_process::command())?).await
-    }
-
-    fn agent_command(&self, spec: &AgentSpec, container: &Path) -> anyhow::Result<Command> {
-        let place = &self.node.place;
-        let kubelet = place.kubelet().display().to_string();
-        let bpffs = place.bpffs().display().to_string();
-        let handover = place.handover().display().to_string();
-        let mut arguments = vec!["run", "--node-name", NODE_NAME, "--cluster-name", CLUSTER_NAME];
-        arguments.extend(["--cgroup-root", &place.cgroups.below_mount, "--kubelet-root", &kubelet]);
-        arguments.extend(["--bpffs", &bpffs, "--handover-dir", &handover]);
-        arguments.extend(spec.args.iter().map(String::as_str));
-        let mut entry = self.agent_entry(container);
-        entry.env.extend(spec.env.clone());
-        self.command(&entry, &argv(&spec.binary, arguments.into_iter()))
-    }
-
-    /// The agent's container: the node's network, the lab's directory where it is, a `/run/podgate` of its own.
-    fn agent_entry(&self, container: &Path) -> Entry {
-        let place = &self.node.place;
-        let directory = place.directory.clone();
-        let mut env = base_environment();
-        env.extend([
-            ("AWS_REGION".to_owned(), REGION.to_owned()),
-            ("AWS_ENDPOINT_URL_EKS_AUTH".to_owned(), self.eks_auth.url()),
-            ("KUBECONFIG".to_owned(), kubeconfig(&self.node).display().to_string()),
-        ]);
-        Entry {
-            cgroup: container.to_owned(),
-            netns: place.keeper.netns(),
-            run: RunDirectory::Own(
-                [(directory.clone(), directory), ("/run/podgate".into(), place.agent_run())].into(),
-            ),
-            env,
-        }
-    }
-
-    fn command<A: AsRef<str>>(&self, entry: &Entry, command: &[A]) -> anyhow::Result<Command> {
-        let mut helper = Command::new(&self.helper);
-        helper.arg(enter::SUBCOMMAND).arg(serde_json::to_string(entry)?).arg("--");
-        helper.args(command.iter().map(AsRef::as_ref)).kill_on_drop(true);
-        Ok(helper)
     }
 
     fn associate_pod(&self, spec: &PodSpec) {
@@ -404,10 +297,6 @@ impl Lab {
 
 fn kubeconfig(node: &Node) -> PathBuf {
     node.place.directory.join("kubeconfig")
-}
-
-fn argv<'a>(program: &Path, arguments: impl Iterator<Item = &'a str>) -> Vec<String> {
-    std::iter::once(program.display().to_string()).chain(arguments.map(str::to_owned)).collect()
 }
 
 fn node_credentials() -> NodeCredentials {

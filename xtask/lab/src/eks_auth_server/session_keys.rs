@@ -1,6 +1,6 @@
 //! Access keys in the shape that AWS gives them.
 //!
-//! Owns randomness and alphabets. Never remembers a key.
+//! Owns randomness and alphabets. Never stores a key.
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 

@@ -1,4 +1,4 @@
-//! Whether a pod's token is good.
+//! Validation of a pod's token.
 //!
 //! Owns the checks in the service's order: signature, audience, time, pod. The wording of `ExpiredTokenException` is
 //! the real service's; the others say what is wrong.
@@ -11,7 +11,7 @@ use crate::{
     jwt::{Claims, Error},
 };
 
-/// The claims of a good token.
+/// The claims of a valid token.
 pub(super) fn check(cluster: &Cluster, token: &str, now: Timestamp) -> Result<Claims, ServiceError> {
     let claims = cluster.verify(token).map_err(|error| match error {
         Error::Malformed => invalid("it is not a JSON web token of a service account"),

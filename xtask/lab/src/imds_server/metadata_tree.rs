@@ -1,4 +1,4 @@
-//! What there is to read, by path.
+//! The metadata, by path.
 //!
 //! Owns paths, listings and documents. Never decides who may read.
 
@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{ImdsConfig, NodeCredentials};
 
-/// How long the node's credentials are good for from the moment they are read.
+/// Lifetime of the node's credentials from the moment they are read.
 const CREDENTIAL_LIFETIME: Duration = Duration::from_hours(6);
 /// The role that the instance has for EC2's own purposes; here with the same credentials.
 const INSTANCE_CREDENTIALS: &str = "meta-data/identity-credentials/ec2/security-credentials/ec2-instance";
