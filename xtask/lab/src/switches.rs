@@ -84,9 +84,12 @@ struct Switch {
     effect: Effect,
 }
 
+/// The fault that a value stands for.
+type FaultOf = dyn Fn(&str) -> anyhow::Result<Fault>;
+
 enum Effect {
     /// Requests meet a fault; those of one service that are no latency replace each other.
-    Fault(Service, Box<dyn Fn(&str) -> anyhow::Result<Fault>>),
+    Fault(Service, Box<FaultOf>),
     /// The wall clock of a service.
     Clock(Service),
     /// Something of one simulator; called without a value to turn it off.
@@ -274,10 +277,10 @@ fn settings() -> [Switch; 7] {
             },
         ),
         event("kube-api-compact", "drops past changes: older watches get 410 (once)", |lab| {
-            lab.cluster.compact()
+            lab.cluster.compact();
         }),
         event("kube-api-rotate-key", "signs tokens with a new key (once)", |lab| {
-            lab.cluster.rotate_signing_key()
+            lab.cluster.rotate_signing_key();
         }),
         event("kube-api-retire-keys", "accepts only tokens of its newest key (once)", |lab| {
             lab.cluster.retire_old_keys();

@@ -5,6 +5,7 @@
 use comfy_table::Table;
 use lab::{
     EnvKind, Pod,
+    process_id::Process,
     remote_control::{self, Request, Status},
     state::State,
     switches::Setting,
@@ -74,7 +75,7 @@ fn headline(lab: &State, live: Option<&Status>) -> String {
         );
     }
     let flags = live.map(|live| format!(" ({})", live.agent_flags.join(" "))).unwrap_or_default();
-    match lab.agent.filter(|agent| agent.is_running()) {
+    match lab.agent.filter(Process::is_running) {
         Some(agent) => {
             format!(
                 "{} {name}, process {}; agent: process {}{flags}",
@@ -189,9 +190,6 @@ fn hints(lab: &State) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use lab::{process_id::Process, state::State};
-    use serde_json::json;
-
     use super::*;
 
     fn lab() -> State {

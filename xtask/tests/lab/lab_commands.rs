@@ -116,10 +116,10 @@ async fn the_agent_is_killed_and_started_with_other_flags() -> anyhow::Result<()
         let killed: String = remote.ask(Request::KillAgent).await?;
         assert!(killed.contains("signal"), "{killed}");
         assert!(remote.refusal(Request::StopAgent).await.contains("not running"));
-        let flags = Some(vec!["--imds".to_owned(), "audit".to_owned()]);
+        let flags = Some(vec!["--log-format".to_owned(), "text".to_owned()]);
         remote.ask::<u32>(Request::StartAgent(NewAgent { binary: None, flags })).await?;
         let state: Status = remote.ask(Request::Status).await?;
-        assert_eq!(state.agent_flags, ["--imds", "audit"]);
+        assert_eq!(state.agent_flags, ["--imds", "intercept", "--log-format", "text"]);
         let metrics: String = remote.ask(Request::Metrics).await?;
         assert!(metrics.contains("podgate_"), "{metrics}");
         let pod = remote.add("served").await?;

@@ -23,6 +23,7 @@ use super::{AgentTool, NewAgent, NewPod, Reply, Request, Status, directory, sock
 use crate::{
     agent_process::{ADMIN, AgentProcess, AgentSpec},
     pod::{EnvKind, PodSpec},
+    process_id::Process,
     simulation::Lab,
     switches::Switchboard,
 };
@@ -167,7 +168,7 @@ impl<'a> ControlServer<'a> {
     }
 
     fn status(&self) -> Status {
-        let running = self.agent.as_ref().map(AgentProcess::process).filter(|process| process.is_running());
+        let running = self.agent.as_ref().map(AgentProcess::process).filter(Process::is_running);
         Status {
             switches: self.switchboard.list(),
             agent: running.map(|process| process.pid),
