@@ -226,7 +226,7 @@ impl Source {
             Self::Rustup => "with rustup into target/tools",
             Self::Cargo => "with cargo into target/tools",
             Self::Pip => "with pip into target/clients",
-            Self::Registries => "by its language's package manager into target/clients",
+            Self::Registries => "into target/clients",
         }
     }
 }

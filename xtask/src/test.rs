@@ -193,7 +193,7 @@ pub(crate) fn run(only: Option<Tier>, filters: &[String]) -> anyhow::Result<Exit
 /// Says what will be installed and built, and installs the packages.
 fn announce(tiers: &[Tier]) -> anyhow::Result<()> {
     let names: Vec<_> = tiers.iter().map(|tier| tier.name()).collect();
-    let title = format!("Tests of the tiers {}.", names.join(", "));
+    let title = format!("Tests: {}.", names.join(", "));
     let mut plan = Plan::new(&title, tiers.iter().map(|tier| tier.runs()).sum());
     for tier in tiers {
         plan = plan.needs(tier.missing()?).builds(tier.builds().iter().copied());

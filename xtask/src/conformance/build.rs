@@ -51,7 +51,7 @@ pub(super) fn missing(clients: &[&'static Client]) -> Vec<Need> {
     needs.extend(unbuilt.map(|client| Need {
         name: client.name.to_owned(),
         source: Source::Registries,
-        purpose: format!("the conformance run, in {}", client.language.name()),
+        purpose: format!("the conformance run ({})", client.language.name()),
         seconds: 15,
         mib: 100,
     }));
