@@ -6,7 +6,7 @@ use std::{
     hash::{BuildHasher as _, RandomState},
     io,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use jiff::Timestamp;
@@ -45,7 +45,9 @@ use crate::{
         tree,
     },
     instance_metadata::{self, Instance},
-    intercept::{self, Interceptor, OriginLookup},
+    intercept::{
+        self, DebugLog, Events, HandoverKey, Interceptor, InterceptorHandle, OriginLookup, PodgatePods,
+    },
     netdev::{self, Link},
     policy::lookup::Policies,
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
@@ -116,8 +118,16 @@ pub enum Error {
     Ended(&'static str),
 }
 
-/// The kernel side, shared by those who steer it and those who count.
-type SharedInterceptor = Arc<Mutex<Interceptor>>;
+/// The kernel side: who steers it, and what is read without its owner.
+struct Kernel {
+    interceptor: InterceptorHandle,
+    origins: Arc<dyn OriginLookup>,
+    events: Events,
+    debug_log: Option<DebugLog>,
+    podgate_pods: PodgatePods,
+    handover_key: HandoverKey,
+    imds_key: [u8; 32],
+}
 
 /// What is known of the cluster and its pods, by whoever follows it.
 #[derive(Clone)]
@@ -132,7 +142,9 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let mut signals = Signals::watch()?;
     let mut tasks = Tasks::default();
     let node = Node::find(&config.cgroup_root)?;
-    let (interceptor, origins) = load(&config, &node)?;
+    let Kernel { interceptor, origins, events, debug_log, podgate_pods, handover_key, imds_key } =
+        load(&config, &node)?;
+    tasks.spawn("the owner of the eBPF programs", interceptor.clone().ended());
     let known = Known {
         pods: Arc::default(),
         networks: Arc::new(Networks::new(node.host_netns_cookie)),
@@ -143,7 +155,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
     let request_metrics = RequestMetrics::register(&mut registry);
     let engine_metrics = CacheMetrics::register(&mut registry);
     let handovers = HandoverMetrics::register(&mut registry);
-    intercept::metrics::register(&mut registry, Arc::clone(&interceptor));
+    intercept::metrics::register(&mut registry, interceptor.counters().clone());
     let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
     let (active, is_active) = watch::channel(false);
     let answers = admin::serve_probes(config.admin, Arc::clone(&probes), is_active.clone());
@@ -170,7 +182,7 @@ pub async fn run(config: Config) -> Result<(), Error> {
     tasks.spawn("the connection to EKS Auth", warm);
     let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
     let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
-    let imds_tokens = ImdsTokens::new(&lock(&interceptor).imds_key()?);
+    let imds_tokens = ImdsTokens::new(&imds_key);
     let server = Arc::new(Server {
         policies: known.policies.clone(),
         resolver,
@@ -182,26 +194,24 @@ pub async fn run(config: Config) -> Result<(), Error> {
         metrics: request_metrics,
     });
     let (engine, pods) = (Arc::clone(&server.engine), Arc::clone(&known.pods));
-    let of_agents = Arc::clone(&interceptor);
-    let is_podgate_pod = move |pod| lock(&of_agents).is_podgate_pod(pod).is_ok_and(|is| is);
+    let is_podgate_pod = move |pod| podgate_pods.contains(pod).is_ok_and(|is| is);
     let former = Predecessor {
         directory: config.handover_dir.clone(),
-        key: lock(&interceptor).handover_key(),
+        key: handover_key,
         entries: move || engine.to_transfer(),
         may_be_next: move |pid| whois.is_in_no_pod_but(pid, &is_podgate_pod),
         metrics: handovers.clone(),
     };
     tasks.spawn("the handover of credentials", former.serve(is_active));
-    let events = lock(&interceptor).events()?;
     tasks.spawn("the kernel's events", kernel_events::run(events, Arc::clone(&server)));
-    if let Some(log) = lock(&interceptor).debug_log()? {
+    if let Some(log) = debug_log {
         kernel_events::follow(log);
     }
 
     let (eks_agent_is_here, is_here) = watch::channel(false);
     let enforcer = Reconciler {
         policies: known.policies.clone(),
-        map: Arc::clone(&interceptor),
+        map: interceptor.clone(),
         own: node.own_pod,
         eks_agent: config.eks_agent.clone(),
         eks_agent_is_here,
@@ -257,7 +267,7 @@ fn follow(
     node: &Node,
     kube: Clients,
     known: Known,
-    enforcer: Reconciler<SharedInterceptor, PodState<NodeSource>>,
+    enforcer: Reconciler<InterceptorHandle, PodState<NodeSource>>,
     tasks: &mut Tasks,
 ) -> Result<watch::Receiver<bool>, Error> {
     let (events, received) = mpsc::channel(CLUSTER_EVENTS);
@@ -294,15 +304,22 @@ pub fn engine(
 }
 
 /// Loads the kernel side. Nothing changes for pods yet.
-fn load(config: &Config, node: &Node) -> Result<(SharedInterceptor, Arc<dyn OriginLookup>), Error> {
+fn load(config: &Config, node: &Node) -> Result<Kernel, Error> {
     let mut interceptor = Interceptor::load(&node.settings(config)?)?;
     interceptor.forget_exempt(|former| node.kubepods.below_kubepods(former).is_err())?;
     // Before anything is attached: the agent's own calls must never meet its own programs.
     if let Some(own) = node.own_pod {
         interceptor.exempt(own)?;
     }
-    let origins = Arc::new(interceptor.origins()?);
-    Ok((Arc::new(Mutex::new(interceptor)), origins))
+    Ok(Kernel {
+        origins: Arc::new(interceptor.origins()?),
+        events: interceptor.events()?,
+        debug_log: interceptor.debug_log()?,
+        podgate_pods: interceptor.podgate_pods()?,
+        handover_key: interceptor.handover_key(),
+        imds_key: interceptor.imds_key()?,
+        interceptor: InterceptorHandle::spawn(interceptor)?,
+    })
 }
 
 /// Answers commands from now on.
@@ -317,10 +334,6 @@ fn serve_commands(
     let (whois, probes) = (Arc::clone(whois), Arc::clone(probes));
     tasks.spawn("the commands' server", admin::serve_commands(listener, whois, probes));
     Ok(())
-}
-
-pub(crate) fn lock(interceptor: &Mutex<Interceptor>) -> MutexGuard<'_, Interceptor> {
-    interceptor.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn in_use(error: &io::Error) -> &'static str {

@@ -16,20 +16,22 @@ use std::{
 
 use agent_common::{
     abi::{EXEMPT_EKS_AGENT, EXEMPT_PODGATE, program},
-    counter::Counter,
     defense::{Defense, holds},
     net::Endpoint,
     policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
     target::Target,
 };
-use rustix::time::{ClockId, clock_gettime};
 
+mod counters;
 mod error;
 mod events;
+mod exemptions;
+mod handle;
 mod handover_key;
+mod heartbeat;
 mod links;
 mod log;
-pub mod metrics;
+pub(crate) mod metrics;
 mod object;
 mod origins;
 mod pins;
@@ -37,9 +39,13 @@ mod pins;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) use self::events::decode;
 pub use self::{
+    counters::Counters,
     error::Error,
     events::Events,
+    exemptions::PodgatePods,
+    handle::InterceptorHandle,
     handover_key::{HandoverKey, handover_key},
+    heartbeat::{Heartbeat, Standing},
     log::DebugLog,
     origins::{OriginLookup, SocketOrigins},
 };
@@ -83,8 +89,8 @@ pub struct Interceptor {
     object: Object,
     hooks: Hooks,
     pins: Pins,
-    /// Which generation this agent was when it last took over; 0 before that.
-    generation: u64,
+    heartbeat: Heartbeat,
+    counters: Counters,
     wanted: Wanted,
     guard: bool,
     audit_paths: bool,
@@ -102,20 +108,6 @@ struct Wanted {
     classes: HashMap<QosClass, u64>,
     /// Pods of the EKS Pod Identity Agent.
     eks_agents: HashSet<u64>,
-}
-
-/// LimitKey word counts on this node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
-    /// This agent's.
-    Active,
-    /// Nobody's: `podgate detach` has removed the programs.
-    Detached,
-    /// That of another, which took over and has not beaten for so long; or nobody's.
-    Superseded {
-        /// Since its last beat; forever, if it has stopped.
-        silent: Duration,
-    },
 }
 
 // === impl TicketKey ===
@@ -155,7 +147,9 @@ impl Interceptor {
         if !holds(Defense::ReplacedInPlace) {
             pins.remove_links()?;
         }
-        let object = Object::load(settings, &pins)?;
+        let (object, maps) = Object::load(settings, &pins)?;
+        let connect4 = hooks.attachment(&pins, program::CONNECT4);
+        let heartbeat = Heartbeat::new(maps.heartbeat, maps.generation, object.shared_pins(&pins), connect4);
         let handover_key = HandoverKey::random()?;
         handover_key.keep(&object)?;
         let passive = hooks.attach_passive(&object)?;
@@ -163,7 +157,8 @@ impl Interceptor {
             object,
             hooks,
             pins,
-            generation: 0,
+            heartbeat,
+            counters: Counters::new(maps.counters),
             wanted: Wanted::default(),
             guard: settings.guard,
             audit_paths: settings.audit_paths,
@@ -189,9 +184,9 @@ impl Interceptor {
         }
     }
 
-    /// Whether a pod is podgate's: its agent has said so, which takes access to the maps.
-    pub fn is_podgate_pod(&self, pod_cgroup_id: u64) -> Result<bool, Error> {
-        Ok(self.object.exempted()?.contains(&(pod_cgroup_id, EXEMPT_PODGATE)))
+    /// Tells which pods are podgate's, with a map handle of its own.
+    pub fn podgate_pods(&self) -> Result<PodgatePods, Error> {
+        self.object.exempt_map().map(PodgatePods::new)
     }
 
     /// Applies policies to those again whose cgroup is gone.
@@ -205,9 +200,9 @@ impl Interceptor {
     }
 
     /// Keeps others from listening at an address, and from what is dialled there, from now on.
-    pub fn guard(&mut self, address: SocketAddr) -> Result<(), Error> {
+    pub fn reserve(&mut self, address: SocketAddr) -> Result<(), Error> {
         let _alone = self.pins.lock()?;
-        self.object.guard(Endpoint::new(address.ip(), address.port()))?;
+        self.object.reserve(Endpoint::new(address.ip(), address.port()))?;
         for name in [program::BIND4, program::BIND6] {
             if !self.hooks.is_attached(&self.pins, name) {
                 self.hooks.attach(&self.object, &self.pins, name)?;
@@ -237,19 +232,19 @@ impl Interceptor {
     /// Repeated when charge was lost and is wanted back. When it fails, charge is nobody's, and it is to be repeated.
     pub fn take_over(&mut self, target: Target, listeners: &[&TcpListener]) -> Result<(), Error> {
         let _alone = self.pins.lock()?;
-        self.generation = 0;
+        self.heartbeat.silence();
         self.object.pin_again(&self.pins)?;
-        let generation = self.object.generation()? + 1;
+        let generation = self.heartbeat.active_generation()? + 1;
         self.object.set_servers(generation, listeners)?;
         self.object.set_target(target)?;
-        self.object.set_generation(generation)?;
-        self.object.set_heartbeat(now()?)?;
+        self.heartbeat.set_active_generation(generation)?;
+        self.heartbeat.set_now()?;
         if let Err(error) = self.activate() {
             // Whatever programs are effective, they are to wait for nobody.
-            self.object.set_heartbeat(0)?;
+            self.heartbeat.stop()?;
             return Err(error);
         }
-        self.generation = generation;
+        self.heartbeat.start(generation);
         Ok(())
     }
 
@@ -271,30 +266,17 @@ impl Interceptor {
     /// Makes these the listeners that new connections come to, if this agent is in charge.
     pub fn set_listeners(&mut self, listeners: &[&TcpListener]) -> Result<(), Error> {
         let Some(_alone) = self.charge()? else { return Ok(()) };
-        self.object.set_servers(self.generation, listeners)
-    }
-
-    /// Says that this agent is alive, if it is in charge: otherwise whoever is has to. Due several times in
-    /// [`HEARTBEAT_LIMIT_NS`](agent_common::target::HEARTBEAT_LIMIT_NS).
-    pub fn beat(&mut self) -> Result<Standing, Error> {
-        let now = now()?;
-        if self.object.is_orphaned(&self.pins) {
-            return Ok(Standing::Detached);
-        }
-        if !self.is_active()? {
-            let silent = Duration::from_nanos(now.saturating_sub(self.object.heartbeat()?));
-            return Ok(Standing::Superseded { silent });
-        }
-        self.object.set_heartbeat(now)?;
-        let is_attached = self.hooks.is_attached(&self.pins, program::CONNECT4);
-        Ok(if is_attached { Standing::Active } else { Standing::Detached })
+        self.object.set_servers(self.heartbeat.generation(), listeners)
     }
 
     /// Says that this agent serves no more: dials are refused at once, until another takes over. Nothing happens when
     /// another has.
     pub fn stop(&mut self) -> Result<(), Error> {
-        let Some(_alone) = self.charge()? else { return Ok(()) };
-        self.object.set_heartbeat(0)
+        let active = self.charge();
+        // Also where the pins cannot be locked: then pods are refused when the last heartbeat is too old.
+        self.heartbeat.silence();
+        let Some(_alone) = active? else { return Ok(()) };
+        self.heartbeat.stop()
     }
 
     /// Sends intercepted dials to `target` from now on, if this agent is in charge.
@@ -358,18 +340,13 @@ impl Interceptor {
         self.handover_key.clone()
     }
 
-    /// Another may take over at any time: the kernel knows best.
-    fn is_active(&self) -> Result<bool, Error> {
-        Ok(self.generation != 0 && self.object.generation()? == self.generation)
-    }
-
     /// If this agent is in charge, sees to it that it stays so as long as the lock is held.
     fn charge(&self) -> Result<Option<Lock>, Error> {
-        if !self.is_active()? {
+        if !self.heartbeat.is_active()? {
             return Ok(None);
         }
         let lock = self.pins.lock()?;
-        Ok(self.is_active()?.then_some(lock))
+        Ok(self.heartbeat.is_active()?.then_some(lock))
     }
 
     /// Makes the maps what this agent wants in them.
@@ -460,9 +437,14 @@ impl Interceptor {
         self.object.live_tickets_of(pod_cgroup_id)
     }
 
-    /// Every counter, summed over the processors.
-    pub fn counters(&self) -> Result<Vec<(Counter, u64)>, Error> {
-        Counter::ALL.iter().map(|&counter| Ok((counter, self.object.counter(counter)?))).collect()
+    /// The heartbeat of this agent, which nothing that is done here delays.
+    pub fn heartbeat(&self) -> Heartbeat {
+        self.heartbeat.clone()
+    }
+
+    /// What the programs have counted.
+    pub fn counters(&self) -> Counters {
+        self.counters.clone()
     }
 }
 
@@ -471,7 +453,7 @@ impl fmt::Debug for Interceptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Interceptor")
             .field("hooks", &self.hooks)
-            .field("generation", &self.generation)
+            .field("heartbeat", &self.heartbeat)
             .finish_non_exhaustive()
     }
 }
@@ -485,12 +467,6 @@ pub fn pinned(bpffs: &Path) -> Result<Vec<PathBuf>, Error> {
 /// Removes one of those; what is gone already is fine.
 pub fn unpin(path: &Path) -> Result<(), Error> {
     pins::remove(path).map_err(|source| Error::Pin { path: path.to_owned(), source })
-}
-
-/// `CLOCK_MONOTONIC` in nanoseconds.
-fn now() -> Result<u64, Error> {
-    let now = Duration::try_from(clock_gettime(ClockId::Monotonic)).map_err(|_| Error::Clock)?;
-    u64::try_from(now.as_nanos()).map_err(|_| Error::Clock)
 }
 
 #[cfg(test)]

@@ -2,5 +2,6 @@
 
 pub(crate) mod active;
 pub(crate) mod eks_agent;
+pub mod heartbeat;
 pub(crate) mod listeners;
 pub mod transfer;

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use agent_common::policy::{PodPolicy, QosClass};
@@ -20,7 +20,7 @@ use crate::{
         tree::{PodCgroup, TreeEvent},
         watch::ClusterEvent,
     },
-    intercept::{self, Interceptor},
+    intercept::{self, InterceptorHandle},
     policy::lookup::Policies,
     policy::{self, ImdsMode, Place, Policy},
 };
@@ -29,25 +29,28 @@ use crate::{
 const REPEAT: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Where policies go. A trait because only root has the kernel's map.
-pub trait PolicyMap: Send + 'static {
+pub trait PolicyMap: Send + Sync + 'static {
     /// Gives the pod with this cgroup a policy.
-    fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), intercept::Error>;
+    fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> impl Future<Output = Written> + Send;
     /// Takes it away, and any exemption.
-    fn remove(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    fn remove(&self, pod_cgroup_id: u64) -> impl Future<Output = Written> + Send;
     /// Applies no policy to the pod with this cgroup, whatever it has.
-    fn exempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    fn exempt(&self, pod_cgroup_id: u64) -> impl Future<Output = Written> + Send;
     /// Applies its policy again.
-    fn unexempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error>;
+    fn unexempt(&self, pod_cgroup_id: u64) -> impl Future<Output = Written> + Send;
     /// Tells that a quality-of-service class has this cgroup, which is no pod's.
-    fn set_class(&self, class: QosClass, cgroup_id: u64) -> Result<(), intercept::Error>;
+    fn set_class(&self, class: QosClass, cgroup_id: u64) -> impl Future<Output = Written> + Send;
     /// Gives a policy to pods that have none of their own yet: one to those in a network of their own, one to those on
     /// the host's.
     fn set_unknown(
         &self,
         in_pod_network: PodPolicy,
         on_host_network: PodPolicy,
-    ) -> Result<(), intercept::Error>;
+    ) -> impl Future<Output = Written> + Send;
 }
+
+/// What the kernel says to a change of a map.
+type Written = Result<(), intercept::Error>;
 
 /// What pods' coming and going means to what is kept for them.
 pub trait PodLifecycle: Send + Sync + 'static {
@@ -110,35 +113,31 @@ struct State {
     namespaces_synced: bool,
 }
 
-// === impl Interceptor ===
+// === impl InterceptorHandle ===
 
-impl PolicyMap for Arc<Mutex<Interceptor>> {
-    fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).set_policy(pod_cgroup_id, policy)
+impl PolicyMap for InterceptorHandle {
+    async fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Written {
+        self.set_policy(pod_cgroup_id, policy).await
     }
 
-    fn remove(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).remove_policy(pod_cgroup_id)
+    async fn remove(&self, pod_cgroup_id: u64) -> Written {
+        self.remove_policy(pod_cgroup_id).await
     }
 
-    fn exempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).set_eks_agent(pod_cgroup_id, true)
+    async fn exempt(&self, pod_cgroup_id: u64) -> Written {
+        self.set_eks_agent(pod_cgroup_id, true).await
     }
 
-    fn unexempt(&self, pod_cgroup_id: u64) -> Result<(), intercept::Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).set_eks_agent(pod_cgroup_id, false)
+    async fn unexempt(&self, pod_cgroup_id: u64) -> Written {
+        self.set_eks_agent(pod_cgroup_id, false).await
     }
 
-    fn set_class(&self, class: QosClass, cgroup_id: u64) -> Result<(), intercept::Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).set_class(class, cgroup_id)
+    async fn set_class(&self, class: QosClass, cgroup_id: u64) -> Written {
+        InterceptorHandle::set_class(self, class, cgroup_id).await
     }
 
-    fn set_unknown(
-        &self,
-        in_pod_network: PodPolicy,
-        on_host_network: PodPolicy,
-    ) -> Result<(), intercept::Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).set_unknown_pods(in_pod_network, on_host_network)
+    async fn set_unknown(&self, in_pod_network: PodPolicy, on_host_network: PodPolicy) -> Written {
+        self.set_unknown_pods(in_pod_network, on_host_network).await
     }
 }
 
@@ -162,10 +161,10 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             tokio::select! {
                 Some(event) = tree.next() => self.on_tree(&mut state, event).await,
                 Some(event) = events.recv() => self.on_cluster(&mut state, event).await,
-                () = tokio::time::sleep(REPEAT), if !(state.to_repeat.is_empty() && state.to_remove.is_empty()) => self.repeat(&mut state),
+                () = tokio::time::sleep(REPEAT), if !(state.to_repeat.is_empty() && state.to_remove.is_empty()) => self.repeat(&mut state).await,
                 else => return,
             }
-            self.tell(&mut state);
+            self.tell(&mut state).await;
             if state.pods_synced && state.namespaces_synced {
                 synced.send_replace(true);
             }
@@ -173,8 +172,8 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
     }
 
     /// Tells what all that is known of the pods amounts to.
-    fn tell(&self, state: &mut State) {
-        self.apply_unknown(state);
+    async fn tell(&self, state: &mut State) {
+        self.apply_unknown(state).await;
         let is_here = !state.eks_agents.is_empty();
         self.eks_agent_is_here.send_if_modified(|known| std::mem::replace(known, is_here) != is_here);
     }
@@ -188,18 +187,18 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                 state.gone.remove(&uid);
                 self.kept.on_cgroup_created(uid);
                 if let Some(pod) = self.pods.get(uid) {
-                    self.apply(state, &pod);
+                    self.apply(state, &pod).await;
                 }
             }
             TreeEvent::Class(class, id) => {
-                if let Err(error) = self.map.set_class(class, id) {
+                if let Err(error) = self.map.set_class(class, id).await {
                     error!(%error, ?class,
                         "cannot tell the kernel of a class of pods; those that it does not know yet share a limit");
                 }
             }
             TreeEvent::Gone(PodCgroup { uid, id }) => {
                 if Some(id) != self.own {
-                    self.remove(state, id, uid);
+                    self.remove(state, id, uid).await;
                 }
                 // Made anew, as when the kubelet starts over: then another cgroup is the pod's.
                 if state.cgroups.get(&uid) == Some(&id) {
@@ -228,7 +227,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                 }
                 report(&pod.annotations, Place::Pod, &pod.full_name());
                 self.note_absence(state, &pod).await;
-                self.apply(state, &pod);
+                self.apply(state, &pod).await;
                 self.prefetch(&pod);
             }
             ClusterEvent::PodDeleted(uid) => {
@@ -248,7 +247,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                     report(&annotations, Place::Namespace, &name);
                 }
                 for pod in self.pods.of_namespace(&name) {
-                    self.apply(state, &pod);
+                    self.apply(state, &pod).await;
                     self.prefetch(&pod);
                 }
             }
@@ -265,19 +264,19 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
     }
 
     /// Tries again what the kernel did not take.
-    fn repeat(&self, state: &mut State) {
+    async fn repeat(&self, state: &mut State) {
         for (id, uid) in std::mem::take(&mut state.to_remove) {
-            self.remove(state, id, uid);
+            self.remove(state, id, uid).await;
         }
         for uid in std::mem::take(&mut state.to_repeat) {
             if let Some(pod) = self.pods.get(uid) {
-                self.apply(state, &pod);
+                self.apply(state, &pod).await;
             }
         }
     }
 
-    fn remove(&self, state: &mut State, id: u64, uid: PodUid) {
-        if let Err(error) = self.map.remove(id) {
+    async fn remove(&self, state: &mut State, id: u64, uid: PodUid) {
+        if let Err(error) = self.map.remove(id).await {
             error!(%error, pod.uid = %uid, "cannot take a pod's policy out of the kernel; trying again");
             state.to_remove.insert(id, uid);
         }
@@ -324,9 +323,9 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
     }
 
     /// Puts a pod's policy into force, once its cgroup and its namespace are known.
-    fn apply(&self, state: &mut State, pod: &Pod) {
+    async fn apply(&self, state: &mut State, pod: &Pod) {
         let Some(&id) = state.cgroups.get(&pod.uid).filter(|id| Some(**id) != self.own) else { return };
-        self.apply_exemption(state, pod, id);
+        self.apply_exemption(state, pod, id).await;
         if state.exempt.contains(&pod.uid) {
             return;
         }
@@ -334,7 +333,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
         if state.effective.get(&pod.uid) == Some(&policy) {
             return;
         }
-        match self.map.set(id, policy.kernel()) {
+        match self.map.set(id, policy.kernel()).await {
             Ok(()) => {
                 state.to_repeat.remove(&pod.uid);
                 state.effective.insert(pod.uid, policy);
@@ -349,12 +348,12 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
         }
     }
 
-    fn apply_exemption(&self, state: &mut State, pod: &Pod, id: u64) {
+    async fn apply_exemption(&self, state: &mut State, pod: &Pod, id: u64) {
         let is_eks_agent = self.is_eks_agent(pod);
         if is_eks_agent == state.exempt.contains(&pod.uid) {
             return;
         }
-        let applied = if is_eks_agent { self.map.exempt(id) } else { self.map.unexempt(id) };
+        let applied = if is_eks_agent { self.map.exempt(id).await } else { self.map.unexempt(id).await };
         if let Err(error) = applied {
             error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(), is_eks_agent,
                 "cannot tell the kernel whether a pod is the EKS Pod Identity Agent");
@@ -370,7 +369,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
     }
 
     /// What pods get that have no policy yet: as strict as anybody on this node may be.
-    fn apply_unknown(&self, state: &mut State) {
+    async fn apply_unknown(&self, state: &mut State) {
         // Of those too whose cgroup is still to come: it may be theirs that is not known. What a namespace has to say that
         // is not known may be as strict as it likes.
         let modes = self.pods.all().into_iter().map(|pod| {
@@ -387,7 +386,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
         if state.unknown == Some((unknown, on_host_network)) {
             return;
         }
-        match self.map.set_unknown(unknown, on_host_network) {
+        match self.map.set_unknown(unknown, on_host_network).await {
             Ok(()) => state.unknown = Some((unknown, on_host_network)),
             Err(error) => error!(%error, "cannot tell the kernel what pods get that it does not know"),
         }

@@ -107,6 +107,12 @@ pub enum Error {
     /// The clock cannot be read.
     #[error("BUG: CLOCK_MONOTONIC is out of range")]
     Clock,
+    /// The owner of the interceptor cannot be started.
+    #[error("starting a thread: {0}; is the limit of tasks of the agent's cgroup reached?")]
+    Thread(#[source] io::Error),
+    /// The owner of the interceptor has panicked.
+    #[error("BUG: the thread that owns the eBPF programs has ended")]
+    OwnerEnded,
     /// Only one can read the events.
     #[error("BUG: somebody else reads the events of the eBPF programs already")]
     EventsTaken,

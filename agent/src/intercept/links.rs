@@ -31,6 +31,13 @@ pub(super) struct Hooks {
     network: Hook,
 }
 
+/// Where a program's link is pinned, and what it should be attached to. Needs neither programs nor a lock.
+#[derive(Debug)]
+pub(super) struct Attachment {
+    link: PathBuf,
+    hook_id: u64,
+}
+
 /// A cgroup, or a network namespace.
 #[derive(Debug)]
 struct Hook {
@@ -64,13 +71,14 @@ impl Hooks {
         hook.put(program, &pins.links(), name).map_err(cannot_attach(name, hook))
     }
 
-    /// Whether a program of this ABI is attached. One that cannot be asked is: too many open files, which pods may bring
-    /// about, detach nothing.
+    /// Whether a program of this ABI is attached.
     pub(super) fn is_attached(&self, pins: &Pins, name: &str) -> bool {
-        match Link::open(&pins.links().join(name)).and_then(|link| link.target()) {
-            Ok(id) => id == self.of(name).id,
-            Err(error) => error.kind() != io::ErrorKind::NotFound,
-        }
+        self.attachment(pins, name).is_attached()
+    }
+
+    /// To ask later whether a program of this ABI is attached.
+    pub(super) fn attachment(&self, pins: &Pins, name: &str) -> Attachment {
+        Attachment { link: pins.links().join(name), hook_id: self.of(name).id }
     }
 
     /// Detaches a program, if it is attached.
@@ -81,6 +89,19 @@ impl Hooks {
 
     fn of(&self, name: &str) -> &Hook {
         if name == program::LOOKUP { &self.network } else { &self.kubepods }
+    }
+}
+
+// === impl Attachment ===
+
+impl Attachment {
+    /// Whether the program is attached. One that cannot be asked is: too many open files, which pods may bring about,
+    /// detach nothing.
+    pub(super) fn is_attached(&self) -> bool {
+        match Link::open(&self.link).and_then(|link| link.target()) {
+            Ok(id) => id == self.hook_id,
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        }
     }
 }
 

@@ -2,10 +2,7 @@
 //!
 //! Owns their name and label; never counts anything itself.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::fmt;
 
 use prometheus_client::{
     collector::Collector,
@@ -14,23 +11,22 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::Interceptor;
+use super::Counters;
 
 /// Reads the kernel's counters when they are asked for.
 #[derive(Debug)]
-struct KernelCounters(Arc<Mutex<Interceptor>>);
+struct KernelCounters(Counters);
 
 /// Makes the kernel's counters part of `registry`.
-pub fn register(registry: &mut Registry, interceptor: Arc<Mutex<Interceptor>>) {
-    registry.register_collector(Box::new(KernelCounters(interceptor)));
+pub(crate) fn register(registry: &mut Registry, counters: Counters) {
+    registry.register_collector(Box::new(KernelCounters(counters)));
 }
 
 // === impl KernelCounters ===
 
 impl Collector for KernelCounters {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
-        let counters = self.0.lock().unwrap_or_else(PoisonError::into_inner).counters();
-        let Ok(counters) = counters else { return Ok(()) };
+        let Ok(counters) = self.0.read() else { return Ok(()) };
         let help = "What the programs in the kernel did (unstable)";
         let mut family =
             encoder.encode_descriptor("podgate_kernel_events", help, None, MetricType::Counter)?;

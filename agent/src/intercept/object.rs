@@ -6,12 +6,11 @@ use std::{
     fs, io,
     net::TcpListener,
     os::fd::{AsFd as _, BorrowedFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use agent_common::{
     abi::{self, EXEMPT_MAX, LISTENERS_MAX, POLICIES_MAX, RESERVED_MAX, TICKETS_MAX, global, map, program},
-    counter::Counter,
     egress::{JOB_AUDIT_PATHS, JOB_FILTER},
     net::Endpoint,
     origin::{Origin, PendingOrigin},
@@ -74,22 +73,26 @@ pub(super) struct Object {
     unknown_pod: Array<MapData, PodPolicy>,
     classes: Array<MapData, u64>,
     exempt: HashMap<MapData, u64, u64>,
-    heartbeat: Array<MapData, u64>,
-    generation: Array<MapData, u64>,
     servers: SockMap<MapData>,
     guarded: HashMap<MapData, Endpoint, u32>,
     imds_key: Array<MapData, ImdsKey>,
     targets: Array<MapData, Target>,
     target_index: Array<MapData, u32>,
-    counters: PerCpuArray<MapData, u64>,
     events: Option<RingBuf<MapData>>,
+}
+
+/// Maps that others use than the owner of the object.
+pub(super) struct OtherMaps {
+    pub(super) heartbeat: Array<MapData, u64>,
+    pub(super) generation: Array<MapData, u64>,
+    pub(super) counters: PerCpuArray<MapData, u64>,
 }
 
 // === impl Object ===
 
 impl Object {
     /// Loads the programs, with the maps that are pinned; those that are not there yet are made.
-    pub(super) fn load(settings: &Settings, pins: &Pins) -> Result<Self, Error> {
+    pub(super) fn load(settings: &Settings, pins: &Pins) -> Result<(Self, OtherMaps), Error> {
         if OBJECT.is_empty() {
             return Err(Error::NoObject);
         }
@@ -131,7 +134,12 @@ impl Object {
         };
         let mut egress_jobs: Array<_, u32> = take(&mut ebpf, map::EGRESS_JOBS)?;
         egress_jobs.set(0, jobs(settings), 0).map_err(writing(map::EGRESS_JOBS))?;
-        Ok(Self {
+        let others = OtherMaps {
+            heartbeat: take(&mut ebpf, map::HEARTBEAT)?,
+            generation: take(&mut ebpf, map::GENERATION)?,
+            counters: take(&mut ebpf, map::COUNTERS)?,
+        };
+        let object = Self {
             pinned,
             accepted,
             tickets: take(&mut ebpf, map::TICKETS)?,
@@ -140,17 +148,15 @@ impl Object {
             unknown_pod: take(&mut ebpf, map::UNKNOWN_POD)?,
             classes: take(&mut ebpf, map::QOS_CLASSES)?,
             exempt: take(&mut ebpf, map::EXEMPT)?,
-            heartbeat: take(&mut ebpf, map::HEARTBEAT)?,
-            generation: take(&mut ebpf, map::GENERATION)?,
             servers: take(&mut ebpf, map::LISTENERS)?,
             guarded: take(&mut ebpf, map::RESERVED)?,
             imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
             target_index: take(&mut ebpf, map::TARGET_INDEX)?,
-            counters: take(&mut ebpf, map::COUNTERS)?,
             events: Some(take(&mut ebpf, map::EVENTS)?),
             programs: ebpf,
-        })
+        };
+        Ok((object, others))
     }
 
     /// Pins the maps again that are not there any more: an agent of another ABI has removed them, and perhaps one of this
@@ -175,10 +181,10 @@ impl Object {
         Ok(())
     }
 
-    /// Whether what agents of all ABIs share was removed.
-    pub(super) fn is_orphaned(&self, pins: &Pins) -> bool {
-        let mut shared = self.pinned.iter().filter(|(name, ..)| pins::is_shared(name));
-        shared.any(|(name, id, _)| is_gone(&pins.map(name), *id))
+    /// Where the maps are pinned that agents of all ABIs share, and their ids: by these it shows that they were removed.
+    pub(super) fn shared_pins(&self, pins: &Pins) -> Vec<(PathBuf, u32)> {
+        let shared = self.pinned.iter().filter(|(name, ..)| pins::is_shared(name));
+        shared.map(|(name, id, _)| (pins.map(name), *id)).collect()
     }
 
     /// A loaded program.
@@ -198,26 +204,6 @@ impl Object {
         self.target_index.get(&0, 0).map_err(reading(map::TARGET_INDEX))
     }
 
-    /// Which generation is in charge; 0 where none has been.
-    pub(super) fn generation(&self) -> Result<u64, Error> {
-        self.generation.get(&0, 0).map_err(reading(map::GENERATION))
-    }
-
-    /// Puts a generation in charge.
-    pub(super) fn set_generation(&mut self, generation: u64) -> Result<(), Error> {
-        self.generation.set(0, generation, 0).map_err(writing(map::GENERATION))
-    }
-
-    /// When an agent has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 for stopped.
-    pub(super) fn heartbeat(&self) -> Result<u64, Error> {
-        self.heartbeat.get(&0, 0).map_err(reading(map::HEARTBEAT))
-    }
-
-    /// Beats.
-    pub(super) fn set_heartbeat(&mut self, at_ns: u64) -> Result<(), Error> {
-        self.heartbeat.set(0, at_ns, 0).map_err(writing(map::HEARTBEAT))
-    }
-
     /// Makes these the listeners of a generation, in place of those that it has, or one two before it had.
     pub(super) fn set_servers(&mut self, generation: u64, listeners: &[&TcpListener]) -> Result<(), Error> {
         let half = if generation.is_multiple_of(2) { 0 } else { LISTENERS_MAX };
@@ -234,7 +220,7 @@ impl Object {
 
     /// Guards an address from now on: nobody but exempt pods may listen there, and podgate's listeners alone get what
     /// is dialled there.
-    pub(super) fn guard(&mut self, address: Endpoint) -> Result<(), Error> {
+    pub(super) fn reserve(&mut self, address: Endpoint) -> Result<(), Error> {
         self.guarded.insert(address, 0, 0).map_err(writing(map::RESERVED))
     }
 
@@ -374,19 +360,25 @@ impl Object {
         self.events.take()
     }
 
-    /// A counter, summed over the processors.
-    pub(super) fn counter(&self, counter: Counter) -> Result<u64, Error> {
-        let values = self.counters.get(&(counter as u32), 0).map_err(reading(map::COUNTERS))?;
-        Ok(values.iter().sum())
-    }
-
     /// A handle of its own on the accepted sockets' origins.
     pub(super) fn accepted(&self) -> Result<SkStorage<MapData, Origin>, Error> {
-        let fd = self.accepted.fd().as_fd().try_clone_to_owned();
-        let fd =
-            fd.map_err(|source| Error::Map { action: "opening", map: map::ACCEPTED, source: source.into() })?;
-        MapData::from_fd(fd).and_then(|data| Map::SkStorage(data).try_into()).map_err(reading(map::ACCEPTED))
+        let data = another(&self.accepted, map::ACCEPTED)?;
+        Map::SkStorage(data).try_into().map_err(reading(map::ACCEPTED))
     }
+
+    /// A handle of its own on the pods that no policy applies to.
+    pub(super) fn exempt_map(&self) -> Result<HashMap<MapData, u64, u64>, Error> {
+        let exempt = self.pinned.iter().find(|(name, ..)| *name == map::EXEMPT);
+        let (.., exempt) = exempt.ok_or(Error::Mismatch { what: map::EXEMPT })?;
+        Map::HashMap(another(exempt, map::EXEMPT)?).try_into().map_err(reading(map::EXEMPT))
+    }
+}
+
+/// Another descriptor of a map.
+fn another(map: &MapData, name: &'static str) -> Result<MapData, Error> {
+    let fd = map.fd().as_fd().try_clone_to_owned();
+    let fd = fd.map_err(|source| Error::Map { action: "opening", map: name, source: source.into() })?;
+    MapData::from_fd(fd).map_err(reading(name))
 }
 
 /// What the egress program is to do.
@@ -434,7 +426,7 @@ fn check_shape(
 
 /// Whether a map's pin is gone, or another map's. One that cannot be asked is there: too many open files, which pods may
 /// bring about, remove nothing.
-fn is_gone(path: &Path, id: u32) -> bool {
+pub(super) fn is_gone(path: &Path, id: u32) -> bool {
     match MapInfo::from_pin(path) {
         Ok(pinned) => pinned.id() != id,
         Err(error) => errno(&error) == Some(libc::ENOENT),
@@ -473,10 +465,10 @@ fn errno(error: &MapError) -> Option<i32> {
     }
 }
 
-fn reading(map: &'static str) -> impl FnOnce(MapError) -> Error {
+pub(super) fn reading(map: &'static str) -> impl FnOnce(MapError) -> Error {
     move |source| Error::Map { action: "reading", map, source: source.into() }
 }
 
-fn writing(map: &'static str) -> impl FnOnce(MapError) -> Error {
+pub(super) fn writing(map: &'static str) -> impl FnOnce(MapError) -> Error {
     move |source| Error::Map { action: "writing", map, source: source.into() }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr, TcpListener},
-    sync::{MutexGuard, atomic::Ordering::Relaxed},
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
@@ -19,18 +19,19 @@ use tracing::{error, info, warn};
 
 use super::{
     eks_agent::EksAgent,
+    heartbeat,
     listeners::{Opener, Place},
 };
 use crate::{
     admin::Probes,
-    app::{Error, Signals, lock},
+    app::{Error, Signals},
     config::{Config, TargetMode, WhenDown},
-    intercept::{Interceptor, Standing},
+    intercept::Standing,
     tasks::Tasks,
 };
 
-/// Time between two beats: a few may be late before pods are refused.
-const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
+/// Time between two looks at who is active.
+const STANDING_INTERVAL: Duration = Duration::from_millis(250);
 /// When the agent that has taken over has not beaten for so long, this one becomes active again: before pods are refused.
 const TAKE_BACK_AFTER: Duration = Duration::from_secs(1);
 /// For how long an agent may fail to say that it is alive, or to become active. It is longer than any lack that passes; then
@@ -92,6 +93,8 @@ impl<'a> Serving<'a> {
     pub(crate) async fn run(mut self, tasks: &mut Tasks, signals: &mut Signals) -> Result<(), Error> {
         self.open(tasks).await?;
         self.become_active().await?;
+        let heartbeat = self.opener.interceptor.heartbeat().clone();
+        tasks.spawn("the heartbeat", heartbeat::run(heartbeat));
         self.probes.ready.store(true, Relaxed);
         info!("pods are served");
 
@@ -99,7 +102,9 @@ impl<'a> Serving<'a> {
         self.probes.ready.store(false, Relaxed);
         let is_detached = matches!(end, Err(Error::Detached));
         // Where nobody has taken over, new dials are refused at once.
-        if !is_detached && let Err(error) = self.interceptor().stop() {
+        if is_detached {
+            self.opener.interceptor.heartbeat().silence();
+        } else if let Err(error) = self.opener.interceptor.stop().await {
             error!(%error, "cannot tell the kernel that this agent stops; its pods are refused after 2 s");
         }
         self.active.send_replace(false);
@@ -150,21 +155,21 @@ impl<'a> Serving<'a> {
         warn!(%error, "cannot have EKS Pod Identity's addresses yet; pods are sent to podgate's own");
     }
 
-    /// Beats, becomes active again when the agent that took it falls silent, and follows the EKS Pod Identity Agent. Until the end is
+    /// Becomes active again when the agent that took it falls silent, and follows the EKS Pod Identity Agent. Until the end is
     /// asked for.
     async fn stay_active(&mut self, tasks: &mut Tasks, signals: &mut Signals) -> Result<(), Error> {
-        let mut beats = interval(HEARTBEAT_INTERVAL);
-        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looks = interval(STANDING_INTERVAL);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut failing_since = None;
         loop {
-            match self.beat().await {
+            match self.follow_standing().await {
                 Err(Error::Detached) => return Err(Error::Detached),
                 // Charge is not left for one failure: what pods get without a heartbeat is a refusal.
                 Err(error) => {
                     if failing_since.get_or_insert_with(Instant::now).elapsed() >= FAILING_MAX {
                         return Err(error);
                     }
-                    error!(%error, "cannot tell the kernel that this agent is alive; pods are refused after 2 s");
+                    error!(%error, "cannot see which agent is active, or become active; trying again");
                 }
                 Ok(()) => failing_since = None,
             }
@@ -175,14 +180,13 @@ impl<'a> Serving<'a> {
                 () = signals.end() => return Ok(()),
                 ended = tasks.ended() => return Err(ended),
                 () = self.eks_agent.changed() => {}
-                _ = beats.tick() => {}
+                _ = looks.tick() => {}
             }
         }
     }
 
-    async fn beat(&mut self) -> Result<(), Error> {
-        let standing = self.interceptor().beat()?;
-        match standing {
+    async fn follow_standing(&mut self) -> Result<(), Error> {
+        match self.opener.interceptor.heartbeat().standing()? {
             Standing::Active => {}
             Standing::Detached => return Err(Error::Detached),
             Standing::Superseded { silent } if silent >= TAKE_BACK_AFTER => {
@@ -201,9 +205,7 @@ impl<'a> Serving<'a> {
     async fn become_active(&mut self) -> Result<(), Error> {
         let target = self.target();
         self.add_addresses(self.place()).await?;
-        let mut interceptor = self.interceptor();
-        interceptor.take_over(target, &self.listeners())?;
-        drop(interceptor);
+        self.opener.interceptor.take_over(target, self.listeners()).await?;
         self.effective.send_replace(Some(target));
         self.active.send_replace(true);
         self.tidy_later();
@@ -220,19 +222,19 @@ impl<'a> Serving<'a> {
         }
         let may_pass = self.config.when_down == WhenDown::Auto && self.eks_agent.is_here();
         self.eks_agent.ask(may_pass && self.pod_identity.is_none());
-        self.activate(self.target())?;
+        self.activate(self.target()).await?;
         self.tidy().await
     }
 
     /// Pods are sent to podgate's own addresses before these are given up.
     async fn leave_pod_identity(&mut self) -> Result<(), Error> {
         self.add_addresses(self.own.as_ref()).await?;
-        self.activate(self.target_at(self.own.as_ref()))?;
+        self.activate(self.target_at(self.own.as_ref())).await?;
         info!("the EKS Pod Identity Agent is on the node: EKS Pod Identity's addresses are left to it");
         // Connections that are under way are finished.
         self.pod_identity = None;
         let own: Vec<_> = self.own.iter().flat_map(Place::addresses).collect();
-        self.interceptor().reserve_only(&own)?;
+        self.opener.interceptor.reserve_only(own).await?;
         self.tidy_later();
         Ok(())
     }
@@ -249,7 +251,7 @@ impl<'a> Serving<'a> {
                 return Ok(());
             }
         }
-        self.interceptor().set_listeners(&self.listeners())?;
+        self.opener.interceptor.set_listeners(self.listeners()).await?;
         info!("the EKS Pod Identity Agent is not on the node: podgate has EKS Pod Identity's addresses");
         Ok(())
     }
@@ -263,7 +265,7 @@ impl<'a> Serving<'a> {
         self.own.iter().chain(&self.pod_identity)
     }
 
-    fn listeners(&self) -> Vec<&TcpListener> {
+    fn listeners(&self) -> Vec<Arc<TcpListener>> {
         self.places().flat_map(Place::listeners).collect()
     }
 
@@ -278,9 +280,9 @@ impl<'a> Serving<'a> {
         Target { v4, v6, when_down }
     }
 
-    fn activate(&mut self, target: Target) -> Result<(), Error> {
+    async fn activate(&mut self, target: Target) -> Result<(), Error> {
         if *self.effective.borrow() != Some(target) {
-            self.interceptor().set_target(target)?;
+            self.opener.interceptor.set_target(target).await?;
             self.effective.send_replace(Some(target));
         }
         Ok(())
@@ -309,12 +311,8 @@ impl<'a> Serving<'a> {
         if self.wants_pod_identity() {
             kept.extend(POD_IDENTITY);
         }
-        self.interceptor().reserve_only(&kept)?;
-        let kept: Vec<_> = kept.iter().map(SocketAddr::ip).collect();
-        Ok(self.opener.link.keep_only(&kept).await?)
-    }
-
-    fn interceptor(&self) -> MutexGuard<'_, Interceptor> {
-        lock(&self.opener.interceptor)
+        let ips: Vec<_> = kept.iter().map(SocketAddr::ip).collect();
+        self.opener.interceptor.reserve_only(kept).await?;
+        Ok(self.opener.link.keep_only(&ips).await?)
     }
 }

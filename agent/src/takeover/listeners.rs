@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,10 +17,10 @@ use tracing::{debug, info, warn};
 
 use crate::{
     accept::{self, Accepted},
-    app::{Error, lock},
+    app::Error,
     credentials::source::NodeSource,
     drain::{Drain, drain},
-    intercept::{Interceptor, OriginLookup},
+    intercept::{InterceptorHandle, OriginLookup},
     netdev::Link,
     serve::Server,
     tasks::Tasks,
@@ -29,14 +29,14 @@ use crate::{
 /// A pair of addresses at which this agent listens. Dropped, it accepts no more, and requests in flight are the last of
 /// their connections.
 pub(crate) struct Place {
-    listeners: Vec<(SocketAddr, TcpListener)>,
+    listeners: Vec<(SocketAddr, Arc<TcpListener>)>,
     drain: Drain,
 }
 
 /// What it takes to listen somewhere.
 pub(crate) struct Opener {
     pub(crate) link: Link,
-    pub(crate) interceptor: Arc<Mutex<Interceptor>>,
+    pub(crate) interceptor: InterceptorHandle,
     pub(crate) server: Arc<Server<NodeSource>>,
     pub(crate) origins: Arc<dyn OriginLookup>,
     /// Whether EKS Pod Identity's addresses are left to whoever listens at them: the EKS Pod Identity Agent, perhaps, that the watch
@@ -61,7 +61,7 @@ impl Opener {
         let mut listeners = Vec::new();
         for &address in addresses {
             if self.link.add(address.ip()).await? {
-                listeners.push((address, self.listen(address)?));
+                listeners.push((address, Arc::new(self.listen(address).await?)));
             } else {
                 warn!(%address, "this node has IPv6 switched off: pods are served over IPv4 only");
             }
@@ -92,7 +92,7 @@ impl Opener {
         Ok(place)
     }
 
-    fn listen(&self, address: SocketAddr) -> Result<TcpListener, Error> {
+    async fn listen(&self, address: SocketAddr) -> Result<TcpListener, Error> {
         let failed = |source| Error::Listen { address: address.to_string(), source };
         let is_service_address = Endpoint::new(address.ip(), address.port()).service().is_some();
         if self.yields
@@ -107,7 +107,7 @@ impl Opener {
         let port = if is_apart { 0 } else { address.port() };
         let listener = accept::listen(SocketAddr::new(address.ip(), port)).map_err(failed)?;
         // Not before: until then the address is somebody else's.
-        lock(&self.interceptor).guard(address)?;
+        self.interceptor.reserve(address).await?;
         Ok(listener)
     }
 }
@@ -121,8 +121,8 @@ impl Place {
     }
 
     /// What listens there.
-    pub(crate) fn listeners(&self) -> impl Iterator<Item = &TcpListener> {
-        self.listeners.iter().map(|(_, listener)| listener)
+    pub(crate) fn listeners(&self) -> impl Iterator<Item = Arc<TcpListener>> {
+        self.listeners.iter().map(|(_, listener)| Arc::clone(listener))
     }
 
     /// Its IPv4 and its IPv6 address, as the programs know them.

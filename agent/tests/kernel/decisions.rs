@@ -150,7 +150,7 @@ fn other_destinations_are_never_touched() {
                 pod.dial(&format!("{address}:{port}")).unwrap_or_else(|error| panic!("{address}: {error}"));
             }
         }
-        let counters = node.interceptor.counters().unwrap();
+        let counters = node.interceptor.counters().read().unwrap();
         assert!(counters.iter().all(|&(_, count)| count == 0), "{counters:?}");
     });
 }
@@ -164,7 +164,7 @@ fn a_process_outside_of_kubepods_is_never_touched() {
             let _stream = outside(|| dial(address)).unwrap();
             real.accept();
         }
-        let counters = node.interceptor.counters().unwrap();
+        let counters = node.interceptor.counters().read().unwrap();
         assert!(counters.iter().all(|&(_, count)| count == 0), "{counters:?}");
     });
 }

@@ -129,11 +129,11 @@ fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
             .unwrap();
         node.interceptor.set_target(with_eks_agent()).unwrap();
         node.interceptor.stop().unwrap();
-        assert!(matches!(node.interceptor.beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(node.interceptor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
         assert!(is_eperm(&pod.dial(IMDS)));
 
         node.interceptor.take_over(own_pair(), &[]).unwrap();
-        assert_eq!(node.interceptor.beat().unwrap(), Standing::Active);
+        assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Active);
         pod.dial(IMDS).unwrap();
         real.accept();
         assert_eq!(links(node), 8, "no pod is guarded any more");
@@ -152,7 +152,9 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
         real.accept();
 
         node.set_heartbeat(now_ns() - SECOND);
-        let Standing::Superseded { silent } = node.interceptor.beat().unwrap() else { panic!("it was") };
+        let Standing::Superseded { silent } = node.interceptor.heartbeat().beat().unwrap() else {
+            panic!("it was")
+        };
         assert!(silent >= Duration::from_secs(1), "{silent:?}");
         node.interceptor.stop().unwrap();
         pod.dial(IMDS).expect("the end of a predecessor is nobody's business");
@@ -160,7 +162,7 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
 
         let agent = node.agent();
         node.interceptor.take_over(own_pair(), &[]).unwrap();
-        assert!(matches!(successor.beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(successor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
         pod.dial(IMDS).unwrap();
         assert!(agent.accept().is_some(), "its own policies are effective again");
     });
@@ -209,7 +211,7 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let root = node.bpffs().join("podgate");
         let (own, other) = (root.join(format!("v{ABI_VERSION}")), root.join("v0"));
-        node.interceptor.guard((AGENT_V4, 80).into()).unwrap();
+        node.interceptor.reserve((AGENT_V4, 80).into()).unwrap();
         fs::rename(&own, &other).unwrap();
         let former_links = fs::read_dir(other.join("links")).unwrap().count();
         assert_eq!(former_links, 9);
@@ -232,10 +234,12 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
 
         // It knows that it was succeeded, and when its successor falls silent.
         node.set_heartbeat(now_ns() - SECOND);
-        let Standing::Superseded { silent } = node.interceptor.beat().unwrap() else { panic!("it was") };
+        let Standing::Superseded { silent } = node.interceptor.heartbeat().beat().unwrap() else {
+            panic!("it was")
+        };
         assert!(silent >= Duration::from_secs(1));
         node.interceptor.take_over(own_pair(), &[&listener]).unwrap();
-        assert!(matches!(successor.beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(successor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
         pod.dial(IMDS).unwrap();
         accept(&listener);
         assert_eq!(node.count(Counter::Redirected), 1);
@@ -253,7 +257,7 @@ fn own_listeners() -> [TcpListener; 2] {
 }
 
 fn count(interceptor: &Interceptor, counter: Counter) -> u64 {
-    let counters = interceptor.counters().unwrap();
+    let counters = interceptor.counters().read().unwrap();
     counters.into_iter().find(|(other, _)| *other == counter).unwrap().1
 }
 
@@ -269,7 +273,7 @@ fn nobody_else_may_listen_where_the_agent_does() {
         let mapped = format!("[::ffff:{AGENT_V4}]:80");
         let taken: [SocketAddr; 3] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into(), mapped.parse().unwrap()];
         for address in &taken[..2] {
-            node.interceptor.guard(*address).unwrap();
+            node.interceptor.reserve(*address).unwrap();
         }
         for pod in [&host_network, &unknown] {
             for address in taken {
@@ -315,7 +319,7 @@ fn whoever_listens_there_besides_gets_no_connection_while_the_agent_lives_and_af
         assert_eq!((waiting(&own), waiting(&squatting)), (0, 40));
 
         for at in [address, v6] {
-            node.interceptor.guard(at).unwrap();
+            node.interceptor.reserve(at).unwrap();
         }
         node.interceptor.set_listeners(&own.each_ref()).unwrap();
         assert_eq!(dial_20(IMDS) + dial_20(IMDS_V6), 40);
@@ -345,7 +349,7 @@ fn who_listens_everywhere_is_in_nobody_s_way_and_gets_nothing_of_podgate_s() {
         let before = ingress.run(|| everywhere.map(|at| listen(at).unwrap()));
         let own = node.as_agent(own_listeners);
         for at in [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()] {
-            node.interceptor.guard(at).unwrap();
+            node.interceptor.reserve(at).unwrap();
         }
         node.interceptor.set_listeners(&own.each_ref()).unwrap();
         let served = [IMDS, IMDS_V6].map(|dialled| (pod.dial(dialled).unwrap(), dialled));
@@ -381,7 +385,7 @@ fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
             }
             let agent = node.agent();
             node.interceptor.take_over(own_pair(), &[]).unwrap();
-            assert_eq!(node.interceptor.beat().unwrap(), Standing::Active);
+            assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Active);
             pod.dial(IMDS).unwrap();
             assert!(agent.accept().is_some());
             // The next one finds what this one knows.
@@ -402,17 +406,17 @@ fn every_agent_notices_that_podgate_was_detached_and_takes_no_later_one_for_its_
     Node::run(|node| {
         let mut active = successor(node);
         active.take_over(own_pair(), &[]).unwrap();
-        assert!(matches!(node.interceptor.beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(node.interceptor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
         for pin in pinned(node.bpffs()).unwrap() {
             unpin(&pin).unwrap();
         }
-        assert_eq!(active.beat().unwrap(), Standing::Detached);
-        assert_eq!(node.interceptor.beat().unwrap(), Standing::Detached);
+        assert_eq!(active.heartbeat().beat().unwrap(), Standing::Detached);
+        assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Detached);
         let mut later = successor(node);
         later.take_over(own_pair(), &[]).unwrap();
-        assert_eq!(later.beat().unwrap(), Standing::Active);
-        assert_eq!(active.beat().unwrap(), Standing::Detached);
-        assert_eq!(node.interceptor.beat().unwrap(), Standing::Detached);
+        assert_eq!(later.heartbeat().beat().unwrap(), Standing::Active);
+        assert_eq!(active.heartbeat().beat().unwrap(), Standing::Detached);
+        assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Detached);
     });
 }
 
@@ -424,11 +428,11 @@ fn addresses_are_guarded_whether_dials_are_sent_there_or_not_until_they_are_give
         let pod_identity: [SocketAddr; 2] = [(POD_IDENTITY_V4, 80).into(), (POD_IDENTITY_V6, 80).into()];
         let refused = |address| is_eperm(&pod.run(|| TcpListener::bind(address)));
         for address in own {
-            node.interceptor.guard(address).unwrap();
+            node.interceptor.reserve(address).unwrap();
         }
         assert!(own.iter().all(refused) && !pod_identity.iter().any(refused));
         for address in pod_identity {
-            node.interceptor.guard(address).unwrap();
+            node.interceptor.reserve(address).unwrap();
         }
         // Before, while and after they are the target.
         let taken = Target { v4: endpoint(POD_IDENTITY), v6: endpoint(crate::POD_IDENTITY_V6), ..own_pair() };
@@ -453,7 +457,7 @@ fn new_connections_go_to_the_agent_in_charge_and_to_the_one_before_when_it_liste
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let addresses: [SocketAddr; 2] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()];
         for address in addresses {
-            node.interceptor.guard(address).unwrap();
+            node.interceptor.reserve(address).unwrap();
         }
         let mut agents = node.as_agent(|| vec![own_listeners(), own_listeners(), own_listeners()]);
         let waiting = |listeners: &[TcpListener; 2]| {

@@ -18,6 +18,7 @@ mod events;
 mod flood;
 mod generations;
 mod handover;
+mod heartbeat;
 mod identity;
 mod life;
 mod limits;

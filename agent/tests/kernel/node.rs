@@ -200,8 +200,23 @@ impl Node {
 
     /// Says when the agent was last alive, in nanoseconds of `CLOCK_MONOTONIC`.
     pub(crate) fn set_heartbeat(&self, at_ns: u64) {
+        self.heartbeat_map().set(0, at_ns, 0).unwrap();
+    }
+
+    /// When it was.
+    pub(crate) fn heartbeat(&self) -> u64 {
+        self.heartbeat_map().get(&0, 0).unwrap()
+    }
+
+    /// How long ago that is.
+    pub(crate) fn heartbeat_age(&self) -> Duration {
+        let at_ns = self.heartbeat();
+        Duration::from_nanos(now_ns().saturating_sub(at_ns))
+    }
+
+    fn heartbeat_map(&self) -> Array<MapData, u64> {
         let map = MapData::from_pin(self.bpffs.map(map::HEARTBEAT)).unwrap();
-        Array::try_from(Map::Array(map)).unwrap().set(0, at_ns, 0).unwrap();
+        Map::Array(map).try_into().unwrap()
     }
 
     /// Where the maps are pinned.
@@ -233,7 +248,7 @@ impl Node {
 
     /// How often a branch was taken.
     pub(crate) fn count(&self, counter: Counter) -> u64 {
-        let counters = self.interceptor.counters().unwrap();
+        let counters = self.interceptor.counters().read().unwrap();
         counters.iter().find(|(name, _)| *name == counter).unwrap().1
     }
 

@@ -1,3 +1,5 @@
+use std::sync::Mutex;
+
 use agent_common::policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF};
 
 use super::*;
@@ -34,34 +36,34 @@ enum Told {
 }
 
 impl PolicyMap for FakeMap {
-    fn set(&self, id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
+    async fn set(&self, id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
         self.0.lock().unwrap().policies.insert(id, policy);
         Ok(())
     }
 
-    fn remove(&self, id: u64) -> Result<(), intercept::Error> {
+    async fn remove(&self, id: u64) -> Result<(), intercept::Error> {
         let mut kernel = self.0.lock().unwrap();
         kernel.policies.remove(&id);
         kernel.exempt.remove(&id);
         Ok(())
     }
 
-    fn exempt(&self, id: u64) -> Result<(), intercept::Error> {
+    async fn exempt(&self, id: u64) -> Result<(), intercept::Error> {
         self.0.lock().unwrap().exempt.insert(id);
         Ok(())
     }
 
-    fn unexempt(&self, id: u64) -> Result<(), intercept::Error> {
+    async fn unexempt(&self, id: u64) -> Result<(), intercept::Error> {
         self.0.lock().unwrap().exempt.remove(&id);
         Ok(())
     }
 
-    fn set_class(&self, class: QosClass, id: u64) -> Result<(), intercept::Error> {
+    async fn set_class(&self, class: QosClass, id: u64) -> Result<(), intercept::Error> {
         self.0.lock().unwrap().classes.insert(class, id);
         Ok(())
     }
 
-    fn set_unknown(&self, in_pod: PodPolicy, on_host: PodPolicy) -> Result<(), intercept::Error> {
+    async fn set_unknown(&self, in_pod: PodPolicy, on_host: PodPolicy) -> Result<(), intercept::Error> {
         self.0.lock().unwrap().unknown = Some((in_pod, on_host));
         Ok(())
     }
@@ -130,7 +132,7 @@ impl Node {
 
     async fn cluster(&mut self, event: ClusterEvent) {
         self.enforcer.on_cluster(&mut self.state, event).await;
-        self.enforcer.tell(&mut self.state);
+        self.enforcer.tell(&mut self.state).await;
     }
 
     async fn pod(&mut self, pod: &Arc<Pod>) {
@@ -307,7 +309,7 @@ async fn a_pod_without_a_cgroup_is_forgotten_at_once() {
 #[tokio::test]
 async fn podgate_s_own_pod_keeps_its_exemption() {
     let mut node = Node::new();
-    node.map.set(1, PodPolicy::EXEMPT).unwrap();
+    node.map.set(1, PodPolicy::EXEMPT).await.unwrap();
     let own = Arc::new(pod("app", "podgate"));
     node.appears(own.uid, 1).await;
     node.pod(&own).await;
