@@ -1,7 +1,7 @@
 //! The agent's side of the handshake: redeem the ticket and put the origin on the accepted socket.
 //!
-//! Owns the redemption; never trusts anything in the segment but the ticket. A connection without a valid ticket is
-//! left without an origin: the agent takes it for anonymous.
+//! Owns the redemption; never trusts anything in the segment but the ticket. A connection without a valid ticket gets no
+//! origin, and its caller is anonymous to the agent.
 
 use agent_common::{
     counter::Counter,
@@ -11,7 +11,7 @@ use aya_ebpf::bindings::BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB;
 
 use crate::{
     counters::count,
-    ctx::Handshake,
+    ctx::SockOpsCtx,
     events,
     globals::TICKET_LIFE,
     limit, log,
@@ -21,28 +21,28 @@ use crate::{
 
 /// `sock_ops` on the agent's cgroup.
 #[inline(always)]
-pub(crate) fn passive(handshake: &Handshake) {
-    if handshake.event() != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
+pub(crate) fn passive(ctx: &SockOpsCtx) {
+    if ctx.event() != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
         return;
     }
-    let Some(socket) = handshake.socket() else { return };
+    let Some(socket) = ctx.socket() else { return };
     if storage::get(&ACCEPTED, socket).is_some() {
-        // Two of these programs run while one replaces the other: the first has done it.
+        // While one program replaces another, both run: the first has done it.
         return;
     }
     // With SYN cookies there is no saved SYN; the ACK that completes the handshake has the option as well.
-    let of_segment = || handshake.ticket_of_segment().filter(|_| holds(Defense::TicketInAck));
-    let Some(number) = handshake.ticket_of_syn().or_else(of_segment) else {
+    let in_segment = || ctx.ticket_in_segment().filter(|_| holds(Defense::TicketInAck));
+    let Some(number) = ctx.ticket_in_saved_syn().or_else(in_segment) else {
         return count(Counter::NoTicket);
     };
     // SAFETY: the slot may be reused while it is copied, but then the removal below fails and the copy is dropped.
-    let Some(dialled) = (unsafe { TICKETS.get(number).copied() }) else { return refuse(handshake) };
+    let Some(pending) = (unsafe { TICKETS.get(number).copied() }) else { return refuse(ctx) };
     if holds(Defense::SingleUse) && TICKETS.remove(number).is_err() {
-        // Somebody else has redeemed it in between.
-        return refuse(handshake);
+        // Another CPU has redeemed it in between.
+        return refuse(ctx);
     }
-    limit::give_back(dialled.counts_for);
-    let origin = &dialled.origin;
+    limit::give_back(pending.counts_for);
+    let origin = &pending.origin;
     if ticket::age(origin) > TICKET_LIFE.load() {
         count(Counter::TicketExpired);
         log::of_ticket(Counter::TicketExpired, origin);
@@ -58,8 +58,8 @@ pub(crate) fn passive(handshake: &Handshake) {
 
 /// Leaves the connection anonymous: its ticket is forged, or was redeemed or dropped before.
 #[inline(always)]
-fn refuse(handshake: &Handshake) {
-    let peer = handshake.remote();
+fn refuse(ctx: &SockOpsCtx) {
+    let peer = ctx.remote();
     count(Counter::BadTicket);
     log::of_peer(Counter::BadTicket, &peer);
     events::of_peer(Counter::BadTicket, peer);

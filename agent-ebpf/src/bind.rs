@@ -1,7 +1,8 @@
-//! Who may listen where the agent does.
+//! The address reservation: which sockets may bind to the agent's addresses.
 //!
-//! Owns that refusal; never looks at another address. The agent's listeners are at other ports, and are given what is
-//! dialled there: without this a pod on the host's network could wait there for the moment in which nothing is given.
+//! Owns that refusal; never looks at another address. The agent's listeners have other ports, and `lookup` hands them the
+//! connections: without the reservation a pod on the host's network could bind there and wait for a moment in which
+//! `lookup` is not attached.
 
 use agent_common::{
     counter::Counter,
@@ -9,29 +10,29 @@ use agent_common::{
     net::Endpoint,
 };
 
-use crate::{caller, connect::Verdict, counters::count, ctx::Dial, events, maps::RESERVED};
+use crate::{connect::Verdict, counters::count, ctx::SockAddrCtx, events, maps::RESERVED, source_pod};
 
 /// `cgroup/bind4`.
 #[inline(always)]
-pub(crate) fn bind4(bind: &Dial) -> Verdict {
-    judge(bind, &bind.address4())
+pub(crate) fn bind4(ctx: &SockAddrCtx) -> Verdict {
+    judge(ctx, &ctx.address4())
 }
 
 /// `cgroup/bind6`, of v4-mapped addresses too.
 #[inline(always)]
-pub(crate) fn bind6(bind: &Dial) -> Verdict {
-    judge(bind, &bind.address6())
+pub(crate) fn bind6(ctx: &SockAddrCtx) -> Verdict {
+    judge(ctx, &ctx.address6())
 }
 
 #[inline(always)]
-fn judge(bind: &Dial, address: &Endpoint) -> Verdict {
+fn judge(ctx: &SockAddrCtx, address: &Endpoint) -> Verdict {
     if RESERVED.get_ptr(address).is_none()
-        || caller::current_is_exempt()
+        || source_pod::current_task_is_exempt()
         || !holds(Defense::AddressReservation)
     {
         return Verdict::Allow;
     }
     count(Counter::DeniedBind);
-    events::of_dial(Counter::DeniedBind, bind, 0, address);
+    events::of_call(Counter::DeniedBind, ctx, 0, address);
     Verdict::Deny
 }

@@ -1,6 +1,7 @@
-//! What happens to a dial: leave it alone, refuse it, or send it to the agent and remember its origin.
+//! What happens to a connection attempt: it is left alone, refused, or redirected to the agent with its origin on the
+//! socket.
 //!
-//! Owns the decision and the origin; never asks who dials (`caller` does), never touches the handshake.
+//! Owns the decision and the origin; never identifies the source pod (`source_pod` does), never touches the handshake.
 
 use agent_common::{
     counter::Counter,
@@ -15,13 +16,14 @@ use aya_ebpf::helpers::{
 };
 
 use crate::{
-    caller::Caller, counters::count, ctx::Dial, events, limit, log, maps::ORIGINS, storage, target, ticket,
+    counters::count, ctx::SockAddrCtx, events, limit, log, maps::ORIGINS, source_pod::SourcePod, storage,
+    target, ticket,
 };
 
 /// The port of every service.
 const HTTP: NetPort = NetPort::new(HTTP_PORT);
 
-/// What the call is told.
+/// The result of the call.
 pub(crate) enum Verdict {
     /// Go on, with whatever the context says now.
     Allow,
@@ -29,13 +31,13 @@ pub(crate) enum Verdict {
     Deny,
 }
 
-/// The dial gets `EPERM`; the reason is counted and told.
+/// The call fails with `EPERM`; the reason is counted and reported.
 struct Refused;
 
-/// What the policy says about a dial to one of our addresses.
+/// What the policy says about a connection attempt to one of our addresses.
 enum Mode {
-    /// Leave it alone, and count it so.
-    Leave(Counter),
+    /// Leave it alone, and count it as this.
+    PassThrough(Counter),
     Serve,
     Deny,
 }
@@ -55,30 +57,30 @@ impl Verdict {
 
 /// `cgroup/connect4`.
 #[inline(always)]
-pub(crate) fn connect4(dial: &Dial) -> Verdict {
-    let Ok(redirect) = decide(dial, &dial.address4()) else { return Verdict::Deny };
+pub(crate) fn connect4(ctx: &SockAddrCtx) -> Verdict {
+    let Ok(redirect) = decide(ctx, &ctx.address4()) else { return Verdict::Deny };
     if let Some(target) = redirect {
-        dial.set_address4(target);
+        ctx.set_address4(target);
     }
     Verdict::Allow
 }
 
-/// `cgroup/connect6`, of v4-mapped dials too.
+/// `cgroup/connect6`, also for v4-mapped addresses.
 #[inline(always)]
-pub(crate) fn connect6(dial: &Dial) -> Verdict {
+pub(crate) fn connect6(ctx: &SockAddrCtx) -> Verdict {
     if !holds(Defense::Ipv6) {
         return Verdict::Allow;
     }
-    let Ok(redirect) = decide(dial, &dial.address6()) else { return Verdict::Deny };
+    let Ok(redirect) = decide(ctx, &ctx.address6()) else { return Verdict::Deny };
     if let Some(target) = redirect {
-        dial.set_address6(target);
+        ctx.set_address6(target);
     }
     Verdict::Allow
 }
 
-/// Where to send the dial, `None` to leave its address as it is.
+/// Where to redirect the connection, `None` to leave its address as it is.
 #[inline(always)]
-fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoint>, Refused> {
+fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<&'static Endpoint>, Refused> {
     let service = destination.service();
     let effective = target::effective();
     let target = effective.and_then(|target| target::endpoint(target, destination.is_ip4()));
@@ -87,58 +89,58 @@ fn decide(dial: &Dial, destination: &Endpoint) -> Result<Option<&'static Endpoin
         return Ok(None);
     }
 
-    let caller = Caller::current(dial);
-    let pod_cgroup_id = caller.as_ref().map_or(0, |caller| caller.pod_cgroup_id);
-    let mut news = (caller.is_some() && pod_cgroup_id == 0).then_some(Counter::UnknownPod);
-    if let Some(unknown) = news {
+    let source = SourcePod::current(ctx);
+    let pod_cgroup_id = source.as_ref().map_or(0, |source| source.pod_cgroup_id);
+    let mut reported = (source.is_some() && pod_cgroup_id == 0).then_some(Counter::UnknownPod);
+    if let Some(unknown) = reported {
         count(unknown);
     }
-    // What is said of it where nothing else is.
     let mut what = Counter::Redirected;
-    let outcome = match caller {
+    let outcome = match source {
         None => Err(Counter::DeniedNoPod),
-        Some(caller) => match mode(&caller.policy, service, at_target) {
-            Mode::Leave(how) => {
-                forget(dial);
+        Some(source) => match mode(&source.policy, service, at_target) {
+            Mode::PassThrough(how) => {
+                revoke_previous(ctx);
                 count(how);
                 what = how;
                 if matches!(how, Counter::Audited) {
-                    news = Some(how);
+                    reported = Some(how);
                 }
                 Ok(None)
             }
-            _ if !(dial.is_tcp() && is_served(destination, service, target)) => Err(Counter::DeniedPort),
+            _ if !(ctx.is_tcp() && is_served(destination, service, target)) => Err(Counter::DeniedPort),
             Mode::Deny => Err(Counter::Denied),
             Mode::Serve if !target::agent_is_alive() => {
                 what = Counter::PassedAgentDown;
-                when_down(dial, effective, service, at_target)
+                when_down(ctx, effective, service, at_target)
             }
-            Mode::Serve => send_to_agent(dial, &caller, destination, target),
+            Mode::Serve => redirect(ctx, &source, destination, target),
         },
     };
     if let Err(reason) = outcome {
         count(reason);
         what = reason;
-        news = Some(reason);
+        reported = Some(reason);
     }
-    // One event a dial, and only one place that makes it: the verifier goes through each.
-    if let Some(what) = news {
-        events::of_dial(what, dial, pod_cgroup_id, destination);
+    // One event per call, from one place only: the verifier walks each place separately.
+    if let Some(what) = reported {
+        events::of_call(what, ctx, pod_cgroup_id, destination);
     }
-    log::of_dial(what, destination);
+    log::of_connect(what, destination);
     outcome.map_err(|_| Refused)
 }
 
-/// Whether the port is one that the agent answers for.
+/// Whether the port is one that the agent serves.
 #[inline(always)]
 fn is_served(destination: &Endpoint, service: Option<Service>, target: Option<&Endpoint>) -> bool {
     service.is_some() && destination.port == HTTP || target.is_some_and(|target| target.same(destination))
 }
 
-/// What a dial gets while there is no agent to send it to: the EKS Pod Identity Agent where there is one, never the node's role.
+/// What happens while no agent is alive: the EKS Pod Identity Agent may serve its own address where the target says so;
+/// IMDS, and with it the node's role, is always refused.
 #[inline(always)]
 fn when_down(
-    dial: &Dial,
+    ctx: &SockAddrCtx,
     effective: Option<&Target>,
     service: Option<Service>,
     at_target: bool,
@@ -147,7 +149,7 @@ fn when_down(
     if passes && !at_target && matches!(service, Some(Service::PodIdentity))
         || !holds(Defense::RefusalWhenDown)
     {
-        forget(dial);
+        revoke_previous(ctx);
         count(Counter::PassedAgentDown);
         return Ok(None);
     }
@@ -158,8 +160,8 @@ fn when_down(
 #[inline(always)]
 fn mode(policy: &PodPolicy, service: Option<Service>, at_target: bool) -> Mode {
     let imds = match policy.imds {
-        IMDS_OFF => Mode::Leave(Counter::Untouched),
-        IMDS_AUDIT => Mode::Leave(Counter::Audited),
+        IMDS_OFF => Mode::PassThrough(Counter::Untouched),
+        IMDS_AUDIT => Mode::PassThrough(Counter::Audited),
         IMDS_INTERCEPT => Mode::Serve,
         _ => Mode::Deny,
     };
@@ -170,39 +172,39 @@ fn mode(policy: &PodPolicy, service: Option<Service>, at_target: bool) -> Mode {
     if policy.pod_identity != POD_IDENTITY_OFF || at_target && imds_is_ours {
         Mode::Serve
     } else {
-        Mode::Leave(Counter::Untouched)
+        Mode::PassThrough(Counter::Untouched)
     }
 }
 
-/// Puts the dial's origin on its socket; where to send it then, `None` where it goes anyway.
+/// Puts the origin on the socket. Returns the new address, `None` where it is the same.
 #[inline(always)]
-fn send_to_agent(
-    dial: &Dial,
-    caller: &Caller,
+fn redirect(
+    ctx: &SockAddrCtx,
+    source: &SourcePod,
     destination: &Endpoint,
     target: Option<&'static Endpoint>,
 ) -> Result<Option<&'static Endpoint>, Counter> {
     let target = target.ok_or(Counter::DeniedInternal)?;
-    let socket = dial.socket().ok_or(Counter::DeniedInternal)?;
-    let dialled = storage::get_or_create(&ORIGINS, socket).ok_or(Counter::DeniedInternal)?;
+    let socket = ctx.socket().ok_or(Counter::DeniedInternal)?;
+    let pending = storage::get_or_create(&ORIGINS, socket).ok_or(Counter::DeniedInternal)?;
     let redirect = (!target.same(destination)).then_some(target);
-    if dialled.origin.state == STATE_MINTED && dialled.origin.target.same(destination) {
-        // Two of these programs run while one replaces the other: the first has been here and redirected the dial.
+    if pending.origin.state == STATE_MINTED && pending.origin.target.same(destination) {
+        // While one program replaces another, both run: the first has redirected the connection already.
         return Ok(redirect);
     }
-    ticket::revoke(dialled);
-    if !limit::has_room(caller.counts_for) {
+    ticket::revoke(pending);
+    if !limit::has_room(source.counts_for) {
         return Err(Counter::DeniedLimit);
     }
     // SAFETY: these helpers have no precondition.
     let (cgroup_id, started_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
-    let former = (dialled.origin.cgroup_id, dialled.origin.pod_cgroup_id);
-    dialled.counts_for = caller.counts_for;
-    dialled.origin = Origin {
+    let previous = (pending.origin.cgroup_id, pending.origin.pod_cgroup_id);
+    pending.counts_for = source.counts_for;
+    pending.origin = Origin {
         cgroup_id,
-        pod_cgroup_id: caller.pod_cgroup_id,
-        netns_cookie: dial.netns_cookie(),
-        ticket: ticket::mint(dial.socket_cookie(), started_at_ns),
+        pod_cgroup_id: source.pod_cgroup_id,
+        netns_cookie: ctx.netns_cookie(),
+        ticket: ticket::mint(ctx.socket_cookie(), started_at_ns),
         started_at_ns,
         orig_dst: *destination,
         target: *target,
@@ -210,17 +212,17 @@ fn send_to_agent(
         tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
         comm: bpf_get_current_comm().unwrap_or_default(),
     };
-    if !holds(Defense::OriginOfEveryConnect) && former.0 != 0 {
-        (dialled.origin.cgroup_id, dialled.origin.pod_cgroup_id) = former;
+    if !holds(Defense::OriginOfEveryConnect) && previous.0 != 0 {
+        (pending.origin.cgroup_id, pending.origin.pod_cgroup_id) = previous;
     }
     count(Counter::Redirected);
     Ok(redirect)
 }
 
-/// The socket is dialled to where it is left alone: a former dial must not show in `getpeername`.
+/// The socket connects to where it is left alone: its previous origin must not show in `getpeername`.
 #[inline(always)]
-fn forget(dial: &Dial) {
-    if let Some(former) = dial.socket().and_then(|socket| storage::get(&ORIGINS, socket)) {
-        ticket::revoke(former);
+fn revoke_previous(ctx: &SockAddrCtx) {
+    if let Some(previous) = ctx.socket().and_then(|socket| storage::get(&ORIGINS, socket)) {
+        ticket::revoke(previous);
     }
 }

@@ -1,6 +1,6 @@
-//! Telling the agent what happens, through the ring buffer.
+//! Events for the agent, through the ring buffer.
 //!
-//! Owns the records' making; never decides. When the agent does not keep up, what is new is lost, and counted.
+//! Owns how a record is filled; never decides anything. When the agent does not keep up, new events are lost and counted.
 
 use agent_common::{counter::Counter, event::Event, net::Endpoint, origin::Origin};
 use aya_ebpf::helpers::{
@@ -9,13 +9,13 @@ use aya_ebpf::helpers::{
 
 use crate::{
     counters::count,
-    ctx::{Dial, Packet},
+    ctx::{SkbCtx, SockAddrCtx},
     maps::EVENTS,
 };
 
-/// Something about a dial, as it is made.
+/// About a `connect` or `bind` call of the running task.
 #[inline(always)]
-pub(crate) fn of_dial(kind: Counter, dial: &Dial, pod_cgroup_id: u64, destination: &Endpoint) {
+pub(crate) fn of_call(kind: Counter, ctx: &SockAddrCtx, pod_cgroup_id: u64, destination: &Endpoint) {
     let task = bpf_get_current_pid_tgid();
     #[expect(clippy::cast_possible_truncation, reason = "the thread is in the low half")]
     let tid = task as u32;
@@ -23,7 +23,7 @@ pub(crate) fn of_dial(kind: Counter, dial: &Dial, pod_cgroup_id: u64, destinatio
         // SAFETY: the helper has no precondition.
         cgroup_id: unsafe { bpf_get_current_cgroup_id() },
         pod_cgroup_id,
-        netns_cookie: dial.netns_cookie(),
+        netns_cookie: ctx.netns_cookie(),
         at_ns: now(),
         address: *destination,
         kind: kind as u32,
@@ -33,7 +33,7 @@ pub(crate) fn of_dial(kind: Counter, dial: &Dial, pod_cgroup_id: u64, destinatio
     });
 }
 
-/// Something about a dial that was made before, and an address of it; its task need not be the one that runs.
+/// About an earlier connection attempt and one of its addresses; the running task may be another.
 #[inline(always)]
 pub(crate) fn of_origin(kind: Counter, origin: &Origin, address: Endpoint) {
     emit(Event {
@@ -49,11 +49,11 @@ pub(crate) fn of_origin(kind: Counter, origin: &Origin, address: Endpoint) {
     });
 }
 
-/// Something about a packet: of who sends it no more is known than its socket.
+/// About a packet: all that is known of its sender is the socket.
 #[inline(always)]
-pub(crate) fn of_packet(kind: Counter, packet: &Packet, pod_cgroup_id: u64, destination: Endpoint) {
+pub(crate) fn of_packet(kind: Counter, ctx: &SkbCtx, pod_cgroup_id: u64, destination: Endpoint) {
     emit(Event {
-        cgroup_id: packet.cgroup_id(),
+        cgroup_id: ctx.cgroup_id(),
         pod_cgroup_id,
         netns_cookie: 0,
         at_ns: now(),
@@ -65,7 +65,7 @@ pub(crate) fn of_packet(kind: Counter, packet: &Packet, pod_cgroup_id: u64, dest
     });
 }
 
-/// Something about a connection of which no more is known than where it comes from.
+/// About a connection of which only the peer's address is known.
 #[inline(always)]
 pub(crate) fn of_peer(kind: Counter, peer: Endpoint) {
     emit(Event {
@@ -92,7 +92,7 @@ fn emit(event: Event) {
     }
 }
 
-/// The time as events and origins have it: nanoseconds of `CLOCK_BOOTTIME`.
+/// The time in events and origins: nanoseconds of `CLOCK_BOOTTIME`.
 #[inline(always)]
 pub(crate) fn now() -> u64 {
     // SAFETY: the helper has no precondition.

@@ -1,7 +1,7 @@
 //! How many tickets a pod may have alive at once, so that none fills `TICKETS` for the others.
 //!
 //! Owns the counts: one more with each entry of `TICKETS`, one less by whoever removes the entry. Never removes a count
-//! (the agent does, when the pod is gone), never touches a ticket.
+//! (the agent does, when the pod is removed), never touches a ticket.
 
 use agent_common::{
     abi::TICKETS_PER_POD,
@@ -43,7 +43,8 @@ impl Count {
 
     /// Adds in one step, whatever other CPUs do; what the count was before. `u64::MAX` takes one away.
     ///
-    /// By hand: Rust has no atomic arithmetic for BPF. The instruction exists since Linux 5.12.
+    /// In assembly, because Rust has no atomic arithmetic for BPF. `BPF_FETCH` exists since Linux 5.12:
+    /// <https://github.com/torvalds/linux/blob/v6.1/Documentation/bpf/instruction-set.rst>
     #[cfg(target_arch = "bpf")]
     #[inline(always)]
     fn add(&self, mut number: u64) -> u64 {
@@ -67,13 +68,13 @@ impl Count {
     }
 }
 
-/// Whether the pod may dial: false at the limit, and where there is no room for its count.
+/// Whether the pod may connect: false at the limit, and when there is no room for its count.
 #[inline(always)]
 pub(crate) fn has_room(pod: u64) -> bool {
     Count::of(pod).is_some_and(|count| count.get() < LIMIT || !holds(Defense::TicketLimit))
 }
 
-/// Counts one more ticket; false when the pod may have no more, however many of its dials [`has_room`] has let through.
+/// Counts one more ticket; false at the limit, which connection attempts on several CPUs may pass in [`has_room`] at once.
 #[inline(always)]
 pub(crate) fn take(pod: u64) -> bool {
     let Some(count) = Count::of(pod) else { return false };
@@ -84,13 +85,13 @@ pub(crate) fn take(pod: u64) -> bool {
     false
 }
 
-/// Counts one ticket less. For whoever has removed it, and nobody else.
+/// Counts one ticket less. Only for the one caller that has removed the ticket.
 #[inline(always)]
 pub(crate) fn give_back(pod: u64) {
     if let Some(count) = Count::existing(pod)
         && count.add(u64::MAX) == 0
     {
-        // It was forgotten with tickets alive, and made anew: this one is not in it.
+        // The agent removed the count while tickets were alive, and it was made again: this ticket is not in it.
         count.add(1);
     }
 }

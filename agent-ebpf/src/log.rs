@@ -1,7 +1,7 @@
-//! The programs' debugging log: what is decided about a dial and about a ticket, in words.
+//! The programs' debugging log: what is decided about a connection attempt and about a ticket, in words.
 //!
-//! Owns the lines' texts; never says a ticket. It costs nothing while it is off, as it is unless the agent's log is
-//! asked for it: the loader sets the level, and the verifier leaves out what can never run.
+//! Owns the texts; never prints a ticket. Off by default, when it costs nothing: the loader sets the level, and the verifier
+//! drops code that can never run.
 
 use agent_common::{
     counter::{self, Counter},
@@ -14,21 +14,21 @@ use aya_log_ebpf::{
     macro_support::{Level, level_enabled},
 };
 
-/// Every counter's label, of one length: the verifier must know how long a text is.
+/// Every counter's label, padded to one length: the verifier must know how long a text is.
 static LABELS: [[u8; LABEL_LEN]; counter::COUNT as usize] = labels();
-/// The longest label's length, and then some.
+/// At least the length of the longest label.
 const LABEL_LEN: usize = 24;
 
-/// What becomes of a dial, as it is made.
+/// What is decided about the running task's connection attempt.
 #[inline(always)]
-pub(crate) fn of_dial(what: Counter, destination: &Endpoint) {
+pub(crate) fn of_connect(what: Counter, destination: &Endpoint) {
     if is_on() {
         // SAFETY: the helper has no precondition.
         line(what as u32, unsafe { bpf_get_current_cgroup_id() }, destination);
     }
 }
 
-/// What becomes of a dial's ticket.
+/// What happens to the ticket of a connection attempt.
 #[inline(always)]
 pub(crate) fn of_ticket(what: Counter, origin: &Origin) {
     if is_on() {
@@ -36,7 +36,7 @@ pub(crate) fn of_ticket(what: Counter, origin: &Origin) {
     }
 }
 
-/// What becomes of a ticket of which no more is known than where it comes from.
+/// What happens to a ticket of which only the peer's address is known.
 #[inline(always)]
 pub(crate) fn of_peer(what: Counter, peer: &Endpoint) {
     if is_on() {
@@ -44,13 +44,13 @@ pub(crate) fn of_peer(what: Counter, peer: &Endpoint) {
     }
 }
 
-/// Known to the verifier. The macro asks the same, but within [`line`], which would then be called all the same.
+/// Constant to the verifier. The macro checks the same, but inside [`line`], after the call.
 #[inline(always)]
 fn is_on() -> bool {
     level_enabled(Level::Debug)
 }
 
-/// A function of its own, so that its work is neither on the callers' stacks nor gone through with each of their ways.
+/// A function of its own: it needs no stack of its callers, and the verifier does not repeat it for each of their paths.
 #[inline(never)]
 fn line(what: u32, cgroup_id: u64, address: &Endpoint) {
     let Some(label) = LABELS.get(what as usize) else { return };

@@ -1,8 +1,8 @@
-//! Which socket gets a new connection to the agent's address: the agent's in charge, and nobody else's.
+//! Which socket gets a new connection to the agent's address: a listener of the active agent, and no other.
 //!
-//! Owns that choice, before the kernel looks for listeners by itself: whoever listens at every address, or joins the
-//! agent's, gets nothing. The generation before this one gets what this one does not accept any more; where there is
-//! neither, the connection is refused at once.
+//! Owns that choice, which the kernel makes before it searches for listeners itself: a process that listens on every
+//! address, or on the agent's, gets nothing. Where the active generation has no listener left, its predecessor's is
+//! chosen; where there is neither, the connection is refused at once.
 
 use agent_common::{
     abi::LISTENERS_MAX,
@@ -10,13 +10,13 @@ use agent_common::{
 };
 
 use crate::{
-    ctx::Lookup,
+    ctx::SkLookupCtx,
     maps::{GENERATION, LISTENERS, RESERVED},
 };
 
-/// What becomes of the connection.
+/// What happens to the connection.
 pub(crate) enum Verdict {
-    /// The socket that was chosen, or the one that the kernel finds.
+    /// It goes to the selected socket, or to the one that the kernel finds.
     Pass,
     /// It is refused.
     Drop,
@@ -37,15 +37,15 @@ impl Verdict {
 
 /// `sk_lookup` on the host's network.
 #[inline(always)]
-pub(crate) fn lookup(lookup: &Lookup) -> Verdict {
-    if !lookup.is_tcp() || RESERVED.get_ptr(lookup.local()).is_none() || !holds(Defense::OwnListeners) {
+pub(crate) fn lookup(ctx: &SkLookupCtx) -> Verdict {
+    if !ctx.is_tcp() || RESERVED.get_ptr(ctx.local()).is_none() || !holds(Defense::OwnListeners) {
         return Verdict::Pass;
     }
-    // A generation's listeners have one half of the map, the next one's the other.
+    // Even generations have the first half of the map, odd ones the second.
     let half = GENERATION.get(0).map_or(0, |generation| u32::from(generation & 1 != 0));
     for slot in 0..2 * LISTENERS_MAX {
-        let place = (slot + half * LISTENERS_MAX) % (2 * LISTENERS_MAX);
-        if lookup.takes(&LISTENERS, place) {
+        let index = (slot + half * LISTENERS_MAX) % (2 * LISTENERS_MAX);
+        if ctx.select(&LISTENERS, index) {
             return Verdict::Pass;
         }
     }

@@ -1,9 +1,10 @@
-//! podgate's kernel side: what runs when a pod dials, and when the agent accepts.
+//! podgate's kernel side: what runs when a pod connects, and when the agent accepts.
 //!
-//! Owns the entry points and their return values; never decides anything itself. `connect` decides whether a dial is
-//! redirected and remembers its origin, `limit` counts each pod's tickets, `ticket` sends the ticket with the handshake,
-//! `attest` redeems it on the agent's side, `peername` shows the pod what it dialled, `egress` stops what is no dial,
-//! `events` tells the agent. Whatever fails inside a program leaves other destinations alone and refuses podgate's own.
+//! Owns the entry points and their return values; never decides anything itself. `connect` decides whether a connection is
+//! redirected and puts its origin on the socket, `limit` counts each pod's tickets, `ticket` sends the ticket with the
+//! handshake, `attest` redeems it on the agent's side, `peername` shows the pod its original destination, `egress` drops
+//! packets that no connection allows, `events` reports to the agent. Whatever fails inside a program leaves other
+//! destinations alone and refuses podgate's own.
 #![no_std]
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
@@ -15,11 +16,10 @@ use aya_ebpf::{
     programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext},
 };
 
-use crate::ctx::{Dial, Handshake, Lookup, Packet};
+use crate::ctx::{SkLookupCtx, SkbCtx, SockAddrCtx, SockOpsCtx};
 
 mod attest;
 mod bind;
-mod caller;
 mod connect;
 mod counters;
 mod ctx;
@@ -31,78 +31,79 @@ mod log;
 mod lookup;
 mod maps;
 mod peername;
+mod source_pod;
 mod storage;
 mod target;
 mod ticket;
 
-/// What every `sock_ops` program answers; the kernel ignores it for the callbacks used here.
+/// What every `sock_ops` program returns; the kernel ignores it for the callbacks used here.
 const SOCK_OPS_OK: u32 = 1;
 
-/// The only answer that the verifier allows `getpeername` programs.
+/// The only value that the verifier lets `getpeername` programs return.
 const PEERNAME_OK: i32 = 1;
 
 /// `cgroup/bind4` on kubepods.
 #[cgroup_sock_addr(bind4)]
 fn bind4(ctx: SockAddrContext) -> i32 {
-    bind::bind4(&Dial::new(ctx)).code()
+    bind::bind4(&SockAddrCtx::new(ctx)).code()
 }
 
 /// `cgroup/bind6` on kubepods.
 #[cgroup_sock_addr(bind6)]
 fn bind6(ctx: SockAddrContext) -> i32 {
-    bind::bind6(&Dial::new(ctx)).code()
+    bind::bind6(&SockAddrCtx::new(ctx)).code()
 }
 
 /// `sk_lookup` on the host's network.
 #[sk_lookup]
 fn lookup(ctx: SkLookupContext) -> u32 {
-    lookup::lookup(&Lookup::new(ctx)).code()
+    lookup::lookup(&SkLookupCtx::new(ctx)).code()
 }
 
 /// `cgroup/connect4` on kubepods.
 #[cgroup_sock_addr(connect4)]
 fn connect4(ctx: SockAddrContext) -> i32 {
-    connect::connect4(&Dial::new(ctx)).code()
+    connect::connect4(&SockAddrCtx::new(ctx)).code()
 }
 
-/// `cgroup/connect6` on kubepods: IPv6 and v4-mapped dials.
+/// `cgroup/connect6` on kubepods: IPv6 and v4-mapped addresses.
 #[cgroup_sock_addr(connect6)]
 fn connect6(ctx: SockAddrContext) -> i32 {
-    connect::connect6(&Dial::new(ctx)).code()
+    connect::connect6(&SockAddrCtx::new(ctx)).code()
 }
 
 /// `cgroup/getpeername4` on kubepods.
 #[cgroup_sock_addr(getpeername4)]
 fn getpeername4(ctx: SockAddrContext) -> i32 {
-    peername::getpeername4(&Dial::new(ctx));
+    peername::getpeername4(&SockAddrCtx::new(ctx));
     PEERNAME_OK
 }
 
 /// `cgroup/getpeername6` on kubepods.
 #[cgroup_sock_addr(getpeername6)]
 fn getpeername6(ctx: SockAddrContext) -> i32 {
-    peername::getpeername6(&Dial::new(ctx));
+    peername::getpeername6(&SockAddrCtx::new(ctx));
     PEERNAME_OK
 }
 
 /// `sock_ops` on kubepods: sends the ticket.
 #[sock_ops]
 fn active(ctx: SockOpsContext) -> u32 {
-    ticket::active(&Handshake::new(ctx));
+    ticket::active(&SockOpsCtx::new(ctx));
     SOCK_OPS_OK
 }
 
 /// `sock_ops` on the agent's cgroup: redeems the ticket.
 #[sock_ops]
 fn passive(ctx: SockOpsContext) -> u32 {
-    attest::passive(&Handshake::new(ctx));
+    attest::passive(&SockOpsCtx::new(ctx));
     SOCK_OPS_OK
 }
 
 /// `cgroup_skb/egress` on kubepods, while it is needed.
 #[cgroup_skb(egress)]
 fn egress(ctx: SkBuffContext) -> i32 {
-    egress::egress(&Packet::new(ctx)).code()
+    egress::egress(&SkbCtx::new(ctx)).code()
 }
 
 #[cfg(not(test))]

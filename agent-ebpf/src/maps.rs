@@ -15,11 +15,11 @@ use aya_ebpf::{
     macros::btf_map,
 };
 
-/// The origin of a dialling socket; lives and dies with it.
+/// The origin of a connecting socket; freed with it.
 #[btf_map]
 pub(crate) static ORIGINS: SkStorage<PendingOrigin> = SkStorage::new();
 
-/// The origin of an accepted socket. Apart from `ORIGINS`, because the agent's accepted sockets are no dials.
+/// The origin of an accepted socket. Apart from `ORIGINS`, because the agent's accepted sockets have no pending origin.
 #[btf_map]
 pub(crate) static ACCEPTED: SkStorage<Origin> = SkStorage::new();
 
@@ -27,7 +27,7 @@ pub(crate) static ACCEPTED: SkStorage<Origin> = SkStorage::new();
 #[btf_map]
 pub(crate) static TICKETS: HashMap<u64, PendingOrigin, { TICKETS_MAX as usize }> = HashMap::new();
 
-/// Pod cgroup id to how many entries of `TICKETS` are the pod's. Made here when a pod first dials, forgotten by the agent.
+/// Pod cgroup id to how many entries of `TICKETS` are the pod's. Made here when a pod first connects, removed by the agent.
 #[btf_map]
 pub(crate) static POD_TICKETS: HashMap<u64, u64, { POLICIES_MAX as usize }> = HashMap::new();
 
@@ -43,23 +43,23 @@ pub(crate) static UNKNOWN_POD: Array<PodPolicy, 2> = Array::new();
 #[btf_map]
 pub(crate) static QOS_CLASSES: Array<u64, 2> = Array::new();
 
-/// Cgroups of pods that no policy applies to, written by the agent before it dials or listens.
+/// Cgroups of pods that no policy applies to, written by the agent before it connects or listens.
 #[btf_map]
 pub(crate) static EXEMPT: HashMap<u64, u64, { EXEMPT_MAX as usize }> = HashMap::new();
 
-/// Which generation of the agent is in charge.
+/// The active generation.
 #[btf_map]
 pub(crate) static GENERATION: Array<u64, 1> = Array::new();
 
-/// When the agent has last beaten.
+/// When the active agent was last alive, in nanoseconds of `CLOCK_MONOTONIC`; 0 when it has stopped.
 #[btf_map]
 pub(crate) static HEARTBEAT: Array<u64, 1> = Array::new();
 
-/// The listeners of this generation and of the one before it. Those that are closed leave by themselves.
+/// The listeners of the active generation and of its predecessor. The kernel removes those that are closed.
 #[btf_map]
 pub(crate) static LISTENERS: SockMap<{ 2 * LISTENERS_MAX as usize }> = SockMap::new();
 
-/// Where nobody but exempt pods may listen, written by the agent before it listens there.
+/// Addresses where only exempt pods may listen, written by the agent before it listens there.
 #[btf_map]
 pub(crate) static RESERVED: HashMap<Endpoint, u32, { RESERVED_MAX as usize }> = HashMap::new();
 
@@ -75,12 +75,11 @@ pub(crate) static TARGETS: Array<Target, 2> = Array::new();
 #[btf_map]
 pub(crate) static TARGET_INDEX: Array<u32, 1> = Array::new();
 
-/// What `egress` is to do, written by the agent whose program it is. Not pinned: the next agent has its own.
+/// What `egress` does, written by the agent whose program it is. Not pinned: the successor has its own.
 #[btf_map]
 pub(crate) static EGRESS_JOBS: Array<u32, 1> = Array::new();
 
-/// There where `egress` has told what a socket's connection asks IMDS for: once is enough. Lives and dies with the
-/// socket.
+/// Marks sockets of which `egress` has reported what they request from IMDS: once is enough. Freed with the socket.
 #[btf_map]
 pub(crate) static AUDITED: SkStorage<u32> = SkStorage::new();
 
@@ -88,6 +87,6 @@ pub(crate) static AUDITED: SkStorage<u32> = SkStorage::new();
 #[btf_map]
 pub(crate) static COUNTERS: PerCpuArray<u64, { COUNTERS_MAX as usize }> = PerCpuArray::new();
 
-/// What the agent is told as it happens. A full one loses what is new, and counts it.
+/// Events for the agent. When it is full, new events are lost and counted.
 #[btf_map]
 pub(crate) static EVENTS: RingBuf<Event, { EVENTS_BYTES as usize }> = RingBuf::new();

@@ -8,19 +8,19 @@ use aya_ebpf::{bindings::BPF_SK_STORAGE_GET_F_CREATE, btf_maps::SkStorage, helpe
 
 use crate::ctx::Socket;
 
-/// What the map has of the socket, if anything.
+/// The socket's value, if it has one.
 #[inline(always)]
 pub(crate) fn get<T>(map: &'static SkStorage<T>, socket: Socket) -> Option<&'static mut T> {
     raw(map, socket, ptr::null(), 0)
 }
 
-/// The same, all zero if it had nothing; `None` when the kernel cannot allocate it.
+/// The same, all zero if it had none; `None` when the kernel cannot allocate it.
 #[inline(always)]
 pub(crate) fn get_or_create<T>(map: &'static SkStorage<T>, socket: Socket) -> Option<&'static mut T> {
     raw(map, socket, ptr::null(), BPF_SK_STORAGE_GET_F_CREATE)
 }
 
-/// Puts `initial` on a socket that has nothing; `None` when the kernel cannot allocate it.
+/// Puts `initial` on a socket that has no value; `None` when the kernel cannot allocate it.
 #[inline(always)]
 pub(crate) fn create<T>(map: &'static SkStorage<T>, socket: Socket, initial: &T) -> Option<&'static mut T> {
     raw(map, socket, initial, BPF_SK_STORAGE_GET_F_CREATE)
@@ -29,7 +29,7 @@ pub(crate) fn create<T>(map: &'static SkStorage<T>, socket: Socket, initial: &T)
 #[inline(always)]
 #[expect(
     clippy::mut_from_ref,
-    reason = "the map is but a name: what the helper returns belongs to the socket"
+    reason = "the map is only a name: what the helper returns belongs to the socket"
 )]
 fn raw<T>(
     map: &'static SkStorage<T>,

@@ -1,4 +1,4 @@
-//! The agent's address effective, and whether the agent is alive behind it.
+//! The effective target, and whether the agent behind it is alive.
 //!
 //! Owns the reading of both; never decides what follows.
 
@@ -10,7 +10,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 
 use crate::maps::{HEARTBEAT, TARGET_INDEX, TARGETS};
 
-/// The target effective.
+/// The effective target.
 #[inline(always)]
 pub(crate) fn effective() -> Option<&'static Target> {
     TARGETS.get(*TARGET_INDEX.get(0)?)
@@ -23,10 +23,11 @@ pub(crate) fn endpoint(target: &'static Target, is_ip4: bool) -> Option<&'static
     (!endpoint.is_none()).then_some(endpoint)
 }
 
-/// Whether the agent has beaten lately. The coarse clock costs half of the exact one.
+/// Whether the last heartbeat is recent enough. The coarse clock (since Linux 5.11) costs half of the exact one.
+/// <https://github.com/torvalds/linux/blob/v6.1/include/uapi/linux/bpf.h>
 #[inline(always)]
 pub(crate) fn agent_is_alive() -> bool {
     // SAFETY: the helper has no precondition.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
-    HEARTBEAT.get(0).is_some_and(|&beat| is_alive(beat, now))
+    HEARTBEAT.get(0).is_some_and(|&heartbeat| is_alive(heartbeat, now))
 }

@@ -17,7 +17,7 @@ use aya_ebpf::bindings::{
 
 use crate::{
     counters::count,
-    ctx::{Handshake, STATE, WRITE_HDR_OPT},
+    ctx::{STATE, SockOpsCtx, WRITE_HDR_OPT},
     events,
     globals::TICKET_KEY,
     limit, log,
@@ -25,7 +25,8 @@ use crate::{
     storage,
 };
 
-/// The ticket of a dial. It never repeats: no other socket has the cookie, and the socket dials once at a time.
+/// The ticket of a connection attempt. It never repeats: no other socket has the cookie, and a socket connects once at a
+/// time.
 #[inline(always)]
 pub(crate) fn mint(socket_cookie: u64, started_at_ns: u64) -> u64 {
     if !holds(Defense::UnguessableTickets) {
@@ -34,23 +35,23 @@ pub(crate) fn mint(socket_cookie: u64, started_at_ns: u64) -> u64 {
     siphash24(TICKET_KEY.load(), [socket_cookie, started_at_ns])
 }
 
-/// The socket's dial is over: its ticket is worth nothing any more. Whether it could have been redeemed until now.
+/// Ends the socket's connection attempt: its ticket cannot be redeemed any more. Whether it could have been until now.
 #[inline(always)]
 pub(crate) fn revoke(PendingOrigin { origin, counts_for }: &mut PendingOrigin) -> bool {
-    let was_alive =
+    let was_redeemable =
         origin.state == STATE_SENT && holds(Defense::RevokedTickets) && TICKETS.remove(origin.ticket).is_ok();
-    if was_alive {
+    if was_redeemable {
         limit::give_back(*counts_for);
         count(Counter::TicketDropped);
     }
     origin.state = STATE_SPENT;
-    was_alive
+    was_redeemable
 }
 
 /// `sock_ops` on kubepods.
 #[inline(always)]
-pub(crate) fn active(handshake: &Handshake) {
-    let event = handshake.event();
+pub(crate) fn active(ctx: &SockOpsCtx) {
+    let event = ctx.event();
     if event != BPF_SOCK_OPS_TCP_CONNECT_CB
         && event != BPF_SOCK_OPS_HDR_OPT_LEN_CB
         && event != BPF_SOCK_OPS_WRITE_HDR_OPT_CB
@@ -58,50 +59,50 @@ pub(crate) fn active(handshake: &Handshake) {
     {
         return;
     }
-    let Some(dialled) = handshake.socket().and_then(|socket| storage::get(&ORIGINS, socket)) else { return };
+    let Some(pending) = ctx.socket().and_then(|socket| storage::get(&ORIGINS, socket)) else { return };
     match event {
-        BPF_SOCK_OPS_TCP_CONNECT_CB => begin(handshake, dialled),
-        BPF_SOCK_OPS_HDR_OPT_LEN_CB => reserve(handshake, &dialled.origin),
-        BPF_SOCK_OPS_WRITE_HDR_OPT_CB if dialled.origin.state == STATE_SENT => {
-            handshake.store_option(dialled.origin.ticket);
+        BPF_SOCK_OPS_TCP_CONNECT_CB => begin(ctx, pending),
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB => reserve(ctx, &pending.origin),
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB if pending.origin.state == STATE_SENT => {
+            ctx.store_option(pending.origin.ticket);
         }
-        BPF_SOCK_OPS_STATE_CB if handshake.new_state() == BPF_TCP_CLOSE => end(handshake, dialled),
+        BPF_SOCK_OPS_STATE_CB if ctx.new_state() == BPF_TCP_CLOSE => end(ctx, pending),
         _ => {}
     }
 }
 
 /// The handshake begins: from now on the ticket may be redeemed.
 ///
-/// Here and not in `connect`, because a `connect` that fails for want of a route is never heard of again.
+/// Here and not in `connect`, because a call that fails without a route never reaches another hook.
 #[inline(always)]
-fn begin(handshake: &Handshake, dialled: &mut PendingOrigin) {
-    // The socket may have been dialled elsewhere since, or a second program may have been here before.
-    if dialled.origin.state != STATE_MINTED || !dialled.origin.target.same(&handshake.remote()) {
+fn begin(ctx: &SockOpsCtx, pending: &mut PendingOrigin) {
+    // The socket may have connected elsewhere since, or a second program may have been here before.
+    if pending.origin.state != STATE_MINTED || !pending.origin.target.same(&ctx.remote()) {
         return;
     }
-    dialled.origin.state = STATE_SENT;
-    // A dial that waits for its first data begins long after `connect`.
-    dialled.origin.started_at_ns = events::now();
-    if !store(dialled) {
-        dialled.origin.state = STATE_SPENT;
+    pending.origin.state = STATE_SENT;
+    // With TCP_FASTOPEN_CONNECT the handshake begins with the first data, long after `connect`.
+    pending.origin.started_at_ns = events::now();
+    if !store(pending) {
+        pending.origin.state = STATE_SPENT;
         count(Counter::TicketsFull);
-        log::of_ticket(Counter::TicketsFull, &dialled.origin);
-        return events::of_origin(Counter::TicketsFull, &dialled.origin, dialled.origin.orig_dst);
+        log::of_ticket(Counter::TicketsFull, &pending.origin);
+        return events::of_origin(Counter::TicketsFull, &pending.origin, pending.origin.orig_dst);
     }
-    handshake.ask_for(WRITE_HDR_OPT | STATE);
+    ctx.request_callbacks(WRITE_HDR_OPT | STATE);
     count(Counter::TicketSent);
-    log::of_ticket(Counter::TicketSent, &dialled.origin);
+    log::of_ticket(Counter::TicketSent, &pending.origin);
 }
 
 /// Makes the ticket one that can be redeemed, and counts it first, so that no count is ever less than it should be.
 #[inline(always)]
-fn store(dialled: &PendingOrigin) -> bool {
-    if !limit::take(dialled.counts_for) {
+fn store(pending: &PendingOrigin) -> bool {
+    if !limit::take(pending.counts_for) {
         return false;
     }
-    let stored = TICKETS.insert(dialled.origin.ticket, *dialled, u64::from(BPF_NOEXIST)).is_ok();
+    let stored = TICKETS.insert(pending.origin.ticket, *pending, u64::from(BPF_NOEXIST)).is_ok();
     if !stored {
-        limit::give_back(dialled.counts_for);
+        limit::give_back(pending.counts_for);
     }
     stored
 }
@@ -110,28 +111,27 @@ fn store(dialled: &PendingOrigin) -> bool {
 ///
 /// Stopping after the handshake's ACK would lose the identity when SYN cookies are on and that ACK is lost.
 #[inline(always)]
-fn reserve(handshake: &Handshake, origin: &Origin) {
-    if origin.state == STATE_SENT && !handshake.peer_has_answered() {
-        if !handshake.reserve_option() {
+fn reserve(ctx: &SockOpsCtx, origin: &Origin) {
+    if origin.state == STATE_SENT && !ctx.peer_has_answered() {
+        if !ctx.reserve_option() {
             count(Counter::OptionNoRoom);
         }
         return;
     }
-    // With TCP Fast Open the peer answers before it redeems the ticket; then the close must still be heard of.
+    // With TCP Fast Open the peer answers before it redeems the ticket; then the close must still be seen.
     let redeemed = TICKETS.get_ptr(origin.ticket).is_none();
-    handshake.do_without(if redeemed { WRITE_HDR_OPT | STATE } else { WRITE_HDR_OPT });
+    ctx.stop_callbacks(if redeemed { WRITE_HDR_OPT | STATE } else { WRITE_HDR_OPT });
 }
 
-/// The connection is over. One that never was, and was not refused at once either, is worth knowing of: without a word
-/// from here its client only knows that it has waited in vain.
+/// The connection is closed. One that was neither established nor refused is reported: its client sees only a timeout.
 #[inline(always)]
-fn end(handshake: &Handshake, dialled: &mut PendingOrigin) {
+fn end(ctx: &SockOpsCtx, pending: &mut PendingOrigin) {
     #[expect(clippy::cast_possible_truncation, reason = "a fraction of a second")]
     const AFTER_NS: u64 = UNANSWERED_AFTER.as_nanos() as u64;
-    let is_unanswered = handshake.old_state() == BPF_TCP_SYN_SENT && age(&dialled.origin) >= AFTER_NS;
-    if revoke(dialled) && is_unanswered {
+    let is_unanswered = ctx.old_state() == BPF_TCP_SYN_SENT && age(&pending.origin) >= AFTER_NS;
+    if revoke(pending) && is_unanswered {
         count(Counter::Unanswered);
-        events::of_origin(Counter::Unanswered, &dialled.origin, dialled.origin.target);
+        events::of_origin(Counter::Unanswered, &pending.origin, pending.origin.target);
     }
 }
 

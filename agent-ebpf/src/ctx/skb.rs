@@ -33,13 +33,13 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 const HEAD_MAX: u32 = HEAD_LEN as u32;
 const _: () = assert!(HEAD_MAX.is_power_of_two());
 
-/// A packet that a socket sends. Of TCP it may be many segments that the device takes apart later.
-pub(crate) struct Packet(SkBuffContext);
+/// `__sk_buff`: a packet that a socket sends. With TCP segmentation offload it is many segments at once.
+pub(crate) struct SkbCtx(SkBuffContext);
 
-// === impl Packet ===
+// === impl SkbCtx ===
 
 // SAFETY, for every block below: the kernel passes a valid context, which lives as long as the program runs.
-impl Packet {
+impl SkbCtx {
     #[inline(always)]
     pub(crate) fn new(context: SkBuffContext) -> Self {
         Self(context)

@@ -1,4 +1,4 @@
-//! A look-up of the socket for an incoming packet: the context of `sk_lookup`.
+//! The context of `sk_lookup`: the kernel searches the socket for an incoming connection.
 //!
 //! Owns its layout; never decides anything.
 
@@ -10,25 +10,26 @@ use super::{AF_INET, IPPROTO_TCP};
 /// `BPF_SK_LOOKUP_F_NO_REUSEPORT`.
 const NO_REUSEPORT: u64 = 1 << 1;
 
-/// Who is asked for.
-pub(crate) struct Lookup(SkLookupContext);
+/// `bpf_sk_lookup`: the connection whose socket is searched.
+pub(crate) struct SkLookupCtx(SkLookupContext);
 
-// === impl Lookup ===
+// === impl SkLookupCtx ===
 
 // SAFETY, for every block below: the kernel passes a valid context, which lives as long as the program runs.
-impl Lookup {
+impl SkLookupCtx {
     #[inline(always)]
     pub(crate) fn new(context: SkLookupContext) -> Self {
         Self(context)
     }
 
-    /// Takes the listener in this place of the map, if it is one of the right family, and no other that shares its address.
+    /// Selects the listener in this slot of the map, if there is one of the right family. No other socket of its
+    /// `SO_REUSEPORT` group takes its place.
     #[inline(always)]
-    pub(crate) fn takes<const N: usize>(&self, listeners: &SockMap<N>, place: u32) -> bool {
-        listeners.redirect_sk_lookup(&self.0, place, NO_REUSEPORT).is_ok()
+    pub(crate) fn select<const N: usize>(&self, listeners: &SockMap<N>, slot: u32) -> bool {
+        listeners.redirect_sk_lookup(&self.0, slot, NO_REUSEPORT).is_ok()
     }
 
-    /// Whether it is for TCP.
+    /// Whether it is TCP.
     #[inline(always)]
     pub(crate) fn is_tcp(&self) -> bool {
         // SAFETY: see above.

@@ -1,4 +1,4 @@
-//! Who acts: the pod of the running task, and what is known of it.
+//! The source pod of a connection attempt: the pod of the running task, and its policy.
 //!
 //! Owns the walk from a cgroup to a pod and its policy; never decides what the pod gets.
 
@@ -11,7 +11,7 @@ use agent_common::{
 use aya_ebpf::helpers::bpf_get_current_ancestor_cgroup_id;
 
 use crate::{
-    ctx::Dial,
+    ctx::SockAddrCtx,
     globals::{HOST_NETNS, KUBEPODS_ID, KUBEPODS_LEVEL},
     maps::{EXEMPT, POLICIES, QOS_CLASSES, UNKNOWN_POD},
 };
@@ -19,9 +19,9 @@ use crate::{
 /// The strictest policy, for the case that the map has none.
 const STRICTEST: PodPolicy = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
 
-/// Who dials.
-pub(crate) struct Caller {
-    /// 0 while nothing is known of the pod.
+/// The pod that connects.
+pub(crate) struct SourcePod {
+    /// 0 while the agent does not know the pod.
     pub(crate) pod_cgroup_id: u64,
     /// The cgroup that its tickets count for.
     pub(crate) counts_for: u64,
@@ -38,20 +38,20 @@ pub(crate) struct Lineage {
     inner: u64,
 }
 
-// === impl Caller ===
+// === impl SourcePod ===
 
-impl Caller {
+impl SourcePod {
     /// The pod of the running task; `None` for a task that is in no pod.
     ///
-    /// The task decides and not the socket, which may have been made elsewhere. Only while nothing is known of the pod
-    /// does its socket's network tell host-network pods from others.
+    /// The task decides and not the socket, which another pod may have made. Only while the agent does not know the pod
+    /// does the socket's network namespace tell host-network pods from others.
     #[inline(always)]
-    pub(crate) fn current(dial: &Dial) -> Option<Self> {
+    pub(crate) fn current(ctx: &SockAddrCtx) -> Option<Self> {
         let lineage = Lineage::current()?;
         if let Some((pod, policy)) = lineage.known() {
             return Some(Self { pod_cgroup_id: pod, counts_for: pod, policy });
         }
-        let on_host_network = dial.netns_cookie() == HOST_NETNS.load();
+        let on_host_network = ctx.netns_cookie() == HOST_NETNS.load();
         let slot = if on_host_network { UNKNOWN_ON_HOST_NETWORK } else { UNKNOWN_IN_POD_NETWORK };
         Some(Self {
             pod_cgroup_id: 0,
@@ -69,7 +69,7 @@ impl Lineage {
         Self::of(ancestor)
     }
 
-    /// By the cgroup id of something's ancestor at a level; `None` where it is in no pod.
+    /// From the ids of a cgroup's ancestors by level; `None` where it is in no pod.
     #[inline(always)]
     pub(crate) fn of(ancestor: impl Fn(u32) -> u64) -> Option<Self> {
         let level = KUBEPODS_LEVEL.load();
@@ -79,8 +79,8 @@ impl Lineage {
         in_pod.then(|| Self { outer, inner: ancestor(level + 2) })
     }
 
-    /// Whether the pod is the inner one. Never told by what the pod can make itself: below its own cgroup it makes as
-    /// many as it likes. A class that the agent has not told of yet counts for a pod: its pods share a limit until then.
+    /// Whether the pod is the inner one. Never decided by what a pod can make itself: below its own cgroup it makes as many
+    /// as it likes. A class that the agent has not announced yet counts as a pod: until then its pods share a limit.
     #[inline(always)]
     fn is_in_class(&self) -> bool {
         let is = |class| QOS_CLASSES.get(class as u32).is_some_and(|cgroup_id| *cgroup_id == self.outer);
@@ -107,7 +107,7 @@ impl Lineage {
     }
 }
 
-/// What a pod gets of which nothing is known.
+/// The policy of a pod that the agent does not know.
 #[inline(always)]
 pub(crate) fn unknown(slot: u32) -> PodPolicy {
     if !holds(Defense::UnknownPods) {
@@ -118,7 +118,7 @@ pub(crate) fn unknown(slot: u32) -> PodPolicy {
 
 /// Whether the running task is podgate's own, or of the EKS Pod Identity Agent.
 #[inline(always)]
-pub(crate) fn current_is_exempt() -> bool {
+pub(crate) fn current_task_is_exempt() -> bool {
     Lineage::current().is_some_and(|lineage| is_exempt(lineage.inner) || is_exempt(lineage.outer))
 }
 
