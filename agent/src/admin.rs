@@ -1,8 +1,8 @@
 //! Probes and metrics over TCP, and commands over a private Unix socket.
 //!
-//! Owns what operators and the kubelet ask; never serves a pod, never returns a secret. The TCP port belongs to the agent
-//! active on the node, so that metrics come from one; each agent has a Unix socket of its own, where the kubelet's
-//! probes (`podgate probe`) get this very agent's answer.
+//! Owns both sockets and their limits; never serves a pod, never returns a secret. The TCP port belongs to the active agent
+//! of the node, so that metrics come from one agent only. Each agent has a Unix socket of its own, where the kubelet's
+//! probes (`podgate probe`) are answered by exactly this agent.
 
 use std::{
     convert::Infallible,
@@ -34,30 +34,30 @@ use tokio::{
 };
 use tracing::warn;
 
-use crate::whois::Whois;
+use crate::{identity::peer::Peers, whois::Whois};
 
-/// How long a question may take to arrive.
+/// How long the head of a request may take to arrive.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// After an error that lasts, as too many open files.
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// How long the predecessor may keep the port after it was succeeded.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Most connections at a time over TCP, most of those who may command, and most of those who may not: whoever opens many is
-/// in the way of its like alone, and uses up no descriptors that pods' connections need.
+/// Connections at a time over TCP, by peers who may command, and by peers who may not. The three limits are separate, so
+/// that whoever opens many only harms its own kind, and uses up no descriptors that pods' connections need.
 const CONNECTIONS_MAX: usize = 16;
 
 type Answer = Response<Full<Bytes>>;
 
-/// What the kubelet and Prometheus ask.
+/// What the kubelet and Prometheus ask for.
 #[derive(Debug)]
 pub struct Probes {
-    /// Whether pods are served.
-    pub ready: AtomicBool,
-    /// What is counted.
+    /// Whether pods are served: `/readyz`.
+    pub ready: Arc<AtomicBool>,
+    /// Every metric: `/metrics`.
     pub registry: Registry,
 }
 
-/// Answers probes at `address` whenever this agent is in charge.
+/// Answers probes at `address` whenever this agent is active.
 pub async fn serve_probes(address: SocketAddr, probes: Arc<Probes>, mut active: watch::Receiver<bool>) {
     while active.wait_for(|active| *active).await.is_ok() {
         tokio::select! {
@@ -69,48 +69,48 @@ pub async fn serve_probes(address: SocketAddr, probes: Arc<Probes>, mut active: 
 
 async fn serve_port(address: SocketAddr, probes: &Arc<Probes>) {
     let listener = bind(address).await;
-    let places = places();
+    let permits = permits();
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let probes = Arc::clone(probes);
-                serve(stream, &places, move |request| probes.answer(request));
+                serve(stream, &permits, move |request| probes.answer(request));
             }
             Err(_) => sleep(RETRY_DELAY).await,
         }
     }
 }
 
-/// Waits until the predecessor has left the port, and complains when it takes too long: pods are served without
-/// metrics as well.
+/// Waits until the predecessor has left the port, and warns when that takes too long: pods are served without metrics
+/// too.
 async fn bind(address: SocketAddr) -> TcpListener {
-    let mut complain_at = Instant::now() + TIMEOUT;
+    let mut warn_at = Instant::now() + TIMEOUT;
     loop {
         let error = match TcpListener::bind(address).await {
             Ok(listener) => return listener,
             Err(error) => error,
         };
-        if timeout_at(complain_at, sleep(RETRY_DELAY)).await.is_err() {
+        if timeout_at(warn_at, sleep(RETRY_DELAY)).await.is_err() {
             warn!(%address, %error, "cannot listen for probes and metrics: trying again");
-            complain_at += 10 * TIMEOUT;
+            warn_at += 10 * TIMEOUT;
         }
     }
 }
 
-/// Answers commands forever: those of the node and of podgate's own pod. A pod to which the socket is shown, by a
-/// hostPath, is told nothing.
-pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>, probes: Arc<Probes>) {
-    let (places, others_places) = (places(), places());
+/// Answers commands forever: those of the node's own processes and of podgate's own pod. Another pod that has mounted the
+/// socket from the host is refused.
+pub async fn serve_commands(listener: UnixListener, peers: Peers, whois: Arc<Whois>, probes: Arc<Probes>) {
+    let (permits, foreign_permits) = (permits(), permits());
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let (whois, probes) = (Arc::clone(&whois), Arc::clone(&probes));
                 let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
                 let may_command =
-                    pid.is_some_and(|pid| whois.may_command(pid)) || !holds(Defense::OwnCommands);
-                let places = if may_command { &places } else { &others_places };
-                serve(stream, places, move |request| {
-                    if may_command { command(&whois, &probes, request) } else { not_yours() }
+                    pid.is_some_and(|pid| peers.may_command(pid)) || !holds(Defense::OwnCommands);
+                let permits = if may_command { &permits } else { &foreign_permits };
+                serve(stream, permits, move |request| {
+                    if may_command { command(&whois, &probes, request) } else { forbidden() }
                 });
             }
             Err(_) => sleep(RETRY_DELAY).await,
@@ -118,7 +118,7 @@ pub async fn serve_commands(listener: UnixListener, whois: Arc<Whois>, probes: A
     }
 }
 
-/// Makes the socket for commands. What a predecessor left is replaced.
+/// Makes the socket for commands, and replaces one that a predecessor has left.
 ///
 /// # Errors
 /// When the socket cannot be made, or the directory is not the user's own and private.
@@ -173,35 +173,35 @@ fn command(whois: &Whois, probes: &Probes, request: &Request<Incoming>) -> Answe
     }
 }
 
-fn not_yours() -> Answer {
+fn forbidden() -> Answer {
     text(
         StatusCode::FORBIDDEN,
         "this socket is for podgate's own pod and for the node's processes outside of pods",
     )
 }
 
-fn places() -> Arc<Semaphore> {
+fn permits() -> Arc<Semaphore> {
     Arc::new(Semaphore::new(CONNECTIONS_MAX))
 }
 
-/// Answers on a connection, or closes it where no place is free.
+/// Answers on a connection, or closes it when there are [`CONNECTIONS_MAX`] of its kind.
 fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    places: &Arc<Semaphore>,
+    permits: &Arc<Semaphore>,
     answer: impl Fn(&Request<Incoming>) -> Answer + Send + Sync + 'static,
 ) {
-    let place = Arc::clone(places).try_acquire_owned().ok();
-    if place.is_none() && holds(Defense::ProbeLimit) {
+    let permit = Arc::clone(permits).try_acquire_owned().ok();
+    if permit.is_none() && holds(Defense::ProbeLimit) {
         return;
     }
     tokio::spawn(async move {
-        let _place = place;
+        let _permit = permit;
         let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request))));
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
             .serve_connection(TokioIo::new(stream), service);
-        // Whoever asked has hung up: nothing is left to tell.
+        // An error means that the client has hung up.
         let _ = served.await;
     });
 }

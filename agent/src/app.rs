@@ -1,79 +1,79 @@
-//! Builds every component once, in the order that keeps pods safe, and takes them down again.
+//! The one composition root: builds every component once, in the order that keeps pods safe.
 //!
-//! Owns that order; never parses a setting, never decides for a pod.
+//! Owns that order; never parses a setting, never decides for a pod. `podgate run`, the pipeline tests and the golden
+//! tests all come through [`build`]; they differ in their [`Seams`] alone.
 
 use std::{
+    future::{self, Ready},
     hash::{BuildHasher as _, RandomState},
     io,
+    net::SocketAddr,
     path::PathBuf,
+    pin::pin,
     sync::{Arc, atomic::AtomicBool},
 };
 
-use jiff::Timestamp;
-use kube::Api;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-mod node;
+mod node_facts;
 mod pod_state;
+pub mod seams;
 mod signal;
 
-pub(crate) use self::signal::Signals;
-use self::{node::Node, pod_state::PodState};
+use self::{
+    pod_state::PodState,
+    seams::{Cgroups, ClusterWatch, PodgatePods, PredecessorKey, Seams, Services},
+    signal::Signals,
+};
 use crate::{
+    accept::Accepted,
     admin::{self, Probes},
-    config::{Config, TargetMode},
-    control::{kernel_events, reconcile::Reconciler},
+    config::Config,
+    control::{
+        kernel_events,
+        reconcile::{PolicyMap, Reconciler},
+    },
     credentials::{
-        Clock,
-        aws::{
-            self,
-            eks_auth::{self, EksAuth},
-        },
-        cache::{self, CredentialCache},
-        kube_identity::{self, Clients},
+        aws,
+        cache::{self, CredentialCache, Transferred},
+        kube_identity,
         metrics::CacheMetrics,
-        source::NodeSource,
-        token::{TokenProvider, TokenVerifier},
+        source::CredentialSource,
     },
     dialect::imds_token::ImdsTokens,
+    drain::DrainWatch,
     identity::{
-        CallerResolver, Pods,
-        cgroupfs::{self, CgroupPaths as _},
+        CallerResolver, Pods, cgroupfs,
         network::Networks,
-        tree,
+        peer::{Peer, Peers},
     },
-    instance_metadata::{self, Instance},
-    intercept::{
-        self, DebugLog, Events, HandoverKey, Interceptor, InterceptorHandle, OriginLookup, PodgatePods,
-    },
-    netdev::{self, Link},
+    intercept,
     policy::lookup::Policies,
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
     takeover::{
-        active::Serving,
-        eks_agent::EksAgent,
-        listeners::Opener,
+        self, Parts, Serve, Settings, Takeover,
+        dataplane::Dataplane,
         transfer::{self, HandoverMetrics, Predecessor},
     },
-    tasks::Tasks,
+    tasks::{TaskEnded, Tasks},
     whois::Whois,
 };
 
-/// News of pods and namespaces that wait to be applied.
+/// Changes of pods and namespaces that wait to be applied.
 const CLUSTER_EVENTS: usize = 1024;
 
-/// Why the agent cannot run, or had to stop.
+/// Why the agent cannot start, or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The node's cgroups are not as they must be.
     #[error(transparent)]
     Cgroup(#[from] cgroupfs::Error),
-    /// AWS cannot be spoken to.
+    /// No client for AWS.
     #[error(transparent)]
     Aws(#[from] aws::Error),
-    /// A cgroup that was just there cannot be read.
+    /// A cgroup that exists cannot be read.
     #[error("cannot read cgroup {path}: {source}")]
     CgroupRead {
         /// The cgroup.
@@ -81,55 +81,49 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// The kernel side failed.
+    /// The programs cannot be loaded.
     #[error(transparent)]
     Intercept(#[from] intercept::Error),
-    /// There is no way to the API server.
+    /// No client for the API server.
     #[error(transparent)]
     Kube(#[from] kube_identity::Error),
-    /// The link failed.
-    #[error(transparent)]
-    Link(#[from] netdev::Error),
-    /// An address or socket cannot be listened on.
-    #[error("cannot listen on {address}: {source}{}", in_use(source))]
-    Listen {
-        /// The address or path.
-        address: String,
+    /// The socket for commands cannot be made.
+    #[error("cannot listen on {}: {source}", path.display())]
+    CommandSocket {
+        /// The socket.
+        path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// A descriptor cannot be copied.
-    #[error("cannot copy a listener's descriptor: {0}; is the limit of open files reached?")]
-    Descriptor(#[source] io::Error),
-    /// There is no address left to listen on.
-    #[error("no address to serve pods on: IPv6 is switched off on this node and --target-v4 is \"none\"")]
-    NoTarget,
-    /// The kernel does not tell which network the agent is in.
+    /// The kernel does not tell which network namespace the agent is in.
     #[error("cannot read the cookie of the host's network namespace: {0}")]
     NetworkNamespace(#[source] io::Error),
-    /// The signals cannot be watched.
-    #[error("cannot watch for signals: {0}")]
-    Signal(#[source] io::Error),
-    /// An operator wants podgate off the node.
-    #[error("`podgate detach` was run on this node: this agent ends; one that is started attaches again")]
-    Detached,
-    /// A part that runs forever has ended.
-    #[error("BUG: {0} has ended; the agent stops rather than serve without it")]
-    Ended(&'static str),
+    /// Signals cannot be watched.
+    #[error(transparent)]
+    Signal(#[from] signal::Error),
+    /// Pods cannot be served.
+    #[error(transparent)]
+    Takeover(#[from] takeover::Error),
+    /// A background task has ended.
+    #[error(transparent)]
+    TaskEnded(#[from] TaskEnded),
 }
 
-/// The kernel side: who steers it, and what is read without its owner.
-struct Kernel {
-    interceptor: InterceptorHandle,
-    origins: Arc<dyn OriginLookup>,
-    events: Events,
-    debug_log: Option<DebugLog>,
-    podgate_pods: PodgatePods,
-    handover_key: HandoverKey,
-    imds_key: [u8; 32],
+/// An agent that listens and knows its pods, but to which no pod is sent yet.
+pub struct Bound<D, S> {
+    /// The addresses to which pods are sent once it [runs](Self::run).
+    pub addresses: Vec<SocketAddr>,
+    /// The Unix socket for commands, which answers probes and `/metrics` as well.
+    pub command_socket: PathBuf,
+    /// Whether it serves pods.
+    pub ready: Arc<AtomicBool>,
+    /// The credentials that it has.
+    pub cache: Arc<CredentialCache<S>>,
+    takeover: Takeover<D>,
+    tasks: Tasks,
 }
 
-/// What is known of the cluster and its pods, by whoever follows it.
+/// What is known of the cluster and of its pods, by those that follow it.
 #[derive(Clone)]
 struct Known {
     pods: Arc<Pods>,
@@ -137,114 +131,187 @@ struct Known {
     policies: Policies,
 }
 
-/// Runs the agent until `SIGTERM` or `SIGINT`.
+/// Everything that is counted.
+struct Metrics {
+    requests: RequestMetrics,
+    cache: CacheMetrics,
+    handovers: HandoverMetrics,
+}
+
+/// Which agent is active, as the rest of this agent learns it.
+struct Activity {
+    ready: Arc<AtomicBool>,
+    sender: watch::Sender<bool>,
+    receiver: watch::Receiver<bool>,
+}
+
+/// Runs the agent of this node until `SIGTERM` or `SIGINT`.
 pub async fn run(config: Config) -> Result<(), Error> {
     let mut signals = Signals::watch()?;
+    let mut shutdown = pin!(signals.received());
+    let seams = Seams::of_node(&config)?;
+    let bound = tokio::select! {
+        bound = build(config, seams) => bound?,
+        () = &mut shutdown => return Ok(()),
+    };
+    bound.run(shutdown).await
+}
+
+/// Builds the agent. Returns once it knows every pod that exists, so that pods have their policies before the first of
+/// their connections is decided: without the API server an agent does not become active, and its predecessor goes on.
+pub async fn build<D, M, S>(config: Config, seams: Seams<D, M, S>) -> Result<Bound<D, S>, Error>
+where
+    D: Dataplane,
+    M: PolicyMap,
+    S: CredentialSource,
+{
+    let Seams { clock, cgroups, kernel, services } = seams;
     let mut tasks = Tasks::default();
-    let node = Node::find(&config.cgroup_root)?;
-    let Kernel { interceptor, origins, events, debug_log, podgate_pods, handover_key, imds_key } =
-        load(&config, &node)?;
-    tasks.spawn("the owner of the eBPF programs", interceptor.clone().ended());
     let known = Known {
         pods: Arc::default(),
-        networks: Arc::new(Networks::new(node.host_netns_cookie)),
+        networks: Arc::new(Networks::new(cgroups.host_netns_cookie)),
         policies: Policies { defaults: config.defaults(), namespaces: Arc::default() },
     };
+    let mut registry = kernel.metrics;
+    let metrics = Metrics::register(&mut registry);
+    let activity = Activity::new();
+    let peers = Peers::new(Arc::clone(&cgroups.processes), cgroups.own_pod);
+    serve_operators(&config, registry, &activity, &peers, whois(&config, &cgroups, &known), &mut tasks)?;
 
-    let mut registry = Registry::default();
-    let request_metrics = RequestMetrics::register(&mut registry);
-    let engine_metrics = CacheMetrics::register(&mut registry);
-    let handovers = HandoverMetrics::register(&mut registry);
-    intercept::metrics::register(&mut registry, interceptor.counters().clone());
-    let probes = Arc::new(Probes { ready: AtomicBool::new(false), registry });
-    let (active, is_active) = watch::channel(false);
-    let answers = admin::serve_probes(config.admin, Arc::clone(&probes), is_active.clone());
-    tasks.spawn("the probes' server", answers);
-    let whois = Arc::new(Whois {
-        kubepods: Arc::clone(&node.kubepods),
-        pods: Arc::clone(&known.pods),
-        policies: known.policies.clone(),
-        own: node.own_pod,
-        eks_agent: config.eks_agent.clone(),
-    });
-    serve_commands(&config, &probes, &whois, &mut tasks)?;
-
-    let kube = kube_identity::clients(config.kube_identity, &config.node_name).await?;
-    let (aws, connections) = aws::config().await?;
-    aws::check(&aws).await;
-    let (instance, of_instance) = watch::channel(Instance::in_region(aws.region().map(ToString::to_string)));
-    tasks.spawn(
-        "the copy of the instance's metadata",
-        instance_metadata::follow(instance_metadata::imds(), instance),
-    );
-    let eks_auth = EksAuth::new(&aws, &config.cluster_name, &config.node_name, of_instance.clone());
-    let warm = eks_auth.clone().keep_warm(connections, eks_auth::WARM_INTERVAL);
-    tasks.spawn("the connection to EKS Auth", warm);
-    let (cgroups, networks) = (Arc::clone(&node.kubepods), Arc::clone(&known.networks));
-    let resolver = CallerResolver::new(cgroups, Arc::clone(&known.pods), networks);
-    let imds_tokens = ImdsTokens::new(&imds_key);
+    let Services { source, instance, cluster, background } = services.await?;
+    for (name, task) in kernel.background.into_iter().chain(background) {
+        tasks.spawn(name, task);
+    }
+    // Jitter that differs between nodes is enough.
+    let seed = RandomState::new().hash_one(&config.node_name);
+    let cache = CredentialCache::start(source, cache::BUDGET, clock, seed, metrics.cache);
+    let resolver =
+        CallerResolver::new(Arc::clone(&cgroups.facts), Arc::clone(&known.pods), Arc::clone(&known.networks));
     let server = Arc::new(Server {
         policies: known.policies.clone(),
         resolver,
-        engine: engine(&config, &kube, eks_auth, engine_metrics),
-        imds_tokens,
+        engine: Arc::clone(&cache),
+        imds_tokens: ImdsTokens::new(&kernel.keys.imds),
         token_delegates: config.token_delegates.clone(),
-        instance: of_instance,
+        instance,
         connections: ConnectionLimit::default(),
-        metrics: request_metrics,
+        metrics: metrics.requests,
     });
-    let (engine, pods) = (Arc::clone(&server.engine), Arc::clone(&known.pods));
-    let is_podgate_pod = move |pod| podgate_pods.contains(pod).is_ok_and(|is| is);
-    let former = Predecessor {
+    let predecessor = Predecessor {
         directory: config.handover_dir.clone(),
-        key: handover_key,
-        entries: move || engine.to_transfer(),
-        may_be_next: move |pid| whois.is_in_no_pod_but(pid, &is_podgate_pod),
-        metrics: handovers.clone(),
+        key: kernel.keys.handover,
+        entries: entries_of(&cache),
+        may_be_successor: may_be_successor(peers, kernel.is_podgate_pod),
+        metrics: metrics.handovers.clone(),
     };
-    tasks.spawn("the handover of credentials", former.serve(is_active));
-    tasks.spawn("the kernel's events", kernel_events::run(events, Arc::clone(&server)));
-    if let Some(log) = debug_log {
-        kernel_events::follow(log);
-    }
+    tasks.spawn("the handover of credentials", predecessor.serve(activity.receiver));
+    tasks.spawn("the kernel's events", kernel_events::run(kernel.events, Arc::clone(&server)));
 
-    let (eks_agent_is_here, is_here) = watch::channel(false);
-    let enforcer = Reconciler {
+    let (eks_agent_sender, eks_agent_is_here) = watch::channel(false);
+    let reconciler = Reconciler {
         policies: known.policies.clone(),
-        map: interceptor.clone(),
-        own: node.own_pod,
+        map: kernel.policies,
+        own: cgroups.own_pod,
         eks_agent: config.eks_agent.clone(),
-        eks_agent_is_here,
+        eks_agent_is_here: eks_agent_sender,
         pods: Arc::clone(&known.pods),
         networks: Arc::clone(&known.networks),
-        kept: PodState { engine: Arc::clone(&server.engine), connections: server.connections.clone() },
+        kept: PodState { engine: Arc::clone(&cache), connections: server.connections.clone() },
         prefetch: config.prefetch,
     };
-    // Before any of its pods is known: what was handed over is not fetched ahead again.
-    inherit(&config, &server.engine, &handovers).await;
-    let mut is_synced = follow(&config, &node, kube, known, enforcer, &mut tasks)?;
-    // Existing pods have their policies before the first of their dials is decided. Without the API server this agent
-    // does not become active, and is not ready; the one before it goes on as it can.
-    tokio::select! {
-        Ok(_) = is_synced.wait_for(|synced| *synced) => {}
-        ended = tasks.ended() => return Err(ended),
-        () = signals.end() => return Ok(()),
-    }
-    // Once more, for what has changed since: it may have taken long.
-    inherit(&config, &server.engine, &handovers).await;
-    server.engine.adopt(&pods);
+    // Before any pod is known: inherited credentials are not prefetched again.
+    inherit(&config, &kernel.keys.predecessor, &cache, &metrics.handovers).await;
+    follow_cluster(reconciler, cgroups, cluster, &known, &mut tasks).await?;
+    // Again, for what has changed meanwhile: the API server may have been unavailable for long.
+    inherit(&config, &kernel.keys.predecessor, &cache, &metrics.handovers).await;
+    cache.adopt(&known.pods);
 
-    // It stays when the agent goes, as its programs do: dials that are sent there are refused at once, and not lost.
-    let link = Link::up(&config.netdev).await?;
-    let yields = config.target == TargetMode::Auto;
-    let opener = Opener { link, interceptor, server, origins, yields };
-    let eks_agent = EksAgent::new(is_here, &mut tasks);
-    Serving::new(&config, opener, &probes, active, eks_agent).run(&mut tasks, &mut signals).await
+    let parts = Parts {
+        dataplane: kernel.dataplane,
+        origins: kernel.origins,
+        serve: serve(server),
+        eks_agent_is_here,
+        ready: Arc::clone(&activity.ready),
+        active: activity.sender,
+    };
+    let takeover = Takeover::bind(Settings::from(&config), parts, &mut tasks).await?;
+    let addresses = takeover.addresses().collect();
+    Ok(Bound { addresses, command_socket: config.socket, ready: activity.ready, cache, takeover, tasks })
 }
 
-/// Takes over the credentials of the active agent, if one is alive. Whatever is in the way of that, they can be fetched.
-async fn inherit(config: &Config, engine: &CredentialCache<NodeSource>, handovers: &HandoverMetrics) {
-    let key = match intercept::handover_key(&config.bpffs) {
+// === impl Bound ===
+
+impl<D: Dataplane, S> Bound<D, S> {
+    /// Becomes active, and serves pods until `shutdown`.
+    pub async fn run(mut self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
+        Ok(self.takeover.run(&mut self.tasks, shutdown).await?)
+    }
+}
+
+impl<D, S> std::fmt::Debug for Bound<D, S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bound").field("addresses", &self.addresses).finish_non_exhaustive()
+    }
+}
+
+// === impl Metrics ===
+
+impl Metrics {
+    fn register(registry: &mut Registry) -> Self {
+        Self {
+            requests: RequestMetrics::register(registry),
+            cache: CacheMetrics::register(registry),
+            handovers: HandoverMetrics::register(registry),
+        }
+    }
+}
+
+// === impl Activity ===
+
+impl Activity {
+    fn new() -> Self {
+        let (sender, receiver) = watch::channel(false);
+        Self { ready: Arc::default(), sender, receiver }
+    }
+}
+
+/// Answers probes and commands from now on, before anything that may take long.
+fn serve_operators(
+    config: &Config,
+    registry: Registry,
+    activity: &Activity,
+    peers: &Peers,
+    whois: Whois,
+    tasks: &mut Tasks,
+) -> Result<(), Error> {
+    let probes = Arc::new(Probes { ready: Arc::clone(&activity.ready), registry });
+    let active = activity.receiver.clone();
+    tasks.spawn("the probes' server", admin::serve_probes(config.admin, Arc::clone(&probes), active));
+    let listener = admin::bind_commands(&config.socket)
+        .map_err(|source| Error::CommandSocket { path: config.socket.clone(), source })?;
+    let commands = admin::serve_commands(listener, peers.clone(), Arc::new(whois), probes);
+    tasks.spawn("the commands' server", commands);
+    Ok(())
+}
+
+fn whois(config: &Config, cgroups: &Cgroups, known: &Known) -> Whois {
+    Whois {
+        cgroups: Arc::clone(&cgroups.processes),
+        pods: Arc::clone(&known.pods),
+        policies: known.policies.clone(),
+        own_pod: cgroups.own_pod,
+        eks_agent: config.eks_agent.clone(),
+    }
+}
+
+/// Asks the active agent for its credentials, if one is alive. A failure costs no more than fetching them.
+async fn inherit<S: CredentialSource>(
+    config: &Config,
+    predecessor_key: &PredecessorKey,
+    cache: &CredentialCache<S>,
+    handovers: &HandoverMetrics,
+) {
+    let key = match predecessor_key() {
         Ok(Some(key)) => key,
         Ok(None) => return,
         Err(error) => {
@@ -253,94 +320,58 @@ async fn inherit(config: &Config, engine: &CredentialCache<NodeSource>, handover
         }
     };
     match transfer::ask(&config.handover_dir, &key, handovers).await {
-        Ok(entries) => engine.stage(entries),
-        Err(transfer::Error::Nobody) => info!("no agent before this one is alive: credentials are fetched"),
+        Ok(entries) => cache.stage(entries),
+        Err(transfer::Error::NoPredecessor) => info!("no predecessor is alive: credentials are fetched"),
         Err(error) => {
             warn!(directory = %config.handover_dir.display(), %error, "no credentials were handed over: they are fetched again");
         }
     }
 }
 
-/// Follows pods, namespaces and cgroups from now on. The receiver learns when the enforcer has seen all there is.
-fn follow(
-    config: &Config,
-    node: &Node,
-    kube: Clients,
-    known: Known,
-    enforcer: Reconciler<InterceptorHandle, PodState<NodeSource>>,
-    tasks: &mut Tasks,
-) -> Result<watch::Receiver<bool>, Error> {
-    let (events, received) = mpsc::channel(CLUSTER_EVENTS);
-    let (synced, is_synced) = watch::channel(false);
-    let (first, cgroups) = tree::follow(node.kubepods.path())
-        .map_err(|source| Error::CgroupRead { path: node.kubepods.path().to_owned(), source })?;
-    tasks.spawn("the policies' upkeep", enforcer.run(first, cgroups, received, synced));
-    let (node_name, of_pods) = (config.node_name.clone(), events.clone());
-    tasks.spawn("the watch of pods", async move {
-        known.pods.follow(Api::all(kube.node), &node_name, of_pods).await;
-    });
-    tasks.spawn("the watch of namespaces", async move {
-        known.policies.namespaces.follow(Api::all(kube.own), events).await;
-    });
-    Ok(is_synced)
-}
-
-/// Builds what gives pods their credentials.
-pub fn engine(
-    config: &Config,
-    kube: &Clients,
-    eks_auth: EksAuth,
-    metrics: CacheMetrics,
-) -> Arc<CredentialCache<NodeSource>> {
-    let verifier = TokenVerifier::new(kube.own.clone());
-    verifier.prepare();
-    let clock: Clock = Arc::new(Timestamp::now);
-    let tokens =
-        TokenProvider::new(&config.kubelet_root, kube.node.clone(), verifier.clone(), Arc::clone(&clock));
-    let source = NodeSource { verifier, tokens, eks_auth };
-    // JitterSource that differ between nodes are enough.
-    let seed = RandomState::new().hash_one(&config.node_name);
-    CredentialCache::start(source, cache::BUDGET, clock, seed, metrics)
-}
-
-/// Loads the kernel side. Nothing changes for pods yet.
-fn load(config: &Config, node: &Node) -> Result<Kernel, Error> {
-    let mut interceptor = Interceptor::load(&node.settings(config)?)?;
-    interceptor.forget_exempt(|former| node.kubepods.below_kubepods(former).is_err())?;
-    // Before anything is attached: the agent's own calls must never meet its own programs.
-    if let Some(own) = node.own_pod {
-        interceptor.exempt(own)?;
-    }
-    Ok(Kernel {
-        origins: Arc::new(interceptor.origins()?),
-        events: interceptor.events()?,
-        debug_log: interceptor.debug_log()?,
-        podgate_pods: interceptor.podgate_pods()?,
-        handover_key: interceptor.handover_key(),
-        imds_key: interceptor.imds_key()?,
-        interceptor: InterceptorHandle::spawn(interceptor)?,
-    })
-}
-
-/// Answers commands from now on.
-fn serve_commands(
-    config: &Config,
-    probes: &Arc<Probes>,
-    whois: &Arc<Whois>,
+/// Follows pods, namespaces and cgroups from now on. Returns once those that exist have been applied.
+async fn follow_cluster<M: PolicyMap, S: CredentialSource>(
+    reconciler: Reconciler<M, PodState<S>>,
+    cgroups: Cgroups,
+    cluster: Box<dyn ClusterWatch>,
+    known: &Known,
     tasks: &mut Tasks,
 ) -> Result<(), Error> {
-    let refused = |source| Error::Listen { address: config.socket.display().to_string(), source };
-    let listener = admin::bind_commands(&config.socket).map_err(refused)?;
-    let (whois, probes) = (Arc::clone(whois), Arc::clone(probes));
-    tasks.spawn("the commands' server", admin::serve_commands(listener, whois, probes));
-    Ok(())
+    let (events, received) = mpsc::channel(CLUSTER_EVENTS);
+    let (synced, mut is_synced) = watch::channel(false);
+    tasks.spawn("the reconciler", reconciler.run(cgroups.existing, cgroups.events, received, synced));
+    tasks.spawn("the watch of pods", cluster.follow_pods(Arc::clone(&known.pods), events.clone()));
+    let namespaces = Arc::clone(&known.policies.namespaces);
+    tasks.spawn("the watch of namespaces", cluster.follow_namespaces(namespaces, events));
+    tokio::select! {
+        Ok(_) = is_synced.wait_for(|synced| *synced) => Ok(()),
+        ended = tasks.ended() => Err(ended.into()),
+    }
 }
 
-fn in_use(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            "; somebody else listens there, perhaps the EKS Pod Identity Agent: `ss -ltnp` tells who"
-        }
-        _ => "",
+/// The credentials that a successor gets.
+fn entries_of<S: CredentialSource>(
+    cache: &Arc<CredentialCache<S>>,
+) -> impl Fn() -> Vec<Transferred> + use<S> {
+    let cache = Arc::clone(cache);
+    move || cache.to_transfer()
+}
+
+/// A successor is one of the node's own processes, or in a pod of podgate's.
+fn may_be_successor(peers: Peers, is_podgate_pod: PodgatePods) -> impl Fn(i32) -> Ready<bool> {
+    move |pid| {
+        future::ready(match peers.of_process(pid) {
+            Peer::Node => true,
+            Peer::Pod(id) => is_podgate_pod(id),
+            Peer::Unknown => false,
+        })
     }
+}
+
+/// What is done with an accepted connection.
+fn serve<S: CredentialSource>(server: Arc<Server<S>>) -> Serve {
+    Arc::new(move |accepted: Accepted, drain: DrainWatch| {
+        if let Some(connection) = Arc::clone(&server).admit(accepted, drain) {
+            tokio::spawn(connection);
+        }
+    })
 }

@@ -1,18 +1,18 @@
-//! Ends work in order: a trigger, its watchers, and a deadline.
+//! Graceful shutdown: a trigger, its watchers, and a deadline.
 //!
-//! Knows nothing of what is ended.
+//! Owns the signal and the wait; never knows what is shut down.
 
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-/// Begins the end, and waits for it. Dropping it begins it too.
+/// Begins the shutdown and waits for it. Dropping it begins it too.
 #[derive(Debug)]
 pub struct Drain {
     begun: watch::Sender<bool>,
 }
 
-/// Learns that the end has begun; what is still to be finished holds one.
+/// Learns that the shutdown has begun. Whatever must be finished first holds one.
 #[derive(Clone, Debug)]
 pub struct DrainWatch {
     begun: watch::Receiver<bool>,
@@ -27,7 +27,7 @@ pub fn drain() -> (Drain, DrainWatch) {
 // === impl Drain ===
 
 impl Drain {
-    /// Begins, and waits until every watcher is gone, at most for `limit`. Whether all were.
+    /// Begins, and waits at most `limit` until every watcher is dropped. Whether all were.
     pub async fn run(self, limit: Duration) -> bool {
         self.begun.send_replace(true);
         tokio::time::timeout(limit, self.begun.closed()).await.is_ok()
@@ -37,9 +37,9 @@ impl Drain {
 // === impl DrainWatch ===
 
 impl DrainWatch {
-    /// Returns when the end begins.
+    /// Returns once the shutdown has begun.
     pub async fn begun(&mut self) {
-        // An error means that the sender was dropped: that begins the end as well.
+        // An error means that the sender was dropped, which begins the shutdown as well.
         let _ = self.begun.wait_for(|begun| *begun).await;
     }
 }
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn the_end_waits_for_those_who_are_not_done() {
+    async fn shutdown_waits_for_work_that_is_not_done() {
         let (drain, mut watch) = drain();
         let work = tokio::spawn(async move {
             watch.begun().await;
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn but_not_for_ever() {
+    async fn shutdown_does_not_wait_longer_than_its_limit() {
         let (drain, watch) = drain();
         assert!(!drain.run(Duration::from_secs(2)).await);
         drop(watch);

@@ -13,6 +13,7 @@ pub mod cgroupfs;
 pub mod namespaces;
 pub mod netns;
 pub mod network;
+pub mod peer;
 pub mod pods;
 pub mod tree;
 pub mod watch;
@@ -96,8 +97,8 @@ pub enum Error {
 
 impl CallerResolver {
     /// Resolves by what `node` tells and the pods in `pods`. `networks` is what is known of pods' networks.
-    pub fn new(node: impl NodeFacts, pods: Arc<Pods>, networks: Arc<Networks>) -> Self {
-        Self { node: Arc::new(node), pods, networks }
+    pub fn new(node: Arc<dyn NodeFacts>, pods: Arc<Pods>, networks: Arc<Networks>) -> Self {
+        Self { node, pods, networks }
     }
 
     /// The pod whose cgroup dialled; needs nothing but the kernel.

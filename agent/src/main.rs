@@ -1,4 +1,4 @@
-//! The `podgate` binary: parses the command line, and leaves the rest to the library.
+//! The `podgate` binary: parses the command line and leaves the rest to the library.
 
 use std::process::ExitCode;
 
@@ -6,9 +6,7 @@ use agent::cli::Cli;
 use clap::Parser as _;
 
 #[cfg(all(feature = "undefended", not(debug_assertions)))]
-compile_error!(
-    "this is the agent that is deployed: the feature `undefended` is for the binary `podgate-undefended`"
-);
+compile_error!("this binary is deployed: the feature `undefended` is for `podgate-undefended` only");
 
 fn main() -> ExitCode {
     Cli::parse().run()

@@ -18,6 +18,7 @@ use crate::{
     intercept::{self, OriginLookup},
 };
 
+pub mod fake_node;
 pub mod outside;
 pub mod upstream;
 

@@ -1,6 +1,6 @@
-//! LimitKey identity would a process get, and why?
+//! `podgate whois`: which identity a process would get, and why.
 //!
-//! Owns the answer for people; takes the very steps that a request takes, and hands nothing out.
+//! Owns the answer for people; takes the same steps as a request, never hands out credentials, never decides who may ask.
 
 use std::{path::Path, sync::Arc};
 
@@ -9,25 +9,25 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::chain,
     identity::{
-        DaemonSetRef, Pods,
+        DaemonSetRef, PodUid, Pods,
         cgroup::{self, Owner, PodPath},
-        cgroupfs::{self, Kubepods},
+        cgroupfs,
+        peer::ProcessCgroups,
     },
     policy::lookup::Policies,
 };
 
 /// Answers for processes of this node.
-#[derive(Debug)]
 pub struct Whois {
-    /// Where the pods' cgroups are.
-    pub kubepods: Arc<Kubepods>,
+    /// The cgroups of processes.
+    pub cgroups: Arc<dyn ProcessCgroups>,
     /// The pods of this node.
     pub pods: Arc<Pods>,
-    /// What pods may do.
+    /// The policies of pods.
     pub policies: Policies,
     /// The cgroup of podgate's own pod.
-    pub own: Option<u64>,
-    /// LimitKey pods are the EKS Pod Identity Agent.
+    pub own_pod: Option<u64>,
+    /// Which pods are the EKS Pod Identity Agent.
     pub eks_agent: Option<DaemonSetRef>,
 }
 
@@ -46,7 +46,7 @@ pub struct Answer {
     pub pod: Option<String>,
     /// The service account, as `namespace/name`.
     pub service_account: Option<String>,
-    /// What the pod's dials to IMDS get.
+    /// What becomes of the pod's connections to IMDS.
     pub imds: Option<String>,
     /// Why, in a sentence.
     pub because: String,
@@ -60,7 +60,7 @@ impl Whois {
     /// # Errors
     /// When there is no such process, in a sentence.
     pub fn of_process(&self, pid: i32) -> Result<Answer, String> {
-        let cgroup = self.kubepods.of_process(Some(pid)).map_err(|error| chain(&error))?;
+        let cgroup = self.cgroups.of_process(pid).map_err(|error| chain(&error))?;
         let mut answer = Answer {
             pid,
             cgroup: cgroup.display().to_string(),
@@ -79,61 +79,43 @@ impl Whois {
             Some(Owner::StaticPod(hash)) => {
                 format!("it is in a static pod (configuration {hash}), which has no service account: refused")
             }
-            Some(Owner::Pod(uid)) => {
-                answer.pod_uid = Some(uid.to_string());
-                match self.pods.get(uid) {
-                    None => "the API server has not shown this pod yet: its requests wait".to_owned(),
-                    Some(pod) => {
-                        answer.pod = Some(pod.full_name());
-                        answer.service_account = Some(pod.service_account.to_string());
-                        if self.eks_agent.as_ref().is_some_and(|eks_agent| eks_agent.controls(&pod)) {
-                            let because =
-                                "it is the EKS Pod Identity Agent, which podgate does not touch".to_owned();
-                            return Ok(Answer { because, ..answer });
-                        }
-                        let Some(policy) = self.policies.of(&pod) else {
-                            let because = "the API server has not shown its namespace yet".to_owned();
-                            return Ok(Answer { because, ..answer });
-                        };
-                        answer.imds = Some(label(&policy.imds));
-                        format!(
-                            "its cgroup is the pod's, and the pod runs under it; mode: {}",
-                            label(&policy.reason)
-                        )
-                    }
-                }
-            }
+            Some(Owner::Pod(uid)) => self.of_pod(uid, &mut answer),
         };
         Ok(answer)
     }
 
-    /// Whether a process may command this agent: one of the node's, in no pod, or of podgate's own pod. What cannot be
-    /// seen may not.
-    pub fn may_command(&self, pid: i32) -> bool {
-        self.is_in_no_pod_but(pid, |pod| Some(pod) == self.own)
-    }
-
-    /// Whether a process is one of the node's, in no pod, or of a pod that is one of `those` by the id of its cgroup. What
-    /// cannot be seen is not.
-    pub fn is_in_no_pod_but(&self, pid: i32, those: impl Fn(u64) -> bool) -> bool {
-        let cgroup = self.kubepods.of_process(Some(pid));
-        cgroup.is_ok_and(|cgroup| {
-            !cgroup.starts_with(self.kubepods.path())
-                || self.pod_at(&cgroup).and_then(|found| self.id_of(&found)).is_some_and(those)
-        })
+    /// Fills in what is known of a pod; returns why it gets what it gets.
+    fn of_pod(&self, uid: PodUid, answer: &mut Answer) -> String {
+        answer.pod_uid = Some(uid.to_string());
+        let Some(pod) = self.pods.get(uid) else {
+            return "the API server has not shown this pod yet: its requests wait".to_owned();
+        };
+        answer.pod = Some(pod.full_name());
+        answer.service_account = Some(pod.service_account.to_string());
+        if self.eks_agent.as_ref().is_some_and(|eks_agent| eks_agent.controls(&pod)) {
+            return "it is the EKS Pod Identity Agent, which podgate does not touch".to_owned();
+        }
+        let Some(policy) = self.policies.of(&pod) else {
+            return "the API server has not shown its namespace yet".to_owned();
+        };
+        answer.imds = Some(label(&policy.imds));
+        format!("its cgroup is the pod's, and the pod runs under it; mode: {}", label(&policy.reason))
     }
 
     /// The pod that a cgroup is in.
     fn pod_at(&self, cgroup: &Path) -> Option<PodPath> {
-        cgroup.strip_prefix(self.kubepods.path()).ok().and_then(cgroup::parse)
+        cgroup.strip_prefix(self.cgroups.kubepods()).ok().and_then(cgroup::parse)
     }
 
     fn is_own(&self, found: &PodPath) -> bool {
-        self.own.is_some() && self.id_of(found) == self.own
+        let id = || cgroupfs::cgroup_id(&self.cgroups.kubepods().join(&found.pod)).ok();
+        self.own_pod.is_some() && id() == self.own_pod
     }
+}
 
-    fn id_of(&self, found: &PodPath) -> Option<u64> {
-        cgroupfs::cgroup_id(&self.kubepods.path().join(&found.pod)).ok()
+impl std::fmt::Debug for Whois {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Whois").field("own_pod", &self.own_pod).finish_non_exhaustive()
     }
 }
 

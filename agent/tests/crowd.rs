@@ -1,9 +1,9 @@
 //! Many callers at once, over real sockets: what they see, and what EKS Auth sees of them.
 #![expect(clippy::unwrap_used, reason = "test code")]
 
-#[path = "pipeline/node.rs"]
+#[path = "pipeline/harness.rs"]
 #[expect(dead_code, reason = "shared with the other tests of the pipeline")]
-mod node;
+mod harness;
 
 use std::{
     io,
@@ -16,11 +16,11 @@ use std::{
 };
 
 use agent::policy::ImdsMode;
+use harness::{Node, TestPod};
 use lab::{
     fault_injection::{Fault, Faults, Service},
     kube_api::KubeApi,
 };
-use node::{Node, TestPod};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpSocket, TcpStream},

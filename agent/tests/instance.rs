@@ -33,7 +33,7 @@ fn serve(faults: &Faults) -> Imds {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_node_s_imds_says_is_copied_once_it_is_there_and_nothing_of_its_role() {
+async fn instance_facts_are_copied_once_available_and_no_role_is() {
     let faults = Faults::default();
     let imds = serve(&faults);
     faults.set(Service::Imds, Fault::Drop);

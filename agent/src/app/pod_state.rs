@@ -1,6 +1,6 @@
-//! What is kept for pods, and goes with them.
+//! What other components hold for pods and drop with them: credentials and open connections.
 //!
-//! Owns nothing of it; passes on that a pod comes or is gone.
+//! Owns nothing of it; passes the life of pods on from the control flow.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::{
     serve::ConnectionLimit,
 };
 
-/// Credentials and limits.
+/// The components that hold something for pods.
 #[derive(Debug)]
 pub(super) struct PodState<S> {
     pub(super) engine: Arc<CredentialCache<S>>,

@@ -1,26 +1,29 @@
-//! The signals that end the agent.
+//! The signals that shut the agent down.
+
+use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::Error;
-
-/// `SIGTERM` and `SIGINT`, from the moment it is made: none that comes later is lost.
-pub(crate) struct Signals {
+/// `SIGTERM` and `SIGINT`, from the moment this is made: none that comes later is lost.
+pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
+/// Signals cannot be watched.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot watch for signals: {0}")]
+pub struct Error(#[from] io::Error);
+
 // === impl Signals ===
 
 impl Signals {
-    pub(crate) fn watch() -> Result<Self, Error> {
-        let terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
-        let interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
-        Ok(Self { terminate, interrupt })
+    pub(super) fn watch() -> Result<Self, Error> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
-    /// Returns when one has come.
-    pub(crate) async fn end(&mut self) {
+    /// Returns once one has come.
+    pub(super) async fn received(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}

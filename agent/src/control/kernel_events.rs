@@ -11,12 +11,13 @@ use std::{
 };
 
 use agent_common::{counter::Counter, event::Event};
+use futures::{Stream, StreamExt as _};
 use tracing::{error, info, warn};
 
 use crate::{
     credentials::source::CredentialSource,
     identity::{Pod, PodUid},
-    intercept::{DebugLog, Events},
+    intercept::{self, DebugLog},
     log_limit::LogLimit,
     serve::{self, Server},
 };
@@ -33,10 +34,13 @@ const RETRY_DELAY: Duration = Duration::from_secs(1);
 struct EventLimits(HashMap<(u64, u32), LogLimit>);
 
 /// Logs the kernel's events forever.
-pub async fn run<S: CredentialSource>(mut events: Events, server: Arc<Server<S>>) {
+pub async fn run<S: CredentialSource>(
+    mut events: impl Stream<Item = Result<(Counter, Event), intercept::Error>> + Unpin,
+    server: Arc<Server<S>>,
+) {
     let mut limits = EventLimits::default();
-    loop {
-        match events.next().await {
+    while let Some(event) = events.next().await {
+        match event {
             Ok((counter, event)) => {
                 if let Some(more) = limits.admit(counter, &event, Instant::now()) {
                     tell(counter, &event, more, &server);

@@ -2,11 +2,14 @@
 //!
 //! Owns nothing but that seam; never caches credentials, never decides when to call.
 
+use std::path::Path;
+
 use futures::future::BoxFuture;
 
 use super::{
-    Error,
+    Clock, Error,
     aws::eks_auth::{Assumed, EksAuth},
+    kube_identity::Clients,
     token::{TokenProvider, TokenVerifier, Verdict, claims::Claims},
 };
 use crate::{
@@ -41,6 +44,16 @@ pub struct NodeSource {
 }
 
 // === impl NodeSource ===
+
+impl NodeSource {
+    /// That of a node, with these clients. Begins to fetch the cluster's keys.
+    pub fn new(kubelet_root: &Path, kube: &Clients, eks_auth: EksAuth, clock: Clock) -> Self {
+        let verifier = TokenVerifier::new(kube.own.clone());
+        verifier.prepare();
+        let tokens = TokenProvider::new(kubelet_root, kube.node.clone(), verifier.clone(), clock);
+        Self { verifier, tokens, eks_auth }
+    }
+}
 
 impl CredentialSource for NodeSource {
     fn verify<'a>(&'a self, token: &'a Secret, claims: &'a Claims) -> BoxFuture<'a, Verdict> {

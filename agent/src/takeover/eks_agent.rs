@@ -1,4 +1,6 @@
-//! Whether the EKS Pod Identity Agent is on the node, and answers.
+//! What podgate knows of the EKS Pod Identity Agent: whether it is on the node, and whether it answers.
+//!
+//! Owns the probe of its address; never decides what follows from it.
 
 use std::{io, net::SocketAddrV4, time::Duration};
 
@@ -13,15 +15,15 @@ use tracing::info;
 
 use crate::tasks::Tasks;
 
-/// Time between two questions.
-const EVERY: Duration = Duration::from_secs(1);
-/// How long it may take: it is on this node.
+/// Time between two probes.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long an answer may take: it is on this node.
 const TIMEOUT: Duration = Duration::from_millis(500);
 const ADDRESS: SocketAddrV4 = SocketAddrV4::new(POD_IDENTITY_V4, HTTP_PORT);
-/// What every HTTP answer begins with.
+/// What every HTTP response begins with.
 const HTTP: [u8; 5] = *b"HTTP/";
 
-/// the EKS Pod Identity Agent, as far as podgate knows it.
+/// The EKS Pod Identity Agent, as far as podgate knows it.
 pub(crate) struct EksAgent {
     is_here: watch::Receiver<bool>,
     may_ask: watch::Sender<bool>,
@@ -35,7 +37,7 @@ impl EksAgent {
     pub(crate) fn new(is_here: watch::Receiver<bool>, tasks: &mut Tasks) -> Self {
         let (may_ask, asked) = watch::channel(false);
         let (answer, answers) = watch::channel(false);
-        tasks.spawn("the questions to the EKS Pod Identity Agent", ask(asked, answer));
+        tasks.spawn("the probe of the EKS Pod Identity Agent", ask(asked, answer));
         Self { is_here, may_ask, answers }
     }
 
@@ -44,39 +46,39 @@ impl EksAgent {
         *self.is_here.borrow()
     }
 
-    /// Whether it has answered when it was last asked.
+    /// Whether it answered the last probe.
     pub(crate) fn answers(&self) -> bool {
         *self.answers.borrow()
     }
 
-    /// From now on it is asked every second, or not at all.
+    /// Probes it every second from now on, or not at all.
     pub(crate) fn ask(&self, may_ask: bool) {
         self.may_ask.send_if_modified(|before| std::mem::replace(before, may_ask) != may_ask);
     }
 
-    /// Waits until one of these is another.
+    /// Waits until one of these changes.
     pub(crate) async fn changed(&mut self) {
         tokio::select! {
             Ok(()) = self.is_here.changed() => {}
             Ok(()) = self.answers.changed() => {}
-            // Whoever tells has ended, and the agent does.
+            // The senders are gone: the agent is shutting down.
             else => std::future::pending().await,
         }
     }
 }
 
-/// Asks every second, forever, but only while it may: the rest of the time nobody answers.
+/// Probes every second while it may, forever. While it may not, the answer is that nobody answers.
 async fn ask(mut may_ask: watch::Receiver<bool>, answer: watch::Sender<bool>) {
     let tell = |answers: bool| {
         if answer.send_replace(answers) != answers {
-            info!(answers, "the EKS Pod Identity Agent answers, or does no more");
+            info!(answers, "whether the EKS Pod Identity Agent answers has changed");
         }
     };
     while may_ask.wait_for(|may_ask| *may_ask).await.is_ok() {
         let asking = async {
             loop {
-                // First of all: podgate's own listeners may just be closing there.
-                sleep(EVERY).await;
+                // Before the first probe: podgate's own listeners may just be closing there.
+                sleep(PROBE_INTERVAL).await;
                 tell(matches!(timeout(TIMEOUT, first_bytes(ADDRESS)).await, Ok(Ok(HTTP))));
             }
         };
@@ -87,7 +89,7 @@ async fn ask(mut may_ask: watch::Receiver<bool>, answer: watch::Sender<bool>) {
     }
 }
 
-/// How an answer begins, whatever it is.
+/// The first bytes of a response, whatever it is.
 async fn first_bytes(address: SocketAddrV4) -> io::Result<[u8; 5]> {
     let mut stream = TcpStream::connect(address).await?;
     let request = format!("GET / HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", address.ip());

@@ -1,4 +1,6 @@
-//! A pair of addresses at which this agent listens.
+//! Pairs of addresses at which this agent listens.
+//!
+//! Owns who is listened to where; the sockets' options are `accept`'s, and what is served is `serve`'s.
 
 use std::{
     io,
@@ -15,55 +17,55 @@ use agent_common::{
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
+use super::{Error, dataplane::Dataplane};
 use crate::{
     accept::{self, Accepted},
-    app::Error,
-    credentials::source::NodeSource,
-    drain::{Drain, drain},
-    intercept::{InterceptorHandle, OriginLookup},
-    netdev::Link,
-    serve::Server,
+    drain::{Drain, DrainWatch, drain},
+    intercept::OriginLookup,
     tasks::Tasks,
 };
 
-/// A pair of addresses at which this agent listens. Dropped, it accepts no more, and requests in flight are the last of
-/// their connections.
-pub(crate) struct Place {
+/// Serves a connection, to its end or until the drain begins.
+pub(crate) type Serve = Arc<dyn Fn(Accepted, DrainWatch) + Send + Sync>;
+
+/// A pair of addresses at which this agent listens. Dropped, it accepts no more, and the requests in flight are the last
+/// of their connections.
+pub(super) struct ListenerSet {
     listeners: Vec<(SocketAddr, Arc<TcpListener>)>,
     drain: Drain,
 }
 
-/// What it takes to listen somewhere.
-pub(crate) struct Opener {
-    pub(crate) link: Link,
-    pub(crate) interceptor: InterceptorHandle,
-    pub(crate) server: Arc<Server<NodeSource>>,
-    pub(crate) origins: Arc<dyn OriginLookup>,
-    /// Whether EKS Pod Identity's addresses are left to whoever listens at them: the EKS Pod Identity Agent, perhaps, that the watch
-    /// does not show.
-    pub(crate) yields: bool,
+/// Makes listener sets, and passes on the connections that they accept.
+pub(super) struct Acceptor<D> {
+    pub(super) dataplane: Arc<D>,
+    pub(super) origins: Arc<dyn OriginLookup>,
+    pub(super) serve: Serve,
+    /// Whether EKS Pod Identity's addresses are left to a process that listens there already: perhaps an EKS Pod Identity
+    /// Agent that the watch does not show.
+    pub(super) yields: bool,
 }
 
-// === impl Opener ===
+// === impl Acceptor ===
 
-impl Opener {
-    /// Listens at these addresses, where nobody may listen but podgate. An IPv6 address that the node cannot have is left
-    /// out.
+impl<D: Dataplane> Acceptor<D> {
+    /// Listens at these addresses, where nobody but podgate may listen from now on. An IPv6 address that the node cannot
+    /// have is left out.
     ///
-    /// Who comes without a ticket is served only where dials are sent, which `effective` tells, and where clients dial by
-    /// themselves: elsewhere it has gone round the programs.
-    pub(crate) async fn open(
+    /// A connection without an origin is served only at an address to which pods are sent, which `effective` tells, or to
+    /// which clients connect by themselves: anywhere else it has bypassed the programs.
+    pub(super) async fn listen(
         &self,
         addresses: &[SocketAddr],
         effective: &watch::Receiver<Option<Target>>,
         tasks: &mut Tasks,
-    ) -> Result<Place, Error> {
+    ) -> Result<ListenerSet, Error> {
         let mut listeners = Vec::new();
         for &address in addresses {
-            if self.link.add(address.ip()).await? {
-                listeners.push((address, Arc::new(self.listen(address).await?)));
+            if self.dataplane.add_address(address.ip()).await? {
+                let (address, listener) = self.listen_at(address).await?;
+                listeners.push((address, Arc::new(listener)));
             } else {
-                warn!(%address, "this node has IPv6 switched off: pods are served over IPv4 only");
+                warn!(%address, "IPv6 is switched off on this node: pods are served over IPv4 only");
             }
         }
         if listeners.is_empty() {
@@ -72,28 +74,25 @@ impl Opener {
         let (drain, watch) = drain();
         for (_, listener) in &listeners {
             let listener = listener.try_clone().map_err(Error::Descriptor)?;
-            let (server, watch) = (Arc::clone(&self.server), watch.clone());
-            let of_connections = watch.clone();
-            let effective = effective.clone();
+            let (serve, effective) = (Arc::clone(&self.serve), effective.clone());
+            let drain = watch.clone();
             let serve = move |accepted: Accepted| {
-                if accepted.origin.is_none() && !came_where_dials_go(&accepted, effective.borrow().as_ref()) {
-                    debug!(%accepted.peer, "closed: no dial is sent where it came, and it has no ticket");
+                if accepted.origin.is_none() && !is_expected_at(&accepted, effective.borrow().as_ref()) {
+                    debug!(%accepted.peer, "closed: it has no ticket, and nothing is sent where it came");
                     return;
                 }
-                if let Some(served) = Arc::clone(&server).admit(accepted, of_connections.clone()) {
-                    tokio::spawn(served);
-                }
+                serve(accepted, drain.clone());
             };
             let origins = Arc::clone(&self.origins);
-            tasks.spawn_finite("a listener", accept::accept(listener, origins, watch, serve));
+            tasks.spawn_finite("a listener", accept::accept(listener, origins, watch.clone(), serve));
         }
-        let place = Place { listeners, drain };
-        info!(addresses = ?place.addresses().collect::<Vec<_>>(), "listening");
-        Ok(place)
+        let set = ListenerSet { listeners, drain };
+        info!(addresses = ?set.addresses().collect::<Vec<_>>(), "listening");
+        Ok(set)
     }
 
-    async fn listen(&self, address: SocketAddr) -> Result<TcpListener, Error> {
-        let failed = |source| Error::Listen { address: address.to_string(), source };
+    async fn listen_at(&self, address: SocketAddr) -> Result<(SocketAddr, TcpListener), Error> {
+        let failed = |source| Error::Listen { address, source };
         let is_service_address = Endpoint::new(address.ip(), address.port()).service().is_some();
         if self.yields
             && is_service_address
@@ -101,32 +100,28 @@ impl Opener {
         {
             return Err(failed(io::ErrorKind::AddrInUse.into()));
         }
-        // At a port of the kernel's choice: what is dialled at `address` is given to this listener by the programs, and
-        // whoever listens at every address, as an ingress controller does, is in nobody's way.
-        let is_apart = holds(Defense::OwnPorts) && holds(Defense::OwnListeners);
-        let port = if is_apart { 0 } else { address.port() };
-        let listener = accept::listen(SocketAddr::new(address.ip(), port)).map_err(failed)?;
-        // Not before: until then the address is somebody else's.
-        self.interceptor.reserve(address).await?;
-        Ok(listener)
+        let listening = self.dataplane.listen(address)?;
+        // Not before: until then the address may be another process's.
+        self.dataplane.reserve(address).await?;
+        Ok(listening)
     }
 }
 
-// === impl Place ===
+// === impl ListenerSet ===
 
-impl Place {
-    /// Where it is.
-    pub(crate) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+impl ListenerSet {
+    /// Where pods reach it.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
         self.listeners.iter().map(|(address, _)| *address)
     }
 
-    /// What listens there.
-    pub(crate) fn listeners(&self) -> impl Iterator<Item = Arc<TcpListener>> {
+    /// The sockets, as the programs are given them.
+    pub(super) fn listeners(&self) -> impl Iterator<Item = Arc<TcpListener>> {
         self.listeners.iter().map(|(_, listener)| Arc::clone(listener))
     }
 
     /// Its IPv4 and its IPv6 address, as the programs know them.
-    pub(crate) fn endpoints(&self) -> (Endpoint, Endpoint) {
+    pub(super) fn endpoints(&self) -> (Endpoint, Endpoint) {
         let of_family = |is_ipv4| {
             let address = self.addresses().find(|address| address.is_ipv4() == is_ipv4);
             address.map_or(Endpoint::NONE, |address| Endpoint::new(address.ip(), address.port()))
@@ -134,22 +129,22 @@ impl Place {
         (of_family(true), of_family(false))
     }
 
-    /// Accepts no more, and waits for what is in flight, at most for `limit`. Whether all was finished.
-    pub(crate) async fn close(self, limit: Duration) -> bool {
+    /// Accepts no more, and waits at most `limit` for requests in flight. Whether all were finished.
+    pub(super) async fn close(self, limit: Duration) -> bool {
         drop(self.listeners);
         self.drain.run(limit).await
     }
 }
 
-/// Whether a connection came where dials go. Its own address tells: the programs give all connections of a family to one
-/// listener.
-fn came_where_dials_go(accepted: &Accepted, effective: Option<&Target>) -> bool {
+/// Whether a connection without an origin may have come there. Its own address tells: the programs give all connections
+/// of a family to one listener.
+fn is_expected_at(accepted: &Accepted, effective: Option<&Target>) -> bool {
     let address = accepted.stream.local_addr();
-    address.is_ok_and(|at| is_dialled(&Endpoint::new(at.ip(), at.port()), effective))
+    address.is_ok_and(|at| is_reachable(&Endpoint::new(at.ip(), at.port()), effective))
 }
 
-/// Whether clients dial this address, or are sent there.
-fn is_dialled(at: &Endpoint, effective: Option<&Target>) -> bool {
+/// Whether clients connect to this address by themselves, or are sent there.
+fn is_reachable(at: &Endpoint, effective: Option<&Target>) -> bool {
     at.service().is_some()
         || effective.is_some_and(|target| [&target.v4, &target.v6].iter().any(|target| target.same(at)))
         || !holds(Defense::ConnectedAddresses)
@@ -167,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn only_where_dials_are_sent_or_made_does_anybody_come_without_a_ticket() {
+    fn without_a_ticket_only_expected_addresses_are_reachable() {
         const OWN: &str = "169.254.175.1:80";
         const OWN_V6: &str = "[fd70:6f64:6761:7465::1]:80";
         let own = Target { v4: endpoint(OWN), v6: endpoint(OWN_V6), when_down: WHEN_DOWN_DENY };
@@ -182,7 +177,7 @@ mod tests {
             ("169.254.170.23:80", Some(own), true),
             ("[fd00:ec2::23]:80", None, true),
         ] {
-            assert_eq!(is_dialled(&endpoint(at), effective.as_ref()), expected, "{at}, {effective:?}");
+            assert_eq!(is_reachable(&endpoint(at), effective.as_ref()), expected, "{at}, {effective:?}");
         }
     }
 }

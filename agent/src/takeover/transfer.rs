@@ -1,19 +1,19 @@
-//! Gives the credentials that an agent holds to the one that takes its place, so that an upgrade is no cold start.
+//! Hands the cached credentials of an agent over to its successor, so that an upgrade does not start with a cold cache.
 //!
-//! Owns the socket between the two, in a directory that the containers of both see, and the conversation:
+//! Owns the socket between the two, in a directory that the containers of both see, and the protocol:
 //!
 //! ```text
-//! next agent ── "podgate/hand/v1\n", nonce ──────────▶ predecessor, whose programs are effective
+//! successor ─── "podgate/hand/v1\n", nonce ──────────▶ predecessor, whose programs are attached
 //!            ◀───────────────────────────── nonce ──
 //!            ── HMAC(key, purpose, both nonces) ────▶   proves that it has the key, or gets nothing
 //!            ◀── length, credentials sealed with
 //!                HMAC(key, purpose, both nonces) ────   cannot be opened or made without the key
 //! ```
 //!
-//! The key is with the predecessor's programs in the kernel, and takes `CAP_SYS_ADMIN` to read. So whoever gets at the
-//! socket or puts another in its place, as a pod can that the host's files are shown to, learns nothing, and nothing of it
-//! is believed. A process of a pod that is none of podgate's is not listened to, so that it keeps no agent waiting. Never on
-//! disk. Never decides what of it is used: that is the engine's.
+//! The key is in a map next to the predecessor's programs, and takes `CAP_SYS_ADMIN` to read. A pod that mounts the host's
+//! files may reach the socket or replace it, but it learns nothing and nothing that it sends is believed. A process of a
+//! pod that is not podgate's is refused at once, so that it cannot keep an agent waiting. Credentials never go to disk.
+//! Never decides which of them are used: that is the cache's.
 
 use std::{
     fs::{self, DirBuilder, DirEntry, Permissions},
@@ -49,44 +49,44 @@ use crate::{credentials::cache::Transferred, intercept::HandoverKey, log_limit::
 
 /// Name of the socket.
 pub const SOCKET: &str = "handover.sock";
-/// What the next agent says first; the version is that of the conversation.
+/// What the successor sends first; the version is that of the protocol.
 const HELLO: [u8; 16] = *b"podgate/hand/v1\n";
-/// How long a conversation may take: both are on this node, and a cold start is no harm worth waiting for.
+/// How long a handover may take: both agents are on this node, and a cold cache is not worth waiting longer.
 const TIMEOUT: Duration = Duration::from_secs(1);
-/// Most bytes that are taken: several times what all pods of the largest instance need.
+/// Most bytes that are accepted: several times what all pods of the largest instance need.
 const SEALED_MAX: usize = 8 << 20;
-/// Conversations at once. There is one next agent, and each of the others ends with its time.
-const AT_ONCE: usize = 8;
+/// Handovers at a time. There is one successor; any other client is cut off after [`TIMEOUT`].
+const CONCURRENT_MAX: usize = 8;
 /// The log has one line in this time of those who got nothing.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// After an error that lasts, as too many open files.
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// Why credentials have not changed hands.
+/// Why credentials were not handed over.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No agent is there that could answer.
+    /// No agent listens there.
     #[error("no agent answers there")]
-    Nobody,
+    NoPredecessor,
     /// The socket or its directory cannot be used.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// The other side takes its time.
+    /// The other side is too slow.
     #[error("it took longer than {} ms", TIMEOUT.as_millis())]
     Slow,
-    /// The other side has not the key of the programs effective.
+    /// The other side does not have the key of the attached programs.
     #[error(
-        "the other side does not have the key: it is no agent active on this node, or has just been succeeded"
+        "the other side does not have the key: it is not the active agent of this node, or has just been superseded"
     )]
     NoProof,
-    /// A process of another pod, or one that is gone already.
+    /// A process of another pod, or one that has ended.
     #[error(
-        "the other side is no process of podgate's or of the node's own: a pod to which the socket is shown?"
+        "the other side is a process of a pod that is not podgate's: is the socket mounted into another pod?"
     )]
     Foreign,
-    /// Too much, or not what an agent says.
-    #[error("the other side is no podgate, or one that this one does not understand")]
-    Garbage,
+    /// Too much, or not the protocol.
+    #[error("the other side is not podgate, or speaks another version of the protocol")]
+    Malformed,
 }
 
 /// Counts handovers.
@@ -99,18 +99,18 @@ struct Labels {
     outcome: &'static str,
 }
 
-/// What one agent gives to the next.
+/// Answers successors.
 #[derive(Debug)]
 pub struct Predecessor<E, M> {
     /// Where the socket is.
     pub directory: PathBuf,
-    /// That of this agent's own programs.
+    /// The key that is next to this agent's own programs.
     pub key: HandoverKey,
-    /// What is given, as it is when it is asked for.
+    /// The credentials, as they are when a successor asks.
     pub entries: E,
-    /// Whether the process with this id may be the next agent.
-    pub may_be_next: M,
-    /// What is counted.
+    /// Whether the process with this id may be the successor.
+    pub may_be_successor: M,
+    /// Counts what comes of it.
     pub metrics: HandoverMetrics,
 }
 
@@ -119,12 +119,12 @@ pub struct Predecessor<E, M> {
 impl Error {
     const fn label(&self) -> &'static str {
         match self {
-            Self::Nobody => "nobody",
+            Self::NoPredecessor => "no_predecessor",
             Self::Io(_) => "failed",
             Self::Slow => "slow",
             Self::NoProof => "no_proof",
             Self::Foreign => "foreign",
-            Self::Garbage => "garbage",
+            Self::Malformed => "malformed",
         }
     }
 }
@@ -137,7 +137,7 @@ impl HandoverMetrics {
         let metrics = Self::default();
         registry.register(
             "podgate_handovers",
-            "Attempts to hand credentials over, by side (predecessor, next agent) and with what result (unstable)",
+            "Attempts to hand credentials over, by side (predecessor, successor) and outcome (unstable)",
             metrics.0.clone(),
         );
         metrics
@@ -151,19 +151,24 @@ impl HandoverMetrics {
 
 // === impl Predecessor ===
 
-impl<E: Fn() -> Vec<Transferred>, M: Fn(i32) -> bool> Predecessor<E, M> {
-    /// Answers from the moment on at which this agent is in charge, also when it is no more: until another one has put its
-    /// socket in the place of this one. Never ends.
+impl<E, M, F> Predecessor<E, M>
+where
+    E: Fn() -> Vec<Transferred>,
+    M: Fn(i32) -> F,
+    F: Future<Output = bool>,
+{
+    /// Answers from the moment at which this agent becomes active, and while it is on standby or shutting down: until its
+    /// successor has replaced the socket. Never ends.
     pub async fn serve(self, mut active: watch::Receiver<bool>) {
         loop {
             becomes(&mut active, true).await;
-            let charge_lost_and_regained = async {
+            let active_again = async {
                 becomes(&mut active, false).await;
                 becomes(&mut active, true).await;
             };
             tokio::select! {
                 () = self.answer_all() => {}
-                () = charge_lost_and_regained => {}
+                () = active_again => {}
             }
         }
     }
@@ -173,97 +178,101 @@ impl<E: Fn() -> Vec<Transferred>, M: Fn(i32) -> bool> Predecessor<E, M> {
             Ok(listener) => listener,
             Err(error) => {
                 warn!(directory = %self.directory.display(), %error,
-                    "cannot make the socket on which the next agent asks for credentials: it will fetch all of them");
+                    "cannot make the socket on which a successor asks for credentials: it will fetch all of them");
                 return std::future::pending().await;
             }
         };
-        let (mut conversations, mut failures) = (FuturesUnordered::new(), LogLimit::new(1, LOG_INTERVAL));
+        let (mut handovers, mut failures) = (FuturesUnordered::new(), LogLimit::new(1, LOG_INTERVAL));
         loop {
             tokio::select! {
-                accepted = listener.accept(), if conversations.len() < AT_ONCE => match accepted {
-                    Ok((stream, _)) => conversations.push(in_time(self.answer(stream))),
+                accepted = listener.accept(), if handovers.len() < CONCURRENT_MAX => match accepted {
+                    Ok((stream, _)) => handovers.push(within_timeout(self.answer(stream))),
                     Err(_) => sleep(RETRY_DELAY).await,
                 },
-                Some(answered) = conversations.next() => self.report(&answered, &mut failures),
+                Some(answered) = handovers.next() => self.report(&answered, &mut failures),
             }
         }
     }
 
     fn report(&self, answered: &Result<usize, Error>, failures: &mut LogLimit) {
-        self.metrics.count("former", answered);
+        self.metrics.count("predecessor", answered);
         match answered {
-            Ok(pods) => info!(pods, "credentials are handed over to the next agent"),
+            Ok(pods) => info!(pods, "credentials were handed over to the successor"),
             Err(error) => {
                 if let Some(more) = failures.admit(Instant::now()) {
-                    warn!(%error, more, "somebody has asked for a handover and got nothing");
+                    warn!(%error, more, "a handover was asked for and refused");
                 }
             }
         }
     }
 
     async fn answer(&self, mut stream: UnixStream) -> Result<usize, Error> {
-        let peer = stream.peer_cred()?.pid();
-        if !peer.is_some_and(&self.may_be_next) && holds(Defense::HandoverProof) {
+        let may_be_successor = match stream.peer_cred()?.pid() {
+            Some(pid) => (self.may_be_successor)(pid).await,
+            None => false,
+        };
+        if !may_be_successor && holds(Defense::HandoverProof) {
             return Err(Error::Foreign);
         }
         let mut hello = [0; HELLO.len() + NONCE];
         stream.read_exact(&mut hello).await?;
-        let Some((&HELLO, next)) = hello.split_first_chunk() else { return Err(Error::Garbage) };
-        let next = Nonce::try_from(next).map_err(|_| Error::Garbage)?;
+        let Some((&HELLO, successor)) = hello.split_first_chunk() else { return Err(Error::Malformed) };
+        let successor = Nonce::try_from(successor).map_err(|_| Error::Malformed)?;
         let own = nonce()?;
         stream.write_all(&own).await?;
         let mut proof = [0; PROOF];
         stream.read_exact(&mut proof).await?;
-        let session = Session::new(&self.key, next, own);
+        let session = Session::new(&self.key, successor, own);
         if !session.accepts(&proof) {
             return Err(Error::NoProof);
         }
         let entries = (self.entries)();
-        let credentials = wire::encode(&entries).map_err(|_| Error::Garbage)?;
-        let sealed = session.seal(credentials).map_err(|_| Error::Garbage)?;
-        let length = u32::try_from(sealed.len()).map_err(|_| Error::Garbage)?;
+        let credentials = wire::encode(&entries).map_err(|_| Error::Malformed)?;
+        let sealed = session.seal(credentials).map_err(|_| Error::Malformed)?;
+        let length = u32::try_from(sealed.len()).map_err(|_| Error::Malformed)?;
         stream.write_all(&length.to_be_bytes()).await?;
         stream.write_all(&sealed).await?;
         Ok(entries.len())
     }
 }
 
-/// Asks the agent whose programs have this key for its credentials.
+/// Asks the predecessor, whose programs have this key, for its credentials.
 pub async fn ask(
     directory: &Path,
     key: &HandoverKey,
     metrics: &HandoverMetrics,
 ) -> Result<Vec<Transferred>, Error> {
-    let received = in_time(receive(&directory.join(SOCKET), key)).await;
-    metrics.count("next", &received);
+    let received = within_timeout(receive(&directory.join(SOCKET), key)).await;
+    metrics.count("successor", &received);
     received
 }
 
 async fn receive(socket: &Path, key: &HandoverKey) -> Result<Vec<Transferred>, Error> {
     let mut stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::Nobody,
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NoPredecessor,
         _ => Error::Io(error),
     })?;
     let own = nonce()?;
     stream.write_all(&[&HELLO[..], &own].concat()).await?;
-    let mut former = Nonce::default();
-    stream.read_exact(&mut former).await?;
-    let session = Session::new(key, own, former);
+    let mut predecessor = Nonce::default();
+    stream.read_exact(&mut predecessor).await?;
+    let session = Session::new(key, own, predecessor);
     stream.write_all(&session.proof()).await?;
-    // Who does not like the proof hangs up.
+    // A predecessor that refuses the proof hangs up.
     let length = stream.read_u32().await.map_err(|_| Error::NoProof)?;
-    let length = usize::try_from(length).ok().filter(|length| *length <= SEALED_MAX).ok_or(Error::Garbage)?;
+    let length =
+        usize::try_from(length).ok().filter(|length| *length <= SEALED_MAX).ok_or(Error::Malformed)?;
     let mut sealed = vec![0; length];
     stream.read_exact(&mut sealed).await?;
     let credentials = session.open(sealed).map_err(|_| Error::NoProof)?;
-    wire::decode(&credentials).ok_or(Error::Garbage)
+    wire::decode(&credentials).ok_or(Error::Malformed)
 }
 
-async fn in_time<T>(conversation: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    timeout(TIMEOUT, conversation).await.unwrap_or(Err(Error::Slow))
+async fn within_timeout<T>(handover: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    timeout(TIMEOUT, handover).await.unwrap_or(Err(Error::Slow))
 }
 
-/// Makes the socket, in the place of that of the predecessor.
+/// Makes the socket, and replaces the predecessor's.
 fn listen(directory: &Path) -> io::Result<UnixListener> {
     make_private(directory)?;
     let socket = directory.join(SOCKET);
@@ -278,8 +287,8 @@ fn listen(directory: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// What agents have left in the directory, then the directory, unless something else is in it; or it is a volume of the
-/// container that this is run in, which cannot be removed from inside.
+/// What agents have left in the directory, then the directory itself, unless something else is in it, or it is a volume of
+/// the container that this runs in, which cannot be removed from inside.
 pub fn left(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -304,7 +313,7 @@ pub fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The kubelet makes the directory of a `hostPath` for everybody to read.
+/// The kubelet makes the directory of a `hostPath` readable for everybody.
 fn make_private(directory: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     let metadata = fs::symlink_metadata(directory)?;
@@ -323,7 +332,7 @@ fn nonce() -> io::Result<Nonce> {
     Ok(nonce)
 }
 
-/// Waits until it is so. Whoever would tell has ended, and the agent does: nothing changes any more.
+/// Waits until it is so. When the sender is gone, which is while the agent shuts down, that is never.
 async fn becomes(active: &mut watch::Receiver<bool>, value: bool) {
     if active.wait_for(|is| *is == value).await.is_err() {
         std::future::pending::<()>().await;

@@ -1,6 +1,6 @@
 //! The files of exchanges: how they are read, and how an answer is written in their form.
 //!
-//! A line that begins with `##` names an exchange; others with `#` are remarks. `@ POD at ADDRESS` is who dials what,
+//! A line that begins with `##` names an exchange; others with `#` are remarks. `@ POD at ADDRESS` is who connects to what,
 //! `@ nobody` a caller without an origin, `@ again` the connection of the exchange before. Every exchange goes over each of
 //! the addresses that podgate may have; ` through ADDRESS` after the others names the only one that it goes over.
 //!
@@ -118,12 +118,13 @@ fn caller(text: &str) -> Caller {
     let address = |text: &str| text.parse().expect("an address");
     match text.split_once(" at ") {
         Some((name, rest)) => {
-            let (dialled, through) = rest.split_once(" through ").map_or((rest, None), |(a, b)| (a, Some(b)));
-            Caller::Pod { name: name.into(), address: address(dialled), through: through.map(address) }
+            let (orig_dst, through) =
+                rest.split_once(" through ").map_or((rest, None), |(a, b)| (a, Some(b)));
+            Caller::Pod { name: name.into(), address: address(orig_dst), through: through.map(address) }
         }
         None if text == "nobody" => Caller::Nobody,
         None if text == "again" => Caller::Again,
-        None => panic!("nobody is called {text:?}"),
+        None => panic!("there is no caller {text:?}"),
     }
 }
 

@@ -38,7 +38,7 @@ use tokio::sync::watch;
 
 /// The signature of a token that the cluster has not signed.
 const FORGED: &str = ".Zm9yZ2Vk";
-/// That of one of which nobody can tell.
+/// That of one that cannot be verified.
 const UNVERIFIED: &str = ".dW52ZXJpZmllZA";
 /// EKS Auth's id of each request.
 const REQUEST_ID: &str = "5d2a";

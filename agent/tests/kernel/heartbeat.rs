@@ -42,8 +42,10 @@ struct Seen {
 #[test]
 fn heartbeat_is_on_time_while_the_pins_are_locked_for_5_s() {
     Node::run(|node| {
-        let seen =
-            lock_pins(node, |interceptor| tokio::spawn(heartbeat::run(interceptor.heartbeat().clone())));
+        let seen = lock_pins(node, |interceptor| {
+            let heartbeat = interceptor.heartbeat().clone();
+            tokio::spawn(heartbeat::run(move || heartbeat.beat()))
+        });
         assert!(seen.oldest_heartbeat < ON_TIME, "{:?}", seen.oldest_heartbeat);
         assert!(!seen.refused);
         assert!(seen.slowest_counters < Duration::from_millis(100), "{:?}", seen.slowest_counters);

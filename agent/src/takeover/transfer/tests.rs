@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use super::{wire::decode, *};
 use crate::testing::{credentials, pod};
 
-/// An agent in charge that waits for the next one, and what both know.
+/// An active agent that waits for its successor, and what both know.
 struct Scene {
     directory: TempDir,
     key: HandoverKey,
@@ -26,19 +26,19 @@ impl Scene {
 
     async fn with(
         entries: Vec<Transferred>,
-        may_be_next: impl Fn(i32) -> bool + Send + Sync + 'static,
+        may_be_successor: impl Fn(i32) -> bool + Send + Sync + 'static,
     ) -> Self {
         let (directory, key) = (TempDir::new().unwrap(), HandoverKey::random().unwrap());
         let (active, is_active) = watch::channel(true);
         let metrics = HandoverMetrics::default();
-        let former = Predecessor {
+        let predecessor = Predecessor {
             directory: directory.path().to_owned(),
             key: key.clone(),
             entries: move || entries.clone(),
-            may_be_next,
+            may_be_successor: move |pid| std::future::ready(may_be_successor(pid)),
             metrics: metrics.clone(),
         };
-        let serving = tokio::spawn(former.serve(is_active));
+        let serving = tokio::spawn(predecessor.serve(is_active));
         let scene = Self { directory, key, active, metrics, serving };
         while !scene.socket().exists() {
             tokio::task::yield_now().await;
@@ -59,7 +59,7 @@ impl Scene {
     }
 
     fn counted(&self, outcome: &'static str) -> u64 {
-        self.metrics.0.get_or_create(&Labels { side: "former", outcome }).get()
+        self.metrics.0.get_or_create(&Labels { side: "predecessor", outcome }).get()
     }
 }
 
@@ -82,14 +82,14 @@ fn hello(nonce: Nonce) -> Vec<u8> {
     [&HELLO[..], &nonce].concat()
 }
 
-/// What comes until the other side hangs up, or for as long as a conversation may take.
+/// What comes until the other side hangs up, or for as long as a handover may take.
 async fn rest(stream: &mut UnixStream) -> Vec<u8> {
     let mut rest = Vec::new();
     let _ = timeout(2 * TIMEOUT, stream.read_to_end(&mut rest)).await.expect("it hangs up");
     rest
 }
 
-/// Something else than an agent, at the place of the socket, in one conversation.
+/// Something other than an agent that has replaced the socket, for one handover.
 fn impostor<F: Future<Output = ()> + Send + 'static>(
     directory: &Path,
     talk: impl FnOnce(UnixStream) -> F + Send + 'static,
@@ -99,7 +99,7 @@ fn impostor<F: Future<Output = ()> + Send + 'static>(
 }
 
 #[tokio::test]
-async fn the_next_agent_gets_everything_as_often_as_it_asks() {
+async fn the_successor_gets_everything_as_often_as_it_asks() {
     let entries: Vec<_> = (0..500).map(|n| entry(&format!("web{n}"))).collect();
     let scene = Scene::of(entries.clone()).await;
     for _ in 0..2 {
@@ -111,7 +111,7 @@ async fn the_next_agent_gets_everything_as_often_as_it_asks() {
 }
 
 #[tokio::test]
-async fn an_agent_that_drains_still_answers_and_its_successor_s_socket_takes_the_place_of_its_own() {
+async fn a_draining_agent_answers_until_its_successor_replaces_the_socket() {
     let scene = Scene::of(vec![entry("web")]).await;
     scene.active.send_replace(false);
     assert_eq!(scene.ask(&scene.key).await.unwrap().len(), 1);
@@ -131,19 +131,19 @@ async fn an_agent_that_drains_still_answers_and_its_successor_s_socket_takes_the
 }
 
 #[tokio::test]
-async fn without_an_agent_there_is_nothing_to_wait_for() {
+async fn without_a_predecessor_nothing_is_waited_for() {
     let scene = Scene::of(vec![]).await;
     scene.serving.abort();
     assert!(scene.serving.await.unwrap_err().is_cancelled());
     let key = HandoverKey::random().unwrap();
     let asked = ask(scene.directory.path(), &key, &scene.metrics).await;
-    assert!(matches!(asked, Err(Error::Nobody)), "{asked:?}: its socket's file is still there");
+    assert!(matches!(asked, Err(Error::NoPredecessor)), "{asked:?}: its socket's file is still there");
     let asked = ask(Path::new("/nonexistent"), &key, &scene.metrics).await;
-    assert!(matches!(asked, Err(Error::Nobody)), "{asked:?}");
+    assert!(matches!(asked, Err(Error::NoPredecessor)), "{asked:?}");
 }
 
 #[tokio::test]
-async fn who_has_another_key_gets_nothing_and_is_not_believed() {
+async fn a_peer_with_another_key_gets_nothing_and_is_not_believed() {
     let scene = Scene::of(vec![entry("web")]).await;
     let other = HandoverKey::random().unwrap();
     let asked = scene.ask(&other).await;
@@ -152,7 +152,7 @@ async fn who_has_another_key_gets_nothing_and_is_not_believed() {
 }
 
 #[tokio::test]
-async fn whoever_has_no_proof_gets_a_nonce_and_no_more() {
+async fn a_peer_without_proof_gets_a_nonce_and_nothing_else() {
     let scene = Scene::of(vec![entry("web")]).await;
     let other_version = [&b"podgate/hand/v2\n"[..], &[0; NONCE]].concat();
     let cases: [(&str, Vec<Vec<u8>>, usize); 6] = [
@@ -176,7 +176,7 @@ async fn whoever_has_no_proof_gets_a_nonce_and_no_more() {
 }
 
 #[tokio::test]
-async fn who_says_nothing_keeps_nobody_waiting() {
+async fn a_silent_peer_does_not_delay_the_successor() {
     let scene = Scene::of(vec![entry("web")]).await;
     let mut silent = Vec::new();
     for _ in 0..4 {
@@ -194,12 +194,12 @@ async fn who_says_nothing_keeps_nobody_waiting() {
 }
 
 #[tokio::test]
-async fn a_process_of_somebody_else_s_pod_is_not_listened_to_however_often_it_comes() {
+async fn processes_of_other_pods_are_refused_however_often_they_come() {
     let is_foreign = Arc::new(AtomicBool::new(true));
-    let of_former = Arc::clone(&is_foreign);
-    let scene = Scene::with(vec![entry("web")], move |_| !of_former.load(Relaxed)).await;
+    let is_foreign_now = Arc::clone(&is_foreign);
+    let scene = Scene::with(vec![entry("web")], move |_| !is_foreign_now.load(Relaxed)).await;
     let mut silent = Vec::new();
-    for _ in 0..10 * AT_ONCE {
+    for _ in 0..10 * CONCURRENT_MAX {
         silent.push(scene.connect().await);
     }
     let begun = Instant::now();
@@ -210,11 +210,11 @@ async fn a_process_of_somebody_else_s_pod_is_not_listened_to_however_often_it_co
     is_foreign.store(false, Relaxed);
     assert_eq!(scene.ask(&scene.key).await.unwrap().len(), 1);
     assert!(begun.elapsed() < TIMEOUT / 2, "{:?}", begun.elapsed());
-    assert_eq!(scene.counted("foreign"), 10 * AT_ONCE as u64 + 1);
+    assert_eq!(scene.counted("foreign"), 10 * CONCURRENT_MAX as u64 + 1);
 }
 
 #[test]
-fn sockets_go_and_their_directory_unless_something_else_is_in_it() {
+fn sockets_are_removed_and_their_directory_unless_it_is_shared() {
     let parent = tempfile::tempdir().unwrap();
     let directory = parent.path().join("handover");
     assert!(left(&directory).unwrap().is_empty());
@@ -237,16 +237,16 @@ fn sockets_go_and_their_directory_unless_something_else_is_in_it() {
 }
 
 #[tokio::test]
-async fn a_proof_that_was_overheard_is_good_for_nothing_else() {
+async fn an_overheard_proof_cannot_be_replayed() {
     let scene = Scene::of(vec![entry("web")]).await;
-    // Who stands between hears a whole conversation.
+    // A man in the middle hears a whole handover.
     let (nonce, proof) = {
         let mut stream = scene.connect().await;
         let own = [7; NONCE];
         stream.write_all(&hello(own)).await.unwrap();
-        let mut former = Nonce::default();
-        stream.read_exact(&mut former).await.unwrap();
-        let proof = Session::new(&scene.key, own, former).proof();
+        let mut predecessor = Nonce::default();
+        stream.read_exact(&mut predecessor).await.unwrap();
+        let proof = Session::new(&scene.key, own, predecessor).proof();
         stream.write_all(&proof).await.unwrap();
         assert!(rest(&mut stream).await.len() > 4, "that one is good");
         (own, proof)
@@ -257,21 +257,21 @@ async fn a_proof_that_was_overheard_is_good_for_nothing_else() {
 }
 
 #[tokio::test]
-async fn what_was_overheard_is_not_believed_in_another_conversation() {
+async fn overheard_credentials_cannot_be_replayed() {
     let scene = Scene::of(vec![entry("web")]).await;
     let mut stream = scene.connect().await;
     let own = [7; NONCE];
     stream.write_all(&hello(own)).await.unwrap();
-    let mut former = Nonce::default();
-    stream.read_exact(&mut former).await.unwrap();
-    stream.write_all(&Session::new(&scene.key, own, former).proof()).await.unwrap();
+    let mut predecessor = Nonce::default();
+    stream.read_exact(&mut predecessor).await.unwrap();
+    stream.write_all(&Session::new(&scene.key, own, predecessor).proof()).await.unwrap();
     let overheard = rest(&mut stream).await;
 
     let elsewhere = TempDir::new().unwrap();
     impostor(elsewhere.path(), async move |mut stream: UnixStream| {
         let mut said = [0; HELLO.len() + NONCE];
         stream.read_exact(&mut said).await.unwrap();
-        stream.write_all(&former).await.unwrap();
+        stream.write_all(&predecessor).await.unwrap();
         let mut proof = [0; PROOF];
         stream.read_exact(&mut proof).await.unwrap();
         stream.write_all(&overheard).await.unwrap();
@@ -281,7 +281,7 @@ async fn what_was_overheard_is_not_believed_in_another_conversation() {
 }
 
 #[tokio::test]
-async fn what_an_agent_says_is_no_proof_when_it_is_said_back_to_it() {
+async fn an_agents_own_messages_are_no_proof_when_reflected() {
     let key = HandoverKey::random().unwrap();
     // The next agent meets itself: its own nonce, and then its own proof for an answer.
     let elsewhere = TempDir::new().unwrap();
@@ -296,17 +296,17 @@ async fn what_an_agent_says_is_no_proof_when_it_is_said_back_to_it() {
     });
     let asked = ask(elsewhere.path(), &key, &HandoverMetrics::default()).await;
     assert!(matches!(asked, Err(Error::NoProof)), "{asked:?}");
-    // With the sides exchanged it is another conversation.
+    // With the sides exchanged it is another handover.
     let (one, other) = ([1; NONCE], [2; NONCE]);
     assert!(Session::new(&key, one, other).accepts(&Session::new(&key, one, other).proof()));
     assert!(!Session::new(&key, one, other).accepts(&Session::new(&key, other, one).proof()));
 }
 
 #[tokio::test]
-async fn an_answer_that_is_cut_changed_or_endless_is_refused_soon() {
+async fn an_answer_that_is_cut_changed_or_endless_is_refused_quickly() {
     let key = HandoverKey::random().unwrap();
-    let of_agent = |own: Nonce, former: Nonce| {
-        let session = Session::new(&key, own, former);
+    let of_agent = |own: Nonce, predecessor: Nonce| {
+        let session = Session::new(&key, own, predecessor);
         session.seal(wire::encode(&[entry("web")]).unwrap()).unwrap()
     };
     let framed =
@@ -349,7 +349,7 @@ async fn an_answer_that_is_cut_changed_or_endless_is_refused_soon() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nobody_is_waited_for_longer_than_a_second() {
+async fn a_handover_takes_no_longer_than_its_timeout() {
     let key = HandoverKey::random().unwrap();
     let elsewhere = TempDir::new().unwrap();
     impostor(elsewhere.path(), async |stream: UnixStream| {
@@ -369,7 +369,7 @@ async fn nobody_is_waited_for_longer_than_a_second() {
 }
 
 #[test]
-fn a_directory_that_is_not_podgate_s_own_is_refused_and_an_open_one_closed() {
+fn a_foreign_directory_is_refused_and_a_public_one_made_private() {
     let directory = TempDir::new().unwrap();
     let open = directory.path().join("open");
     fs::create_dir(&open).unwrap();
@@ -386,9 +386,12 @@ fn a_directory_that_is_not_podgate_s_own_is_refused_and_an_open_one_closed() {
 }
 
 #[test]
-fn no_secret_is_in_what_errors_and_entries_print() {
-    let printed =
-        format!("{:?} {:?}", entry("web"), [Error::NoProof, Error::Garbage, Error::Slow, Error::Nobody]);
+fn errors_and_entries_print_no_secret() {
+    let printed = format!(
+        "{:?} {:?}",
+        entry("web"),
+        [Error::NoProof, Error::Malformed, Error::Slow, Error::NoPredecessor]
+    );
     for secret in ["\"secret\"", "\"session\""] {
         assert!(!printed.contains(secret), "{printed}");
     }
@@ -397,7 +400,7 @@ fn no_secret_is_in_what_errors_and_entries_print() {
 
 proptest! {
     #[test]
-    fn what_is_encoded_is_decoded_again(names in vec(("[ -~\u{e9}]{0,20}", "[A-Za-z0-9+/=\"\\\\]{0,80}", any::<bool>()), 0..8)) {
+    fn entries_survive_encoding(names in vec(("[ -~\u{e9}]{0,20}", "[A-Za-z0-9+/=\"\\\\]{0,80}", any::<bool>()), 0..8)) {
         let entries: Vec<_> = names.into_iter().map(|(name, secret, asked)| {
             let mut credentials = credentials();
             credentials.session_token = secret.as_str().into();
@@ -408,19 +411,19 @@ proptest! {
     }
 
     #[test]
-    fn what_is_no_entry_is_refused(bytes in vec(any::<u8>(), 0..300)) {
+    fn random_bytes_are_refused(bytes in vec(any::<u8>(), 0..300)) {
         prop_assert!(decode(&bytes).is_none_or(|entries| entries.is_empty()));
     }
 
     #[test]
-    fn what_ends_too_soon_is_refused(cut in 1_usize..400) {
+    fn truncated_entries_are_refused(cut in 1_usize..400) {
         let whole = wire::encode(&[entry("web")]).unwrap();
         let length = whole.len().saturating_sub(cut);
         prop_assert!(decode(&whole[..length]).is_none());
     }
 
     #[test]
-    fn a_sealed_answer_with_any_bit_changed_is_refused(place: prop::sample::Index, bit in 0..8) {
+    fn a_sealed_answer_with_any_bit_flipped_is_refused(place: prop::sample::Index, bit in 0..8) {
         let session = Session::new(&HandoverKey::random().unwrap(), [1; NONCE], [2; NONCE]);
         let mut sealed = session.seal(wire::encode(&[entry("web")]).unwrap()).unwrap();
         let place = place.index(sealed.len());

@@ -1,6 +1,6 @@
-//! Credentials as they travel between two agents: JSON, which an agent of another version reads as well.
+//! Credentials on the wire between two agents: JSON, which agents of other versions read as well.
 //!
-//! Owns that form; pure. What comes in is the other agent's, but is read as if it were anybody's.
+//! Owns that format; pure. What was received is authenticated, but parsed as untrusted all the same.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -14,7 +14,7 @@ use crate::{
     identity::{PodUid, ServiceAccountRef},
 };
 
-/// What an entry takes besides its secrets, and more.
+/// Room for an entry besides its session token: more than it needs.
 const ENTRY: usize = 1024;
 
 /// A pod's credentials.
@@ -44,7 +44,7 @@ struct Entry<'a> {
     asked: bool,
 }
 
-/// With room for the seal, so that no copy of a secret stays behind when it grows.
+/// Encodes entries, with room for the seal: no copy of a secret stays behind when the buffer grows.
 pub(crate) fn encode(entries: &[Transferred]) -> serde_json::Result<Zeroizing<Vec<u8>>> {
     let size = |entry: &Transferred| ENTRY + entry.credentials.session_token.expose().len();
     let room = entries.iter().map(size).sum::<usize>() + SEAL;
@@ -53,7 +53,7 @@ pub(crate) fn encode(entries: &[Transferred]) -> serde_json::Result<Zeroizing<Ve
     Ok(bytes)
 }
 
-/// `None` for what no agent sends.
+/// Decodes them. `None` where no agent would have sent it.
 pub(crate) fn decode(bytes: &[u8]) -> Option<Vec<Transferred>> {
     let entries: Vec<Entry<'_>> = serde_json::from_slice(bytes).ok()?;
     entries.into_iter().map(Entry::transferred).collect()

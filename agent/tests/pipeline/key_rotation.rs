@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{IMDS, ImdsMode, Node, imds_credentials, injected};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tokens_of_the_cluster_s_new_key_are_verified_here_once_it_is_known_and_those_of_the_old_one_still() {
+async fn after_a_key_rotation_new_and_old_tokens_are_verified_here() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
     let old = pod.token(&node);
@@ -27,7 +27,7 @@ async fn tokens_of_the_cluster_s_new_key_are_verified_here_once_it_is_known_and_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kubelet_s_token_that_eks_auth_refuses_is_replaced_by_the_api_server_s() {
+async fn a_kubelet_token_that_eks_auth_refuses_is_replaced() {
     let node = Node::start(ImdsMode::Intercept).await;
     let first = injected(&node);
     first.kubelet_writes(&node, &first.token(&node));

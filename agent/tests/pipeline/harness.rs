@@ -1,40 +1,48 @@
-//! A node without a kernel: the agent's stages behind real listeners, and the servers they talk to.
+//! The agent on a fake node, with the lab's servers as its cluster and its AWS.
 #![expect(clippy::unwrap_used, reason = "test code")]
 
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
-    path::PathBuf,
-    sync::Arc,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
 use agent::{
-    accept, app,
-    config::{Config, KubeIdentity, LogFormat, TargetMode, WhenDown},
-    credentials::{
-        aws::eks_auth, cache::CredentialCache, kube_identity::Clients, metrics::CacheMetrics,
-        source::NodeSource,
+    app::{
+        self,
+        seams::{ApiServer, Services},
     },
-    dialect::imds_token::ImdsTokens,
-    drain::{Drain, drain},
-    identity::{CallerResolver, PodUid, Pods, ServiceAccountRef, network::Networks},
+    config::Config,
+    credentials::{Clock, aws::eks_auth, cache::CredentialCache, kube_identity::Clients, source::NodeSource},
+    identity::{
+        PodUid, ServiceAccountRef,
+        tree::{PodCgroup, TreeEvent},
+    },
     instance_metadata::Instance,
-    intercept::OriginLookup,
     policy::ImdsMode,
-    policy::lookup::Policies,
-    serve::{ConnectionLimit, Server, metrics::RequestMetrics},
-    testing::{FakeCgroups, FakeOrigins},
+    testing::{
+        FakeCgroups, FakeOrigins,
+        fake_node::{self, FakePolicies},
+    },
 };
 use agent_common::{
     net::{Endpoint, POD_IDENTITY_V4},
     origin::{Origin, STATE_SENT},
+    policy::QosClass,
 };
 use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
 use aws_credential_types::{Credentials, provider::SharedCredentialsProvider};
+use futures::{StreamExt as _, channel::mpsc};
+use jiff::Timestamp;
 use kube::{
-    Api, Client,
+    Client,
     config::{KubeConfigOptions, Kubeconfig},
 };
 use lab::{
@@ -44,30 +52,35 @@ use lab::{
     imds_server::NodeCredentials,
     kube_api::{KubeApi, KubeUser},
 };
-use prometheus_client::registry::Registry;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
 
 pub(crate) const CLUSTER: &str = "lab";
 const NODE: &str = "n1";
-const HOST_NETWORK: u64 = 1;
-/// Of every pod: what a test dials from another network is said so.
+/// Of every pod: a test says so where it connects from another network.
 const POD_NETWORK: u64 = 10;
 
-/// The agent behind a listener on loopback, and everything it talks to.
+/// A running agent, and everything that it talks to.
 pub(crate) struct Node {
     pub(crate) address: SocketAddr,
     pub(crate) cluster: Cluster,
     pub(crate) eks_auth: EksAuth,
     pub(crate) faults: Faults,
-    pub(crate) engine: Arc<CredentialCache<NodeSource>>,
-    pub(crate) connections: ConnectionLimit,
-    pub(crate) engine_metrics: CacheMetrics,
-    pub(crate) kubelet: tempfile::TempDir,
+    pub(crate) cache: Arc<CredentialCache<NodeSource>>,
+    command_socket: PathBuf,
+    kubelet_root: PathBuf,
+    _directory: tempfile::TempDir,
     _kube_api: KubeApi,
-    registry: Registry,
     origins: Arc<FakeOrigins>,
     cgroups: Arc<FakeCgroups>,
-    drain: Option<Drain>,
+    cgroup_events: mpsc::UnboundedSender<TreeEvent>,
+    /// How often the reconciler was waited for.
+    barriers: AtomicU64,
+    reconciled: watch::Receiver<u64>,
+    stop: Option<oneshot::Sender<()>>,
+    running: JoinHandle<Result<(), app::Error>>,
 }
 
 /// An answer as it came over the wire.
@@ -113,52 +126,44 @@ impl Node {
         };
         let eks_auth = EksAuth::serve(listener(), eks_auth, cluster.clone(), faults.clone()).unwrap();
 
-        let kubelet = tempfile::tempdir().unwrap();
-        let config = config(imds, kubelet.path().to_owned());
-        let aws = aws(&eks_auth.url(), &node);
-        let kube = clients(&kube_api).await;
-        let (pods, cgroups) = (Arc::<Pods>::default(), Arc::<FakeCgroups>::default());
-        let networks = Arc::new(Networks::new(HOST_NETWORK));
-        let resolver = CallerResolver::new(Arc::clone(&cgroups), Arc::clone(&pods), networks);
-        let policies = Policies { defaults: config.defaults(), namespaces: Arc::default() };
-        let namespaces = Arc::clone(&policies.namespaces);
-        let (_, instance) = watch::channel(Instance::default());
-        let mut registry = Registry::default();
-        let client = eks_auth::EksAuth::new(&aws, CLUSTER, NODE, instance.clone());
-        let engine_metrics = CacheMetrics::default();
-        let engine = app::engine(&config, &kube, client, engine_metrics.clone());
-        let connections = ConnectionLimit::default();
-        let server = Server {
-            policies,
-            resolver,
-            engine: Arc::clone(&engine),
-            imds_tokens: ImdsTokens::new(&[7; 32]),
-            token_delegates: config.token_delegates.clone(),
-            instance,
-            connections: connections.clone(),
-            metrics: RequestMetrics::register(&mut registry),
-        };
-        let (events, mut received) = mpsc::channel(64);
-        let of_namespaces = events.clone();
-        tokio::spawn(async move { pods.follow(Api::all(kube.node), NODE, events).await });
-        tokio::spawn(async move { namespaces.follow(Api::all(kube.own), of_namespaces).await });
-        tokio::spawn(async move { while received.recv().await.is_some() {} });
-        let origins = Arc::<FakeOrigins>::default();
-        let (address, drain) = serve(Arc::new(server), Arc::clone(&origins));
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(imds, directory.path());
+        let kubelet_root = config.kubelet_root.clone();
+        let clock: Clock = Arc::new(Timestamp::now);
+        let clients = clients(&kube_api).await;
+        let services = services(&config, clients, &aws(&eks_auth.url(), &node), &clock);
+        let (cgroups, origins) = (Arc::<FakeCgroups>::default(), Arc::<FakeOrigins>::default());
+        let (cgroup_events, events) = mpsc::unbounded();
+        let policies = FakePolicies::default();
+        let reconciled = policies.classes();
+        let facts = Arc::new(Arc::clone(&cgroups));
+        let seams = fake_node::seams(clock, facts, events.boxed(), Arc::clone(&origins), policies, services);
+        let bound = app::build(config, seams).await.unwrap();
+
+        let (address, cache) = (bound.addresses[0], Arc::clone(&bound.cache));
+        let (command_socket, ready) = (bound.command_socket.clone(), Arc::clone(&bound.ready));
+        let (stop, stopped) = oneshot::channel();
+        let running = tokio::spawn(bound.run(async { drop(stopped.await) }));
+        while !ready.load(Relaxed) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         Self {
             address,
             cluster,
             eks_auth,
             faults,
-            engine,
-            engine_metrics,
-            connections,
-            kubelet,
+            cache,
+            command_socket,
+            kubelet_root,
+            _directory: directory,
             _kube_api: kube_api,
-            registry,
             origins,
             cgroups,
-            drain: Some(drain),
+            cgroup_events,
+            barriers: AtomicU64::new(0),
+            reconciled,
+            stop: Some(stop),
+            running,
         }
     }
 
@@ -176,34 +181,57 @@ impl Node {
         let cgroup_id = u64::from_be_bytes(uid.replace('-', "").as_bytes()[..8].try_into().unwrap());
         self.cgroups.set(cgroup_id, format!("burstable/pod{uid}/container"));
         self.cgroups.set_network(format!("burstable/pod{uid}"), POD_NETWORK);
-        TestPod { name: name.into(), uid: uid.into(), cgroup_id }
+        let pod = TestPod { name: name.into(), uid: uid.into(), cgroup_id };
+        self.cgroup_events.unbounded_send(TreeEvent::Appeared(pod.cgroup())).unwrap();
+        pod
     }
 
-    /// From now on connections are dialled to `address` by a process in this cgroup, which has this path.
+    /// Removes a pod's cgroup; the API server still shows the pod.
+    pub(crate) async fn remove_cgroup(&self, pod: &TestPod) {
+        self.cgroup_events.unbounded_send(TreeEvent::Gone(pod.cgroup())).unwrap();
+        self.reconciled().await;
+    }
+
+    /// Makes it again, as when the kubelet starts a pod's containers anew.
+    pub(crate) async fn restore_cgroup(&self, pod: &TestPod) {
+        self.cgroup_events.unbounded_send(TreeEvent::Appeared(pod.cgroup())).unwrap();
+        self.reconciled().await;
+    }
+
+    /// Waits until every event of a cgroup has been applied.
+    async fn reconciled(&self) {
+        let barrier = self.barriers.fetch_add(1, Relaxed) + 1;
+        self.cgroup_events.unbounded_send(TreeEvent::Class(QosClass::Burstable, barrier)).unwrap();
+        self.reconciled.clone().wait_for(|reached| *reached >= barrier).await.unwrap();
+    }
+
+    /// From now on connections are made to `address` by a process in the cgroup with this path.
     pub(crate) fn connect_from_cgroup(&self, path: &str, address: &str) {
         self.cgroups.set(7, path);
         self.origins.set(Some(origin(7, address)));
     }
 
-    /// From now on connections are this pod's, which dialled `address`.
+    /// From now on connections are this pod's, to `address`.
     pub(crate) fn connect_as(&self, pod: &TestPod, address: &str) {
         self.origins.set(Some(origin(pod.cgroup_id, address)));
     }
 
-    /// From now on connections are dialled from this pod's cgroup, through a socket in another pod's network.
+    /// From now on connections are made from this pod's cgroup, through a socket in another pod's network.
     pub(crate) fn connect_through_another_network(&self, pod: &TestPod, address: &str) {
         let origin = origin(pod.cgroup_id, address);
         self.origins.set(Some(Origin { netns_cookie: POD_NETWORK + 1, ..origin }));
     }
 
-    /// From now on nobody vouches for connections.
+    /// From now on connections have no origin.
     pub(crate) fn connect_anonymously(&self) {
         self.origins.set(None);
     }
 
-    /// Ends the agent as `SIGTERM` does, and tells whether everything in flight was finished.
-    pub(crate) async fn stop(&mut self) -> bool {
-        self.drain.take().unwrap().run(Duration::from_secs(5)).await
+    /// Shuts the agent down as `SIGTERM` does.
+    pub(crate) async fn stop(mut self) {
+        let stop = self.stop.take().unwrap();
+        stop.send(()).unwrap();
+        (&mut self.running).await.unwrap().unwrap();
     }
 
     /// Sends bytes on a connection of its own and reads to its end.
@@ -236,11 +264,20 @@ impl Node {
         self.request("GET", path, headers).await
     }
 
-    /// The agent's own metrics of requests, as text.
+    /// The agent's metrics, as Prometheus gets them.
     pub(crate) fn metrics(&self) -> String {
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.registry).unwrap();
-        text
+        let mut stream = UnixStream::connect(&self.command_socket).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: podgate\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    /// One metric without labels.
+    pub(crate) fn metric(&self, name: &str) -> u64 {
+        let metrics = self.metrics();
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("there is no {name} in {metrics}")).trim().parse().unwrap()
     }
 
     /// Waits until something holds, which it must within a second.
@@ -252,7 +289,7 @@ impl Node {
         }
     }
 
-    /// LimitKey role the credentials in an answer are, by EKS Auth's own record.
+    /// Whose role the credentials in an answer are of, by EKS Auth's own record.
     pub(crate) fn role_of(&self, answer: &Answer) -> String {
         let key = answer.json()["AccessKeyId"].as_str().unwrap_or_default().to_owned();
         let issued =
@@ -273,7 +310,7 @@ impl TestPod {
     /// Puts the token that the kubelet would keep for this pod where it would.
     pub(crate) fn kubelet_writes(&self, node: &Node, token: &str) {
         assert!(PodUid::parse(&self.uid).is_some());
-        let volume = node.kubelet.path().join("pods").join(&self.uid);
+        let volume = node.kubelet_root.join("pods").join(&self.uid);
         let volume = volume.join("volumes/kubernetes.io~projected/eks-pod-identity-token");
         std::fs::create_dir_all(volume.join("..1")).unwrap();
         std::fs::write(volume.join("..1/eks-pod-identity-token"), token).unwrap();
@@ -282,6 +319,10 @@ impl TestPod {
             "..data/eks-pod-identity-token",
             volume.join("eks-pod-identity-token"),
         );
+    }
+
+    fn cgroup(&self) -> PodCgroup {
+        PodCgroup { uid: PodUid::parse(&self.uid).unwrap(), id: self.cgroup_id }
     }
 
     pub(crate) fn token(&self, node: &Node) -> String {
@@ -297,23 +338,6 @@ impl Answer {
     pub(crate) fn message(&self) -> String {
         self.json()["message"].as_str().unwrap().to_owned()
     }
-}
-
-fn serve(server: Arc<Server<NodeSource>>, origins: Arc<FakeOrigins>) -> (SocketAddr, Drain) {
-    let listener = accept::listen("127.0.0.1:0".parse().unwrap()).unwrap();
-    let address = listener.local_addr().unwrap();
-    let (drain, watch) = drain();
-    let lookup: Arc<dyn OriginLookup> = Arc::new(origins);
-    tokio::spawn(async move {
-        let of_connections = watch.clone();
-        let serve = move |accepted| {
-            if let Some(served) = Arc::clone(&server).admit(accepted, of_connections.clone()) {
-                tokio::spawn(served);
-            }
-        };
-        accept::accept(listener, lookup, watch, serve).await.unwrap();
-    });
-    (address, drain)
 }
 
 fn spec(namespace: &str, name: &str, service_account: &str) -> PodSpec {
@@ -332,33 +356,25 @@ fn spec(namespace: &str, name: &str, service_account: &str) -> PodSpec {
     }
 }
 
-fn config(imds: ImdsMode, kubelet_root: PathBuf) -> Config {
+fn config(imds: ImdsMode, directory: &Path) -> Config {
     Config {
         node_name: NODE.into(),
         cluster_name: CLUSTER.into(),
-        cgroup_root: "/".into(),
-        kubelet_root,
-        bpffs: "/sys/fs/bpf".into(),
         imds,
-        imds_floor: ImdsMode::Off,
-        imds_v1: false,
-        egress_filter: true,
-        audit_paths: false,
-        target: TargetMode::PodIdentity,
-        target_v4: None,
-        target_v6: None,
-        eks_agent: None,
         token_delegates: vec![ServiceAccountRef { namespace: "app".into(), name: "csi".into() }],
-        when_down: WhenDown::Deny,
-        prefetch: true,
-        netdev: "podgate0".into(),
-        kube_identity: KubeIdentity::AssociatedNode,
-        admin: "127.0.0.1:0".parse().unwrap(),
-        socket: "/run/podgate/podgate.sock".into(),
-        handover_dir: "/run/podgate-handover".into(),
-        drain: Duration::from_secs(5),
-        log_format: LogFormat::Text,
-        log_filter: "info".into(),
+        ..fake_node::config(directory)
+    }
+}
+
+/// The cluster and AWS, as the agent reaches them on a node.
+fn services(config: &Config, clients: Clients, aws: &SdkConfig, clock: &Clock) -> Services<NodeSource> {
+    let (_, instance) = watch::channel(Instance::default());
+    let eks_auth = eks_auth::EksAuth::new(aws, CLUSTER, NODE, instance.clone());
+    Services {
+        source: NodeSource::new(&config.kubelet_root, &clients, eks_auth, Arc::clone(clock)),
+        instance,
+        cluster: Box::new(ApiServer { clients, node_name: NODE.into() }),
+        background: vec![],
     }
 }
 

@@ -1,4 +1,4 @@
-//! A pod goes, and a connection of its is left in somebody's hands.
+//! A pod is removed while another process still holds a connection of its.
 #![expect(clippy::unwrap_used, reason = "test code")]
 
 use std::{
@@ -7,14 +7,12 @@ use std::{
     time::Duration,
 };
 
-use agent::identity::PodUid;
-
 use super::{ECS, IMDS, ImdsMode, Node, POD_IDENTITY, ROLES, TOKEN, TTL, injected, web};
 
-/// A connection that is kept.
-struct PodState(TcpStream);
+/// A connection that stays open.
+struct OpenConnection(TcpStream);
 
-impl PodState {
+impl OpenConnection {
     fn open(node: &Node) -> Self {
         let stream = TcpStream::connect(node.address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -46,7 +44,7 @@ impl PodState {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_of_a_pod_that_is_gone_is_nobody_s_by_whatever_word_and_a_new_one_is_the_pod_s() {
+async fn connections_of_a_removed_pod_are_refused_in_every_dialect() {
     let node = Node::start(ImdsMode::Intercept).await;
     let (pod, with_token) = (web(&node), node.pod("web-1", "web", |spec| spec.token_volume = true));
     let token = with_token.token(&node);
@@ -58,26 +56,26 @@ async fn a_connection_of_a_pod_that_is_gone_is_nobody_s_by_whatever_word_and_a_n
         (&with_token, POD_IDENTITY, "GET", "/v1/credentials", by_token),
     ] {
         node.connect_as(pod, address);
-        let connection = PodState::open(&node);
+        let connection = OpenConnection::open(&node);
         let answer = connection.ask(method, address, path, header).await.unwrap();
         assert!(answer.starts_with("http/1.1 200"), "{answer}");
 
-        node.connections.end(PodUid::parse(&pod.uid).unwrap());
+        node.remove_cgroup(pod).await;
         let answer = connection.ask(method, address, path, header).await.unwrap();
         assert!(answer.starts_with("http/1.1 403") && answer.contains("is gone"), "{answer}");
         assert!(answer.contains("connection: close"), "{answer}");
         assert!(connection.ask(method, address, path, header).await.is_none(), "it is closed");
 
-        let again = PodState::open(&node).ask(method, address, path, header).await.unwrap();
+        node.restore_cgroup(pod).await;
+        let again = OpenConnection::open(&node).ask(method, address, path, header).await.unwrap();
         assert!(again.starts_with("http/1.1 200"), "its containers were started anew: {again}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_whose_cgroup_is_gone_gets_nothing_though_the_api_server_shows_it() {
+async fn a_pod_without_cgroup_gets_nothing_though_the_api_server_has_it() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
-    let uid = PodUid::parse(&pod.uid).unwrap();
     let token = pod.token(&node);
     let ask_all = async || {
         node.connect_anonymously();
@@ -90,11 +88,11 @@ async fn a_pod_whose_cgroup_is_gone_gets_nothing_though_the_api_server_shows_it(
         [by_token, by_both, by_kernel]
     };
     assert!(ask_all().await.iter().all(|answer| answer.status == 200));
-    node.engine.on_cgroup_removed(uid).await;
+    node.remove_cgroup(&pod).await;
     for answer in ask_all().await {
         assert!(answer.status == 500 && answer.body.contains("the pod is gone"), "{answer:?}");
     }
     assert_eq!(node.eks_auth.calls(), 1);
-    node.engine.on_cgroup_created(uid);
+    node.restore_cgroup(&pod).await;
     assert!(ask_all().await.iter().all(|answer| answer.status == 200));
 }

@@ -1,13 +1,9 @@
-//! The whole agent but for the kernel, in process: real requests in, the lab's servers behind.
+//! The whole agent except for the kernel, in process: real requests in front, the lab's servers behind.
 
-#[path = "pipeline/freshness.rs"]
 mod freshness;
-#[path = "pipeline/gone.rs"]
-mod gone;
-#[path = "pipeline/keys.rs"]
-mod keys;
-#[path = "pipeline/node.rs"]
-mod node;
+mod harness;
+mod key_rotation;
+mod removed_pods;
 
 use std::{
     io::{Read as _, Write as _},
@@ -16,11 +12,11 @@ use std::{
 };
 
 use agent::policy::ImdsMode;
+use harness::{Answer, Node, TestPod};
 use lab::{
     fault_injection::{Fault, Faults, Service},
     kube_api::KubeApi,
 };
-use node::{Answer, Node, TestPod};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 const IMDS: &str = "169.254.169.254";
@@ -28,7 +24,7 @@ const POD_IDENTITY: &str = "169.254.170.23";
 const ECS: &str = "169.254.170.2";
 const ROLES: &str = "/latest/meta-data/iam/security-credentials/";
 const TOKEN: &str = "/latest/api/token";
-const NOT_ITS_AUDIENCE: &str = "its audience is not pods.eks.amazonaws.com";
+const WRONG_AUDIENCE: &str = "its audience is not pods.eks.amazonaws.com";
 const TTL: (&str, &str) = ("X-aws-ec2-metadata-token-ttl-seconds", "21600");
 
 async fn session(node: &Node) -> String {
@@ -89,7 +85,7 @@ async fn pods_of_one_service_account_get_credentials_of_their_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn imds_v1_is_refused_with_the_way_to_allow_it_and_served_where_it_is_allowed() {
+async fn imds_v1_is_refused_with_a_hint_and_served_where_it_is_allowed() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
     node.connect_as(&pod, IMDS);
@@ -137,7 +133,7 @@ async fn nothing_of_the_node_is_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_webhook_s_token_is_served_as_the_eks_agent_does_with_and_without_an_origin() {
+async fn the_webhooks_token_is_served_with_and_without_an_origin() {
     let node = Node::start(ImdsMode::Audit).await;
     let pod = injected(&node);
     let token = pod.token(&node);
@@ -152,7 +148,7 @@ async fn the_webhook_s_token_is_served_as_the_eks_agent_does_with_and_without_an
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_is_anonymous_without_a_token() {
+async fn anonymous_callers_without_a_token_are_refused() {
     let node = Node::start(ImdsMode::Intercept).await;
     node.connect_anonymously();
     let answer = node.get("/v1/credentials", &[]).await;
@@ -165,7 +161,7 @@ async fn nobody_is_anonymous_without_a_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hung_api_server_does_not_hold_a_pod_for_ever() {
+async fn a_hung_api_server_does_not_block_a_pod_forever() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
     node.connect_as(&pod, IMDS);
@@ -176,12 +172,12 @@ async fn a_hung_api_server_does_not_hold_a_pod_for_ever() {
     node.faults.clear(Service::KubeApi);
     let begun = Instant::now();
     while node.get("/v1/credentials", &[]).await.status != 200 {
-        assert!(begun.elapsed() < Duration::from_secs(15), "the call that hangs is never given up");
+        assert!(begun.elapsed() < Duration::from_secs(15), "the hung call is never cancelled");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_forged_token_without_an_origin_never_gets_what_is_kept_for_its_pod() {
+async fn a_forged_anonymous_token_never_gets_cached_credentials() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
     let genuine = pod.token(&node);
@@ -191,7 +187,7 @@ async fn a_forged_token_without_an_origin_never_gets_what_is_kept_for_its_pod() 
         let [(name, value)] = header(token);
         node.get("/v1/credentials", &[(name, &value)]).await
     };
-    assert_eq!(get(&genuine).await.status, 200, "the pod's credentials are kept now");
+    assert_eq!(get(&genuine).await.status, 200, "the pod's credentials are cached now");
     let (signed, _signature) = genuine.rsplit_once('.').unwrap();
     let forged = format!("{signed}.Zm9yZ2Vk");
     let answer = get(&forged).await;
@@ -202,11 +198,9 @@ async fn a_forged_token_without_an_origin_never_gets_what_is_kept_for_its_pod() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_nobody_can_verify_a_token_it_goes_to_eks_auth_itself() {
-    // The cluster's keys are fetched at the start.
-    let faults = Faults::default();
-    faults.set(Service::KubeApi, Fault::Drop);
-    let node = Node::start_with(ImdsMode::Intercept, faults).await;
+async fn a_token_that_cannot_be_verified_here_is_sent_to_eks_auth() {
+    let deny = |kube_api: &KubeApi| kube_api.allow_issuer_discovery(false);
+    let node = Node::start_where(ImdsMode::Intercept, Faults::default(), deny).await;
     let pod = injected(&node);
     let genuine = pod.token(&node);
     node.connect_anonymously();
@@ -222,10 +216,10 @@ async fn where_nobody_can_verify_a_token_it_goes_to_eks_auth_itself() {
         assert_eq!(answer.status, 400, "{answer:?}");
         assert!(answer.message().contains("InvalidTokenException"), "{answer:?}");
     }
-    assert_eq!(node.eks_auth.calls(), 2, "and once is enough");
+    assert_eq!(node.eks_auth.calls(), 2, "one call settles a forged token");
 }
 
-/// Tokens that are no good, and what is said of them where the cluster's keys are known.
+/// Bad tokens, and why they are refused where the cluster's keys are known.
 fn bad_tokens(node: &Node) -> [(String, &'static str); 5] {
     let life = Duration::from_hours(1);
     let audience = node.cluster.mint_pod_token("app", "web-0", &["sts.amazonaws.com"], life);
@@ -238,7 +232,7 @@ fn bad_tokens(node: &Node) -> [(String, &'static str); 5] {
     claims.kubernetes.pod = None;
     let unbound = node.cluster.sign(&claims);
     [
-        (audience, NOT_ITS_AUDIENCE),
+        (audience, WRONG_AUDIENCE),
         (unbound, "it is not bound to a pod"),
         (forged, "its signature is wrong"),
         (other_key, "a key that is not the cluster's"),
@@ -247,7 +241,7 @@ fn bad_tokens(node: &Node) -> [(String, &'static str); 5] {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here() {
+async fn a_token_for_another_audience_or_cluster_is_refused_here() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
     for (token, reason) in bad_tokens(&node) {
@@ -255,7 +249,7 @@ async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here
         let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
         assert_eq!(answer.status, 400, "{answer:?}");
         assert!(answer.message().contains(reason), "{answer:?}");
-        // Nor does the kernel's attestation help a token that is known to be bad.
+        // The kernel's attestation does not make a bad token good.
         node.connect_as(&pod, POD_IDENTITY);
         let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
         assert!((400..=403).contains(&answer.status), "{answer:?}");
@@ -264,10 +258,10 @@ async fn a_token_for_somebody_else_or_of_somebody_else_s_cluster_is_refused_here
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_the_cluster_s_keys_a_token_for_somebody_else_is_refused_here_and_a_forged_one_by_eks_auth() {
+async fn without_keys_wrong_audiences_are_refused_here_forgeries_by_eks_auth() {
     let deny = |kube_api: &KubeApi| kube_api.allow_issuer_discovery(false);
     for number in 0..5 {
-        // Who has sent one waits before the next.
+        // A node of its own: whoever has sent a bad token must wait before the next.
         let node = Node::start_where(ImdsMode::Intercept, Faults::default(), deny).await;
         let pod = injected(&node);
         let (token, reason) = bad_tokens(&node)[number].clone();
@@ -281,13 +275,13 @@ async fn without_the_cluster_s_keys_a_token_for_somebody_else_is_refused_here_an
             assert!(answers[0].message().contains(reason), "{answers:?}");
             assert_eq!(node.eks_auth.calls(), 0, "{reason}");
         } else {
-            assert!(node.eks_auth.calls() > 0, "{reason}: nobody else can tell");
+            assert!(node.eks_auth.calls() > 0, "{reason}: only EKS Auth can tell");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kubelet_s_token_for_somebody_else_is_not_shown_to_eks_auth() {
+async fn a_kubelet_token_for_another_audience_is_not_sent_to_eks_auth() {
     for has_keys in [true, false] {
         let change =
             if has_keys { |_: &KubeApi| {} } else { |api: &KubeApi| api.allow_issuer_discovery(false) };
@@ -313,7 +307,7 @@ async fn a_stolen_token_is_worthless_to_a_pod() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_delegate_is_served_by_other_pods_tokens_if_they_are_verified_and_nobody_else_is() {
+async fn only_a_delegate_may_present_other_pods_verified_tokens() {
     let node = Node::start(ImdsMode::Intercept).await;
     let app = injected(&node);
     let [delegate, other] = ["csi", "csi-2"].map(|name| node.pod(&format!("{name}-0"), name, |_| {}));
@@ -356,7 +350,7 @@ async fn a_delegate_is_served_by_other_pods_tokens_if_they_are_verified_and_nobo
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_carries_so_many_requests_and_then_ends() {
+async fn a_connection_is_closed_after_its_request_limit() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
     node.connect_as(&pod, POD_IDENTITY);
@@ -378,7 +372,7 @@ async fn a_connection_carries_so_many_requests_and_then_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_asks_on_and_on_and_never_reads_is_cut_off() {
+async fn a_client_that_never_reads_its_answers_is_disconnected() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
     node.connect_as(&pod, POD_IDENTITY);
@@ -392,19 +386,19 @@ async fn who_asks_on_and_on_and_never_reads_is_cut_off() {
     // In whatever state: one that is closed with unread answers would stay for minutes. Both ends are compared: the
     // client's port alone may also be that of a connection of another test.
     let agent = node.address;
-    let kept = || {
+    let open = || {
         let mut sockets = procfs::net::tcp().unwrap().into_iter();
         sockets.find(|socket| socket.local_address == agent && socket.remote_address == client)
     };
     let begun = Instant::now();
-    while let Some(socket) = kept() {
+    while let Some(socket) = open() {
         assert!(begun.elapsed() < Duration::from_secs(30), "it is still there: {socket:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_who_does_not_wait_is_counted() {
+async fn a_caller_that_hangs_up_early_is_counted() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = web(&node);
     node.faults.set(Service::EksAuth, Fault::Hang);
@@ -418,7 +412,7 @@ async fn a_caller_who_does_not_wait_is_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_the_cluster_s_keys_a_delegate_is_told_to_try_again_and_eks_auth_is_not_asked() {
+async fn without_keys_a_delegate_must_retry_and_eks_auth_is_not_called() {
     let deny = |kube_api: &KubeApi| kube_api.allow_issuer_discovery(false);
     let node = Node::start_where(ImdsMode::Intercept, Faults::default(), deny).await;
     let app = injected(&node);
@@ -430,7 +424,7 @@ async fn without_the_cluster_s_keys_a_delegate_is_told_to_try_again_and_eks_auth
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_cluster_s_keys_come_in_the_end_though_the_api_server_is_slow_and_no_caller_waits() {
+async fn keys_are_fetched_from_a_slow_api_server_though_no_caller_waits() {
     let faults = Faults::default();
     // Two calls for the keys: longer than any caller waits.
     faults.set(Service::KubeApi, Fault::Latency(Duration::from_millis(400)));
@@ -456,7 +450,7 @@ async fn the_cluster_s_keys_come_in_the_end_though_the_api_server_is_slow_and_no
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stolen_token_is_worthless_to_a_pod_that_the_watch_has_not_shown() {
+async fn a_stolen_token_is_worthless_to_a_pod_unknown_to_the_watch() {
     let node = Node::start(ImdsMode::Intercept).await;
     let victim = injected(&node);
     node.connect_as(&node.cgroup_of("thief", "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11"), POD_IDENTITY);
@@ -480,12 +474,12 @@ async fn a_pod_that_has_a_token_must_send_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mesh_s_proxy_that_dials_for_others_gets_neither_role_and_keeps_the_token_path() {
+async fn a_mesh_proxy_gets_neither_role_but_may_pass_a_token_on() {
     let node = Node::start(ImdsMode::Intercept).await;
     let application = injected(&node);
     node.eks_auth.associate("app", "proxy", "proxy-role");
     let proxy = node.pod("proxy-0", "proxy", |_| {});
-    // The proxy's own dials, from its own network, are its own.
+    // What the proxy connects to from its own network is its own request.
     node.connect_as(&proxy, POD_IDENTITY);
     assert_eq!(node.role_of(&node.get("/v1/credentials", &[]).await), "proxy-role for proxy-0");
 
@@ -502,7 +496,7 @@ async fn a_mesh_s_proxy_that_dials_for_others_gets_neither_role_and_keeps_the_to
     let token = application.token(&node);
     let answer = node.get("/v1/credentials", &[("Authorization", &token)]).await;
     assert_eq!(node.role_of(&answer), "web-role for web-0", "as with the EKS Pod Identity Agent");
-    // A token that names the proxy gets nothing that is kept for the proxy.
+    // A token that names the proxy gets nothing that is cached for the proxy.
     let (signed, _) = proxy.token(&node).rsplit_once('.').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
     let forged = format!("{signed}.Zm9yZ2Vk");
     assert_eq!(node.get("/v1/credentials", &[("Authorization", &forged)]).await.status, 400);
@@ -540,7 +534,7 @@ async fn a_service_account_without_association_is_named_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_is_not_a_pod_is_refused() {
+async fn callers_outside_of_pods_are_refused() {
     let node = Node::start(ImdsMode::Intercept).await;
     let cases = [
         ("burstable/podfc407168c6823ed1e0a61410d6621724/c", "static pod"),
@@ -556,7 +550,7 @@ async fn who_is_not_a_pod_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_the_watch_has_not_shown_waits_and_is_then_told_to_try_again() {
+async fn a_pod_unknown_to_the_watch_waits_and_is_then_told_to_retry() {
     let node = Node::start(ImdsMode::Intercept).await;
     node.eks_auth.associate("app", "web", "web-role");
     let uid = "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11";
@@ -579,7 +573,7 @@ async fn a_pod_that_the_watch_has_not_shown_waits_and_is_then_told_to_try_again(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_is_not_to_be_intercepted_is_told_to_dial_again() {
+async fn a_pod_that_is_not_intercepted_any_more_is_told_to_reconnect() {
     for (imds, status) in [(ImdsMode::Off, 503), (ImdsMode::Audit, 503), (ImdsMode::Deny, 403)] {
         let node = Node::start(imds).await;
         node.connect_as(&web(&node), IMDS);
@@ -589,7 +583,7 @@ async fn a_pod_that_is_not_to_be_intercepted_is_told_to_dial_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_eks_auth_cannot_be_reached_the_answer_is_quick_and_says_so() {
+async fn the_answer_is_quick_and_clear_when_eks_auth_is_unavailable() {
     let node = Node::start(ImdsMode::Intercept).await;
     node.connect_as(&web(&node), POD_IDENTITY);
     node.faults.set(Service::EksAuth, Fault::Drop);
@@ -599,16 +593,16 @@ async fn when_eks_auth_cannot_be_reached_the_answer_is_quick_and_says_so() {
     assert_eq!(answer.status, 500);
     assert!(answer.message().contains("EKS Auth cannot be reached"), "{answer:?}");
     node.faults.clear(Service::EksAuth);
-    // Nobody has had an answer, and so EKS Auth is asked once in two seconds.
+    // While EKS Auth is unavailable it is called once in two seconds.
     let begun = Instant::now();
     while node.get("/v1/credentials", &[]).await.status != 200 {
-        assert!(begun.elapsed() < Duration::from_secs(5), "a failure is kept");
+        assert!(begun.elapsed() < Duration::from_secs(5), "a failure is cached");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_call_goes_on_without_its_caller_and_serves_the_next_one() {
+async fn a_slow_fetch_outlives_its_caller_and_serves_the_next_one() {
     let node = Node::start(ImdsMode::Intercept).await;
     node.connect_as(&web(&node), POD_IDENTITY);
     node.faults.set(Service::EksAuth, Fault::Latency(Duration::from_millis(1200)));
@@ -653,7 +647,7 @@ async fn a_refusal_is_remembered_for_its_pod_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn node_credentials_that_aws_does_not_take_are_named() {
+async fn node_credentials_that_aws_refuses_are_named() {
     let node = Node::start(ImdsMode::Intercept).await;
     node.connect_as(&web(&node), POD_IDENTITY);
     let (code, message) = ("ExpiredTokenException", "The security token included in the request is expired");
@@ -666,7 +660,7 @@ async fn node_credentials_that_aws_does_not_take_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_known_pod_with_the_kubelet_s_token_needs_no_api_server() {
+async fn a_known_pod_with_a_kubelet_token_needs_no_api_server() {
     let node = Node::start(ImdsMode::Intercept).await;
     let pod = injected(&node);
     pod.kubelet_writes(&node, &pod.token(&node));
@@ -683,7 +677,7 @@ async fn a_known_pod_with_the_kubelet_s_token_needs_no_api_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bad_client_harms_its_own_connection_alone() {
+async fn a_bad_client_harms_only_its_own_connection() {
     let node = Node::start(ImdsMode::Intercept).await;
     node.connect_as(&web(&node), POD_IDENTITY);
     let long =
@@ -701,7 +695,7 @@ async fn a_bad_client_harms_its_own_connection_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_s_body_is_never_taken_for_another_request() {
+async fn a_request_body_is_never_taken_for_another_request() {
     let node = Node::start(ImdsMode::Intercept).await;
     node.connect_as(&web(&node), POD_IDENTITY);
     let inner = "GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n";
@@ -713,8 +707,8 @@ async fn a_request_s_body_is_never_taken_for_another_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_in_flight_is_finished_before_the_end() {
-    let mut node = Node::start(ImdsMode::Intercept).await;
+async fn a_request_in_flight_is_finished_before_shutdown() {
+    let node = Node::start(ImdsMode::Intercept).await;
     node.connect_as(&web(&node), POD_IDENTITY);
     node.faults.set(Service::EksAuth, Fault::Latency(Duration::from_millis(400)));
     let address = node.address;
@@ -727,7 +721,7 @@ async fn a_request_in_flight_is_finished_before_the_end() {
         answer
     });
     tokio::time::sleep(Duration::from_millis(150)).await;
-    assert!(node.stop().await, "everything in flight was finished");
+    node.stop().await;
     assert!(request.await.unwrap().starts_with("HTTP/1.1 200"));
-    assert!(std::net::TcpStream::connect(address).is_err(), "nobody listens any more");
+    assert!(std::net::TcpStream::connect(address).is_err(), "the listener is closed");
 }

@@ -1,4 +1,4 @@
-//! Where this node's pods are, and podgate among them.
+//! What the agent finds out about its node at the start: where the pods' cgroups are, and podgate among them.
 
 use std::{
     path::{Path, PathBuf},
@@ -11,10 +11,10 @@ use tracing::info;
 use super::Error;
 use crate::{
     config::Config,
-    identity::netns,
     identity::{
         cgroup,
         cgroupfs::{self, Kubepods},
+        netns,
     },
     intercept::{Settings, TicketKey},
 };

@@ -1,11 +1,7 @@
-//! Golden exchanges: the very bytes of requests and of their answers, for every line of the contracts.
+//! Golden exchanges: the exact bytes of requests and responses, for every line of the contracts.
 
-#[path = "golden/exchange.rs"]
 mod exchange;
-#[path = "golden/node.rs"]
-mod node;
-
-#[path = "golden/upstream.rs"]
+mod session;
 mod upstream;
 
 use std::net::{IpAddr, Ipv4Addr};
@@ -14,10 +10,10 @@ use agent_common::net::POD_IDENTITY_V4;
 
 use self::{
     exchange::{Caller, parse},
-    node::Session,
+    session::Session,
 };
 
-/// The addresses that podgate may have: one of its own, and that of the agent whose place it takes.
+/// The addresses to which podgate may have connections sent: one of its own, and EKS Pod Identity's.
 const TARGETS: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::new(169, 254, 175, 1)), IpAddr::V4(POD_IDENTITY_V4)];
 
 /// Every exchange of a file must go as it is written there.
@@ -54,25 +50,25 @@ async fn not_as_written(file: &str, text: &str, target: IpAddr) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn eks_pod_identity_is_exact_on_the_wire() {
-    check("pod-identity.http", include_str!("golden/pod-identity.http")).await;
+    check("pod-identity.http", include_str!("pod-identity.http")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_errors_of_eks_auth_are_exact_on_the_wire() {
-    check("eks-auth.http", include_str!("golden/eks-auth.http")).await;
+async fn eks_auth_errors_are_exact_on_the_wire() {
+    check("eks-auth.http", include_str!("eks-auth.http")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn imds_is_exact_on_the_wire() {
-    check("imds.http", include_str!("golden/imds.http")).await;
+    check("imds.http", include_str!("imds.http")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ecs_is_exact_on_the_wire() {
-    check("ecs.http", include_str!("golden/ecs.http")).await;
+    check("ecs.http", include_str!("ecs.http")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn framing_is_strict() {
-    check("framing.http", include_str!("golden/framing.http")).await;
+    check("framing.http", include_str!("framing.http")).await;
 }

@@ -1,4 +1,4 @@
-//! A node of which everything is known: callers by name, and the agent's own stages behind a real listener.
+//! A chain of exchanges with an agent on a fake node of which everything is known: callers by name, pods, one moment.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "test code")]
 
 use std::{
@@ -6,40 +6,38 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use agent::{
-    accept,
-    credentials::{
-        cache::{self, CredentialCache},
-        metrics::CacheMetrics,
+    app::{
+        self,
+        seams::{ClusterWatch, Services},
     },
-    dialect::imds_token::ImdsTokens,
-    drain::drain,
+    config::Config,
     identity::{
-        CallerResolver, Namespaces, Pod, PodUid, Pods, ServiceAccountRef,
-        cgroupfs::CgroupPaths,
-        network::{Networks, PodProcesses},
+        Namespaces, Pod, PodUid, Pods, ServiceAccountRef, cgroupfs::CgroupPaths, network::PodProcesses,
+        watch::ClusterEvent,
     },
     instance_metadata::Instance,
-    intercept::OriginLookup,
-    policy::lookup::Policies,
-    policy::{Defaults, ImdsMode},
-    serve::{ConnectionLimit, Server, metrics::RequestMetrics},
-    testing::{self, FakeOrigins},
+    testing::{
+        self, FakeOrigins,
+        fake_node::{self, FakePolicies},
+    },
 };
 use agent_common::{
     net::{Endpoint, HTTP_PORT, POD_IDENTITY_V4, POD_IDENTITY_V6},
     origin::{Origin, STATE_SENT},
 };
+use futures::{StreamExt as _, future::BoxFuture, stream};
 use rustix::io::Errno;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
-    sync::watch,
-    time::timeout,
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -47,7 +45,6 @@ use crate::{
     upstream::Source,
 };
 
-const HOST_NETWORK: u64 = 1;
 const POD_NETWORK: u64 = 10;
 /// That of another pod.
 const FOREIGN_NETWORK: u64 = 11;
@@ -75,22 +72,33 @@ const PODS: [KnownPod; 11] = [
     ("csi", "10", |_| {}),
     ("other", "11", |_| {}),
 ];
-/// Its cgroup is there, the watch has not shown it.
+/// It has a cgroup, but the watch has not shown it.
 const LATE: (&str, &str) = ("late", "99");
 /// How the kubelet names the cgroup of a static pod.
 const STATIC: &str = "burstable/podfc407168c6823ed1e0a61410d6621724/container";
 
 /// Where a chain of exchanges is.
 pub(crate) struct Session {
-    /// What podgate has of an address.
+    /// The address to which connections are redirected.
     target: IpAddr,
     token: String,
     stream: Option<TcpStream>,
+    agent: Option<Agent>,
 }
 
-/// The cgroup that dials, and the network of its pod's processes.
+/// A running agent, until it is dropped.
+struct Agent {
+    address: SocketAddr,
+    _running: JoinSet<Result<(), app::Error>>,
+    _directory: tempfile::TempDir,
+}
+
+/// Pods and namespaces that never change.
+struct KnownCluster(Vec<Arc<Pod>>);
+
+/// The cgroup of the caller, and the network of its pod's processes.
 struct Cgroup {
-    /// Relative to kubepods, or that it is gone.
+    /// Relative to kubepods; an error once it has been removed.
     path: Result<Option<PathBuf>, Errno>,
     network: u64,
 }
@@ -98,17 +106,18 @@ struct Cgroup {
 // === impl Session ===
 
 impl Session {
-    /// A chain at the beginning, with an agent that pods' dials are sent to at this address.
+    /// A chain at its beginning, with an agent to which connections are redirected at this address.
     pub(crate) fn new(target: IpAddr) -> Self {
-        Self { target, token: String::new(), stream: None }
+        Self { target, token: String::new(), stream: None, agent: None }
     }
 
     /// Runs one exchange, on a node of its own unless it goes on with a connection; tells the answer in the form of the
     /// files. Whether the connection is open after it shows in the next exchange, where that is on the same one.
     pub(crate) async fn run(&mut self, exchange: &Exchange, goes_on: bool) -> String {
         if !matches!(exchange.caller, Caller::Again) {
-            let address = serve(self.target, exchange);
-            self.stream = Some(TcpStream::connect(address).await.unwrap());
+            let agent = Agent::start(self.target, exchange).await;
+            self.stream = Some(TcpStream::connect(agent.address).await.unwrap());
+            self.agent = Some(agent);
         }
         let stream = self.stream.as_mut().expect("`@ again` follows an exchange");
         // The agent may close before it has read everything.
@@ -165,28 +174,80 @@ impl PodProcesses for Cgroup {
     }
 }
 
-/// An agent for the caller of one exchange, and those that go on with its connection.
-fn serve(target: IpAddr, exchange: &Exchange) -> SocketAddr {
-    let pods = Arc::<Pods>::default();
-    let mut accounts = Vec::new();
-    for (name, digits, change) in PODS {
-        let mut pod = Pod { uid: uid(digits), name: name.into(), ..testing::pod("app", name) };
-        change(&mut pod);
-        accounts.push((pod.uid, pod.service_account.name.clone()));
-        pods.insert(&Arc::new(pod));
+// === impl KnownCluster ===
+
+impl ClusterWatch for KnownCluster {
+    fn follow_pods(&self, pods: Arc<Pods>, events: mpsc::Sender<ClusterEvent>) -> BoxFuture<'static, ()> {
+        for pod in &self.0 {
+            pods.insert(pod);
+        }
+        Box::pin(async move {
+            events.send(ClusterEvent::PodsSynced).await.unwrap();
+            std::future::pending().await
+        })
     }
-    let origins = Arc::<FakeOrigins>::default();
-    let mut cgroup = Cgroup::of("stray");
-    if let Caller::Pod { name, address, .. } = &exchange.caller {
-        cgroup = Cgroup::of(name);
-        origins.set(Some(origin(*address, target)));
+
+    fn follow_namespaces(
+        &self,
+        namespaces: Arc<Namespaces>,
+        events: mpsc::Sender<ClusterEvent>,
+    ) -> BoxFuture<'static, ()> {
+        namespaces.insert("app", BTreeMap::new());
+        namespaces.insert("audited", BTreeMap::from([("podgate.dev/imds".into(), "audit".into())]));
+        Box::pin(async move {
+            events.send(ClusterEvent::NamespacesSynced).await.unwrap();
+            std::future::pending().await
+        })
     }
-    let namespaces = Namespaces::default();
-    namespaces.insert("app", BTreeMap::new());
-    namespaces.insert("audited", BTreeMap::from([("podgate.dev/imds".into(), "audit".into())]));
-    let source = Source::new(exchange.upstream.clone(), accounts);
-    let clock = Arc::new(|| testing::credentials().obtained_at);
-    let instance = Instance {
+}
+
+// === impl Agent ===
+
+impl Agent {
+    /// Starts one for the caller of an exchange, and of those that go on with its connection.
+    async fn start(target: IpAddr, exchange: &Exchange) -> Self {
+        let mut accounts = Vec::new();
+        let mut pods = Vec::new();
+        for (name, digits, change) in PODS {
+            let mut pod = Pod { uid: uid(digits), name: name.into(), ..testing::pod("app", name) };
+            change(&mut pod);
+            accounts.push((pod.uid, pod.service_account.name.clone()));
+            pods.push(Arc::new(pod));
+        }
+        let origins = Arc::<FakeOrigins>::default();
+        let mut cgroup = Cgroup::of("stray");
+        if let Caller::Pod { name, address, .. } = &exchange.caller {
+            cgroup = Cgroup::of(name);
+            origins.set(Some(origin(*address, target)));
+        }
+        let services = Services {
+            source: Source::new(exchange.upstream.clone(), accounts),
+            instance: watch::channel(instance()).1,
+            cluster: Box::new(KnownCluster(pods)),
+            background: vec![],
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let config = Config {
+            token_delegates: vec![ServiceAccountRef { namespace: "app".into(), name: "csi".into() }],
+            ..fake_node::config(directory.path())
+        };
+        let clock = Arc::new(|| testing::credentials().obtained_at);
+        let cgroup_events = stream::pending().boxed();
+        let policies = FakePolicies::default();
+        let seams = fake_node::seams(clock, Arc::new(cgroup), cgroup_events, origins, policies, services);
+        let bound = app::build(config, seams).await.unwrap();
+        let (address, ready) = (bound.addresses[0], Arc::clone(&bound.ready));
+        let mut running = JoinSet::new();
+        running.spawn(bound.run(std::future::pending()));
+        while !ready.load(Relaxed) {
+            sleep(Duration::from_millis(1)).await;
+        }
+        Self { address, _running: running, _directory: directory }
+    }
+}
+
+fn instance() -> Instance {
+    Instance {
         region: Some("us-west-2".into()),
         zone: Some("us-west-2b".into()),
         zone_id: Some("usw2-az1".into()),
@@ -195,32 +256,7 @@ fn serve(target: IpAddr, exchange: &Exchange) -> SocketAddr {
         architecture: Some("x86_64".into()),
         domain: Some("amazonaws.com".into()),
         partition: None,
-    };
-    let defaults = Defaults { imds: ImdsMode::Intercept, imds_floor: ImdsMode::Off, imds_v1: false };
-    let server = Arc::new(Server {
-        policies: Policies { defaults, namespaces: Arc::new(namespaces) },
-        resolver: CallerResolver::new(cgroup, pods, Arc::new(Networks::new(HOST_NETWORK))),
-        engine: CredentialCache::start(source, cache::BUDGET, clock, 1, CacheMetrics::default()),
-        imds_tokens: ImdsTokens::new(&[7; 32]),
-        token_delegates: vec![ServiceAccountRef { namespace: "app".into(), name: "csi".into() }],
-        instance: watch::channel(instance).1,
-        connections: ConnectionLimit::default(),
-        metrics: RequestMetrics::default(),
-    });
-    let listener = accept::listen("127.0.0.1:0".parse().unwrap()).unwrap();
-    let address = listener.local_addr().unwrap();
-    let lookup: Arc<dyn OriginLookup> = Arc::new(origins);
-    tokio::spawn(async move {
-        let (_drain, watch) = drain();
-        let of_connections = watch.clone();
-        let serve = move |accepted| {
-            if let Some(served) = Arc::clone(&server).admit(accepted, of_connections.clone()) {
-                tokio::spawn(served);
-            }
-        };
-        accept::accept(listener, lookup, watch, serve).await.unwrap();
-    });
-    address
+    }
 }
 
 /// Head and body of the first answer of those received so far and to come; `None` where the connection ends without.
@@ -268,7 +304,7 @@ fn annotate(pod: &mut Pod, annotation: &str, value: &str) {
     pod.annotations.insert(annotation.into(), value.into());
 }
 
-/// A dial to `address` that was sent to podgate at `target`, or at what goes with it in IPv6.
+/// A connection to `address` that was redirected to podgate at `target`, or at its IPv6 counterpart.
 fn origin(address: IpAddr, target: IpAddr) -> Origin {
     let target = match (address, target) {
         (IpAddr::V6(_), IpAddr::V4(POD_IDENTITY_V4)) => POD_IDENTITY_V6.into(),
