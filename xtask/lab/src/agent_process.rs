@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use agent_common::abi::ABI_VERSION;
 use anyhow::{Context as _, bail};
 use nix::{
     sys::signal::{Signal, kill},
@@ -65,6 +66,17 @@ impl AgentSpec {
             env: BTreeMap::new(),
         }
     }
+
+    /// The same with pins of the next ABI, which only `podgate-undefended` can have: so that an upgrade to another ABI is
+    /// tested before there is one.
+    #[must_use]
+    pub fn of_next_abi(mut self) -> Self {
+        self.env.insert("PODGATE_ABI".to_owned(), Self::NEXT_ABI.to_string());
+        self
+    }
+
+    /// The ABI of [`Self::of_next_abi`].
+    pub const NEXT_ABI: u32 = ABI_VERSION + 1;
 }
 
 // === impl AgentProcess ===

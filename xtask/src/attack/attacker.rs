@@ -39,23 +39,23 @@ const SNIFFING: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) enum Act {
     /// Sends these bytes on one connection, and reads to its end.
-    Ask { dial: Dial, request: String },
+    Ask { route: Route, request: String },
     /// The three requests of IMDSv2, each with these headers.
     Imds { to: SocketAddr, headers: String },
     /// The same again and again until told to stop; every answer with other credentials, or the last refusal.
     ImdsForEver { to: SocketAddr },
     /// Connects, stays, and sends these bytes when told to.
     AskLater { to: SocketAddr, request: String },
-    /// Dials, hangs up, stays, and gives the socket to whoever comes to `path`.
+    /// Connects, hangs up, stays, and gives the socket to whoever comes to `path`.
     GiveSocket { path: PathBuf, to: SocketAddr },
-    /// Fetches that socket, dials with it and sends these bytes.
+    /// Fetches that socket, connects it and sends these bytes.
     TakeSocket { path: PathBuf, to: SocketAddr, request: String },
     /// Makes connections by hand, one for each ticket, and sends these bytes on each, until credentials come.
     Forge { from: Ipv4Addr, to: Ipv4Addr, layer: Layer, tickets: Vec<Option<u64>>, request: String },
     /// Tells the first ticket that `from` sends in a handshake.
     Sniff { from: Ipv4Addr },
-    /// Begins so many dials, none of which ends, and stays.
-    BeginDials { to: Vec<SocketAddr>, count: u32 },
+    /// Begins so many connections, none of which completes, and stays.
+    BeginConnects { to: Vec<SocketAddr>, count: u32 },
     /// Opens so many connections, stays, and says this on them as long as it does.
     HoldConnections { to: SocketAddr, count: u32, saying: String },
     /// Opens connections on and on, and holds so many: a new one takes the place of its oldest.
@@ -78,13 +78,13 @@ pub(super) enum Act {
     Knock { to: Ipv4Addr, how: Knock },
 }
 
-/// A way to dial.
+/// Where to connect, and from where.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Dial {
+pub(super) struct Route {
     pub(super) to: SocketAddr,
-    /// Which port to dial from.
+    /// Which port to connect from.
     pub(super) from_port: Option<u16>,
-    /// A cgroup to make and to be in when dialling; the socket is older.
+    /// A cgroup to make and to connect from; the socket is older.
     pub(super) cgroup: Option<PathBuf>,
 }
 
@@ -122,15 +122,15 @@ pub(super) struct Got {
     pub(super) refused_at: BTreeSet<u64>,
 }
 
-// === impl Dial ===
+// === impl Route ===
 
-impl From<SocketAddr> for Dial {
+impl From<SocketAddr> for Route {
     fn from(to: SocketAddr) -> Self {
         Self { to, from_port: None, cgroup: None }
     }
 }
 
-impl Dial {
+impl Route {
     fn connect(&self) -> io::Result<TcpStream> {
         if self.from_port.is_none() && self.cgroup.is_none() {
             return TcpStream::connect_timeout(&self.to, TIMEOUT);
@@ -139,7 +139,7 @@ impl Dial {
         if let Some(cgroup) = &self.cgroup {
             cgroupfs::create(cgroup).and_then(|()| cgroupfs::join(cgroup, 0)).map_err(io::Error::other)?;
         }
-        socket::dial(socket, self.from_port, self.to)
+        socket::connect_to(socket, self.from_port, self.to)
     }
 }
 
@@ -192,9 +192,9 @@ pub(crate) fn run(act: &str) -> anyhow::Result<()> {
 
 fn act_out(act: &Act) -> anyhow::Result<Got> {
     Ok(match act {
-        Act::Ask { dial, request } => Got::of(dial.connect().and_then(|stream| exchange(stream, request))),
+        Act::Ask { route, request } => Got::of(route.connect().and_then(|stream| exchange(stream, request))),
         Act::Imds { to, headers } => Got::of(imds(*to, headers)),
-        Act::ImdsForEver { to } => imds_for_ever(*to)?,
+        Act::ImdsForEver { to } => imds_until_told(*to)?,
         Act::AskLater { to, request } => {
             let stream = TcpStream::connect_timeout(to, TIMEOUT)?;
             stay()?;
@@ -205,7 +205,7 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
             Got::default()
         }
         Act::TakeSocket { path, to, request } => {
-            let taken = socket::take(path).and_then(|socket| socket::dial(socket, None, *to));
+            let taken = socket::take(path).and_then(|socket| socket::connect_to(socket, None, *to));
             Got::of(taken.and_then(|stream| exchange(stream, request)))
         }
         Act::Forge { from, to, layer, tickets, request } => {
@@ -216,7 +216,7 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
             ready()?;
             Got { number: sniffer.ticket_from(*from, SNIFFING)?, ..Got::default() }
         }
-        Act::BeginDials { to, count } => flood::begin_dials(to, *count)?,
+        Act::BeginConnects { to, count } => flood::begin_connects(to, *count)?,
         Act::HoldConnections { to, count, saying } => flood::hold_connections(*to, *count, saying)?,
         Act::ChurnConnections { to, count } => flood::churn_connections(*to, *count)?,
         Act::Relay { at, to } => {
@@ -268,11 +268,9 @@ fn imds(to: SocketAddr, headers: &str) -> io::Result<String> {
     ask("GET", &format!("{}{role}", super::ROLES), &header)
 }
 
-fn imds_for_ever(to: SocketAddr) -> anyhow::Result<Got> {
-    ready()?;
-    let told = std::thread::spawn(wait);
+fn imds_until_told(to: SocketAddr) -> anyhow::Result<Got> {
     let mut all = Got { number: Some(0), ..Got::default() };
-    while !told.is_finished() {
+    repeat(|| {
         let began = now_ms();
         let got = Got::of(imds(to, ""));
         all.number = all.number.map(|attempts| attempts + 1);
@@ -286,7 +284,8 @@ fn imds_for_ever(to: SocketAddr) -> anyhow::Result<Got> {
             all.said.push_str(&got.said);
             all.error = None;
         }
-    }
+        Ok(())
+    })?;
     Ok(all)
 }
 
@@ -310,6 +309,16 @@ fn ready() -> io::Result<()> {
 /// Waits until told to go on.
 fn wait() -> io::Result<()> {
     io::stdin().read_line(&mut String::new()).map(drop)
+}
+
+/// Repeats a step until told to go on.
+fn repeat(mut step: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    ready()?;
+    let told = std::thread::spawn(wait);
+    while !told.is_finished() {
+        step()?;
+    }
+    Ok(())
 }
 
 fn stay() -> io::Result<()> {

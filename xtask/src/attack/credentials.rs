@@ -16,7 +16,7 @@ use super::{
 
 /// Life of the tokens here.
 const HOUR: Duration = Duration::from_hours(1);
-/// Where a mesh sends what its pod dials.
+/// Where a mesh sends what its pod connects to.
 const SIDECAR: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15_001);
 
 pub(super) async fn forged_token(scene: &Scene) -> anyhow::Result<Outcome> {

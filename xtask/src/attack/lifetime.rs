@@ -15,7 +15,7 @@ use super::{
 
 /// More than the programs wait for a beat.
 const STALE: Duration = Duration::from_millis(2_500);
-/// Enough for an attempt that waits for the agent in vain, and one after it.
+/// Enough for an attempt that waits for the agent unsuccessfully, and one after it.
 const HANGS: Duration = Duration::from_secs(5);
 /// Long enough for a few attempts.
 const MOMENT: Duration = Duration::from_millis(500);

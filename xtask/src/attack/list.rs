@@ -32,15 +32,15 @@ macro_rules! attacks {
 }
 
 pub(super) const ATTACKS: &[Attack] = attacks! {
-    "guessed-ticket", "a handshake by hand, with every ticket that the time suggests, while another pod's dial is under way",
+    "guessed-ticket", "a handshake by hand, with every ticket that the time suggests, while another pod's connection is under way",
         [UnguessableTickets], packets::guessed_ticket;
     "replayed-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner was served",
         [SingleUse], packets::replayed_ticket;
-    "stolen-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner has dialled in vain",
+    "stolen-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner's connection has failed",
         [RevokedTickets], packets::stolen_ticket;
     "no-ticket", "a handshake by hand without a ticket, from the address of a pod that has completed",
         [IdentityByTicket, GonePods], packets::no_ticket;
-    "absent-ticket", "a dial without a ticket, from an address shared with another pod",
+    "absent-ticket", "a connection without a ticket, from an address shared with another pod",
         [IdentityByTicket], network::absent_ticket;
     "source-port-reuse", "the same from the very port that the other pod has just used",
         [IdentityByTicket], network::reused_port;
@@ -48,16 +48,16 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [IdentityByTicket, GonePods], network::reused_address;
     "doubled-address", "the address and the port of a pod that lives, in a second network namespace",
         [IdentityByTicket], network::doubled_address;
-    "from-the-node", "a process of the node, in no pod, dials where pods on the host's network do",
+    "from-the-node", "a process of the node, in no pod, connects where pods on the host's network do",
         [IdentityByTicket], network::from_the_node;
-    "another-namespace", "a process of the node, in no pod, dials through a pod's network",
+    "another-namespace", "a process of the node, in no pod, connects through a pod's network",
         [IdentityByTicket], network::beside_a_pod;
-    "foreign-network", "a process of one pod dials through another pod's network, as a node-wide mesh proxy does",
+    "foreign-network", "a process of one pod connects through another pod's network, as a node-wide mesh proxy does",
         [OwnNetwork], network::foreign_network;
     "syn-flood", "thousands of handshakes begun by hand, so that the node answers with SYN cookies",
         [TicketInAck], packets::syn_flood, early;
-    "half-open-dials", "50,000 dials that never end, to use up the room for tickets",
-        [TicketLimit], packets::half_open_connects;
+    "half-open-connections", "50,000 connections that never complete, to use up the room for tickets",
+        [TicketLimit], packets::half_open_connections;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::held_connections;
     "held-probes", "520 connections to the port for probes and metrics of an agent that may have 512 files open",
@@ -74,7 +74,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [Ipv6, NO_EGRESS_FILTER], network::ipv6;
     "v4-mapped-to-imds", "IMDSv2 at ::ffff:169.254.169.254",
         [Ipv6, NO_EGRESS_FILTER], network::mapped;
-    "socket-passed-on", "a socket that another pod has dialled is passed on and dialled again",
+    "socket-passed-on", "a socket that another pod has connected is passed on and connected again",
         [OriginOfEveryConnect], pods::passed_socket;
     "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
         [NO_EGRESS_FILTER], pods::earlier_socket, early;
@@ -94,9 +94,9 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [AcceptedTokens], credentials::forged_token;
     "stolen-token", "another pod's token, sent by a pod",
         [EVIL_DELEGATE], credentials::stolen_token;
-    "stolen-token-at-own-pair", "the same at podgate's own pair of addresses, where no dial is sent",
+    "stolen-token-at-own-pair", "the same at podgate's own pair of addresses, where nothing is redirected",
         [ConnectedAddresses], credentials::stolen_token_at_own_pair;
-    "stolen-token-by-sidecar", "the same by way of a mesh's sidecar, which dials again",
+    "stolen-token-by-sidecar", "the same by way of a mesh's sidecar, which connects again",
         [EVIL_DELEGATE], credentials::stolen_token_by_sidecar;
     "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
         [AddressReservation, OwnListeners], credentials::joined_listener;

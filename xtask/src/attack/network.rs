@@ -12,7 +12,7 @@ use tokio::time::sleep;
 
 use super::{
     IMDS6, POD_IDENTITY, PROGRAM,
-    attacker::{Act, Dial},
+    attacker::{Act, Route},
     get,
     scene::{Outcome, Place, Scene, ask, attacker, http, on_host_network},
 };
@@ -73,7 +73,7 @@ pub(super) async fn beside_a_pod(scene: &Scene) -> anyhow::Result<Outcome> {
 pub(super) async fn foreign_network(scene: &Scene) -> anyhow::Result<Outcome> {
     let (application, proxy) = (scene.victim().await?, scene.attacker()?);
     let got = scene.act(Place::Through(&proxy, &application), &ask(POD_IDENTITY, &program())).await?;
-    // The proxy's own role would be the application's, for which it dials.
+    // The proxy connects for the application, which would get the proxy's role.
     Ok(scene.loot(&got, None))
 }
 
@@ -103,8 +103,8 @@ pub(super) async fn on_one_address(scene: &Scene) -> anyhow::Result<(Pod, Pod)> 
 
 /// One request, from the port.
 fn from_port() -> Act {
-    let dial = Dial { to: POD_IDENTITY, from_port: Some(PORT), cgroup: None };
-    Act::Ask { dial, request: program() }
+    let route = Route { to: POD_IDENTITY, from_port: Some(PORT), cgroup: None };
+    Act::Ask { route, request: program() }
 }
 
 fn program() -> String {

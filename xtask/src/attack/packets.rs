@@ -33,8 +33,8 @@ const PROBES: u32 = 520;
 pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
     scene.lab.netns(&victim)?.mute()?;
-    let dial = Act::BeginDials { to: vec![POD_IDENTITY], count: 1 };
-    let under_way = scene.must_begin(Place::In(&victim), &dial).await?;
+    let act = Act::BeginConnects { to: vec![POD_IDENTITY], count: 1 };
+    let under_way = scene.must_begin(Place::In(&victim), &act).await?;
     let now = clock_gettime(ClockId::Boottime);
     let nanoseconds = u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?;
     let tick = nanoseconds >> TICK;
@@ -48,8 +48,8 @@ pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let sniffer = scene.lab.add_pod(&sniffer())?;
     let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
     let request = get(POD_IDENTITY.ip(), PROGRAM, "");
-    let dial = Act::AskLater { to: POD_IDENTITY, request };
-    let connected = scene.must_begin(Place::In(&victim), &dial).await?;
+    let act = Act::AskLater { to: POD_IDENTITY, request };
+    let connected = scene.must_begin(Place::In(&victim), &act).await?;
     let ticket = on_the_wire.finish().await?.number.context("no ticket was seen on the wire")?;
     let outcome = forge(scene, &attacker, vec![Some(ticket)]).await;
     connected.finish().await?;
@@ -61,8 +61,8 @@ pub(super) async fn stolen_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let sniffer = scene.lab.add_pod(&sniffer())?;
     let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
     scene.lab.netns(&victim)?.mute()?;
-    let dial = Act::BeginDials { to: vec![POD_IDENTITY], count: 1 };
-    let under_way = scene.must_begin(Place::In(&victim), &dial).await?;
+    let act = Act::BeginConnects { to: vec![POD_IDENTITY], count: 1 };
+    let under_way = scene.must_begin(Place::In(&victim), &act).await?;
     let ticket = on_the_wire.finish().await?.number.context("no ticket was seen on the wire")?;
     under_way.finish().await?;
     forge(scene, &attacker, vec![Some(ticket)]).await
@@ -90,18 +90,18 @@ pub(super) async fn syn_flood(scene: &Scene) -> anyhow::Result<Outcome> {
     Ok(outcome?.after(&said))
 }
 
-pub(super) async fn half_open_connects(scene: &Scene) -> anyhow::Result<Outcome> {
+pub(super) async fn half_open_connections(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     scene.lab.netns(&attacker)?.mute()?;
-    let act = Act::BeginDials { to: vec![POD_IDENTITY, http(POD_IDENTITY_V6.into())], count: 12_500 };
-    let mut dials = Vec::new();
+    let act = Act::BeginConnects { to: vec![POD_IDENTITY, http(POD_IDENTITY_V6.into())], count: 12_500 };
+    let mut running = Vec::new();
     for _ in 0..4 {
-        dials.push(scene.must_begin(Place::In(&attacker), &act).await?);
+        running.push(scene.must_begin(Place::In(&attacker), &act).await?);
     }
     let outcome = scene.unharmed(&victim).await;
     let mut under_way = 0;
-    for dials in dials {
-        under_way += dials.finish().await?.number.unwrap_or_default();
+    for begun in running {
+        under_way += begun.finish().await?.number.unwrap_or_default();
     }
     Ok(outcome?.after(&format!("{under_way} under way")))
 }

@@ -12,7 +12,7 @@ use tokio::time::sleep;
 
 use super::{
     IMDS, POD_IDENTITY, PROGRAM, ROLES,
-    attacker::{Act, Dial},
+    attacker::{Act, Route},
     get,
     scene::{Outcome, Place, Scene, ask, attacker},
 };
@@ -93,10 +93,10 @@ async fn imds(scene: &Scene, attacker: &Pod) -> anyhow::Result<Outcome> {
     Ok(scene.loot(&got, Some(attacker)))
 }
 
-/// Dials with a socket of the attacker's pod out of a cgroup of its own making.
+/// Connects a socket of the attacker's pod from a cgroup of its own making.
 async fn from_cgroup(scene: &Scene, attacker: &Pod, cgroup: PathBuf) -> anyhow::Result<Outcome> {
-    let dial = Dial { to: POD_IDENTITY, from_port: None, cgroup: Some(cgroup) };
-    let act = Act::Ask { dial, request: program() };
+    let route = Route { to: POD_IDENTITY, from_port: None, cgroup: Some(cgroup) };
+    let act = Act::Ask { route, request: program() };
     let got = scene.act(Place::In(attacker), &act).await?;
     Ok(scene.loot(&got, Some(attacker)))
 }

@@ -10,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use agent_common::abi::ABI_VERSION;
 use anyhow::{Context as _, bail};
 use lab::{
     AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, NODE_ROLE, Pod, PodSpec, enter,
@@ -30,8 +29,6 @@ use super::{
 
 /// The environment of `podgate-undefended` that switches defenses off.
 const WITHOUT: &str = "PODGATE_WITHOUT";
-/// The one that says of which ABI it is to be.
-const ABI: &str = "PODGATE_ABI";
 /// Pods are kept from the node's role.
 const FLAGS: [&str; 2] = ["--imds", "intercept"];
 /// Longer than any attacker takes.
@@ -124,11 +121,16 @@ impl Scene {
         if switched_off.is_empty() {
             spec = AgentSpec::new(&builds.release, &flags);
         }
-        other_abi.env.insert(ABI.to_owned(), (ABI_VERSION + 1).to_string());
-        Ok(Self { lab, spec, other_abi, agent: Mutex::default(), successors: AtomicU32::new(0) })
+        Ok(Self {
+            lab,
+            spec,
+            other_abi: other_abi.of_next_abi(),
+            agent: Mutex::default(),
+            successors: AtomicU32::new(0),
+        })
     }
 
-    /// Starts the agent, in the place of the one before it if there was one.
+    /// Starts the agent, in the place of its predecessor if there was one.
     pub(super) async fn start_agent(&self) -> anyhow::Result<()> {
         *self.agent.lock().await = Some(self.lab.start_agent(&self.spec).await?);
         Ok(())
@@ -149,8 +151,8 @@ impl Scene {
         let number = self.successors.fetch_add(1, Relaxed);
         let pod = self.lab.add_agent_pod(&format!("podgate-next{number}"))?;
         let next = self.lab.start_agent_in(&pod, spec).await?;
-        let former = self.agent.lock().await.replace(next).context("BUG: there is no agent")?;
-        former.stop().await.map(drop)
+        let predecessor = self.agent.lock().await.replace(next).context("BUG: there is no agent")?;
+        predecessor.stop().await.map(drop)
     }
 
     /// Kills the agent with -9.
@@ -237,7 +239,7 @@ impl Scene {
         Running::spawn(command?)
     }
 
-    /// LimitKey the access keys are that an attacker holds, if it holds some: the worst of it. `own` is the pod whose keys it
+    /// Whose the access keys are that an attacker holds, if it holds some: the worst of it. `own` is the pod whose keys it
     /// may.
     pub(super) fn loot(&self, got: &Got, own: Option<&Pod>) -> Outcome {
         let whose = got.access_keys().into_iter().map(|key| self.whose(key, own));
@@ -348,7 +350,7 @@ pub(super) fn on_host_network(spec: PodSpec, annotation: (&str, &str)) -> PodSpe
 
 /// One request on a connection of its own.
 pub(super) fn ask(to: SocketAddr, request: &str) -> Act {
-    Act::Ask { dial: to.into(), request: request.to_owned() }
+    Act::Ask { route: to.into(), request: request.to_owned() }
 }
 
 /// The IPv4 address of a pod.

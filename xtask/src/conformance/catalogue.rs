@@ -45,7 +45,7 @@ pub(super) struct GivesUp {
 
 const V1_ONLY: &str = "speaks IMDSv1 only";
 const OLD: &str = "older than Pod Identity: takes no such host, and stops";
-const IMDS_V4_ONLY: &str = "dials IMDS over IPv4 only";
+const IMDS_V4_ONLY: &str = "connects to IMDS over IPv4 only";
 const GOES_ON_V4: &str = "takes no such host, and goes on to IMDS over IPv4";
 const GOES_ON: &str = "older than Pod Identity: goes on to IMDS, where the driver has no role";
 const ONLY_WITH_FILE: &str = "takes no such host, and stops, unless there is a token file";

@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_verdict_follows_from_whose_the_key_is() {
+    fn a_verdict_follows_from_the_owner_of_the_key() {
         let other = Owner::Other("shop/other".to_owned());
         let (pod, node, other) = (Some(&Owner::Pod), Some(&Owner::Node), Some(&other));
         let can = client("py-boto3");

@@ -1,9 +1,9 @@
 //! Clients that misbehave: their own connection ends, and nobody else notices.
 
-use crate::node::{Node, POD_IDENTITY};
+use crate::lab_node::{Node, POD_IDENTITY};
 
 /// Sends `bytes` (a Python expression), then reads until the agent closes; prints what came, and `closed`.
-fn dial_and_send(bytes: &str) -> String {
+fn connect_and_send(bytes: &str) -> String {
     format!(
         "import socket\n\
          s = socket.create_connection(('169.254.170.23', 80), timeout=30)\n\
@@ -30,7 +30,7 @@ async fn what_is_not_http_ends_its_own_connection_only() -> anyhow::Result<()> {
         ),
     ];
     for (what, bytes) in cases {
-        let said = node.python(&pod, &dial_and_send(bytes)).await?;
+        let said = node.python(&pod, &connect_and_send(bytes)).await?;
         assert!(said.ends_with("closed"), "{what}: {said}");
         assert!(!said.contains("AccessKeyId"), "{what}: {said}");
         // The same pod, the next connection.
@@ -45,7 +45,7 @@ async fn a_client_that_sends_one_byte_and_waits_is_closed_while_others_are_serve
     let node = Node::intercepting().await?;
     let slow = node.pod("slow")?;
     let other = node.pod("other")?;
-    let program = dial_and_send("b'G'");
+    let program = connect_and_send("b'G'");
     let waiting = node.python(&slow, &program);
     let serving = async {
         for _ in 0..5 {

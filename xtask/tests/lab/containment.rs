@@ -1,4 +1,4 @@
-//! What leaves a pod besides its dials, and what pods in audit ask the real IMDS for.
+//! What leaves a pod other than by connect, and what pods in audit ask the real IMDS for.
 
 use std::{fs, time::Duration};
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::time::sleep;
 
 use crate::{
-    node::{IMDS, Node, ROLES},
+    lab_node::{IMDS, Node, ROLES},
     policy::effective,
 };
 
@@ -38,7 +38,7 @@ async fn a_pod_that_translates_addresses_itself_reaches_imds_only_without_the_gu
             assert_eq!(line["address"], "169.254.169.254:80");
             assert!(counted(&node, "egress_dropped").await? > 0);
         }
-        // The pod's own dials are none of the guard's business.
+        // The egress filter leaves the pod's own connections alone.
         node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
         node.down().await?;
     }

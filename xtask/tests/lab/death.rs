@@ -12,7 +12,7 @@ use futures::TryStreamExt as _;
 use lab::{Lab, NODE_ROLE, Pod, simulated_network::NetNs};
 use tokio::time::sleep;
 
-use crate::node::{self, IMDS, Node, POD_IDENTITY, ROLES};
+use crate::lab_node::{self, IMDS, Node, POD_IDENTITY, ROLES};
 
 /// More than the programs wait for a beat.
 const STALE: Duration = Duration::from_millis(2300);
@@ -25,8 +25,8 @@ const LINK: &str = "podgate0";
 const TARGET_V4: &str = "169.254.170.23";
 const TARGET_V6: &str = "fd000ec2000000000000000000000023";
 
-/// How a dial ended, and after how many milliseconds.
-async fn dial(node: &Node, pod: &Pod, address: &str) -> anyhow::Result<(String, f64)> {
+/// How a connection attempt ended, and after how many milliseconds.
+async fn try_connect(node: &Node, pod: &Pod, address: &str) -> anyhow::Result<(String, f64)> {
     let program = format!(
         "import errno, socket, time\n\
          began = time.monotonic()\n\
@@ -36,7 +36,7 @@ async fn dial(node: &Node, pod: &Pod, address: &str) -> anyhow::Result<(String, 
          print(end, (time.monotonic() - began) * 1000)"
     );
     let text = node.python(pod, &program).await?;
-    let (end, milliseconds) = text.split_once(' ').context("the dial says nothing")?;
+    let (end, milliseconds) = text.split_once(' ').context("the client says nothing")?;
     Ok((end.to_owned(), milliseconds.parse()?))
 }
 
@@ -45,7 +45,7 @@ const ADDRESSES: [&str; 5] =
 
 async fn assert_refused(node: &Node, pod: &Pod, how: &str) -> anyhow::Result<()> {
     for address in ADDRESSES {
-        let (end, milliseconds) = dial(node, pod, address).await?;
+        let (end, milliseconds) = try_connect(&node, pod, address).await?;
         assert_eq!(end, how, "{address}");
         assert!(milliseconds < 100.0, "{address}: {milliseconds} ms");
     }
@@ -71,7 +71,7 @@ pub(crate) async fn detach(lab: &Lab, more: &[&str]) -> anyhow::Result<String> {
     let (bpffs, handover) = (lab.node.place.bpffs(), lab.node.place.handover());
     let [bpffs, handover] = [bpffs.display().to_string(), handover.display().to_string()];
     let arguments = [&["detach", "--bpffs", &bpffs, "--handover-dir", &handover], more].concat();
-    let mut command = lab.agent_tool(&node::agent_binary()?, &arguments)?;
+    let mut command = lab.agent_tool(&lab_node::agent_binary()?, &arguments)?;
     let output = command.stdin(Stdio::null()).output().await?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
@@ -106,7 +106,7 @@ async fn assert_nobody_notices_the_next_agent(
     // A pod that starts now is unknown, and no less kept from the node's role.
     assert_refused(&node, &node.pod("late")?, "EPERM").await?;
 
-    node.agent = node.lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    node.agent = node.lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
     node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
     let role = node.curl(&pod, &["-H", &session, ROLES]).await?;
     assert_eq!((role.status, role.body.as_str()), (200, "web-role"), "a session outlives the agent");
@@ -158,10 +158,10 @@ async fn a_hung_agent_s_pods_are_refused_after_two_seconds_and_served_when_it_go
 async fn an_agent_that_is_told_to_stop_leaves_its_pods_refused_and_other_destinations_alone()
 -> anyhow::Result<()> {
     let Node { lab, agent } = Node::intercepting().await?;
-    let pod = lab.add_pod(&node::spec("web"))?;
+    let pod = lab.add_pod(&lab_node::spec("web"))?;
     assert!(agent.stop().await?.success());
-    assert_eq!(target_is_up(&lab.node.netns)?, [true; 3], "dials to it are refused, and not lost");
-    let agent = lab.start_agent(&node::agent(&["--imds", "audit"])?).await?;
+    assert_eq!(target_is_up(&lab.node.netns)?, [true; 3], "connections to it are refused, and not lost");
+    let agent = lab.start_agent(&lab_node::agent(&["--imds", "audit"])?).await?;
     let mut node = Node { lab, agent };
     // The default of the agent that is in charge now.
     assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE));
@@ -196,7 +196,7 @@ async fn detach_leaves_the_node_as_it_was_with_and_without_an_agent() -> anyhow:
     assert!(detach(&node.lab, &[]).await?.contains("nothing of podgate's"), "once more is fine");
 
     // Under a running agent as well, which an operator may do in need: it ends.
-    node.agent = node.lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    node.agent = node.lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
     detach(&node.lab, &[]).await?;
     assert!(!node.agent.wait().await?.success());
     assert!(node.agent.log_text()?.contains("podgate detach"), "{}", node.agent.log_tail());
@@ -212,7 +212,7 @@ async fn an_agent_that_fails_to_take_charge_ends_and_the_one_that_is_started_aga
     let mut node = Node::intercepting().await?;
     let pod = node.pod("web")?;
     let other = node.lab.add_agent_pod("podgate-other")?;
-    let spec = node::agent(&["--imds", "intercept"])?;
+    let spec = lab_node::agent(&["--imds", "intercept"])?;
     let mut successor = node.lab.start_agent_in(&other, &spec).await?;
     // What the one before it needs is gone, and so is its successor.
     remove_link(&node.lab.node.netns)?;

@@ -16,8 +16,8 @@ use rtnetlink::packet_route::address::AddressAttribute;
 use tokio::time::sleep;
 
 use crate::{
+    lab_node::{self, IMDS, Node, POD_IDENTITY},
     load::Load,
-    node::{self, IMDS, Node, POD_IDENTITY},
 };
 
 /// More than the programs wait for a beat.
@@ -91,13 +91,13 @@ async fn said(node: &Node, words: &[&str]) -> anyhow::Result<()> {
 
 /// The access key that a pod with a token gets where the webhook points it at.
 async fn with_token(node: &Node, pod: &Pod) -> anyhow::Result<String> {
-    let body = node::text(node.lab.exec(pod, EnvKind::Webhook, &["sh", "-c", ASK_WITH_TOKEN])?).await?;
-    let answer = node::Answer { status: 200, body, milliseconds: 0.0 };
+    let body = lab_node::text(node.lab.exec(pod, EnvKind::Webhook, &["sh", "-c", ASK_WITH_TOKEN])?).await?;
+    let answer = lab_node::Answer { status: 200, body, milliseconds: 0.0 };
     Ok(answer.access_key_id().unwrap_or(answer.body))
 }
 
-/// How a pod's dial ends.
-async fn dial(node: &Node, pod: &Pod, address: &str) -> anyhow::Result<String> {
+/// How a pod's connection attempt ends.
+async fn try_connect(node: &Node, pod: &Pod, address: &str) -> anyhow::Result<String> {
     let program = format!(
         "import errno, socket\n\
          try:\n    socket.create_connection(('{address}', 80), timeout=10)\n    print('connected')\n\
@@ -108,7 +108,7 @@ async fn dial(node: &Node, pod: &Pod, address: &str) -> anyhow::Result<String> {
 
 /// A pod that is left to the EKS Pod Identity Agent.
 fn left_to_eks_agent(node: &Node) -> anyhow::Result<Pod> {
-    node.lab.add_pod(&node::spec("unmoved").with_token().annotation("podgate.dev/pod-identity", "off"))
+    node.lab.add_pod(&lab_node::spec("unmoved").with_token().annotation("podgate.dev/pod-identity", "off"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -157,10 +157,10 @@ async fn it_comes_and_goes_under_load_and_no_request_fails() -> anyhow::Result<(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn podgate_that_starts_beside_it_is_upgraded_beside_it_and_loses_no_request() -> anyhow::Result<()> {
-    let lab = node::lab()?;
+    let lab = lab_node::lab()?;
     let eks_agent_pod = lab.add_pod(&pod_spec("eks-pod-identity-agent-x7k2m"))?;
     let mut stock = lab.start_eks_agent(&eks_agent_pod).await?;
-    let spec = node::agent(&FLAGS)?;
+    let spec = lab_node::agent(&FLAGS)?;
     let agent = lab.start_agent(&spec).await?;
     let mut node = Node { lab, agent };
     let busy = node.pod("busy")?;
@@ -172,7 +172,7 @@ async fn podgate_that_starts_beside_it_is_upgraded_beside_it_and_loses_no_reques
     }
     // Successors with another opinion, and one with the first again.
     for (pod, target) in pods.iter().zip(["own", "auto"]) {
-        let spec = node::agent(&[&FLAGS[..], &["--target", target]].concat())?;
+        let spec = lab_node::agent(&[&FLAGS[..], &["--target", target]].concat())?;
         let successor = node.lab.start_agent_in(pod, &spec).await?;
         assert!(std::mem::replace(&mut node.agent, successor).stop().await?.success());
     }
@@ -201,7 +201,8 @@ async fn successors_that_send_pods_elsewhere_lose_no_request_and_tidy_up() -> an
         (&other_flags, other),
         (&["--target", "auto"], own.union(&pod_identity).copied().collect()),
     ]) {
-        let successor = node.lab.start_agent_in(pod, &node::agent(&[&FLAGS[..], flags].concat())?).await?;
+        let successor =
+            node.lab.start_agent_in(pod, &lab_node::agent(&[&FLAGS[..], flags].concat())?).await?;
         assert!(std::mem::replace(&mut node.agent, successor).stop().await?.success());
         node.assert_own_role(&busy, &node.curl(&busy, &[POD_IDENTITY]).await?);
         soon(&node, &format!("{flags:?}: {addresses:?}"), || {
@@ -242,50 +243,51 @@ async fn a_tenant_s_copy_of_it_is_a_pod_like_any_other() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn when_podgate_dies_pods_get_what_it_answers_and_never_the_node_s_role() -> anyhow::Result<()> {
-    let lab = node::lab()?;
+    let lab = lab_node::lab()?;
     let eks_agent_pod = lab.add_pod(&pod_spec("eks-pod-identity-agent-x7k2m"))?;
     let mut stock = lab.start_eks_agent(&eks_agent_pod).await?;
-    let agent = lab.start_agent(&node::agent(&FLAGS)?).await?;
+    let agent = lab.start_agent(&lab_node::agent(&FLAGS)?).await?;
     let mut node = Node { lab, agent };
-    let (plain, injected) = (node.pod("web")?, node.lab.add_pod(&node::spec("injected").with_token())?);
+    let (plain, injected) = (node.pod("web")?, node.lab.add_pod(&lab_node::spec("injected").with_token())?);
     said(&node, &["the EKS Pod Identity Agent answers", "\"answers\":true"]).await?;
     node.assert_own_role(&plain, &node.curl(&plain, &[POD_IDENTITY]).await?);
     assert_ne!(with_token(&node, &injected).await?, ACCESS_KEY_ID);
     let pid = stock.pid().context("it runs")?.to_string();
-    let whois = node::text(node.lab.agent_tool(&node::agent_binary()?, &["whois", "--pid", &pid])?).await?;
+    let whois =
+        lab_node::text(node.lab.agent_tool(&lab_node::agent_binary()?, &["whois", "--pid", &pid])?).await?;
     assert!(whois.contains("it is the EKS Pod Identity Agent"), "{whois}");
 
     node.agent.kill().await?;
     sleep(STALE).await;
     assert_eq!(with_token(&node, &injected).await?, ACCESS_KEY_ID);
     for address in POD_IDENTITY_ADDRESSES {
-        assert_eq!(dial(&node, &plain, address).await?, "connected", "{address}");
+        assert_eq!(try_connect(&node, &plain, address).await?, "connected", "{address}");
     }
     for address in ["169.254.169.254", "fd00:ec2::254", "169.254.170.2", "169.254.175.1"] {
-        assert_eq!(dial(&node, &plain, address).await?, "EPERM", "{address}");
+        assert_eq!(try_connect(&node, &plain, address).await?, "EPERM", "{address}");
     }
 
     // It crashes as well, with podgate alive: podgate's pods do not notice.
-    node.agent = node.lab.start_agent(&node::agent(&FLAGS)?).await?;
+    node.agent = node.lab.start_agent(&lab_node::agent(&FLAGS)?).await?;
     said(&node, &["the EKS Pod Identity Agent answers", "\"answers\":true"]).await?;
     stock.kill().await?;
     node.assert_own_role(&plain, &node.curl(&plain, &[POD_IDENTITY]).await?);
     assert_ne!(with_token(&node, &injected).await?, ACCESS_KEY_ID);
     said(&node, &["the EKS Pod Identity Agent answers", "\"answers\":false"]).await?;
-    // And then podgate: a dial that nobody answers is refused at once.
+    // And then podgate: a connection that nobody answers is refused at once.
     node.agent.kill().await?;
     sleep(STALE).await;
     for address in POD_IDENTITY_ADDRESSES.into_iter().chain(["169.254.169.254"]) {
-        assert_eq!(dial(&node, &plain, address).await?, "EPERM", "{address}");
+        assert_eq!(try_connect(&node, &plain, address).await?, "EPERM", "{address}");
     }
     // With --when-down deny whatever it answers.
     let stock = node.lab.start_eks_agent(&eks_agent_pod).await?;
     let deny = [&FLAGS[..], &["--when-down", "deny"]].concat();
-    node.agent = node.lab.start_agent(&node::agent(&deny)?).await?;
+    node.agent = node.lab.start_agent(&lab_node::agent(&deny)?).await?;
     sleep(STALE).await;
     node.agent.kill().await?;
     sleep(STALE).await;
-    assert_eq!(dial(&node, &plain, POD_IDENTITY_ADDRESSES[0]).await?, "EPERM");
+    assert_eq!(try_connect(&node, &plain, POD_IDENTITY_ADDRESSES[0]).await?, "EPERM");
     drop(stock);
     node.lab.down()
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lab::fault_injection::{Fault, Service};
 
-use crate::node::{IMDS, Node, POD_IDENTITY, ROLES};
+use crate::lab_node::{IMDS, Node, POD_IDENTITY, ROLES};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn when_eks_auth_does_not_answer_the_refusal_is_fast_and_gives_the_reason() -> anyhow::Result<()> {
@@ -38,10 +38,10 @@ async fn credentials_outlive_eks_auth() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn known_pods_are_served_while_the_api_server_is_down() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "intercept", "--prefetch", "off"]).await?;
-    let cached = node.lab.add_pod(&crate::node::spec("cached").with_token())?;
+    let cached = node.lab.add_pod(&crate::lab_node::spec("cached").with_token())?;
     node.assert_own_role(&cached, &node.imds_v2(&cached, IMDS, &[]).await?);
     // Known to the agent, but without credentials yet: the refusal of IMDSv1 needs the pod and no more.
-    let known = node.lab.add_pod(&crate::node::spec("known").with_token())?;
+    let known = node.lab.add_pod(&crate::lab_node::spec("known").with_token())?;
     node.curl(&known, &[ROLES]).await?.assert_refused(401, &[]);
     let calls = node.lab.eks_auth.calls();
     node.lab.faults.set(Service::KubeApi, Fault::Drop);
@@ -54,7 +54,7 @@ async fn known_pods_are_served_while_the_api_server_is_down() -> anyhow::Result<
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_the_webhook_changed_has_its_credentials_before_it_asks() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let pod = node.lab.add_pod(&crate::node::spec("expected").with_token())?;
+    let pod = node.lab.add_pod(&crate::lab_node::spec("expected").with_token())?;
     let begun = std::time::Instant::now();
     while node.lab.eks_auth.accepted_calls() == 0 {
         assert!(begun.elapsed() < Duration::from_secs(5), "nothing is fetched");
@@ -88,8 +88,8 @@ async fn an_agent_that_is_started_again_serves_the_pods_that_are_there() -> anyh
     let pod = node.pod("constant")?;
     let Node { lab, mut agent } = node;
     agent.kill().await?;
-    let agent = lab.start_agent(&crate::node::agent(&["--imds", "intercept"])?).await?;
+    let agent = lab.start_agent(&crate::lab_node::agent(&["--imds", "intercept"])?).await?;
     let node = Node { lab, agent };
-    node.assert_own_role(&pod, &node.imds_v2(&pod, crate::node::IMDS, &[]).await?);
+    node.assert_own_role(&pod, &node.imds_v2(&pod, crate::lab_node::IMDS, &[]).await?);
     node.down().await
 }

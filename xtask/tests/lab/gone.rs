@@ -7,7 +7,7 @@ use lab::Pod;
 use serde_json::Value;
 use tokio::time::sleep;
 
-use crate::node::{self, IMDS, Node, POD_IDENTITY};
+use crate::lab_node::{self, IMDS, Node, POD_IDENTITY};
 
 /// From the end of the cgroup to that of everything else.
 const SOON: Duration = Duration::from_secs(1);
@@ -18,7 +18,7 @@ const BY_POD: [&str; 2] = ["POLICIES", "POD_TICKETS"];
 async fn pods_in(node: &Node, map: &str) -> anyhow::Result<Vec<u64>> {
     let bpffs = node.lab.node.place.bpffs().display().to_string();
     let arguments = ["maps", "--bpffs", &bpffs, "--json", "dump", map];
-    let dump = node::text(node.lab.agent_tool(&node::agent_binary()?, &arguments)?).await?;
+    let dump = lab_node::text(node.lab.agent_tool(&lab_node::agent_binary()?, &arguments)?).await?;
     let entries: Vec<Value> = serde_json::from_str(&dump).with_context(|| dump.clone())?;
     let id = |entry: &Value| entry["formatted"]["key"].as_u64();
     entries.iter().map(|entry| id(entry).with_context(|| entry.to_string())).collect()
@@ -53,8 +53,8 @@ fn cgroup_id(pod: &Pod) -> anyhow::Result<u64> {
 async fn a_second_after_a_pod_s_cgroup_nothing_is_left_of_it_though_the_api_server_still_shows_it()
 -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let pod = node.lab.add_pod(&node::spec("brief").with_token())?;
-    let stays = node.lab.add_pod(&node::spec("lasting").with_token())?;
+    let pod = node.lab.add_pod(&lab_node::spec("brief").with_token())?;
+    let stays = node.lab.add_pod(&lab_node::spec("lasting").with_token())?;
     for pod in [&pod, &stays] {
         node.assert_own_role(pod, &node.imds_v2(pod, IMDS, &[]).await?);
     }

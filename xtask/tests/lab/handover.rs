@@ -11,7 +11,7 @@ use std::{
 
 use lab::Pod;
 
-use crate::node::{self, IMDS, Node};
+use crate::lab_node::{self, IMDS, Node};
 
 const PODS: usize = 20;
 /// What an agent that starts says first, and its nonce.
@@ -21,7 +21,7 @@ const GREETING: usize = 16 + 32;
 async fn warm(node: &Node) -> anyhow::Result<Vec<Pod>> {
     let mut pods = Vec::new();
     for number in 0..PODS {
-        let spec = node::spec(&format!("warm{number}"));
+        let spec = lab_node::spec(&format!("warm{number}"));
         pods.push(node.lab.add_pod(&if number % 2 == 0 { spec } else { spec.with_token() })?);
     }
     assert_served(node, &pods).await?;
@@ -41,7 +41,7 @@ async fn assert_served(node: &Node, pods: &[Pod]) -> anyhow::Result<Vec<String>>
 
 async fn upgrade(node: &mut Node, pod: &Pod) -> anyhow::Result<Duration> {
     let begun = Instant::now();
-    let successor = node.lab.start_agent_in(pod, &node::agent(&["--imds", "intercept"])?).await?;
+    let successor = node.lab.start_agent_in(pod, &lab_node::agent(&["--imds", "intercept"])?).await?;
     let took = begun.elapsed();
     assert!(std::mem::replace(&mut node.agent, successor).stop().await?.success());
     Ok(took)
@@ -122,7 +122,7 @@ async fn after_a_crash_every_pod_s_credentials_are_fetched_once() -> anyhow::Res
     let pods = warm(&node).await?;
     let (keys, before) = (assert_served(&node, &pods).await?, node.lab.eks_auth.calls());
     node.agent.kill().await?;
-    node.agent = node.lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    node.agent = node.lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
     let fetched = assert_served(&node, &pods).await?;
     let calls = node.lab.eks_auth.calls() - before;
     println!("killed with {PODS} warm pods: {calls} calls of EKS Auth");

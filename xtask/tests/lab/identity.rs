@@ -5,7 +5,7 @@ use std::time::Duration;
 use lab::PodSpec;
 use serde_json::Value;
 
-use crate::node::{self, Node, POD_IDENTITY};
+use crate::lab_node::{self, Node, POD_IDENTITY};
 
 const NO_TOKEN: &str = "Service account token cannot be empty";
 const AUDIENCE: &str = "pods.eks.amazonaws.com";
@@ -14,7 +14,7 @@ const HOUR: Duration = Duration::from_hours(1);
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_never_appears_is_refused_after_a_bounded_wait_and_may_try_again() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let pod = node.lab.start_unannounced(&node::spec("ghost"))?;
+    let pod = node.lab.start_unannounced(&lab_node::spec("ghost"))?;
     let refusal = node.curl(&pod, &[POD_IDENTITY]).await?;
     refusal.assert_refused(503, &[]);
     assert!((500.0..1000.0).contains(&refusal.milliseconds), "{refusal:?}");
@@ -24,7 +24,7 @@ async fn a_pod_that_never_appears_is_refused_after_a_bounded_wait_and_may_try_ag
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_appears_while_its_first_call_waits_is_served() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let spec = node::spec("late");
+    let spec = lab_node::spec("late");
     let pod = node.lab.start_unannounced(&spec)?;
     let appearing = async {
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -51,7 +51,7 @@ async fn a_caller_without_origin_and_token_gets_the_eks_agent_s_refusal() -> any
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_without_an_origin_is_believed_only_when_it_is_genuine() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let pod = node.lab.add_pod(&node::spec("victim").with_token())?;
+    let pod = node.lab.add_pod(&lab_node::spec("victim").with_token())?;
     let genuine = node.lab.cluster.mint_pod_token(&pod.namespace, &pod.name, &[AUDIENCE], HOUR);
     let ask = async |token: &str| {
         let header = format!("Authorization: {token}");
@@ -75,7 +75,7 @@ async fn a_token_without_an_origin_is_believed_only_when_it_is_genuine() -> anyh
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_stolen_by_another_pod_is_refused() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let victim = node.lab.add_pod(&node::spec("victim").with_token())?;
+    let victim = node.lab.add_pod(&lab_node::spec("victim").with_token())?;
     let thief = node.pod("thief")?;
     let stolen = node.lab.cluster.mint_pod_token(&victim.namespace, &victim.name, &[AUDIENCE], HOUR);
     let header = format!("Authorization: {stolen}");
@@ -88,7 +88,7 @@ async fn a_csi_driver_s_pod_is_served_by_the_application_s_token_once_the_operat
 -> anyhow::Result<()> {
     let node =
         Node::with_flags(&["--imds", "intercept", "--token-delegate", "kube-system/secrets-store"]).await?;
-    let app = node.lab.add_pod(&node::spec("app").with_token())?;
+    let app = node.lab.add_pod(&lab_node::spec("app").with_token())?;
     let driver = node.lab.add_pod(&PodSpec::new("kube-system", "secrets-store").role("driver-role"))?;
     let impostor = node.lab.add_pod(&PodSpec::new("shop", "secrets-store"))?;
     let token = node.lab.cluster.mint_pod_token(&app.namespace, &app.name, &[AUDIENCE], HOUR);
@@ -122,8 +122,8 @@ async fn whois_names_the_pod_of_a_process() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("orders")?;
     let pid = pod.sandbox.pid.to_string();
-    let whois = node.lab.agent_tool(&node::agent_binary()?, &["whois", "--pid", &pid, "--json"])?;
-    let answer: Value = serde_json::from_str(&node::text(whois).await?)?;
+    let whois = node.lab.agent_tool(&lab_node::agent_binary()?, &["whois", "--pid", &pid, "--json"])?;
+    let answer: Value = serde_json::from_str(&lab_node::text(whois).await?)?;
     let answer = answer.to_string();
     for word in [&pod.uid, "orders", "shop"] {
         assert!(answer.contains(word), "{word}: {answer}");

@@ -14,7 +14,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use crate::node::{self, HELPER, Node, POD_IDENTITY};
+use crate::lab_node::{self, HELPER, Node, POD_IDENTITY};
 
 /// The host's links, addresses, routes and rules; counters and timers left out.
 async fn host_network() -> anyhow::Result<BTreeSet<String>> {
@@ -51,7 +51,7 @@ async fn host_network() -> anyhow::Result<BTreeSet<String>> {
 async fn served_lab(name: &str) -> anyhow::Result<Child> {
     let mut child = Command::new(HELPER)
         .args(["lab-serve", "--name", name, "--pods", "2", "--imds", "intercept", "--agent"])
-        .arg(node::agent_binary()?)
+        .arg(lab_node::agent_binary()?)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
@@ -84,8 +84,8 @@ fn assert_nothing_is_left(name: &str, processes: &[Process]) -> anyhow::Result<(
 async fn two_labs_do_not_see_each_other() -> anyhow::Result<()> {
     let (one, two) = (Node::intercepting().await?, Node::intercepting().await?);
     let name = "same-name";
-    let first = one.lab.add_pod(&node::spec(name))?;
-    let second = two.lab.add_pod(&node::spec(name))?;
+    let first = one.lab.add_pod(&lab_node::spec(name))?;
+    let second = two.lab.add_pod(&lab_node::spec(name))?;
     assert_eq!(first.addresses, second.addresses);
     let answer = one.curl(&first, &[POD_IDENTITY]).await?;
     one.assert_own_role(&first, &answer);
@@ -101,7 +101,7 @@ async fn two_labs_do_not_see_each_other() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_killed_lab_left_behind_goes_with_the_next_lab_down() -> anyhow::Result<()> {
-    let name = node::lab_name();
+    let name = lab_node::lab_name();
     let mut owner = served_lab(&name).await?;
     let state = State::load(&name)?;
     let processes = processes(&state);
@@ -120,7 +120,7 @@ async fn what_a_killed_lab_left_behind_goes_with_the_next_lab_down() -> anyhow::
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lab_down_asks_a_lab_s_process_to_end_and_leaves_nothing() -> anyhow::Result<()> {
-    let name = node::lab_name();
+    let name = lab_node::lab_name();
     let mut owner = served_lab(&name).await?;
     let processes = processes(&State::load(&name)?);
     let down = Command::new(HELPER).args(["lab", "down", "--name", &name]).output();
@@ -134,7 +134,7 @@ async fn lab_down_asks_a_lab_s_process_to_end_and_leaves_nothing() -> anyhow::Re
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lab_exec_runs_in_the_pod_and_passes_the_exit_status_on() -> anyhow::Result<()> {
-    let name = node::lab_name();
+    let name = lab_node::lab_name();
     let mut owner = served_lab(&name).await?;
     let exec = async |environment: &str, pod: &str, script: &str| {
         let arguments = ["lab", "exec", "--name", &name, "--env", environment, pod, "--", "sh", "-c", script];

@@ -9,18 +9,18 @@ use lab::{
 };
 use serde::de::DeserializeOwned;
 
-use crate::node::{self, HELPER, POD_IDENTITY};
+use crate::lab_node::{self, HELPER, POD_IDENTITY};
 
 /// A lab without pods that takes commands, and `steps` with it.
 async fn commanded(
     steps: impl AsyncFnOnce(&Lab, &Remote) -> anyhow::Result<()>,
     with_agent: bool,
 ) -> anyhow::Result<()> {
-    let name = node::lab_name();
+    let name = lab_node::lab_name();
     let lab = Lab::up(LabSpec::new(&name, HELPER))?;
     let mut server = ControlServer::bind(&lab, &["--imds", "intercept"])?;
     if with_agent {
-        server.start_agent(NewAgent { binary: Some(node::agent_binary()?), flags: None }).await?;
+        server.start_agent(NewAgent { binary: Some(lab_node::agent_binary()?), flags: None }).await?;
     }
     let remote = Remote { name };
     tokio::select! {
@@ -67,7 +67,7 @@ fn new_pod(name: &str) -> NewPod {
 /// The HTTP status that a pod gets from the Pod Identity endpoint.
 async fn status(lab: &Lab, pod: &Pod) -> anyhow::Result<String> {
     let curl = ["curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", POD_IDENTITY];
-    node::text(lab.exec(pod, EnvKind::None, &curl)?).await
+    lab_node::text(lab.exec(pod, EnvKind::None, &curl)?).await
 }
 
 fn fault(name: &str) -> Request {
@@ -155,7 +155,7 @@ async fn a_command_that_cannot_be_carried_out_says_why() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lab_that_is_not_up_or_takes_no_commands_is_an_error() -> anyhow::Result<()> {
-    let remote = Remote { name: node::lab_name() };
+    let remote = Remote { name: lab_node::lab_name() };
     assert!(remote.refusal(Request::Status).await.contains("there is no lab"));
     let lab = Lab::up(LabSpec::new(&remote.name, HELPER))?;
     assert!(remote.refusal(Request::Status).await.contains("takes no commands"));

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use lab::{EnvKind, Pod};
 use tokio::{process::Child, time::sleep};
 
-use crate::node::Node;
+use crate::lab_node::Node;
 
 const PROGRAM: &str = include_str!("load.py");
 /// Requests a second, each on a connection of its own.

@@ -1,4 +1,4 @@
-//! The dialling cgroup and the socket's network must belong to the same pod.
+//! The connecting cgroup and the socket's network must belong to the same pod.
 
 use std::{fs, process::Stdio, time::Duration};
 
@@ -10,13 +10,13 @@ use tokio::{
     time::timeout,
 };
 
-use crate::node::{self, IMDS, Node, POD_IDENTITY};
+use crate::lab_node::{self, IMDS, Node, POD_IDENTITY};
 
-/// What a mesh does in its pods' networks: what the application dials goes to the sidecar, which alone may send.
+/// What a mesh does in its pods' networks: what the application connects to goes to the sidecar, which alone may send.
 const REDIRECT: &str = "add table ip mesh
 add chain ip mesh output { type nat hook output priority -100; }
 add rule ip mesh output meta skuid != 1337 ip daddr 169.254.0.0/16 meta l4proto tcp redirect to :15001";
-/// A sidecar: says where each connection was to go, and dials there itself. 80 is `SO_ORIGINAL_DST`.
+/// A sidecar: says where each connection was to go, and connects there itself. 80 is `SO_ORIGINAL_DST`.
 const SIDECAR: &str = "import os, socket, struct, threading
 os.setuid(1337)
 listener = socket.create_server(('127.0.0.1', 15001))
@@ -36,11 +36,10 @@ while True:
 const SESSION: [&str; 4] = ["-X", "PUT", "-H", "X-aws-ec2-metadata-token-ttl-seconds: 60"];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_wide_proxy_that_dials_through_an_application_s_network_gets_neither_role()
--> anyhow::Result<()> {
+async fn a_node_wide_proxy_in_a_pods_network_gets_neither_role() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let proxy = node.pod("proxy")?;
-    let application = node.lab.add_pod(&node::spec("application").with_token())?;
+    let application = node.lab.add_pod(&lab_node::spec("application").with_token())?;
     // The control: from its own network the proxy is itself.
     node.assert_own_role(&proxy, &node.curl(&proxy, &[POD_IDENTITY]).await?);
     let reads = node.lab.imds.credential_reads();
@@ -52,7 +51,7 @@ async fn a_node_wide_proxy_that_dials_through_an_application_s_network_gets_neit
     let session = node.curl_through(&proxy, &application, &put).await?;
     assert_eq!(session.status, 200, "{session:?}");
     let header = format!("X-aws-ec2-metadata-token: {}", session.body);
-    let roles = node.curl_through(&proxy, &application, &["-H", &header, node::ROLES]).await?;
+    let roles = node.curl_through(&proxy, &application, &["-H", &header, lab_node::ROLES]).await?;
     roles.assert_refused(403, &[advice]);
     assert_eq!(node.lab.imds.credential_reads(), reads);
 
@@ -77,7 +76,7 @@ async fn a_pod_whose_address_is_hidden_is_known_by_its_processes() -> anyhow::Re
     let other = node.pod("other")?;
     // What the API server says is not where its connections come from, as behind SNAT.
     node.lab.cluster.set_pod_ips(&pod.namespace, &pod.name, &["10.9.9.9".parse()?]);
-    // The watch shows it within milliseconds; a dial before that would prove the network by the old address.
+    // The watch shows it within milliseconds; a connection before that would prove the network by the old address.
     tokio::time::sleep(Duration::from_millis(300)).await;
     node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
     node.curl_through(&pod, &other, &[POD_IDENTITY]).await?.assert_refused(403, &["network"]);
@@ -93,7 +92,7 @@ struct Sidecar {
 // === impl Sidecar ===
 
 impl Sidecar {
-    /// Starts it in a new container of `pod`, and sends it what the pod dials from now on.
+    /// Starts it in a new container of `pod`, and sends it the pod's connections from now on.
     async fn start(node: &Node, pod: &Pod) -> anyhow::Result<Self> {
         let container = pod.cgroup.join(format!("cri-containerd-{}.scope", "5".repeat(64)));
         fs::create_dir(&container)?;
@@ -116,11 +115,11 @@ impl Sidecar {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sidecar_that_dials_for_its_own_pod_gets_the_pod_s_role() -> anyhow::Result<()> {
+async fn a_sidecar_gets_the_role_of_its_own_pod() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("meshed")?;
     let mut sidecar = Sidecar::start(&node, &pod).await?;
-    // The application's dial is sent to podgate before the mesh sees it, and there by the sidecar.
+    // The application's connection is redirected to podgate before the mesh sees it, and the sidecar goes there.
     node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
     assert_eq!(sidecar.next().await?, "169.254.170.23:80");
     // Where it went first is lost on the way; what is asked for tells.

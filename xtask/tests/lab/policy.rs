@@ -1,4 +1,4 @@
-//! What operators, namespaces and pods may say about a pod's dials, and how soon it holds.
+//! What operators, namespaces and pods may say about a pod's connections, and how soon it holds.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use lab::{Lab, NODE_ROLE, Pod, PodSpec, agent_process::ADMIN, cgroupfs::Qos, sim
 use serde_json::Value;
 use tokio::time::sleep;
 
-use crate::node::{self, Node, POD_IDENTITY, ROLES};
+use crate::lab_node::{self, Node, POD_IDENTITY, ROLES};
 
 /// In which a change is to be in effect.
 const SOON: Duration = Duration::from_secs(1);
@@ -64,7 +64,7 @@ fn last_policy(log: &PathBuf, of_pod: impl Fn(&Value) -> bool) -> anyhow::Result
 
 /// A pod of this namespace whose service account has the role `NAME-role`.
 fn spec(namespace: &str, name: &str) -> PodSpec {
-    PodSpec { namespace: namespace.to_owned(), ..node::spec(name) }
+    PodSpec { namespace: namespace.to_owned(), ..lab_node::spec(name) }
 }
 
 /// Adds a pod to a namespace that has these annotations.
@@ -119,7 +119,7 @@ async fn a_pod_tightens_and_loosens_only_where_its_namespace_lets_it() -> anyhow
 #[tokio::test(flavor = "multi_thread")]
 async fn in_audit_a_pod_that_the_webhook_has_changed_is_intercepted() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
-    let injected = node.lab.add_pod(&node::spec("modern").with_token())?;
+    let injected = node.lab.add_pod(&lab_node::spec("modern").with_token())?;
     effective(&node, &injected, "Intercept", "Injected").await?;
     assert_eq!(reached(&node, &injected).await?, Reached::Podgate);
     let plain = node.pod("legacy")?;
@@ -131,7 +131,7 @@ async fn in_audit_a_pod_that_the_webhook_has_changed_is_intercepted() -> anyhow:
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_on_the_host_s_network_is_left_alone_unless_it_is_asked_for() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "deny", "--imds-floor", "deny"]).await?;
-    let on_host = |name| PodSpec { host_network: true, ..node::spec(name) };
+    let on_host = |name| PodSpec { host_network: true, ..lab_node::spec(name) };
     let silent = node.lab.add_pod(&on_host("cni"))?;
     effective(&node, &silent, "Off", "HostNetwork").await?;
     assert_eq!(reached(&node, &silent).await?, Reached::RealService);
@@ -144,7 +144,7 @@ async fn a_pod_on_the_host_s_network_is_left_alone_unless_it_is_asked_for() -> a
 #[tokio::test(flavor = "multi_thread")]
 async fn an_annotation_that_cannot_be_read_makes_strict_and_is_reported() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
-    let of_pod = node.lab.add_pod(&node::spec("typo").annotation("podgate.dev/imds", "of"))?;
+    let of_pod = node.lab.add_pod(&lab_node::spec("typo").annotation("podgate.dev/imds", "of"))?;
     let of_namespace = pod_of(&node, &spec("vague", "web"), &[("podgate.dev/imds", "sometimes")])?;
     for pod in [&of_pod, &of_namespace] {
         effective(&node, pod, "Intercept", "Unreadable").await?;
@@ -175,7 +175,7 @@ async fn a_namespace_allows_imdsv1_and_calls_without_a_token() -> anyhow::Result
     };
     node.assert_own_role(&pod, &answer);
     node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
-    let strict = node.lab.add_pod(&node::spec("web").with_token())?;
+    let strict = node.lab.add_pod(&lab_node::spec("web").with_token())?;
     node.curl(&strict, &[&url]).await?.assert_refused(401, &["podgate.dev/imds-v1"]);
     let refusal = node.curl(&strict, &[POD_IDENTITY]).await?;
     assert!((400..500).contains(&refusal.status), "{refusal:?}");
@@ -185,18 +185,18 @@ async fn a_namespace_allows_imdsv1_and_calls_without_a_token() -> anyhow::Result
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_pod_identity_off_the_eks_agent_answers() -> anyhow::Result<()> {
-    let lab = node::lab()?;
+    let lab = lab_node::lab()?;
     let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 170, 23)), 80);
     add_address(&lab.node.netns, address.ip())?;
     answer_as_the_eks_agent(lab.node.netns.listen(address)?);
     // The EKS Pod Identity Agent has its address, and podgate one of its own.
-    let agent = lab.start_agent(&node::agent(&["--imds", "intercept", "--target", "own"])?).await?;
+    let agent = lab.start_agent(&lab_node::agent(&["--imds", "intercept", "--target", "own"])?).await?;
     let node = Node { lab, agent };
 
     let podgate_s = node.pod("moved")?;
     node.assert_own_role(&podgate_s, &node.curl(&podgate_s, &[POD_IDENTITY]).await?);
     let off = ("podgate.dev/pod-identity", "off");
-    let by_pod = node.lab.add_pod(&node::spec("waits").annotation(off.0, off.1))?;
+    let by_pod = node.lab.add_pod(&lab_node::spec("waits").annotation(off.0, off.1))?;
     let by_namespace = pod_of(&node, &spec("later", "web"), &[off])?;
     for pod in [&by_pod, &by_namespace] {
         effective(&node, pod, "Intercept", "Default").await?;
@@ -245,7 +245,7 @@ fn answer_as_the_eks_agent(listener: TcpListener) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn audit_counts_dials_and_off_does_not() -> anyhow::Result<()> {
+async fn audit_counts_connections_and_off_does_not() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
     let audited = node.pod("counted")?;
     effective(&node, &audited, "Audit", "Default").await?;
@@ -259,7 +259,7 @@ async fn audit_counts_dials_and_off_does_not() -> anyhow::Result<()> {
     node.down().await
 }
 
-/// Dials in `audit` so far.
+/// Connections in `audit` so far.
 async fn audits(node: &Node) -> anyhow::Result<u64> {
     let metrics = node.lab.node.get(ADMIN, "/metrics").await?.body;
     let line = metrics.lines().find(|line| line.contains("event=\"audited\"")).context("no such counter")?;
@@ -271,7 +271,7 @@ async fn an_annotation_s_change_is_in_effect_within_a_second() -> anyhow::Result
     let node = Node::with_flags(&["--imds", "audit"]).await?;
     let pod = node.pod("steady")?;
     effective(&node, &pod, "Audit", "Default").await?;
-    // Dials without a pause until one is refused, and says when that was.
+    // Connects without a pause until one is refused, and says when that was.
     let program = "import socket, time
 while True:
     try: socket.create_connection(('169.254.169.254', 80), 5).close()
@@ -286,7 +286,7 @@ print(time.time())";
     };
     let (refused, annotated) = tokio::join!(node.python(&pod, program), annotate);
     let took = refused?.parse::<f64>()? - annotated?;
-    println!("from a namespace's annotation to the first dial that meets it: {:.1} ms", took * 1000.0);
+    println!("from a namespace's annotation to the first connection that meets it: {:.1} ms", took * 1000.0);
     assert!((0.0..1.0).contains(&took), "{took} s");
     node.down().await
 }
@@ -294,7 +294,7 @@ print(time.time())";
 #[tokio::test(flavor = "multi_thread")]
 async fn a_policy_is_in_the_map_before_the_first_container_runs() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
-    let strict = |name: &str| node::spec(name).annotation("podgate.dev/imds", "intercept");
+    let strict = |name: &str| lab_node::spec(name).annotation("podgate.dev/imds", "intercept");
     // While anybody is intercepted, so are those of whom nothing is known yet.
     effective(&node, &node.lab.add_pod(&strict("neighbor"))?, "Intercept", "Pod").await?;
     let mut times = Vec::new();

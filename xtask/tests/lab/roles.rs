@@ -5,7 +5,7 @@ use lab::{
     cgroupfs::{CgroupDriver, Qos},
 };
 
-use crate::node::{self, HELPER, IMDS, Node, POD_IDENTITY, ROLES};
+use crate::lab_node::{self, HELPER, IMDS, Node, POD_IDENTITY, ROLES};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_only_knows_imdsv2_gets_its_pod_s_role() -> anyhow::Result<()> {
@@ -19,7 +19,7 @@ async fn a_client_that_only_knows_imdsv2_gets_its_pod_s_role() -> anyhow::Result
 #[tokio::test(flavor = "multi_thread")]
 async fn imdsv1_is_served_only_where_it_is_allowed_and_the_refusal_says_how() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let allowed = node.lab.add_pod(&node::spec("reports").annotation("podgate.dev/imds-v1", "allow"))?;
+    let allowed = node.lab.add_pod(&lab_node::spec("reports").annotation("podgate.dev/imds-v1", "allow"))?;
     let role = node.curl(&allowed, &[ROLES]).await?;
     assert_eq!(role.status, 200, "{role:?}");
     let answer = node.curl(&allowed, &[&format!("{ROLES}{}", role.body)]).await?;
@@ -33,13 +33,13 @@ async fn imdsv1_is_served_only_where_it_is_allowed_and_the_refusal_says_how() ->
 #[tokio::test(flavor = "multi_thread")]
 async fn the_webhook_s_environment_and_token_file_work_as_with_the_eks_agent() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let pod = node.lab.add_pod(&node::spec("payments").with_token())?;
+    let pod = node.lab.add_pod(&lab_node::spec("payments").with_token())?;
     // What the SDKs do, in the words of a shell.
     let ask = r#"curl -s -w '\n%{http_code}' -H "Authorization: $(cat $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE)" $AWS_CONTAINER_CREDENTIALS_FULL_URI"#;
     for _ in 0..2 {
-        let output = node::text(node.lab.exec(&pod, EnvKind::Webhook, &["sh", "-c", ask])?).await?;
+        let output = lab_node::text(node.lab.exec(&pod, EnvKind::Webhook, &["sh", "-c", ask])?).await?;
         let (body, status) = output.rsplit_once('\n').unwrap_or_default();
-        let answer = node::Answer { status: status.parse()?, body: body.to_owned(), milliseconds: 0.0 };
+        let answer = lab_node::Answer { status: status.parse()?, body: body.to_owned(), milliseconds: 0.0 };
         node.assert_own_role(&pod, &answer);
         // The second round is with the token that the kubelet has put in its place.
         node.lab.rotate_token(&pod)?;
@@ -119,12 +119,12 @@ async fn in_audit_a_pod_without_identity_sees_the_real_metadata_service() -> any
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_deny_a_dial_to_the_metadata_service_fails_at_once() -> anyhow::Result<()> {
+async fn in_deny_connections_to_imds_fail_at_once() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "deny"]).await?;
     let pod = node.pod("sealed")?;
-    let dial = "import socket, errno\ntry: socket.create_connection(('169.254.169.254', 80), 5)\n\
+    let program = "import socket, errno\ntry: socket.create_connection(('169.254.169.254', 80), 5)\n\
                 except OSError as error: print(errno.errorcode[error.errno])";
-    assert_eq!(node.python(&pod, dial).await?, "EPERM");
+    assert_eq!(node.python(&pod, program).await?, "EPERM");
     let refused = node.curl(&pod, &[ROLES]).await?;
     assert_eq!(refused.status, 0, "{refused:?}");
     assert!(refused.milliseconds < 100.0, "{refused:?}");
@@ -134,12 +134,12 @@ async fn in_deny_a_dial_to_the_metadata_service_fails_at_once() -> anyhow::Resul
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_is_found_at_every_level_and_with_either_cgroup_driver() -> anyhow::Result<()> {
     for driver in [CgroupDriver::Systemd, CgroupDriver::Cgroupfs] {
-        let lab = Lab::up(LabSpec { driver, ..LabSpec::new(&node::lab_name(), HELPER) })?;
-        let agent = lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+        let lab = Lab::up(LabSpec { driver, ..LabSpec::new(&lab_node::lab_name(), HELPER) })?;
+        let agent = lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
         let node = Node { lab, agent };
         for qos in [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort] {
             let name = format!("{qos:?}").to_lowercase();
-            let pod = node.lab.add_pod(&PodSpec { qos, ..node::spec(&name) })?;
+            let pod = node.lab.add_pod(&PodSpec { qos, ..lab_node::spec(&name) })?;
             let answer = node.imds_v2(&pod, IMDS, &[]).await?;
             node.assert_own_role(&pod, &answer);
         }

@@ -20,13 +20,13 @@ use tokio::{
 
 use crate::{
     death::detach,
-    node::{self, HELPER, IMDS, Node, POD_IDENTITY},
+    lab_node::{self, HELPER, IMDS, Node, POD_IDENTITY},
 };
 
 const IMDS_V6: &str = "http://[fd00:ec2::254]";
 const POD_IDENTITY_V6: &str = "http://[fd00:ec2::23]/v1/credentials";
-/// A port of the node's own at which nobody listens: a dial is refused at once, unless it is lost on the way.
-const DIAL_THE_NODE: &str = "import socket, errno
+/// A port of the node's own at which nobody listens: a connection is refused at once, unless it is lost on the way.
+const CONNECT_TO_THE_NODE: &str = "import socket, errno
 for address in ['10.10.0.10', 'fd10::10']:
     try: socket.create_connection((address, 9), 0.3)
     except TimeoutError: print('lost')
@@ -49,8 +49,8 @@ type Rule = (Option<IpAddr>, Option<IpAddr>);
 
 /// A node that routes its pods like that, with an agent that intercepts.
 async fn routed(routing: Routing) -> anyhow::Result<Node> {
-    let lab = Lab::up(LabSpec { routing, ..LabSpec::new(&node::lab_name(), HELPER) })?;
-    let agent = lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    let lab = Lab::up(LabSpec { routing, ..LabSpec::new(&lab_node::lab_name(), HELPER) })?;
+    let agent = lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
     Ok(Node { lab, agent })
 }
 
@@ -144,7 +144,7 @@ fn rules_for(pods: &[&Pod]) -> anyhow::Result<BTreeSet<Rule>> {
 async fn routed_as_by_the_vpc_cni_a_pod_gets_its_own_role_and_the_node_no_rule() -> anyhow::Result<()> {
     let node = routed(Routing::VpcCni).await?;
     let pod = node.pod("plain")?;
-    assert_eq!(node.python(&pod, DIAL_THE_NODE).await?, "ECONNREFUSED\nECONNREFUSED");
+    assert_eq!(node.python(&pod, CONNECT_TO_THE_NODE).await?, "ECONNREFUSED\nECONNREFUSED");
     assert_served(&node, &pod, &BOTH).await?;
     assert_eq!(own_rules(&node.lab)?, BTreeSet::new());
     node.down().await
@@ -157,7 +157,7 @@ async fn a_pod_with_strict_security_groups_gets_its_own_role() -> anyhow::Result
     assert_served(&node, &before, &BOTH).await?;
     let after = node.pod("second")?;
     // The security groups are effective: the node itself is not to be reached past the VPC.
-    assert_eq!(node.python(&after, DIAL_THE_NODE).await?, "lost\nlost");
+    assert_eq!(node.python(&after, CONNECT_TO_THE_NODE).await?, "lost\nlost");
     assert_served(&node, &after, &BOTH).await?;
     node.down().await
 }
@@ -166,7 +166,7 @@ async fn a_pod_with_strict_security_groups_gets_its_own_role() -> anyhow::Result
 async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_podgate_s_programs()
 -> anyhow::Result<()> {
     let Node { lab, mut agent } = routed(Routing::StrictSecurityGroups).await?;
-    let pods = [lab.add_pod(&node::spec("stays"))?, lab.add_pod(&node::spec("goes"))?];
+    let pods = [lab.add_pod(&lab_node::spec("stays"))?, lab.add_pod(&lab_node::spec("goes"))?];
     assert_soon(&lab, &rules_for(&[&pods[0], &pods[1]])?).await?;
 
     // As the CNI does when a pod ends. The agent's pod is the node's first, and this one the third.
@@ -179,7 +179,7 @@ async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_podgate_s
 
     agent.kill().await?;
     assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "a killed agent leaves its rules");
-    let agent = lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    let agent = lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
     assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "its successor adopts them");
     assert!(agent.stop().await?.success());
     assert_eq!(own_rules(&lab)?, rules_for(&[&pods[0]])?, "as its programs stay");
@@ -191,10 +191,10 @@ async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_podgate_s
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_stay_away_after_detach_though_agents_still_finish_what_they_have() -> anyhow::Result<()> {
     let Node { lab, mut agent } = routed(Routing::StrictSecurityGroups).await?;
-    let pod = lab.add_pod(&node::spec("slow"))?;
+    let pod = lab.add_pod(&lab_node::spec("slow"))?;
     let other = lab.add_agent_pod("podgate-other")?;
     let slow = begin_request(&lab, &pod).await?;
-    let mut successor = lab.start_agent_in(&other, &node::agent(&["--imds", "intercept"])?).await?;
+    let mut successor = lab.start_agent_in(&other, &lab_node::agent(&["--imds", "intercept"])?).await?;
     let slow = [slow, begin_request(&lab, &pod).await?];
     assert!(!own_rules(&lab)?.is_empty());
 
@@ -223,13 +223,13 @@ async fn begin_request(lab: &Lab, pod: &Pod) -> anyhow::Result<Child> {
 async fn a_rule_that_podgate_cannot_come_before_is_named_with_the_remedy() -> anyhow::Result<()> {
     let lab = Lab::up(LabSpec {
         routing: Routing::StrictSecurityGroups,
-        ..LabSpec::new(&node::lab_name(), HELPER)
+        ..LabSpec::new(&lab_node::lab_name(), HELPER)
     })?;
     rules(&lab, async |handle, _| {
         let early = handle.rule().add().v4().input_interface("vlan5").table_id(105).priority(5);
         Ok(early.action(RuleAction::ToTable).execute().await?)
     })?;
-    let agent = lab.start_agent(&node::agent(&["--imds", "intercept"])?).await?;
+    let agent = lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
     let log = agent.log_text()?;
     let said = |line: &str| ["WARN", "{5}", "ip rule add to 169.254.170.23"].iter().all(|w| line.contains(w));
     assert!(log.lines().any(said), "{log}");
@@ -242,16 +242,16 @@ async fn a_pod_with_ipv6_alone_gets_its_own_role() -> anyhow::Result<()> {
     let node = routed(Routing::Ipv6Only).await?;
     let pod = node.pod("modern")?;
     assert_served(&node, &pod, &[(IMDS_V6, POD_IDENTITY_V6)]).await?;
-    // Without a way to any IPv4 address a dial fails at once, and SDKs try the next source.
-    let dial = "import socket, errno\ntry: socket.create_connection(('169.254.169.254', 80), 5)\n\
+    // Without a route to any IPv4 address connect fails at once, and SDKs try the next source.
+    let program = "import socket, errno\ntry: socket.create_connection(('169.254.169.254', 80), 5)\n\
                 except OSError as error: print(errno.errorcode[error.errno])";
-    assert_eq!(node.python(&pod, dial).await?, "ENETUNREACH");
+    assert_eq!(node.python(&pod, program).await?, "ENETUNREACH");
 
-    let injected = node.lab.add_pod(&node::spec("injected").with_token())?;
+    let injected = node.lab.add_pod(&lab_node::spec("injected").with_token())?;
     let ask = r#"curl -gs -w '\n%{http_code}' -H "Authorization: $(cat $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE)" $AWS_CONTAINER_CREDENTIALS_FULL_URI"#;
-    let output = node::text(node.lab.exec(&injected, EnvKind::Webhook, &["sh", "-c", ask])?).await?;
+    let output = lab_node::text(node.lab.exec(&injected, EnvKind::Webhook, &["sh", "-c", ask])?).await?;
     let (body, status) = output.rsplit_once('\n').unwrap_or_default();
-    let answer = node::Answer { status: status.parse()?, body: body.to_owned(), milliseconds: 0.0 };
+    let answer = lab_node::Answer { status: status.parse()?, body: body.to_owned(), milliseconds: 0.0 };
     node.assert_own_role(&injected, &answer);
     node.down().await
 }
@@ -260,7 +260,7 @@ async fn a_pod_with_ipv6_alone_gets_its_own_role() -> anyhow::Result<()> {
 async fn a_policy_that_allows_what_the_eks_agent_needs_is_enough() -> anyhow::Result<()> {
     let node = routed(Routing::DefaultDenyEgress).await?;
     let pod = node.pod("confined")?;
-    assert_eq!(node.python(&pod, DIAL_THE_NODE).await?, "lost\nlost");
+    assert_eq!(node.python(&pod, CONNECT_TO_THE_NODE).await?, "lost\nlost");
     assert_served(&node, &pod, &BOTH).await?;
     node.down().await
 }
@@ -270,19 +270,19 @@ async fn a_node_that_drops_what_comes_in_needs_no_more_than_the_eks_agent_s_exce
 {
     let node = routed(Routing::DroppingInput).await?;
     let pod = node.pod("guest")?;
-    assert_eq!(node.python(&pod, DIAL_THE_NODE).await?, "lost\nlost");
+    assert_eq!(node.python(&pod, CONNECT_TO_THE_NODE).await?, "lost\nlost");
     assert_served(&node, &pod, &BOTH).await?;
     node.down().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dial_that_the_node_drops_is_logged_with_the_pod_and_what_to_allow() -> anyhow::Result<()> {
+async fn a_dropped_connection_is_logged_with_the_pod_and_a_remedy() -> anyhow::Result<()> {
     // Other addresses than those that everybody allows.
     let target = ["--target", "own"];
     let lab =
-        Lab::up(LabSpec { routing: Routing::DroppingInput, ..LabSpec::new(&node::lab_name(), HELPER) })?;
+        Lab::up(LabSpec { routing: Routing::DroppingInput, ..LabSpec::new(&lab_node::lab_name(), HELPER) })?;
     let flags = [&["--imds", "intercept"][..], &target].concat();
-    let agent = lab.start_agent(&node::agent(&flags)?).await?;
+    let agent = lab.start_agent(&lab_node::agent(&flags)?).await?;
     let node = Node { lab, agent };
     let pod = node.pod("shut-out")?;
     let answer = node.curl(&pod, &["--connect-timeout", "1", POD_IDENTITY]).await?;

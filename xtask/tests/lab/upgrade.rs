@@ -10,15 +10,14 @@ use serde_json::Value;
 use tokio::time::sleep;
 
 use crate::{
+    lab_node::{self, Node},
     load::Load,
-    node::{self, Node},
 };
 
 const UPGRADES: usize = 100;
 /// To another ABI and back, ten times each.
 const ABI_UPGRADES: usize = 20;
 /// What the agent of another ABI says that it is.
-const OTHER_ABI: u32 = ABI_VERSION + 1;
 const CRASHES: usize = 50;
 /// Successors that die at once.
 const LOST: usize = 5;
@@ -37,17 +36,17 @@ async fn upgrades_under_load_lose_no_request() -> anyhow::Result<()> {
     let pod = node.pod("busy")?;
     let flags = ["--imds", "intercept"];
     // Of the same ABI, but built for attacks: its programs are others, although they do the same.
-    let other = AgentSpec::new(node::undefended_binary()?, &flags);
+    let other = AgentSpec::new(lab_node::undefended_binary()?, &flags);
     let generations = [
         (node.lab.add_agent_pod("podgate-other")?, other),
-        (node.lab.agent_pod.clone(), node::agent(&flags)?),
+        (node.lab.agent_pod.clone(), lab_node::agent(&flags)?),
     ];
     let load = Load::of_imds(&node, &pod).await?;
     let mut tags = BTreeSet::new();
     for (pod, spec) in generations.iter().cycle().take(UPGRADES) {
         let successor = node.lab.start_agent_in(pod, spec).await?;
-        let former = std::mem::replace(&mut node.agent, successor);
-        assert!(former.stop().await?.success());
+        let predecessor = std::mem::replace(&mut node.agent, successor);
+        assert!(predecessor.stop().await?.success());
         let pins = names(&node.lab.node.place.bpffs().join(PIN_DIRECTORY))?;
         assert_eq!(pins, [SHARED_DIRECTORY.to_owned(), format!("v{ABI_VERSION}")]);
         tags.insert(program_tag(&node).await?);
@@ -67,22 +66,20 @@ async fn upgrades_under_load_lose_no_request() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn upgrades_to_another_abi_and_back_under_load_refuse_at_most_what_is_dialled_at_that_very_moment()
--> anyhow::Result<()> {
+async fn an_upgrade_to_another_abi_refuses_at_most_one_moment() -> anyhow::Result<()> {
     let mut node = Node::intercepting().await?;
     let pod = node.pod("busy")?;
     let flags = ["--imds", "intercept"];
-    let mut other = AgentSpec::new(node::undefended_binary()?, &flags);
-    other.env.insert("PODGATE_ABI".to_owned(), OTHER_ABI.to_string());
+    let other = AgentSpec::new(lab_node::undefended_binary()?, &flags).of_next_abi();
     let generations = [
-        (node.lab.add_agent_pod("podgate-other")?, other, OTHER_ABI),
-        (node.lab.agent_pod.clone(), node::agent(&flags)?, ABI_VERSION),
+        (node.lab.add_agent_pod("podgate-other")?, other, AgentSpec::NEXT_ABI),
+        (node.lab.agent_pod.clone(), lab_node::agent(&flags)?, ABI_VERSION),
     ];
     let load = Load::of_imds(&node, &pod).await?;
     for (pod, spec, abi) in generations.iter().cycle().take(ABI_UPGRADES) {
         let successor = node.lab.start_agent_in(pod, spec).await?;
-        let former = std::mem::replace(&mut node.agent, successor);
-        assert!(former.stop().await?.success());
+        let predecessor = std::mem::replace(&mut node.agent, successor);
+        assert!(predecessor.stop().await?.success());
         let pins = names(&node.lab.node.place.bpffs().join(PIN_DIRECTORY))?;
         assert_eq!(pins, [SHARED_DIRECTORY.to_owned(), format!("v{abi}")], "two generations would fight");
     }
@@ -94,7 +91,7 @@ async fn upgrades_to_another_abi_and_back_under_load_refuse_at_most_what_is_dial
         failed.len(),
         requests.longest()
     );
-    // Between the moment when its programs are another's and the moment when its listener is, a dial's ticket is in the
+    // Between the moment when its programs are another's and the moment when its listener is, a connection's ticket is in the
     // one's map and its connection at the other: nobody vouches for it, and it is refused.
     assert!(failed.iter().all(|(_, _, outcome)| outcome.starts_with("status 403")), "{failed:?}");
     assert!(failed.len() <= ABI_UPGRADES / 4, "{failed:?}");
@@ -102,10 +99,10 @@ async fn upgrades_to_another_abi_and_back_under_load_refuse_at_most_what_is_dial
     node.down().await
 }
 
-/// What the kernel makes of the instructions of the program that pods dial by.
+/// What the kernel makes of the instructions of the program that runs on pods' connect.
 async fn program_tag(node: &Node) -> anyhow::Result<String> {
     let bpftool = async |arguments: &[&str]| -> anyhow::Result<Value> {
-        let text = node::text(node.lab.on_node(&[&["bpftool", "--json"], arguments].concat())?).await?;
+        let text = lab_node::text(node.lab.on_node(&[&["bpftool", "--json"], arguments].concat())?).await?;
         serde_json::from_str(&text).with_context(|| text.clone())
     };
     let pin = node.lab.node.place.bpffs().join(format!("{PIN_DIRECTORY}/v{ABI_VERSION}/links/connect4"));
@@ -127,7 +124,7 @@ async fn a_successor_that_dies_at_once_is_succeeded_by_the_agent_before_it() -> 
     let node = Node::intercepting().await?;
     let pod = node.pod("busy")?;
     let other = node.lab.add_agent_pod("podgate-other")?;
-    let spec = node::agent(&["--imds", "intercept"])?;
+    let spec = lab_node::agent(&["--imds", "intercept"])?;
     let load = Load::of_imds(&node, &pod).await?;
     for _ in 0..LOST {
         let mut successor = node.lab.start_agent_in(&other, &spec).await?;
@@ -156,7 +153,7 @@ async fn a_successor_that_dies_at_once_is_succeeded_by_the_agent_before_it() -> 
 async fn crashes_under_load_give_nobody_a_wrong_role_and_let_nobody_wait() -> anyhow::Result<()> {
     let mut node = Node::intercepting().await?;
     let pod = node.pod("busy")?;
-    let spec = node::agent(&["--imds", "intercept"])?;
+    let spec = lab_node::agent(&["--imds", "intercept"])?;
     let load = Load::of_imds(&node, &pod).await?;
     for _ in 0..CRASHES {
         node.agent.kill().await?;

@@ -16,7 +16,7 @@ use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 
-use super::{Got, forge::Forger, ready, socket, stay, wait};
+use super::{Got, forge::Forger, repeat, socket, stay};
 
 /// How long one connection may take: there are many.
 const HASTE: Duration = Duration::from_millis(200);
@@ -25,10 +25,10 @@ const PACE: Duration = Duration::from_micros(200);
 /// Pause between connections.
 const RETRY_DELAY: Duration = Duration::from_millis(16);
 
-/// Begins dials that get no answer, since the pod is mute.
-pub(super) fn begin_dials(to: &[SocketAddr], count: u32) -> io::Result<Got> {
+/// Begins connections that get no answer, since the pod is mute.
+pub(super) fn begin_connects(to: &[SocketAddr], count: u32) -> io::Result<Got> {
     allow_files(count)?;
-    // As many ports as there are: each dial to the agent has one of its own.
+    // As many ports as there are: each connection to the agent has one of its own.
     fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535")?;
     // None gives up before all are under way.
     fs::write("/proc/sys/net/ipv4/tcp_syn_retries", "20")?;
@@ -48,15 +48,14 @@ pub(super) fn begin_dials(to: &[SocketAddr], count: u32) -> io::Result<Got> {
 pub(super) fn hold_connections(to: SocketAddr, count: u32, saying: &str) -> io::Result<Got> {
     allow_files(count)?;
     let held: Vec<_> = (0..count).filter_map(|_| TcpStream::connect_timeout(&to, HASTE).ok()).collect();
-    ready()?;
-    let told = thread::spawn(wait);
-    while !told.is_finished() {
+    repeat(|| {
         for mut stream in &held {
             // One that the other side has closed is counted in the end.
             let _ = stream.write_all(saying.as_bytes());
         }
         thread::sleep(HASTE);
-    }
+        Ok(())
+    })?;
     let open = held.iter().filter(|stream| is_open(stream)).count();
     Ok(Got { said: format!("{} connected, {open} of them still open", held.len()), ..Got::default() })
 }
@@ -77,11 +76,10 @@ pub(super) fn churn_connections(to: SocketAddr, count: u32) -> io::Result<Got> {
         thread::sleep(RETRY_DELAY);
     };
     (0..count / 2).for_each(|_| open());
-    ready()?;
-    let told = thread::spawn(wait);
-    while !told.is_finished() {
+    repeat(|| {
         open();
-    }
+        Ok(())
+    })?;
     Ok(Got { number: Some(opened), ..Got::default() })
 }
 
@@ -92,14 +90,13 @@ pub(super) fn handshakes(forger: &Forger, count: u32) -> io::Result<Got> {
         forger.begin(port, Some(u64::from(number)))
     };
     (0..count).try_for_each(begin)?;
-    ready()?;
-    let told = thread::spawn(wait);
     let mut number = count;
-    while !told.is_finished() {
+    repeat(|| {
         begin(number)?;
         number += 1;
         thread::sleep(PACE);
-    }
+        Ok(())
+    })?;
     Ok(Got { said: format!("{number} handshakes begun"), ..Got::default() })
 }
 

@@ -1,4 +1,4 @@
-//! Passing connections on, as a mesh's sidecar does that dials again for its pod.
+//! Passing connections on, as a mesh's sidecar does that connects again for its pod.
 
 use std::{
     io,
@@ -8,7 +8,7 @@ use std::{
 
 use super::stay;
 
-/// Takes connections and dials for each, until told to stop.
+/// Accepts connections and makes one for each, until told to stop.
 pub(super) fn relay(at: SocketAddr, to: SocketAddr) -> io::Result<()> {
     let listener = TcpListener::bind(at)?;
     thread::spawn(move || {

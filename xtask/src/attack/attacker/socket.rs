@@ -1,4 +1,4 @@
-//! Sockets that are passed on and dialled twice.
+//! Sockets that are passed on and connected twice.
 
 use std::{
     fs,
@@ -27,9 +27,9 @@ pub(super) fn tcp(to: SocketAddr) -> io::Result<OwnedFd> {
     Ok(socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?)
 }
 
-/// Dials with a socket that is there already. One with a port of its own ends with a reset, so that the port is free at
+/// Connects a socket that is there already. One with a port of its own ends with a reset, so that the port is free at
 /// once.
-pub(super) fn dial(socket: OwnedFd, from_port: Option<u16>, to: SocketAddr) -> io::Result<TcpStream> {
+pub(super) fn connect_to(socket: OwnedFd, from_port: Option<u16>, to: SocketAddr) -> io::Result<TcpStream> {
     if let Some(port) = from_port {
         let any: IpAddr =
             if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -42,7 +42,7 @@ pub(super) fn dial(socket: OwnedFd, from_port: Option<u16>, to: SocketAddr) -> i
     Ok(socket.into())
 }
 
-/// Dials, hangs up, and gives the socket away.
+/// Connects, hangs up, and gives the socket away.
 pub(super) fn give(path: &Path, to: SocketAddr) -> io::Result<()> {
     let socket = tcp(to)?;
     connect(&socket, &to)?;
