@@ -178,7 +178,7 @@ async fn run_all(attacks: &[&Attack], builds: &Builds) -> Vec<Row> {
         let layers = attack.layers(builds).await;
         let names = (attack.name, attack.tried);
         let seconds = began.elapsed().as_secs_f64();
-        let row = Row::new(names, attack.without, defended, &layers, control, seconds);
+        let row = Row::new(names, attack.without, &defended, &layers, &control, seconds);
         eprintln!("{}", row.line());
         rows.push(row);
     }

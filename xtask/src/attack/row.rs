@@ -32,12 +32,12 @@ impl Row {
     pub(super) fn new(
         (attack, tried): (&str, &str),
         without: &[Without],
-        defended: anyhow::Result<Outcome>,
+        defended: &anyhow::Result<Outcome>,
         layers: &[anyhow::Result<Outcome>],
-        control: anyhow::Result<Outcome>,
+        control: &anyhow::Result<Outcome>,
         seconds: f64,
     ) -> Self {
-        let (is_withstood, verdict) = judge(&defended, layers, &control);
+        let (is_withstood, verdict) = judge(defended, layers, control);
         let say = |outcome: &anyhow::Result<Outcome>| match outcome {
             Ok(outcome) => outcome.got.clone(),
             Err(error) => format!("error: {error:#}"),
@@ -46,10 +46,10 @@ impl Row {
             kernel: None,
             attack: attack.to_owned(),
             tried: tried.to_owned(),
-            got: say(&defended),
+            got: say(defended),
             without: without.iter().map(ToString::to_string).collect(),
             layers: layers.iter().map(say).collect(),
-            control: say(&control),
+            control: say(control),
             is_withstood,
             verdict,
             seconds,

@@ -53,7 +53,7 @@ pub(super) enum Verdict {
     NotRun,
 }
 
-/// LimitKey the access key is that a client shows.
+/// Whose the access key is that a client shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
     /// The pod's.
@@ -217,9 +217,9 @@ mod tests {
             (Column::ImdsV2, node, Verdict::Wrong),
             (Column::ImdsV2, other, Verdict::Wrong),
             (Column::ImdsV2, None, Verdict::Wrong),
-            (Column::StrangerImds, None, Verdict::Refused),
-            (Column::StrangerImds, pod, Verdict::Wrong),
-            (Column::StrangerImds, node, Verdict::Wrong),
+            (Column::UnassociatedImds, None, Verdict::Refused),
+            (Column::UnassociatedImds, pod, Verdict::Wrong),
+            (Column::UnassociatedImds, node, Verdict::Wrong),
             (Column::KilledImds, None, Verdict::Refused),
             (Column::KilledImds, node, Verdict::Wrong),
             (Column::KilledWebhook, pod, Verdict::Wrong),
@@ -253,14 +253,14 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_right_if_it_comes_in_time_and_says_why_where_the_client_shows_it() {
+    fn a_refusal_is_right_if_it_is_in_time_and_its_reason_is_shown() {
         for (name, column, shows_reason, seconds, verdict) in [
-            ("py-boto3", Column::StrangerWebhook, true, 3.1, Verdict::Refused),
-            ("py-boto3", Column::StrangerWebhook, false, 3.1, Verdict::Wrong),
-            ("py-boto3", Column::StrangerWebhook, true, 20.0, Verdict::Wrong),
-            ("py-boto3", Column::StrangerImds, false, 0.1, Verdict::Refused),
-            ("js-sdk3", Column::StrangerWebhook, false, 3.1, Verdict::Refused),
-            ("go-sdk1-old", Column::StrangerWebhook, false, 60.0, Verdict::Wrong),
+            ("py-boto3", Column::UnassociatedWebhook, true, 3.1, Verdict::Refused),
+            ("py-boto3", Column::UnassociatedWebhook, false, 3.1, Verdict::Wrong),
+            ("py-boto3", Column::UnassociatedWebhook, true, 20.0, Verdict::Wrong),
+            ("py-boto3", Column::UnassociatedImds, false, 0.1, Verdict::Refused),
+            ("js-sdk3", Column::UnassociatedWebhook, false, 3.1, Verdict::Refused),
+            ("go-sdk1-old", Column::UnassociatedWebhook, false, 60.0, Verdict::Wrong),
         ] {
             let judged = judge(client(name), column, None, ("no", shows_reason), seconds);
             assert_eq!(judged.0, verdict, "{name}, {column:?}, {seconds}");

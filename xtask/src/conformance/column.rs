@@ -30,9 +30,9 @@ pub(super) enum Column {
     /// Credentials near their end; the client must have fresh ones all the time.
     Refresh,
     /// No association, nothing injected.
-    StrangerImds,
+    UnassociatedImds,
     /// No association, what the webhook injects.
-    StrangerWebhook,
+    UnassociatedWebhook,
     /// The agent is killed, the pod in `intercept`; nothing injected.
     KilledImds,
     /// The same with what the webhook injects.
@@ -50,7 +50,7 @@ pub(super) enum Best {
     OwnRole,
     /// To be told soon that there is none.
     Refusal,
-    /// To find out soon that nobody answers.
+    /// To find out soon that nothing answers.
     NoConnection,
     /// The node's role, since podgate is not to touch IMDS; or no connection where podgate is asked.
     Untouched,
@@ -68,7 +68,7 @@ pub(super) enum PodKind {
     /// The same in `audit`.
     Audited,
     /// The same as injected, but without an association.
-    Stranger,
+    Unassociated,
 }
 
 // === impl Column ===
@@ -85,8 +85,8 @@ impl Column {
         Self::Delegate,
         Self::Restart,
         Self::Refresh,
-        Self::StrangerImds,
-        Self::StrangerWebhook,
+        Self::UnassociatedImds,
+        Self::UnassociatedWebhook,
         Self::KilledImds,
         Self::KilledWebhook,
         Self::AuditImds,
@@ -106,8 +106,8 @@ impl Column {
             Self::Delegate => "as CSI driver",
             Self::Restart => "agent upgraded",
             Self::Refresh => "refresh",
-            Self::StrangerImds => "no role, IMDS",
-            Self::StrangerWebhook => "no role, webhook",
+            Self::UnassociatedImds => "no role, IMDS",
+            Self::UnassociatedWebhook => "no role, webhook",
             Self::KilledImds => "killed, IMDS",
             Self::KilledWebhook => "killed, webhook",
             Self::AuditImds => "killed, audit, IMDS",
@@ -117,7 +117,7 @@ impl Column {
 
     pub(super) const fn best(self) -> Best {
         match self {
-            Self::StrangerImds | Self::StrangerWebhook => Best::Refusal,
+            Self::UnassociatedImds | Self::UnassociatedWebhook => Best::Refusal,
             Self::KilledImds | Self::KilledWebhook => Best::NoConnection,
             Self::AuditImds | Self::AuditWebhook => Best::Untouched,
             _ => Best::OwnRole,
@@ -127,12 +127,12 @@ impl Column {
     /// The column where a client is asked the same way, and first.
     pub(super) const fn same_way_as(self) -> Self {
         match self {
-            Self::StrangerWebhook
+            Self::UnassociatedWebhook
             | Self::KilledWebhook
             | Self::AuditWebhook
             | Self::Refresh
             | Self::Delegate => Self::Webhook,
-            Self::Restart | Self::StrangerImds | Self::KilledImds | Self::AuditImds => Self::ImdsV1,
+            Self::Restart | Self::UnassociatedImds | Self::KilledImds | Self::AuditImds => Self::ImdsV1,
             other => other,
         }
     }
@@ -152,7 +152,7 @@ impl Column {
             Self::Webhook | Self::PodIdentity6 | Self::KilledWebhook | Self::Refresh | Self::Delegate => {
                 PodKind::Injected
             }
-            Self::StrangerImds | Self::StrangerWebhook => PodKind::Stranger,
+            Self::UnassociatedImds | Self::UnassociatedWebhook => PodKind::Unassociated,
             Self::AuditImds | Self::AuditWebhook => PodKind::Audited,
         }
     }
@@ -178,7 +178,8 @@ impl Column {
 // === impl PodKind ===
 
 impl PodKind {
-    pub(super) const ALL: [Self; 5] = [Self::Plain, Self::V1, Self::Injected, Self::Audited, Self::Stranger];
+    pub(super) const ALL: [Self; 5] =
+        [Self::Plain, Self::V1, Self::Injected, Self::Audited, Self::Unassociated];
 
     /// Such a pod of the client called `name`.
     pub(super) fn spec(self, client: &str) -> PodSpec {
@@ -187,16 +188,20 @@ impl PodKind {
             Self::V1 => ("shop", "v1"),
             Self::Injected => ("shop", "injected"),
             Self::Audited => ("audited", "audited"),
-            Self::Stranger => ("shop", "stranger"),
+            Self::Unassociated => ("shop", "unassociated"),
         };
         let name = format!("{}-{suffix}", client.replace('.', "-"));
         let mut spec = PodSpec::new(namespace, &name);
-        if self != Self::Stranger {
+        if self != Self::Unassociated {
             spec = spec.role(&format!("{name}-role"));
         }
         if self != Self::Plain {
             spec = spec.annotation("podgate.dev/imds-v1", "allow");
         }
-        if matches!(self, Self::Injected | Self::Audited | Self::Stranger) { spec.with_token() } else { spec }
+        if matches!(self, Self::Injected | Self::Audited | Self::Unassociated) {
+            spec.with_token()
+        } else {
+            spec
+        }
     }
 }

@@ -65,8 +65,8 @@ pub(super) async fn main_node(
             Column::NoToken,
             Column::Ecs,
             Column::Delegate,
-            Column::StrangerImds,
-            Column::StrangerWebhook,
+            Column::UnassociatedImds,
+            Column::UnassociatedWebhook,
         ])
         .await;
     let (upgraded, mut agent) = scene.upgrade(agent, binary).await?;
@@ -140,7 +140,7 @@ impl<'a> Scene<'a> {
         self.pods.get(&(subject.client.name, column.pod())).context("BUG: this node has no such pod")
     }
 
-    /// LimitKey an access key is, if there is one.
+    /// Whose an access key is, if there is one.
     pub(super) fn owner(&self, pod: &Pod, access_key_id: Option<&str>) -> Option<Owner> {
         let key = access_key_id?;
         Some(match self.lab.eks_auth.issued(key) {

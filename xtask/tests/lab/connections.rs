@@ -1,4 +1,4 @@
-//! Clients that misbehave: their own connection ends, and nobody else notices.
+//! Clients that misbehave: only their own connection ends.
 
 use crate::lab_node::{Node, POD_IDENTITY};
 
@@ -41,7 +41,7 @@ async fn what_is_not_http_ends_its_own_connection_only() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_sends_one_byte_and_waits_is_closed_while_others_are_served() -> anyhow::Result<()> {
+async fn a_client_that_sends_one_byte_and_waits_is_closed() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let slow = node.pod("slow")?;
     let other = node.pod("other")?;

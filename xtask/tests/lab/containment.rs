@@ -18,9 +18,9 @@ add chain ip way_round output { type nat hook output priority -100; }
 add rule ip way_round output ip daddr 198.51.100.1 dnat to 169.254.169.254";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_translates_addresses_itself_reaches_imds_only_without_the_guard() -> anyhow::Result<()> {
-    for (guard, status) in [("auto", 0), ("off", 200)] {
-        let node = Node::with_flags(&["--imds", "intercept", "--egress-filter", guard]).await?;
+async fn the_egress_filter_stops_a_pod_that_translates_addresses() -> anyhow::Result<()> {
+    for (filter, status) in [("auto", 0), ("off", 200)] {
+        let node = Node::with_flags(&["--imds", "intercept", "--egress-filter", filter]).await?;
         let pod = node.pod("translator")?;
         effective(&node, &pod, "Intercept", "Default").await?;
         let rules = node.lab.exec(&pod, EnvKind::None, &["nft", TRANSLATE])?.status().await?;
@@ -29,10 +29,14 @@ async fn a_pod_that_translates_addresses_itself_reaches_imds_only_without_the_gu
 
         let translated = ROLES.replace("169.254.169.254", "198.51.100.1");
         let answer = node.curl(&pod, &["--connect-timeout", "2", &translated]).await?;
-        assert_eq!(answer.status, status, "guard {guard}: {answer:?}");
+        assert_eq!(answer.status, status, "egress filter {filter}: {answer:?}");
         let reached = node.lab.imds.requests().len() > reads;
-        assert_eq!((reached, answer.body == NODE_ROLE), (status == 200, status == 200), "guard {guard}");
-        if guard == "auto" {
+        assert_eq!(
+            (reached, answer.body == NODE_ROLE),
+            (status == 200, status == 200),
+            "egress filter {filter}"
+        );
+        if filter == "auto" {
             let line = said(&node, |line| line["what"] == "egress_dropped").await?;
             assert_eq!(line["pod.name"], "shop/translator");
             assert_eq!(line["address"], "169.254.169.254:80");

@@ -99,7 +99,7 @@ async fn assert_nobody_notices_the_next_agent(
     let session = node.session(&pod, IMDS, &[]).await?;
     node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
     kill(&mut node, &pod).await?;
-    // Nobody listens any more; then nobody has beaten for too long.
+    // Nobody listens any more; then the heartbeat is too old.
     assert_refused(&node, &pod, "ECONNREFUSED").await?;
     sleep(STALE).await;
     assert_refused(&node, &pod, "EPERM").await?;
@@ -123,8 +123,7 @@ async fn a_killed_agent_s_pods_are_refused_at_once_and_served_by_the_next_one() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_pods_of_an_agent_that_is_out_of_memory_are_refused_at_once_and_served_by_the_next_one()
--> anyhow::Result<()> {
+async fn pods_of_an_agent_out_of_memory_are_refused_at_once() -> anyhow::Result<()> {
     assert_nobody_notices_the_next_agent(async |node: &mut Node, pod: &Pod| {
         let limit = node.agent.limit_memory(MEMORY)?;
         let begun = Instant::now();
@@ -140,8 +139,7 @@ async fn the_pods_of_an_agent_that_is_out_of_memory_are_refused_at_once_and_serv
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hung_agent_s_pods_are_refused_after_two_seconds_and_served_when_it_goes_on() -> anyhow::Result<()>
-{
+async fn pods_of_a_hung_agent_are_refused_after_two_seconds() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("web")?;
     node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
@@ -155,8 +153,7 @@ async fn a_hung_agent_s_pods_are_refused_after_two_seconds_and_served_when_it_go
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_is_told_to_stop_leaves_its_pods_refused_and_other_destinations_alone()
--> anyhow::Result<()> {
+async fn a_stopped_agent_leaves_its_pods_refused_and_others_alone() -> anyhow::Result<()> {
     let Node { lab, agent } = Node::intercepting().await?;
     let pod = lab.add_pod(&lab_node::spec("web"))?;
     assert!(agent.stop().await?.success());
@@ -167,7 +164,7 @@ async fn an_agent_that_is_told_to_stop_leaves_its_pods_refused_and_other_destina
     assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE));
     node.agent.kill().await?;
     sleep(STALE).await;
-    assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE), "audit keeps nobody from anything");
+    assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE), "audit refuses nothing");
     assert_eq!(node.curl(&pod, &[POD_IDENTITY]).await?.status, 0);
     node.lab.down()
 }
@@ -207,8 +204,7 @@ async fn detach_leaves_the_node_as_it_was_with_and_without_an_agent() -> anyhow:
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_fails_to_take_charge_ends_and_the_one_that_is_started_again_serves()
--> anyhow::Result<()> {
+async fn an_agent_that_cannot_become_active_exits_and_serves_when_restarted() -> anyhow::Result<()> {
     let mut node = Node::intercepting().await?;
     let pod = node.pod("web")?;
     let other = node.lab.add_agent_pod("podgate-other")?;

@@ -1,4 +1,4 @@
-//! the EKS Pod Identity Agent on the same node: it comes, goes and crashes, and so does podgate beside it.
+//! The EKS Pod Identity Agent on the same node: it comes, goes and crashes, and so does podgate alongside it.
 
 use std::{
     collections::BTreeSet,
@@ -156,7 +156,7 @@ async fn it_comes_and_goes_under_load_and_no_request_fails() -> anyhow::Result<(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn podgate_that_starts_beside_it_is_upgraded_beside_it_and_loses_no_request() -> anyhow::Result<()> {
+async fn an_upgrade_alongside_the_eks_agent_loses_no_request() -> anyhow::Result<()> {
     let lab = lab_node::lab()?;
     let eks_agent_pod = lab.add_pod(&pod_spec("eks-pod-identity-agent-x7k2m"))?;
     let mut stock = lab.start_eks_agent(&eks_agent_pod).await?;

@@ -50,8 +50,7 @@ fn cgroup_id(pod: &Pod) -> anyhow::Result<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_after_a_pod_s_cgroup_nothing_is_left_of_it_though_the_api_server_still_shows_it()
--> anyhow::Result<()> {
+async fn nothing_of_a_pod_is_left_a_second_after_its_cgroup() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.lab.add_pod(&lab_node::spec("brief").with_token())?;
     let stays = node.lab.add_pod(&lab_node::spec("lasting").with_token())?;

@@ -95,8 +95,7 @@ fn forged(pods: &[Pod]) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_an_upgrade_every_pod_has_the_credentials_it_had_and_eks_auth_was_not_asked()
--> anyhow::Result<()> {
+async fn an_upgrade_keeps_credentials_and_does_not_ask_eks_auth() -> anyhow::Result<()> {
     let mut node = Node::intercepting().await?;
     let other = node.lab.add_agent_pod("podgate-other")?;
     let pods = warm(&node).await?;
@@ -132,8 +131,7 @@ async fn after_a_crash_every_pod_s_credentials_are_fetched_once() -> anyhow::Res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_reaches_the_socket_learns_nothing_and_whoever_replaces_it_is_not_believed()
--> anyhow::Result<()> {
+async fn the_handover_socket_tells_nothing_and_a_fake_one_is_ignored() -> anyhow::Result<()> {
     let mut node = Node::intercepting().await?;
     let other = node.lab.add_agent_pod("podgate-other")?;
     let pods = warm(&node).await?;

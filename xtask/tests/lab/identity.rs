@@ -1,4 +1,4 @@
-//! Who a caller is: a pod that the API server does not show yet, a caller nobody vouches for, a forged token.
+//! Who a caller is: a pod that the API server does not show yet, an anonymous caller, a forged token.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ const AUDIENCE: &str = "pods.eks.amazonaws.com";
 const HOUR: Duration = Duration::from_hours(1);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_never_appears_is_refused_after_a_bounded_wait_and_may_try_again() -> anyhow::Result<()> {
+async fn a_pod_that_never_appears_is_refused_after_a_bounded_wait() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.lab.start_unannounced(&lab_node::spec("ghost"))?;
     let refusal = node.curl(&pod, &[POD_IDENTITY]).await?;
@@ -84,8 +84,7 @@ async fn a_token_stolen_by_another_pod_is_refused() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_csi_driver_s_pod_is_served_by_the_application_s_token_once_the_operator_names_it()
--> anyhow::Result<()> {
+async fn a_csi_driver_presents_its_application_token_once_it_is_named() -> anyhow::Result<()> {
     let node =
         Node::with_flags(&["--imds", "intercept", "--token-delegate", "kube-system/secrets-store"]).await?;
     let app = node.lab.add_pod(&lab_node::spec("app").with_token())?;

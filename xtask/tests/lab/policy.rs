@@ -28,7 +28,7 @@ const LO: u32 = 1;
 enum Reached {
     RealService,
     Podgate,
-    Nobody,
+    Nothing,
 }
 
 /// Asks for the node's role, as a client of IMDSv1 does.
@@ -37,7 +37,7 @@ async fn reached(node: &Node, pod: &Pod) -> anyhow::Result<Reached> {
     Ok(match answer.status {
         200 if answer.body == NODE_ROLE => Reached::RealService,
         401 if answer.body.contains("podgate") => Reached::Podgate,
-        0 if answer.milliseconds < 100.0 => Reached::Nobody,
+        0 if answer.milliseconds < 100.0 => Reached::Nothing,
         _ => bail!("{answer:?}"),
     })
 }
@@ -82,7 +82,7 @@ async fn a_namespace_loosens_and_tightens_above_the_floor() -> anyhow::Result<()
     for (mode, in_effect, reason, expected) in [
         ("off", "Audit", "Floor", Reached::RealService),
         ("audit", "Audit", "Namespace", Reached::RealService),
-        ("deny", "Deny", "Namespace", Reached::Nobody),
+        ("deny", "Deny", "Namespace", Reached::Nothing),
     ] {
         let namespace = format!("says-{mode}");
         let pod = pod_of(&node, &spec(&namespace, "web"), &[("podgate.dev/imds", mode)])?;
@@ -100,7 +100,7 @@ async fn a_pod_tightens_and_loosens_only_where_its_namespace_lets_it() -> anyhow
     let says = |namespace, mode| spec(namespace, mode).annotation("podgate.dev/imds", mode);
     for (spec, namespace, in_effect, reason, expected) in [
         (says("plain", "off"), &[][..], "Intercept", "Default", Reached::Podgate),
-        (says("plain", "deny"), &[], "Deny", "Pod", Reached::Nobody),
+        (says("plain", "deny"), &[], "Deny", "Pod", Reached::Nothing),
         (
             says("trusted", "off"),
             &[("podgate.dev/imds-pod-override", "true")],

@@ -82,19 +82,18 @@ async fn pods_that_ask_at_the_same_instant_get_their_own_roles() -> anyhow::Resu
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_without_an_association_is_refused_fast_by_name_and_without_the_node_s_role()
--> anyhow::Result<()> {
+async fn a_pod_without_an_association_is_refused_fast_and_by_name() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     // The agent signs with the node's credentials, which it fetches once, at the first call.
     node.curl(&node.pod("first")?, &[POD_IDENTITY]).await?;
     let reads = node.lab.imds.credential_reads();
-    let pod = node.lab.add_pod(&PodSpec::new("shop", "stranger"))?;
+    let pod = node.lab.add_pod(&PodSpec::new("shop", "unassociated"))?;
     let refusal = node.curl(&pod, &[POD_IDENTITY]).await?;
-    refusal.assert_refused(404, &["shop", "stranger"]);
+    refusal.assert_refused(404, &["shop", "unassociated"]);
     assert!(refusal.milliseconds < 100.0, "{refusal:?}");
     // Where an SDK goes next, the node's role would be: not for this pod.
     let session = node.session(&pod, IMDS, &[]).await?;
-    node.curl(&pod, &["-H", &session, ROLES]).await?.assert_refused(404, &["shop", "stranger"]);
+    node.curl(&pod, &["-H", &session, ROLES]).await?.assert_refused(404, &["shop", "unassociated"]);
     let node_s = format!("{ROLES}{NODE_ROLE}");
     node.curl(&pod, &["-H", &session, &node_s]).await?.assert_refused(404, &[]);
     assert_eq!(node.lab.imds.credential_reads(), reads);

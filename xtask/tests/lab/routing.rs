@@ -163,8 +163,7 @@ async fn a_pod_with_strict_security_groups_gets_its_own_role() -> anyhow::Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rules_for_strict_security_groups_follow_the_pods_and_end_with_podgate_s_programs()
--> anyhow::Result<()> {
+async fn rules_for_strict_security_groups_follow_the_pods() -> anyhow::Result<()> {
     let Node { lab, mut agent } = routed(Routing::StrictSecurityGroups).await?;
     let pods = [lab.add_pod(&lab_node::spec("stays"))?, lab.add_pod(&lab_node::spec("goes"))?];
     assert_soon(&lab, &rules_for(&[&pods[0], &pods[1]])?).await?;
@@ -266,8 +265,7 @@ async fn a_policy_that_allows_what_the_eks_agent_needs_is_enough() -> anyhow::Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_drops_what_comes_in_needs_no_more_than_the_eks_agent_s_exception() -> anyhow::Result<()>
-{
+async fn a_dropping_input_chain_needs_only_the_exception_for_the_eks_agent() -> anyhow::Result<()> {
     let node = routed(Routing::DroppingInput).await?;
     let pod = node.pod("guest")?;
     assert_eq!(node.python(&pod, CONNECT_TO_THE_NODE).await?, "lost\nlost");
