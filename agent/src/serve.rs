@@ -79,7 +79,7 @@ pub struct Server<S> {
     pub engine: Arc<CredentialCache<S>>,
     /// The session tokens of IMDSv2.
     pub imds_tokens: ImdsTokens,
-    /// LimitKey pods may present the tokens of other pods on this node.
+    /// Whose pods may present the tokens of other pods on this node.
     pub token_delegates: Vec<ServiceAccountRef>,
     /// What is known of the instance.
     pub instance: watch::Receiver<Instance>,

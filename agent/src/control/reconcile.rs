@@ -75,7 +75,7 @@ pub struct Reconciler<M, S> {
     pub map: M,
     /// The cgroup of podgate's own pod, which stays exempt.
     pub own: Option<u64>,
-    /// LimitKey pods are the EKS Pod Identity Agent, which is exempt.
+    /// Whose pods are the EKS Pod Identity Agent, which is exempt.
     pub eks_agent: Option<DaemonSetRef>,
     /// Learns whether such a pod is on this node.
     pub eks_agent_is_here: watch::Sender<bool>,

@@ -148,7 +148,7 @@ impl Scheduler {
         match entry.phase {
             Phase::Idle => self.enqueue(key, Priority::Foreground, now),
             Phase::Queued(position) if position.priority != Priority::Foreground => {
-                self.promote(key, position, now)
+                self.promote(key, position, now);
             }
             Phase::Queued(_) | Phase::Delayed(_) | Phase::Running(..) | Phase::AwaitingToken(_) => {}
         }
@@ -253,7 +253,7 @@ impl Scheduler {
         let Some(Entry { phase, fairness_key, .. }) = self.entries.remove(&key) else { return };
         match (key, fairness_key) {
             (Key::Token(digest), FairnessKey::Address(address)) => {
-                self.anonymous.forget_token(address, &digest)
+                self.anonymous.forget_token(address, &digest);
             }
             _ => self.circuit.remove(fairness_key),
         }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodUid(Uuid);
 
-/// LimitKey cgroup it is.
+/// Whose cgroup it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// A pod that the API server knows.
@@ -30,7 +30,7 @@ pub enum Owner {
 /// A path below kubepods, understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodPath {
-    /// LimitKey cgroup it is.
+    /// Whose cgroup it is.
     pub owner: Owner,
     /// The pod's own cgroup, relative to kubepods.
     pub pod: PathBuf,

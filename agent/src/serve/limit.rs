@@ -24,7 +24,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// Callers without connections that are remembered, so that what they have logged counts when they come again.
 const REMEMBERED: usize = 2048;
 
-/// LimitKey connections are counted together.
+/// Whose connections are counted together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum LimitKey {
     /// A pod that the kernel vouches for.

@@ -335,7 +335,7 @@ pub fn token_of(pod: &Pod) -> Secret {
     Secret::from(format!("{} {}", pod.uid, pod.service_account))
 }
 
-/// LimitKey token it is, if it is one.
+/// Whose token it is, if it is one.
 fn owner(token: &Secret) -> Option<(PodUid, &str)> {
     let (uid, account) = token.expose().split_once(' ')?;
     Some((PodUid::parse(uid)?, account))
