@@ -183,7 +183,7 @@ impl ClusterWatch for KnownCluster {
         }
         Box::pin(async move {
             events.send(ClusterEvent::PodsSynced).await.unwrap();
-            std::future::pending().await
+            std::future::pending::<()>().await;
         })
     }
 
@@ -196,7 +196,7 @@ impl ClusterWatch for KnownCluster {
         namespaces.insert("audited", BTreeMap::from([("podgate.dev/imds".into(), "audit".into())]));
         Box::pin(async move {
             events.send(ClusterEvent::NamespacesSynced).await.unwrap();
-            std::future::pending().await
+            std::future::pending::<()>().await;
         })
     }
 }
