@@ -1,7 +1,7 @@
 //! Listeners and accepted connections.
 //!
-//! Owns the sockets' options, on which the kernel side depends, and the one look-up that tells who dialled.
-//! Never reads a byte of a request.
+//! Owns the socket options that the eBPF programs depend on, and the one lookup of a connection's origin. Never reads a byte
+//! of a request.
 
 use std::{
     io,
@@ -26,14 +26,14 @@ use tracing::{error, warn};
 
 use crate::{drain::DrainWatch, intercept::OriginLookup};
 
-/// Connections that wait to be accepted. The kernel caps it at `net.core.somaxconn`, 4096 on Amazon Linux 2023.
+/// Most connections that wait to be accepted. The kernel caps it at `net.core.somaxconn`, 4096 on Amazon Linux 2023.
 const BACKLOG: i32 = 4096;
-/// How long a handshake that has begun may take to reach the queue: on the node it takes microseconds.
-const HANDSHAKES: Duration = Duration::from_millis(100);
-/// What is sent and not read for so long ends its connection, as the EKS Pod Identity Agent's write timeout does after 30 s: a client
-/// that asks and never reads would keep it, and a draining agent, forever.
-const UNREAD: Duration = Duration::from_secs(10);
-/// After an error that lasts, as too many open files.
+/// How long a handshake in progress may take to reach the accept queue: on the same node it takes microseconds.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_millis(100);
+/// A connection is closed when a response stays unacknowledged for this long (the EKS Pod Identity Agent's write timeout is
+/// 30 s): a client that never reads would hold it, and a draining agent, forever.
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// After an error that may last, such as too many open files.
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 
 /// An accepted connection.
@@ -41,13 +41,13 @@ const RETRY_DELAY: Duration = Duration::from_millis(50);
 pub struct Accepted {
     /// The connection.
     pub stream: TcpStream,
-    /// What the kernel vouches for; none for an anonymous caller.
+    /// What the kernel attests; `None` for an anonymous caller.
     pub origin: Option<Origin>,
     /// The address that it came from.
     pub peer: IpAddr,
 }
 
-/// Makes a listener whose accepted sockets can carry an origin.
+/// Creates a listener whose accepted sockets can carry an origin.
 ///
 /// # Errors
 /// When the address cannot be bound, or the kernel refuses an option that identity depends on.
@@ -56,7 +56,7 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     // Plain TCP: an MPTCP listener has no saved SYN.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    // Accepted sockets inherit it: connections of podgate's keep nobody from listening at every address.
+    // Inherited by accepted sockets, so that podgate's connections keep no other process from listening on the wildcard.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     if !holds(Defense::OwnListeners) {
         sockopt::set_socket_reuseport(&socket, true)?;
@@ -64,29 +64,31 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
-    // Accepted sockets inherit it.
-    sockopt::set_tcp_user_timeout(&socket, u32::try_from(UNREAD.as_millis()).unwrap_or(u32::MAX))?;
+    // Inherited by accepted sockets. Linux 2.6.37: <https://github.com/torvalds/linux/commit/dca43c75e7e545694a9dd6288553f55c53e2a3a3>
+    sockopt::set_tcp_user_timeout(&socket, u32::try_from(UNREAD_TIMEOUT.as_millis()).unwrap_or(u32::MAX))?;
     rustix::net::bind(&socket, &address)?;
-    // The ticket is looked for in the SYN; without it every caller would be anonymous.
+    // The ticket is in the SYN: without the saved SYN every caller would be anonymous. Linux 4.2:
+    // <https://github.com/torvalds/linux/commit/cd8ae85299d54155702a56811b2e035e63064d3d>
     set_tcp_option(socket.as_fd(), libc::TCP_SAVE_SYN, 1)?;
     rustix::net::listen(&socket, BACKLOG)?;
-    // After `listen`, which switches it on where the sysctl says so: data in a SYN would leave no room for the
-    // ticket.
+    // After `listen`, which enables it where `net.ipv4.tcp_fastopen` says so (`__inet_listen_sk` in
+    // <https://github.com/torvalds/linux/blob/4db102dcb0396a4ccf89b1eac0f4eb3fd167a080/net/ipv4/af_inet.c>): a SYN with data
+    // would leave no room for the ticket.
     set_tcp_option(socket.as_fd(), libc::TCP_FASTOPEN, 0)?;
     Ok(StdListener::from(socket))
 }
 
-/// Whether somebody in the agent's network listens at this very address; whoever listens at all of them does not count.
+/// Whether a process in the agent's network listens at exactly this address; a wildcard listener does not count.
 ///
 /// # Errors
-/// When the kernel's tables of sockets cannot be read.
+/// When the kernel's socket tables cannot be read.
 pub fn is_listened_at(address: SocketAddr) -> Result<bool, ProcError> {
     let sockets = if address.is_ipv4() { net::tcp()? } else { net::tcp6()? };
     Ok(sockets.iter().any(|socket| socket.state == TcpState::Listen && socket.local_address == address))
 }
 
-/// Accepts until `drain` begins, and hands each connection to `serve`: at the end those too whose handshake is under way
-/// or that wait in the queue, which closing the listener would reset.
+/// Accepts until `drain` begins, and passes each connection to `serve`. Then it accepts those in the queue and those whose
+/// handshake is in progress, too: closing the listener would reset them.
 ///
 /// # Errors
 /// When the listener cannot be watched.
@@ -97,14 +99,14 @@ pub async fn accept(
     serve: impl Fn(Accepted),
 ) -> io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
-    let mut ended = pin!(async {
+    let mut drained = pin!(async {
         drain.begun().await;
-        tokio::time::sleep(HANDSHAKES).await;
+        tokio::time::sleep(HANDSHAKE_TIMEOUT).await;
     });
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = &mut ended => break,
+            () = &mut drained => break,
         };
         match accepted {
             Ok((stream, peer)) => {
@@ -112,9 +114,9 @@ pub async fn accept(
                     serve(accepted);
                 }
             }
-            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) if concerns_one_connection(&error) => {}
             Err(error) => {
-                warn!(%error, "cannot accept connections; trying again");
+                warn!(%error, "cannot accept connections; retrying");
                 tokio::time::sleep(RETRY_DELAY).await;
             }
         }
@@ -129,21 +131,20 @@ pub async fn accept(
     Ok(())
 }
 
-/// `None`, and the connection is closed, when the kernel cannot be asked: nobody is taken for anonymous because
-/// of a failure.
+/// `None`, and the connection is closed, when the origin cannot be read: a failure must not make a caller anonymous.
 fn identify(stream: TcpStream, peer: IpAddr, origins: &dyn OriginLookup) -> Option<Accepted> {
-    // Small answers to small requests.
+    // Small responses to small requests.
     let _ = stream.set_nodelay(true);
     match origins.origin(stream.as_fd()) {
         Ok(origin) => Some(Accepted { stream, origin, peer }),
         Err(error) => {
-            error!(%error, "cannot ask the kernel who dialled; the connection is closed");
+            error!(%error, "cannot read the origin of a connection; closing it");
             None
         }
     }
 }
 
-fn is_of_one_connection(error: &io::Error) -> bool {
+fn concerns_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
 }
 

@@ -46,7 +46,7 @@ use crate::{
     drain::DrainWatch,
     identity::{
         CallerResolver, Pods, cgroupfs,
-        network::Networks,
+        networks::Networks,
         peer::{Peer, Peers},
     },
     intercept,
@@ -190,7 +190,7 @@ where
     let server = Arc::new(Server {
         policies: known.policies.clone(),
         resolver,
-        engine: Arc::clone(&cache),
+        credentials: Arc::clone(&cache),
         imds_tokens: ImdsTokens::new(&kernel.keys.imds),
         token_delegates: config.token_delegates.clone(),
         instance,
@@ -216,7 +216,7 @@ where
         eks_agent_is_here: eks_agent_sender,
         pods: Arc::clone(&known.pods),
         networks: Arc::clone(&known.networks),
-        kept: PodState { engine: Arc::clone(&cache), connections: server.connections.clone() },
+        lifecycle: PodState { engine: Arc::clone(&cache), connections: server.connections.clone() },
         prefetch: config.prefetch,
     };
     // Before any pod is known: inherited credentials are not prefetched again.

@@ -1,8 +1,7 @@
-//! The HTTP contracts that SDKs speak: what a request asks for, and how an answer reads.
+//! The HTTP contracts that SDKs speak: the first stage parses a request, the last one renders a response.
 //!
-//! Owns everything that is seen on the wire; pure functions of a request's head and an outcome. Never does IO,
-//! never decides who the caller is or what it may have. The page below has every difference from what podgate stands in
-//! for.
+//! Owns every byte on the wire; pure functions of a request's head and an outcome. Never does IO, never decides who the
+//! caller is or what it may have. The page below lists every difference from the service that podgate replaces.
 //!
 #![doc = include_str!("../dialects.md")]
 
@@ -20,17 +19,17 @@ use hyper::{
     http::{request::Parts, uri::Authority},
 };
 
-pub mod ecs;
-pub mod imds;
+pub(crate) mod ecs;
+pub(crate) mod imds;
 pub mod imds_token;
-pub mod pod_identity;
+pub(crate) mod pod_identity;
 
-/// A whole answer. Its body's length is known, so that each has a `Content-Length`.
-pub type Response = hyper::Response<Full<Bytes>>;
+/// A complete response. The length of its body is known, so it always has a `Content-Length`.
+pub(crate) type Response = hyper::Response<Full<Bytes>>;
 
-/// A contract.
+/// An HTTP contract.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Dialect {
+pub(crate) enum Dialect {
     /// EKS Pod Identity.
     PodIdentity,
     /// The EC2 instance metadata service.
@@ -41,15 +40,15 @@ pub enum Dialect {
 
 /// Why a request gets no credentials: what the pod is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// The status, which SDKs decide by.
-    pub status: StatusCode,
-    /// A short name for machines.
-    pub code: Cow<'static, str>,
-    /// What a person needs to know; never a secret, never another pod.
-    pub message: String,
-    /// The methods that would be right, where the method was wrong.
-    pub allow: Option<&'static str>,
+pub(crate) struct Refusal {
+    /// The status: SDKs decide by it.
+    pub(crate) status: StatusCode,
+    /// A short name for programs.
+    pub(crate) code: Cow<'static, str>,
+    /// What a person needs to know; never a secret, never the name of another pod.
+    pub(crate) message: String,
+    /// The methods that are allowed, where the method was wrong.
+    pub(crate) allow: Option<&'static str>,
 }
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -57,12 +56,16 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 // === impl Dialect ===
 
 impl Dialect {
-    /// The dialect of the service that was dialled. Where that is not known, as from behind a sidecar, that of the
-    /// service that the request is meant for, by its `Host`; else of the one whose address the connection came `to`; else
-    /// by the path.
-    pub fn pick(dialled: Option<Service>, to: Option<Service>, headers: &HeaderMap, path: &str) -> Self {
-        let dialled = dialled.filter(|_| holds(Defense::DialectByAddress));
-        match dialled.or_else(|| meant(headers)).or(to) {
+    /// The dialect of the original destination. Where that is unknown, as behind a sidecar: of the service that `Host`
+    /// names, else of the service at whose address the connection was accepted, else by the path.
+    pub(crate) fn pick(
+        orig_dst: Option<Service>,
+        accepted_at: Option<Service>,
+        headers: &HeaderMap,
+        path: &str,
+    ) -> Self {
+        let orig_dst = orig_dst.filter(|_| holds(Defense::DialectByAddress));
+        match orig_dst.or_else(|| service_of_host(headers)).or(accepted_at) {
             Some(Service::PodIdentity) => Self::PodIdentity,
             Some(Service::Ecs) => Self::Ecs,
             None if path == pod_identity::PATH => Self::PodIdentity,
@@ -71,7 +74,7 @@ impl Dialect {
     }
 
     /// Its name in logs and metrics.
-    pub const fn label(self) -> &'static str {
+    pub(crate) const fn label(self) -> &'static str {
         match self {
             Self::PodIdentity => "pod-identity",
             Self::Imds => "imds",
@@ -79,8 +82,8 @@ impl Dialect {
         }
     }
 
-    /// How it says no.
-    pub fn refuse(self, refusal: &Refusal) -> Response {
+    /// Renders a refusal.
+    pub(crate) fn refuse(self, refusal: &Refusal) -> Response {
         let mut response = match self {
             Self::PodIdentity | Self::Ecs => pod_identity::refuse(refusal),
             Self::Imds => imds::refuse(refusal),
@@ -95,8 +98,12 @@ impl Dialect {
 // === impl Refusal ===
 
 impl Refusal {
-    /// A refusal.
-    pub fn new(status: StatusCode, code: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+    /// A refusal with nothing to allow.
+    pub(crate) fn new(
+        status: StatusCode,
+        code: impl Into<Cow<'static, str>>,
+        message: impl Into<String>,
+    ) -> Self {
         Self { status, code: code.into(), message: message.into(), allow: None }
     }
 
@@ -105,21 +112,20 @@ impl Refusal {
     }
 }
 
-/// The service that the client has in its URL.
-fn meant(headers: &HeaderMap) -> Option<Service> {
+/// The service in the client's URL.
+fn service_of_host(headers: &HeaderMap) -> Option<Service> {
     let authority: Authority = headers.get(HOST)?.to_str().ok()?.parse().ok()?;
     Service::named(authority.host())
 }
 
-/// Whether a proxy passed the request on. Such a request may be somebody else's, whom a server in the pod was
-/// tricked into fetching a URL for.
-pub fn is_forwarded(headers: &HeaderMap) -> bool {
+/// Whether a proxy passed the request on. An attacker may have tricked a server in the pod into fetching this URL (SSRF).
+pub(crate) fn is_forwarded(headers: &HeaderMap) -> bool {
     holds(Defense::Forwarding)
         && [FORWARDED_FOR, FORWARDED, VIA].iter().any(|name| headers.contains_key(name))
 }
 
-/// The refusal of a request that was forwarded.
-pub fn forwarded() -> Refusal {
+/// Refuses a forwarded request.
+pub(crate) fn forwarded() -> Refusal {
     Refusal::new(
         StatusCode::FORBIDDEN,
         "Forwarded",
@@ -128,13 +134,14 @@ pub fn forwarded() -> Refusal {
     )
 }
 
-/// A request must name one host, and nothing that is none: the rules of Go's server, which the stock agent is made with.
+/// A request must name exactly one well-formed host: the rules of Go's HTTP server, on which the EKS Pod Identity Agent
+/// is built.
 fn check_framing(head: &Parts) -> Result<(), Refusal> {
     let mut hosts = head.headers.get_all(HOST).iter();
     let wrong = match (hosts.next(), hosts.next()) {
         (None, _) if head.version == Version::HTTP_11 => "missing required Host header",
         (Some(_), Some(_)) => "too many Host headers",
-        (Some(host), None) if !host.as_bytes().iter().all(|byte| is_of_host(*byte)) => {
+        (Some(host), None) if !host.as_bytes().iter().all(|byte| is_host_byte(*byte)) => {
             "malformed Host header"
         }
         _ => return Ok(()),
@@ -142,11 +149,11 @@ fn check_framing(head: &Parts) -> Result<(), Refusal> {
     Err(Refusal::new(StatusCode::BAD_REQUEST, "BadRequest", format!("400 Bad Request: {wrong}")))
 }
 
-fn is_of_host(byte: u8) -> bool {
+fn is_host_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!$%&'()*+,-.:;=[]_~".contains(&byte)
 }
 
-/// Every host that a request names, in its line and in its header: others may read the other. One without any names "".
+/// Every host that a request names, in its line and in its header: a proxy on the way may read either. Without any: "".
 fn hosts(head: &Parts) -> impl Iterator<Item = &str> {
     let header = head.headers.get(HOST).map(|host| host.to_str().unwrap_or(""));
     let line = head.uri.authority().map(Authority::as_str);
@@ -154,7 +161,8 @@ fn hosts(head: &Parts) -> impl Iterator<Item = &str> {
     line.into_iter().chain(header).chain(none)
 }
 
-/// What is before the port, without an IPv6 address's brackets; all of it where Go's `SplitHostPort` would find no port.
+/// A host without its port and without the brackets of an IPv6 address; all of it where Go's `SplitHostPort` finds no
+/// port.
 fn host_name(host: &str) -> &str {
     let split = match host.strip_prefix('[') {
         Some(rest) => rest.split_once(']').and_then(|(name, port)| Some((name, port.strip_prefix(':')?))),
@@ -167,8 +175,8 @@ fn host_name(host: &str) -> &str {
     name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name)
 }
 
-/// Only GET and HEAD read.
-fn must_read(method: &Method) -> Result<(), Refusal> {
+/// Allows GET and HEAD only.
+fn check_reads(method: &Method) -> Result<(), Refusal> {
     if matches!(*method, Method::GET | Method::HEAD) { Ok(()) } else { Err(wrong_method("GET, HEAD")) }
 }
 
@@ -201,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_method_is_told_the_right_ones() {
+    fn a_wrong_method_is_answered_with_the_allowed_ones() {
         let response = Dialect::Imds.refuse(&wrong_method("PUT"));
         assert_eq!(
             (response.status().as_u16(), &response.headers()["allow"]),
@@ -210,11 +218,11 @@ mod tests {
     }
 
     #[test]
-    fn the_address_decides_and_where_it_is_podgate_s_own_the_host_and_the_path() {
+    fn the_original_destination_decides_then_the_host_then_the_path() {
         const POD_IDENTITY: &str = "/v1/credentials";
         const IMDS: &str = "/latest/api/token";
         let own = Some(Service::PodIdentity);
-        for (dialled, to, host, path, dialect) in [
+        for (orig_dst, accepted_at, host, path, dialect) in [
             (Some(Service::Imds), None, "169.254.170.23", POD_IDENTITY, Dialect::Imds),
             (Some(Service::PodIdentity), None, "169.254.169.254", IMDS, Dialect::PodIdentity),
             (Some(Service::Ecs), own, "169.254.170.23", POD_IDENTITY, Dialect::Ecs),
@@ -233,8 +241,8 @@ mod tests {
             (None, own, "", IMDS, Dialect::PodIdentity),
         ] {
             let head = head("GET", path, &[("host", host)]);
-            let picked = Dialect::pick(dialled, to, &head.headers, path);
-            assert_eq!(picked, dialect, "{dialled:?}, {to:?}, {host}, {path}");
+            let picked = Dialect::pick(orig_dst, accepted_at, &head.headers, path);
+            assert_eq!(picked, dialect, "{orig_dst:?}, {accepted_at:?}, {host}, {path}");
         }
         assert_eq!(Dialect::pick(None, None, &HeaderMap::new(), POD_IDENTITY), Dialect::PodIdentity);
     }

@@ -1,6 +1,6 @@
-//! From the kernel's origin to the caller: which pod dialled, and what is its service account.
+//! From the kernel's origin to the caller: which pod connected, and what its service account is.
 //!
-//! Owns that chain and its refusals; never falls back to a weaker identity, never sees a credential.
+//! Owns that chain and its errors; never falls back to a weaker identity, never sees a credential.
 
 use std::{io, net::IpAddr, path::PathBuf, sync::Arc, time::Instant};
 
@@ -12,7 +12,7 @@ pub mod cgroup;
 pub mod cgroupfs;
 pub mod namespaces;
 pub mod netns;
-pub mod network;
+pub mod networks;
 pub mod peer;
 pub mod pods;
 pub mod tree;
@@ -25,14 +25,14 @@ pub use pods::{DaemonSetRef, Pod, Pods, ServiceAccountRef};
 use self::{
     cgroup::Owner,
     cgroupfs::CgroupPaths,
-    network::{Networks, PodProcesses, Verdict},
+    networks::{Networks, PodProcesses, Verdict},
 };
 
 /// The annotation by which the kubelet ties a static pod to its mirror pod.
 #[cfg(feature = "undefended")]
 const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
-/// What of the node's kernel identity depends on.
+/// The facts of this node that identity depends on.
 pub trait NodeFacts: CgroupPaths + PodProcesses {}
 
 impl<T: CgroupPaths + PodProcesses> NodeFacts for T {}
@@ -44,7 +44,7 @@ pub struct CallerResolver {
     networks: Arc<Networks>,
 }
 
-/// The pod whose cgroup dialled.
+/// The pod whose cgroup connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourcePod {
     /// The pod.
@@ -56,13 +56,13 @@ pub struct SourcePod {
 /// Why a caller has no identity.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The cgroup went while the request was on its way.
+    /// The cgroup was removed while the request was on its way.
     #[error("the cgroup {cgroup_id} that dialled is gone")]
-    CgroupGone {
+    CgroupRemoved {
         /// The cgroup.
         cgroup_id: u64,
     },
-    /// The kernel did not tell a cgroup's path.
+    /// The kernel did not give a cgroup's path.
     #[error("cannot find the path of cgroup {cgroup_id}: {source}")]
     CgroupPath {
         /// The cgroup.
@@ -70,7 +70,7 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// A cgroup outside kubepods, or one in it that is not a pod's.
+    /// A cgroup outside kubepods, or one in it that is no pod's.
     #[error("the cgroup {cgroup_id} that dialled belongs to no pod")]
     NotAPod {
         /// The cgroup.
@@ -79,16 +79,16 @@ pub enum Error {
     /// A static pod.
     #[error("the caller is a static pod (configuration {config_hash}); static pods have no service account")]
     StaticPod {
-        /// The hash that the kubelet names its cgroup with.
+        /// The hash in the name of its cgroup.
         config_hash: String,
     },
-    /// The watch has not shown the pod.
+    /// The watch has not shown the pod yet.
     #[error("pod {uid} is not known on this node yet; try again")]
     PodUnknown {
         /// The pod.
         uid: PodUid,
     },
-    /// The dial came through a network that is not the pod's.
+    /// The connection came through a network that is not the pod's.
     #[error("the connection was dialled by one pod through the network of another, as a mesh's proxy does")]
     ForeignNetwork,
 }
@@ -96,16 +96,16 @@ pub enum Error {
 // === impl CallerResolver ===
 
 impl CallerResolver {
-    /// Resolves by what `node` tells and the pods in `pods`. `networks` is what is known of pods' networks.
+    /// Resolves from the facts of `node`, the pods in `pods` and their `networks`.
     pub fn new(node: Arc<dyn NodeFacts>, pods: Arc<Pods>, networks: Arc<Networks>) -> Self {
         Self { node, pods, networks }
     }
 
-    /// The pod whose cgroup dialled; needs nothing but the kernel.
+    /// The pod whose cgroup connected; needs nothing but the kernel.
     pub fn source_pod(&self, cgroup_id: u64) -> Result<SourcePod, Error> {
         let path = self.node.below_kubepods(cgroup_id).map_err(|source| {
             if source.raw_os_error() == Some(rustix::io::Errno::STALE.raw_os_error()) {
-                Error::CgroupGone { cgroup_id }
+                Error::CgroupRemoved { cgroup_id }
             } else {
                 Error::CgroupPath { cgroup_id, source }
             }
@@ -124,7 +124,7 @@ impl CallerResolver {
         }
     }
 
-    /// The pod, which the watch may be about to show: a pod's first request is often quicker.
+    /// The pod, waiting for the watch until `deadline`: a pod's first request often comes before its object.
     pub async fn pod(&self, uid: PodUid, deadline: Instant) -> Result<Arc<Pod>, Error> {
         self.pods.wait(uid, deadline).await.ok_or(Error::PodUnknown { uid })
     }
@@ -134,7 +134,7 @@ impl CallerResolver {
         self.pods.get(uid)
     }
 
-    /// Makes sure that the dial came from the pod's own network, and so from the pod itself.
+    /// Makes sure that the connection came from the pod's own network, and so from the pod itself.
     pub async fn own_network(
         &self,
         pod: &Arc<Pod>,
@@ -147,7 +147,7 @@ impl CallerResolver {
             Verdict::Unproven => {
                 let (node, cgroup) = (Arc::clone(&self.node), source_pod.cgroup.clone());
                 let asked = tokio::task::spawn_blocking(move || node.network(&cgroup)).await;
-                // Whatever fails here proves nothing.
+                // A failure here proves nothing.
                 self.networks.prove(pod, cookie, asked.ok().and_then(Result::ok).flatten())
             }
             verdict => verdict,

@@ -1,7 +1,7 @@
-//! What the instance is: the agent's own copy of what the node's IMDS says of it.
+//! The facts of the instance: the agent's own copy of them from the node's IMDS.
 //!
-//! Owns what is copied and when. Never asks on a pod's behalf, and copies nothing that a pod has no business with: no
-//! role, no user-data, no address, no account.
+//! Owns what is copied and when. Never asks on a pod's behalf, and copies nothing that pods must not have: no role, no
+//! user-data, no address, no account.
 
 use std::time::Duration;
 
@@ -15,10 +15,10 @@ use tracing::{info, warn};
 
 use crate::error::chain;
 
-/// The zone and the rest stay as they are while an instance runs; its type changes only while it is stopped. A copy that
-/// is wrong all the same does not stay so forever.
-const AGAIN: Duration = Duration::from_hours(1);
-/// After a failure, doubled from one to the next.
+/// The facts do not change while an instance runs, and its type changes only while it is stopped. A copy that is wrong
+/// anyway is corrected by then.
+const REFRESH_INTERVAL: Duration = Duration::from_hours(1);
+/// After a failure, doubled with each further one.
 const RETRY_DELAY_MIN: Duration = Duration::from_secs(1);
 const RETRY_DELAY_MAX: Duration = Duration::from_mins(1);
 
@@ -43,7 +43,7 @@ pub struct Instance {
     pub partition: Option<String>,
 }
 
-/// What the instance identity document says, as far as it is copied.
+/// The instance identity document, as far as it is copied.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Document {
@@ -57,46 +57,46 @@ struct Document {
 // === impl Instance ===
 
 impl Instance {
-    /// An instance of which only the region is known, if that.
+    /// An instance of which at most the region is known.
     pub fn in_region(region: Option<String>) -> Self {
         Self { region, ..Self::default() }
     }
 }
 
-/// The node's IMDS, asked once and not again: whoever asks tries again by itself.
+/// A client of the node's IMDS without retries: its users retry by themselves.
 pub fn imds() -> Client {
     Client::builder().configure(&directly()).max_attempts(1).build()
 }
 
-/// How the SDK is to ask the node's IMDS: by no proxy. The SDK's own client would ask by that of `HTTP_PROXY`, and get what
-/// the IMDS of the proxy's own host says.
+/// Lets the SDK reach the node's IMDS without a proxy. By default it would use that of `HTTP_PROXY`, and read the IMDS of
+/// the proxy's host.
 pub(crate) fn directly() -> ProviderConfig {
     ProviderConfig::default().with_http_client(aws_smithy_http_client::Builder::new().build_http())
 }
 
-/// Keeps the copy up to date forever. While the node's IMDS is away, what is known stays.
+/// Keeps the copy current until shutdown. While the node's IMDS is unavailable, known facts stay.
 pub async fn follow(imds: Client, copy: watch::Sender<Instance>) {
-    let mut pause = RETRY_DELAY_MIN;
+    let mut delay = RETRY_DELAY_MIN;
     loop {
         match fetch(&imds).await {
             Ok(instance) => {
-                let is_new = copy.send_if_modified(|known| take(known, instance));
+                let is_new = copy.send_if_modified(|known| merge(known, instance));
                 if is_new {
-                    info!(instance = ?*copy.borrow(), "the instance is known");
+                    info!(instance = ?*copy.borrow(), "the facts of the instance changed");
                 }
-                pause = RETRY_DELAY_MIN;
-                sleep(AGAIN).await;
+                delay = RETRY_DELAY_MIN;
+                sleep(REFRESH_INTERVAL).await;
             }
             Err(error) => {
-                if pause == RETRY_DELAY_MIN {
+                if delay == RETRY_DELAY_MIN {
                     let region = copy.borrow().region.clone();
                     warn!(
                         error = chain(&*error),
-                        region, "cannot read what the instance is from its IMDS; trying again"
+                        region, "cannot read the facts of the instance from the node's IMDS; retrying"
                     );
                 }
-                sleep(pause).await;
-                pause = (pause * 2).min(RETRY_DELAY_MAX);
+                sleep(delay).await;
+                delay = (delay * 2).min(RETRY_DELAY_MAX);
             }
         }
     }
@@ -105,7 +105,7 @@ pub async fn follow(imds: Client, copy: watch::Sender<Instance>) {
 async fn fetch(imds: &Client) -> Result<Instance, Box<dyn std::error::Error + Send + Sync>> {
     let document = imds.get("/latest/dynamic/instance-identity/document").await?;
     let document: Document = serde_json::from_str(document.as_ref())?;
-    // Some services that stand in for EC2's have no more than the document.
+    // Some replacements of EC2's IMDS have only the document.
     let read = async |path| match imds.get(path).await {
         Ok(text) => Ok(Some(String::from(text))),
         Err(ImdsError::ErrorResponse(error)) if error.response().status().as_u16() == 404 => Ok(None),
@@ -123,8 +123,8 @@ async fn fetch(imds: &Client) -> Result<Instance, Box<dyn std::error::Error + Se
     })
 }
 
-/// Takes over what was fetched, and keeps what could not be; tells whether anything is new.
-fn take(known: &mut Instance, fetched: Instance) -> bool {
+/// Merges fetched facts into the known ones, which stay where one could not be fetched. Whether anything changed.
+fn merge(known: &mut Instance, fetched: Instance) -> bool {
     let keep = |fetched: Option<String>, known: &Option<String>| fetched.or_else(|| known.clone());
     let merged = Instance {
         region: keep(fetched.region, &known.region),
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_document_is_read_as_ec2_and_as_others_write_it() {
+    fn the_document_is_read_as_ec2_and_its_replacements_write_it() {
         let ec2 = r#"{"accountId" : "123456789012", "region" : "eu-west-1", "availabilityZone" : "eu-west-1b",
             "billingProducts" : null, "instanceId" : "i-0", "instanceType" : "m7i.large", "architecture" : "x86_64"}"#;
         let document: Document = serde_json::from_str(ec2).unwrap();
@@ -159,13 +159,13 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_had_stays_as_it_was_known() {
+    fn a_fact_that_cannot_be_fetched_stays_as_it_was() {
         let mut known = Instance::in_region(Some("us-west-2".into()));
         let fetched = Instance { id: Some("i-0".into()), ..Instance::default() };
-        assert!(take(&mut known, fetched.clone()));
+        assert!(merge(&mut known, fetched.clone()));
         assert_eq!((known.region.as_deref(), known.id.as_deref()), (Some("us-west-2"), Some("i-0")));
-        assert!(!take(&mut known, fetched));
-        assert!(take(&mut known, Instance::in_region(Some("eu-west-1".into()))));
+        assert!(!merge(&mut known, fetched));
+        assert!(merge(&mut known, Instance::in_region(Some("eu-west-1".into()))));
         assert_eq!((known.region.as_deref(), known.id.as_deref()), (Some("eu-west-1"), Some("i-0")));
     }
 }

@@ -1,4 +1,4 @@
-//! Doubles for what only a node has, and values for tests. Not part of a release build.
+//! Fakes of what only a node has, and values for tests. Not part of a release build.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     credentials::{Credentials, Role, token::claims::Claims},
-    identity::{Pod, PodUid, ServiceAccountRef, cgroupfs::CgroupPaths, network::PodProcesses},
+    identity::{Pod, PodUid, ServiceAccountRef, cgroupfs::CgroupPaths, networks::PodProcesses},
     intercept::{self, OriginLookup},
 };
 
@@ -47,19 +47,19 @@ pub fn pod_uid() -> PodUid {
     PodUid::parse(&Uuid::new_v4().to_string()).expect("a UUID is a pod's UID")
 }
 
-/// What a token bound to this pod says.
+/// The claims of a token bound to this pod.
 pub fn claims(pod: PodUid) -> Claims {
     Claims { pod: Some(pod), issuer: None, audiences: vec![], expiration: None }
 }
 
-/// Stands in for cgroup2: the test says which id has which path, and which pod which network.
+/// A cgroup2 whose ids, paths and network namespaces the test sets.
 #[derive(Debug, Default)]
 pub struct FakeCgroups {
     paths: Mutex<HashMap<u64, PathBuf>>,
     networks: Mutex<HashMap<PathBuf, u64>>,
 }
 
-/// Stands in for the kernel: every connection accepted has this origin.
+/// A kernel that puts the same origin on every accepted connection.
 #[derive(Debug, Default)]
 pub struct FakeOrigins(Mutex<Option<Origin>>);
 

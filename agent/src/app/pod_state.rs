@@ -29,13 +29,13 @@ impl<S: CredentialSource> PodLifecycle for PodState<S> {
         self.engine.on_cgroup_created(uid);
     }
 
-    async fn gone(&self, uid: PodUid) {
-        self.connections.end(uid);
+    async fn on_cgroup_removed(&self, uid: PodUid) {
+        self.connections.revoke(uid);
         self.engine.on_cgroup_removed(uid).await;
     }
 
-    async fn forget(&self, uid: PodUid) {
-        self.connections.end(uid);
+    async fn on_pod_deleted(&self, uid: PodUid) {
+        self.connections.revoke(uid);
         self.engine.on_pod_deleted(uid).await;
     }
 

@@ -191,7 +191,7 @@ fn kernel(config: &Config, node: &Node) -> Result<Kernel<NodeDataplane, Intercep
         interceptor.exempt(own)?;
     }
     if let Some(log) = interceptor.debug_log()? {
-        kernel_events::follow(log);
+        kernel_events::copy_debug_log(log);
     }
     let origins = Arc::new(interceptor.origins()?);
     let events =

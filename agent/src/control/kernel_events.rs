@@ -1,7 +1,7 @@
-//! Tells operators what the kernel decided by itself: who still uses the node's role, who was refused and why.
+//! Logs what the kernel decided by itself: who still uses the node's role, who was refused and why.
 //!
-//! Owns the log lines and how often they come, since a pod decides how often the kernel reports; never decides
-//! anything about a pod.
+//! Owns the log lines and their rate, because pods decide how often the kernel reports; never decides anything about a
+//! pod.
 
 use std::{
     collections::HashMap,
@@ -33,7 +33,7 @@ const RETRY_DELAY: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 struct EventLimits(HashMap<(u64, u32), LogLimit>);
 
-/// Logs the kernel's events forever.
+/// Logs the kernel's events until shutdown.
 pub async fn run<S: CredentialSource>(
     mut events: impl Stream<Item = Result<(Counter, Event), intercept::Error>> + Unpin,
     server: Arc<Server<S>>,
@@ -42,8 +42,8 @@ pub async fn run<S: CredentialSource>(
     while let Some(event) = events.next().await {
         match event {
             Ok((counter, event)) => {
-                if let Some(more) = limits.admit(counter, &event, Instant::now()) {
-                    tell(counter, &event, more, &server);
+                if let Some(suppressed) = limits.admit(counter, &event, Instant::now()) {
+                    log(counter, &event, suppressed, &server);
                 }
             }
             Err(error) => {
@@ -54,12 +54,12 @@ pub async fn run<S: CredentialSource>(
     }
 }
 
-/// Makes the programs' debugging log part of the agent's forever, on a thread of its own: pods decide how much there
-/// is of it.
-pub fn follow(log: DebugLog) {
+/// Copies the programs' debug log into the agent's until shutdown, on a thread of its own: pods decide how much of it
+/// there is.
+pub fn copy_debug_log(log: DebugLog) {
     thread::spawn(move || {
         let error = log.run();
-        error!(%error, "cannot read the programs' debugging log any more");
+        error!(%error, "cannot read the programs' debug log any more");
     });
 }
 
@@ -78,41 +78,41 @@ impl EventLimits {
     }
 }
 
-fn tell<S: CredentialSource>(counter: Counter, event: &Event, more: u64, server: &Server<S>) {
+fn log<S: CredentialSource>(counter: Counter, event: &Event, suppressed: u64, server: &Server<S>) {
     let uid = server.resolver.source_pod(event.cgroup_id).ok().map(|source_pod| source_pod.uid);
     let pod = uid.and_then(|uid| server.resolver.known(uid));
     let uid = uid.map(|uid: PodUid| tracing::field::display(uid));
     let name = pod.as_deref().map(Pod::full_name);
-    let process = serve::process(&event.comm, event.tgid);
-    let (address, what) = (event.address, counter.label());
+    let process = serve::process_label(&event.comm, event.tgid);
+    let (address, reason) = (event.address, counter.label());
     match counter {
         Counter::Audited => {
-            info!(target: "audit", process, ?address, more, pod.uid = uid, pod.name = name,
-                "a pod dialled the node's own metadata service");
+            info!(target: "audit", process, ?address, suppressed, pod.uid = uid, pod.name = name,
+                "a pod connected to the node's own metadata service");
         }
         Counter::Unanswered => {
             let (ip, port) = (address.ip(), address.port.get());
-            warn!(target: "kernel", what, process, ?address, more, pod.uid = uid, pod.name = name,
-                "nothing answered: a network policy or firewall between the pod and podgate drops it: allow {ip} port \
-                 {port}, or the agent hangs");
+            warn!(target: "kernel", reason, process, ?address, suppressed, pod.uid = uid, pod.name = name,
+                "nothing answered a pod's connection attempt: a network policy or firewall drops it (allow {ip} port {port}), or \
+                 the agent hangs");
         }
         Counter::AuditedCredentials | Counter::AuditedUserData | Counter::AuditedOther => {
-            info!(target: "audit", asked = asked(counter), ?address, more, pod.uid = uid, pod.name = name,
-                "a pod asked the node's own metadata service");
+            info!(target: "audit", requested = requested(counter), ?address, suppressed, pod.uid = uid, pod.name = name,
+                "a pod sent a request to the node's own metadata service");
         }
         Counter::EgressDropped => {
-            warn!(target: "kernel", what, ?address, more, pod.uid = uid, pod.name = name,
-                "a pod sent what only a dial may send there; it was stopped");
+            warn!(target: "kernel", reason, ?address, suppressed, pod.uid = uid, pod.name = name,
+                "dropped a packet of a pod that belongs to no connection which the programs know");
         }
         _ => {
-            warn!(target: "kernel", what, process, ?address, more, pod.uid = uid, pod.name = name,
-                "the kernel refused or doubted a dial");
+            warn!(target: "kernel", reason, process, ?address, suppressed, pod.uid = uid, pod.name = name,
+                "the kernel refused or questioned a connection attempt");
         }
     }
 }
 
-/// What a pod in `audit` asked for.
-fn asked(counter: Counter) -> &'static str {
+/// What a pod in mode `audit` requested.
+fn requested(counter: Counter) -> &'static str {
     match counter {
         Counter::AuditedCredentials => "credentials",
         Counter::AuditedUserData => "user-data",

@@ -16,13 +16,13 @@ use tracing::{debug, error, info, warn};
 use crate::{
     identity::{
         DaemonSetRef, Pod, PodUid, Pods,
-        network::Networks,
+        networks::Networks,
         tree::{PodCgroup, TreeEvent},
         watch::ClusterEvent,
     },
     intercept::{self, InterceptorHandle},
     policy::lookup::Policies,
-    policy::{self, ImdsMode, Place, Policy},
+    policy::{self, AnnotationScope, ImdsMode, Policy},
 };
 
 /// When the kernel did not take a policy, it is tried again after this time.
@@ -59,9 +59,9 @@ pub trait PodLifecycle: Send + Sync + 'static {
     /// The pod has a cgroup, for the first time or again.
     fn on_cgroup_created(&self, uid: PodUid);
     /// The pod's cgroup is gone, and the API server may go on to show it.
-    fn gone(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
+    fn on_cgroup_removed(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
     /// The pod has no cgroup, and the API server has it no more.
-    fn forget(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
+    fn on_pod_deleted(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
     /// The pod is going to ask.
     fn prefetch(&self, pod: &Arc<Pod>);
 }
@@ -84,7 +84,7 @@ pub struct Reconciler<M, S> {
     /// Their networks.
     pub networks: Arc<Networks>,
     /// What is kept for them.
-    pub kept: S,
+    pub lifecycle: S,
     /// Whether those are fetched before the pods ask.
     pub prefetch: bool,
 }
@@ -180,23 +180,23 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
 
     async fn on_tree(&self, state: &mut State, event: TreeEvent) {
         match event {
-            TreeEvent::Appeared(PodCgroup { uid, id }) => {
+            TreeEvent::Created(PodCgroup { uid, id }) => {
                 state.cgroups.insert(uid, id);
                 state.effective.remove(&uid);
                 state.exempt.remove(&uid);
                 state.gone.remove(&uid);
-                self.kept.on_cgroup_created(uid);
+                self.lifecycle.on_cgroup_created(uid);
                 if let Some(pod) = self.pods.get(uid) {
                     self.apply(state, &pod).await;
                 }
             }
-            TreeEvent::Class(class, id) => {
+            TreeEvent::QosClass(class, id) => {
                 if let Err(error) = self.map.set_class(class, id).await {
                     error!(%error, ?class,
                         "cannot tell the kernel of a class of pods; those that it does not know yet share a limit");
                 }
             }
-            TreeEvent::Gone(PodCgroup { uid, id }) => {
+            TreeEvent::Removed(PodCgroup { uid, id }) => {
                 if Some(id) != self.own {
                     self.remove(state, id, uid).await;
                 }
@@ -205,11 +205,11 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                     state.cgroups.remove(&uid);
                     state.effective.remove(&uid);
                     state.exempt.remove(&uid);
-                    self.networks.forget(uid);
+                    self.networks.remove(uid);
                     if state.deleted.remove(&uid) {
                         self.forget(uid).await;
                     } else {
-                        self.is_gone(state, uid).await;
+                        self.note_removed(state, uid).await;
                     }
                 }
             }
@@ -225,7 +225,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                 } else {
                     state.eks_agents.remove(&pod.uid);
                 }
-                report(&pod.annotations, Place::Pod, &pod.full_name());
+                report(&pod.annotations, AnnotationScope::Pod, &pod.full_name());
                 self.note_absence(state, &pod).await;
                 self.apply(state, &pod).await;
                 self.prefetch(&pod);
@@ -244,7 +244,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             }
             ClusterEvent::NamespaceChanged(name) => {
                 if let Some(annotations) = self.policies.namespaces.get(&name) {
-                    report(&annotations, Place::Namespace, &name);
+                    report(&annotations, AnnotationScope::Namespace, &name);
                 }
                 for pod in self.pods.of_namespace(&name) {
                     self.apply(state, &pod).await;
@@ -259,7 +259,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
     fn prefetch(&self, pod: &Arc<Pod>) {
         let may = |policy: Policy| policy.pod_identity || policy.imds == ImdsMode::Intercept;
         if self.prefetch && will_ask(pod) && self.policies.of(pod).is_some_and(may) {
-            self.kept.prefetch(pod);
+            self.lifecycle.prefetch(pod);
         }
     }
 
@@ -299,22 +299,22 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             return;
         }
         if pod.finished {
-            self.is_gone(state, pod.uid).await;
+            self.note_removed(state, pod.uid).await;
         } else {
-            self.kept.on_pod_pending(pod.uid);
+            self.lifecycle.on_pod_pending(pod.uid);
         }
     }
 
     /// What the API server still shows of the pod brings nothing of it back; a new cgroup would.
-    async fn is_gone(&self, state: &mut State, uid: PodUid) {
+    async fn note_removed(&self, state: &mut State, uid: PodUid) {
         if state.gone.insert(uid) {
-            self.kept.gone(uid).await;
+            self.lifecycle.on_cgroup_removed(uid).await;
         }
     }
 
     async fn forget(&self, uid: PodUid) {
-        self.kept.forget(uid).await;
-        self.pods.forget(uid);
+        self.lifecycle.on_pod_deleted(uid).await;
+        self.pods.remove(uid);
         debug!(pod.uid = %uid, "forgot a pod");
     }
 
@@ -376,7 +376,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             let mode = self.policies.of(&pod).map_or(ImdsMode::Intercept, |policy| policy.imds);
             (mode, pod.host_network)
         });
-        let (mut strictest, mut asks) = (self.policies.strictest(), self.policies.ask_for_host_network());
+        let (mut strictest, mut asks) = (self.policies.strictest(), self.policies.covers_host_network());
         for (mode, on_host_network) in modes {
             strictest = strictest.max(mode);
             asks |= on_host_network && mode.is_strict();
@@ -400,8 +400,8 @@ fn will_ask(pod: &Pod) -> bool {
 }
 
 /// Says which annotations cannot be read.
-fn report(annotations: &policy::Annotations, place: Place, whose: &str) {
-    for unreadable in policy::unreadable(annotations, place) {
+fn report(annotations: &policy::Annotations, scope: AnnotationScope, whose: &str) {
+    for unreadable in policy::unreadable(annotations, scope) {
         warn!(of = whose, "{unreadable}; the strictest that fits applies");
     }
 }

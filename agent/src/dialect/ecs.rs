@@ -1,4 +1,6 @@
-//! The ECS credential endpoint, which SDKs older than Pod Identity know: a relative URI on 169.254.170.2.
+//! The ECS credential endpoint, for SDKs older than Pod Identity: a relative URI on 169.254.170.2.
+//!
+//! Owns its path and its body; what it shares with Pod Identity is `pod_identity`'s.
 
 use core::net::IpAddr;
 
@@ -7,7 +9,7 @@ use hyper::{StatusCode, http::request::Parts};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{Refusal, Response, check_framing, imds::whole_seconds, must_read, pod_identity};
+use super::{Refusal, Response, check_framing, check_reads, imds::whole_seconds, pod_identity};
 use crate::credentials::{Credentials, token::claims::SentToken};
 
 #[derive(Serialize)]
@@ -20,22 +22,22 @@ struct Body<'a> {
     expiration: String,
 }
 
-/// What a request asks: always for credentials, with the token it sent, if any. Whatever follows the path is
-/// the client's own.
-pub fn ask(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
+/// Parses a request, which is always for credentials: the token that it sent, if any. What follows the path is up to the
+/// client.
+pub(crate) fn parse(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
     check_framing(head)?;
     let path = head.uri.path();
     let below = path.strip_prefix(pod_identity::PATH);
     if !below.is_some_and(|below| below.is_empty() || below.starts_with('/')) {
         return Err(Refusal::not_found("credentials are at /v1/credentials"));
     }
-    must_read(&head.method)?;
+    check_reads(&head.method)?;
     pod_identity::check_host(head, &[IpAddr::V4(ECS_V4)])?;
     pod_identity::sent_token(head, now)
 }
 
-/// Credentials.
-pub fn credentials(credentials: &Credentials) -> Response {
+/// Renders credentials.
+pub(crate) fn credentials(credentials: &Credentials) -> Response {
     pod_identity::json(
         StatusCode::OK,
         &Body {
@@ -55,8 +57,8 @@ mod tests {
     use http_body_util::BodyExt as _;
 
     #[test]
-    fn every_uri_below_the_path_is_taken() {
-        for (path, taken) in [
+    fn every_uri_below_the_path_is_served() {
+        for (path, served) in [
             ("/v1/credentials", true),
             ("/v1/credentials/0c5c", true),
             ("/v1/credentialsx", false),
@@ -64,10 +66,10 @@ mod tests {
             ("/", false),
         ] {
             let head = head("GET", path, &[("host", "169.254.170.2")]);
-            assert_eq!(ask(&head, Timestamp::UNIX_EPOCH).is_ok(), taken, "{path}");
+            assert_eq!(parse(&head, Timestamp::UNIX_EPOCH).is_ok(), served, "{path}");
         }
         let rebound = head("GET", "/v1/credentials", &[("host", "evil")]);
-        assert_eq!(ask(&rebound, Timestamp::UNIX_EPOCH).unwrap_err().status, StatusCode::FORBIDDEN);
+        assert_eq!(parse(&rebound, Timestamp::UNIX_EPOCH).unwrap_err().status, StatusCode::FORBIDDEN);
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
-//! The EC2 instance metadata service, v1 and v2, as far as credentials go and what SDKs must know besides.
+//! The EC2 instance metadata service, v1 and v2: credentials, and the facts that SDKs need.
 //!
-//! Serves the caller's own role, and of the instance an exact list of paths: user-data, signatures, addresses and the
-//! instance's own identity do not exist here.
+//! Owns its requests and responses. Serves the caller's own role and an exact list of facts of the instance: user-data,
+//! signatures, addresses and the instance's own identity do not exist here.
 
 use core::net::IpAddr;
 
@@ -14,32 +14,32 @@ use hyper::{
 use serde::Serialize;
 
 use super::{
-    Refusal, Response, check_framing, forwarded, host_name, hosts, is_forwarded, must_read, respond,
+    Refusal, Response, check_framing, check_reads, forwarded, host_name, hosts, is_forwarded, respond,
     wrong_method,
 };
 use crate::{credentials::Credentials, instance_metadata::Instance};
 
 mod path;
 
-pub use self::path::{Fact, ReadPath};
+pub(crate) use self::path::{Fact, ReadPath};
 
 const TOKEN_PATH: &str = "/latest/api/token";
 const TTL_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token-ttl-seconds");
 const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
-/// What browsers add to a page's requests.
+/// Headers that browsers add to the requests of a page.
 const PAGE_HEADERS: [HeaderName; 2] =
     [HeaderName::from_static("sec-fetch-site"), HeaderName::from_static("sec-fetch-mode")];
-/// What EC2's own resolver calls the service.
+/// The names of the service in EC2's own resolver.
 const NAMES: [&str; 2] = ["instance-data", "instance-data.ec2.internal"];
 /// Six hours.
 const TTL_MAX: u32 = 21_600;
-/// IAM gives no such id.
+/// An id that IAM never assigns.
 const NO_PROFILE_ID: &str = "AIPAAAAAAAAAAAAAAAAAA";
 
-/// What a request asks.
+/// A request, parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ask<'a> {
-    /// A session token, good for so many seconds.
+pub(crate) enum Request<'a> {
+    /// A session token, valid for so many seconds.
     Token {
         /// Seconds, 1 to 21600.
         ttl_secs: u32,
@@ -53,7 +53,7 @@ pub enum Ask<'a> {
     },
 }
 
-/// The order of fields is EC2's, too.
+/// The fields are in EC2's order.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct Role<'a> {
@@ -75,7 +75,7 @@ struct Info {
     instance_profile_id: &'static str,
 }
 
-/// What of EC2's document SDKs and agents in pods read; the rest is the node's own affair.
+/// The fields of EC2's document that SDKs and agents in pods read; the rest is not for pods.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Document<'a> {
@@ -91,10 +91,10 @@ struct Document<'a> {
     version: &'static str,
 }
 
-/// Reads a request's head.
-pub fn ask(head: &Parts) -> Result<Ask<'_>, Refusal> {
+/// Parses a request's head.
+pub(crate) fn parse(head: &Parts) -> Result<Request<'_>, Refusal> {
     check_framing(head)?;
-    if holds(Defense::WebPages) && is_of_a_web_page(head) {
+    if holds(Defense::WebPages) && is_from_web_page(head) {
         return Err(Refusal::new(
             StatusCode::FORBIDDEN,
             "AccessDenied",
@@ -117,50 +117,50 @@ pub fn ask(head: &Parts) -> Result<Ask<'_>, Refusal> {
         if is_forwarded(&head.headers) {
             return Err(forwarded());
         }
-        return Ok(Ask::Token { ttl_secs: ttl(&head.headers)? });
+        return Ok(Request::Token { ttl_secs: ttl(&head.headers)? });
     }
-    must_read(&head.method)?;
+    check_reads(&head.method)?;
     let session = head.headers.get(TOKEN_HEADER);
-    // A header that is not text is a token that is not valid.
+    // A header that is not text counts as an invalid token.
     let session = session.map(|token| token.to_str().unwrap_or(""));
-    Ok(Ask::Read { session, path: ReadPath::parse(path) })
+    Ok(Request::Read { session, path: ReadPath::parse(path) })
 }
 
-/// Whether a browser may have made the request for a page of somebody's, whose name leads here by now (DNS rebinding).
-/// Browsers say so on every PUT, and have that name for a host. EC2 asks for nothing of the kind; its clients send
-/// nothing of the kind either, and dial an address.
-fn is_of_a_web_page(head: &Parts) -> bool {
-    let is_said =
+/// Whether a browser may have sent the request for a page whose name now resolves to this address (DNS rebinding).
+/// Browsers mark every PUT, and send that name as the host. EC2 does not check this; its clients send no such headers,
+/// and connect to an address.
+fn is_from_web_page(head: &Parts) -> bool {
+    let is_marked =
         head.headers.contains_key(ORIGIN) || PAGE_HEADERS.iter().any(|name| head.headers.contains_key(name));
     let is_ours = |host: &str| {
         let name = host_name(host);
         name.is_empty() || name.parse::<IpAddr>().is_ok() || NAMES.contains(&name)
     };
-    is_said || !hosts(head).all(is_ours)
+    is_marked || !hosts(head).all(is_ours)
 }
 
-/// A session token.
-pub fn token(token: String, ttl_secs: u32) -> Response {
-    let mut response = served("text/plain", token);
+/// Renders a session token.
+pub(crate) fn token(token: String, ttl_secs: u32) -> Response {
+    let mut response = text(token);
     response.headers_mut().insert(TTL_HEADER, HeaderValue::from(ttl_secs));
     response
 }
 
-/// What a path has for whoever has these credentials. 404 for a role that is not the caller's.
-pub fn own(path: ReadPath<'_>, credentials: &Credentials) -> Result<Response, Refusal> {
+/// Renders what a path has for the owner of these credentials. 404 for a role that is not the caller's.
+pub(crate) fn credentials(path: ReadPath<'_>, credentials: &Credentials) -> Result<Response, Refusal> {
     let name = &credentials.role.name;
     match path {
-        // The one, and no newline, which the Rust SDK would take for part of the name.
-        ReadPath::Roles => Ok(served("text/plain", name.clone())),
+        // One name without a newline, which the Rust SDK would take for part of it.
+        ReadPath::Roles => Ok(text(name.clone())),
         ReadPath::Role(asked) if asked == name => Ok(role(credentials)),
         ReadPath::Role(_) => Err(Refusal::not_found(format!("the role of this pod is {name}"))),
         ReadPath::Iam => Ok(listing(path::IAM)),
         ReadPath::Info => Ok(info(credentials)),
-        ReadPath::Fact(_) | ReadPath::Listing(_) | ReadPath::Other => Err(nothing()),
+        ReadPath::Fact(_) | ReadPath::Listing(_) | ReadPath::Other => Err(not_found()),
     }
 }
 
-/// A role's credentials, in the very form that EC2 prints.
+/// A role's credentials, as EC2 prints them.
 fn role(credentials: &Credentials) -> Response {
     let body = Role {
         code: "Success",
@@ -171,10 +171,10 @@ fn role(credentials: &Credentials) -> Response {
         token: credentials.session_token.expose(),
         expiration: whole_seconds(credentials.expiration),
     };
-    served("text/plain", pretty(&body))
+    text(pretty(&body))
 }
 
-/// The profile by which an instance has its role. Here there is none: it is named after the role, as is usual.
+/// The instance profile. A pod has none, so one is named after the role, as is usual.
 fn info(credentials: &Credentials) -> Response {
     let role = &credentials.role;
     let info = Info {
@@ -186,17 +186,17 @@ fn info(credentials: &Credentials) -> Response {
         ),
         instance_profile_id: NO_PROFILE_ID,
     };
-    served("text/plain", pretty(&info))
+    text(pretty(&info))
 }
 
-/// What there is in a directory.
-pub fn listing(names: &'static str) -> Response {
-    served("text/plain", names.to_owned())
+/// Renders the names in a directory.
+pub(crate) fn listing(names: &'static str) -> Response {
+    text(names.to_owned())
 }
 
-/// Something of the instance. 404 for what the agent has no copy of.
-pub fn fact(fact: Fact, instance: &Instance) -> Result<Response, Refusal> {
-    let text = match fact {
+/// Renders a fact of the instance. 404 where the agent has no copy of it.
+pub(crate) fn fact(fact: Fact, instance: &Instance) -> Result<Response, Refusal> {
+    let known = match fact {
         Fact::Region => instance.region.clone(),
         Fact::Zone => instance.zone.clone(),
         Fact::ZoneId => instance.zone_id.clone(),
@@ -206,8 +206,8 @@ pub fn fact(fact: Fact, instance: &Instance) -> Result<Response, Refusal> {
         Fact::Partition => instance.partition.clone(),
         Fact::Document => document(instance),
     };
-    match text {
-        Some(text) => Ok(served("text/plain", text)),
+    match known {
+        Some(known) => Ok(text(known)),
         None => Err(Refusal::not_found(
             "podgate does not know this of the instance: the node's IMDS has not told; AWS_REGION on podgate sets the \
              region",
@@ -227,13 +227,13 @@ fn document(instance: &Instance) -> Option<String> {
     Some(pretty(&document))
 }
 
-/// Nothing is at this path.
-pub fn nothing() -> Refusal {
+/// There is nothing at this path.
+pub(crate) fn not_found() -> Refusal {
     Refusal::not_found("podgate serves credentials here, the region, and little else of the node's metadata")
 }
 
-/// The session token is not, or no longer, this pod's.
-pub fn bad_session() -> Refusal {
+/// The session token is not this pod's, or has expired.
+pub(crate) fn bad_session() -> Refusal {
     Refusal::new(
         StatusCode::UNAUTHORIZED,
         "Unauthorized",
@@ -242,7 +242,7 @@ pub fn bad_session() -> Refusal {
 }
 
 /// IMDSv1 is off for this pod.
-pub fn v1_is_off() -> Refusal {
+pub(crate) fn v1_is_off() -> Refusal {
     Refusal::new(
         StatusCode::UNAUTHORIZED,
         "Unauthorized",
@@ -253,7 +253,7 @@ pub fn v1_is_off() -> Refusal {
     )
 }
 
-/// A refusal, in EC2's XHTML with the reason added. The connection is closed, as EC2 does.
+/// Renders a refusal: EC2's XHTML with the reason added. The connection is closed, as EC2 does.
 pub(super) fn refuse(refusal: &Refusal) -> Response {
     let status = refusal.status;
     let title = format!("{} - {}", status.as_u16(), status.canonical_reason().unwrap_or("Error"));
@@ -278,15 +278,15 @@ pub(super) fn refuse(refusal: &Refusal) -> Response {
     response
 }
 
-/// JSON as EC2 prints it, with a space before each colon. No value has a quote before a colon in it.
+/// JSON as EC2 prints it, with a space before each colon. No value contains a quote before a colon.
 #[expect(clippy::expect_used, reason = "a struct of strings always serializes")]
 fn pretty(body: &impl Serialize) -> String {
     let body = serde_json::to_string_pretty(body).expect("BUG: strings always serialize");
     body.replace("\": \"", "\" : \"")
 }
 
-fn served(content_type: &'static str, body: String) -> Response {
-    let mut response = respond(StatusCode::OK, content_type, body);
+fn text(body: String) -> Response {
+    let mut response = respond(StatusCode::OK, "text/plain", body);
     response.headers_mut().insert(SERVER, HeaderValue::from_static("EC2ws"));
     response
 }
@@ -304,7 +304,7 @@ fn ttl(headers: &HeaderMap) -> Result<u32, Refusal> {
     })
 }
 
-/// boto 2 and botocore's strptime take no fraction.
+/// boto 2 and botocore's `strptime` accept no fraction.
 pub(super) fn whole_seconds(at: jiff::Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
@@ -323,17 +323,17 @@ mod tests {
         any_head(method, path, &[&[("host", "169.254.169.254")], headers].concat())
     }
 
-    async fn text(response: Response) -> String {
-        let body = response.into_body().collect().await.unwrap().to_bytes();
-        String::from_utf8(body.to_vec()).unwrap()
+    async fn body(response: Response) -> String {
+        let bytes = response.into_body().collect().await.unwrap().to_bytes();
+        String::from_utf8(bytes.to_vec()).unwrap()
     }
 
     #[test]
-    fn a_session_token_needs_a_sane_life_and_no_proxy() {
+    fn a_session_token_needs_a_valid_ttl_and_no_proxy() {
         let put = |headers: &[(&str, &str)]| {
             let head = head("PUT", "/latest/api/token", headers);
-            ask(&head)
-                .map(|ask| ask == Ask::Token { ttl_secs: 60 })
+            parse(&head)
+                .map(|request| request == Request::Token { ttl_secs: 60 })
                 .map_err(|refusal| refusal.status.as_u16())
         };
         let ttl = "x-aws-ec2-metadata-token-ttl-seconds";
@@ -345,21 +345,22 @@ mod tests {
         for proxy in ["x-forwarded-for", "forwarded", "via"] {
             assert_eq!(put(&[(ttl, "60"), (proxy, "10.0.0.1")]), Err(403), "{proxy}");
         }
-        assert_eq!(ask(&head("GET", "/latest/api/token", &[])).unwrap_err().status.as_u16(), 405);
-        assert_eq!(ask(&head("POST", "/latest/meta-data/", &[])).unwrap_err().status.as_u16(), 405);
+        assert_eq!(parse(&head("GET", "/latest/api/token", &[])).unwrap_err().status.as_u16(), 405);
+        assert_eq!(parse(&head("POST", "/latest/meta-data/", &[])).unwrap_err().status.as_u16(), 405);
     }
 
     #[test]
-    fn a_page_on_the_web_whose_name_leads_here_gets_nothing() {
+    fn a_web_page_whose_name_resolves_here_gets_nothing() {
         let status = |headers: &[(&str, &str)]| {
-            ask(&any_head("GET", "/latest/meta-data/", headers)).map_or_else(|no| no.status.as_u16(), |_| 200)
+            parse(&any_head("GET", "/latest/meta-data/", headers))
+                .map_or_else(|no| no.status.as_u16(), |_| 200)
         };
         for host in
             ["169.254.169.254", "169.254.169.254:80", "[fd00:ec2::254]:80", "instance-data", "10.0.0.1"]
         {
             assert_eq!(status(&[("host", host)]), 200, "{host}");
-            for said in ["origin", "sec-fetch-site", "sec-fetch-mode"] {
-                assert_eq!(status(&[("host", host), (said, "same-origin")]), 403, "{host}: {said}");
+            for header in ["origin", "sec-fetch-site", "sec-fetch-mode"] {
+                assert_eq!(status(&[("host", host), (header, "same-origin")]), 403, "{host}: {header}");
             }
         }
         for host in
@@ -375,7 +376,7 @@ mod tests {
     fn a_read_has_a_session_or_is_imds_v1() {
         let session = |headers: &[(&str, &str)]| {
             let head = head("GET", "/latest/meta-data/iam/security-credentials/", headers);
-            let Ask::Read { session, path: ReadPath::Roles } = ask(&head).unwrap() else { panic!() };
+            let Request::Read { session, path: ReadPath::Roles } = parse(&head).unwrap() else { panic!() };
             session.map(str::to_owned)
         };
         assert_eq!(session(&[]), None);
@@ -385,7 +386,7 @@ mod tests {
 
     #[tokio::test]
     async fn credentials_read_as_ec2_prints_them() {
-        let response = own(ReadPath::Role("web"), &some_credentials()).unwrap();
+        let response = credentials(ReadPath::Role("web"), &some_credentials()).unwrap();
         assert_eq!(response.headers()["content-type"], "text/plain");
         assert_eq!(response.headers()["server"], "EC2ws");
         let expected = r#"{
@@ -397,40 +398,40 @@ mod tests {
   "Token" : "session",
   "Expiration" : "2026-03-17T22:27:34Z"
 }"#;
-        assert_eq!(text(response).await, expected);
+        assert_eq!(body(response).await, expected);
     }
 
     #[tokio::test]
     async fn the_role_is_named_and_there_is_no_other() {
-        let own = |path| own(path, &some_credentials());
-        assert_eq!(text(own(ReadPath::Roles).unwrap()).await, "web");
-        assert_eq!(text(own(ReadPath::Iam).unwrap()).await, "info\nsecurity-credentials/");
+        let own = |path| credentials(path, &some_credentials());
+        assert_eq!(body(own(ReadPath::Roles).unwrap()).await, "web");
+        assert_eq!(body(own(ReadPath::Iam).unwrap()).await, "info\nsecurity-credentials/");
         let info = r#"{
   "Code" : "Success",
   "LastUpdated" : "2026-03-17T16:27:34Z",
   "InstanceProfileArn" : "arn:aws:iam::123456789012:instance-profile/web",
   "InstanceProfileId" : "AIPAAAAAAAAAAAAAAAAAA"
 }"#;
-        assert_eq!(text(own(ReadPath::Info).unwrap()).await, info);
+        assert_eq!(body(own(ReadPath::Info).unwrap()).await, info);
         for role in ["other", "Web", "web/", ""] {
             assert_eq!(own(ReadPath::Role(role)).unwrap_err().status, StatusCode::NOT_FOUND, "{role:?}");
         }
     }
 
     #[tokio::test]
-    async fn of_the_instance_only_what_is_known_is_said() {
+    async fn only_known_facts_of_the_instance_are_served() {
         let mut instance = Instance::in_region(Some("us-west-2".into()));
         let read =
             |path, instance: &Instance| fact(path, instance).map_err(|refusal| refusal.status.as_u16());
-        assert_eq!(text(read(Fact::Region, &instance).unwrap()).await, "us-west-2");
+        assert_eq!(body(read(Fact::Region, &instance).unwrap()).await, "us-west-2");
         assert_eq!(read(Fact::Zone, &instance).unwrap_err(), 404);
-        let document = text(read(Fact::Document, &instance).unwrap()).await;
+        let document = body(read(Fact::Document, &instance).unwrap()).await;
         assert_eq!(document, "{\n  \"region\" : \"us-west-2\",\n  \"version\" : \"2017-09-30\"\n}");
 
         instance.zone = Some("us-west-2a".into());
         instance.id = Some("i-0".into());
-        assert_eq!(text(read(Fact::Zone, &instance).unwrap()).await, "us-west-2a");
-        let document = text(read(Fact::Document, &instance).unwrap()).await;
+        assert_eq!(body(read(Fact::Zone, &instance).unwrap()).await, "us-west-2a");
+        let document = body(read(Fact::Document, &instance).unwrap()).await;
         assert!(
             document.contains("\"availabilityZone\" : \"us-west-2a\",\n  \"instanceId\" : \"i-0\""),
             "{document}"
@@ -439,17 +440,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_session_token_comes_with_its_life() {
+    async fn a_session_token_comes_with_its_ttl() {
         let response = token("abc".into(), 60);
         assert_eq!(response.headers()["x-aws-ec2-metadata-token-ttl-seconds"], "60");
-        assert_eq!(text(response).await, "abc");
+        assert_eq!(body(response).await, "abc");
     }
 
     #[tokio::test]
-    async fn a_refusal_is_a_page_with_the_reason_and_no_markup_of_others() {
+    async fn a_refusal_is_a_page_with_the_reason_escaped() {
         let response = refuse(&Refusal::new(StatusCode::NOT_FOUND, "NotFound", "<b>&"));
         assert_eq!(response.headers()["connection"], "close");
-        let page = text(response).await;
+        let page = body(response).await;
         assert!(page.contains("<title>404 - Not Found</title>") && page.contains("<p>&lt;b&gt;&amp;</p>"));
     }
 }

@@ -1,7 +1,7 @@
 //! The session tokens of IMDSv2: stateless, bound to the pod.
 //!
-//! A token is its end and a MAC over that end and the pod, so any agent with the key knows its own. It grants
-//! nothing by itself: who the caller is, the kernel says.
+//! Owns minting and checking them. A token is its expiry and a MAC over that expiry and the pod, so every generation with
+//! the key accepts it. It grants nothing by itself: the kernel attests the caller.
 
 use std::fmt;
 
@@ -11,12 +11,12 @@ use jiff::Timestamp;
 
 use crate::identity::PodUid;
 
-/// Makes and checks session tokens.
+/// Mints and checks session tokens.
 pub struct ImdsTokens(hmac::Key);
 
-/// A moment in seconds, then the MAC: 40 bytes, the 56 characters of a real one.
+/// The expiry in seconds, then the MAC: 40 bytes, which are 56 characters as in a token of EC2.
 const LEN: usize = 8 + 32;
-/// Keeps this MAC apart from any other under the same key.
+/// Separates this MAC from any other under the same key.
 const CONTEXT: &[u8] = b"podgate imds session token";
 
 // === impl ImdsTokens ===
@@ -27,17 +27,18 @@ impl ImdsTokens {
         Self(hmac::Key::new(hmac::HMAC_SHA256, key))
     }
 
-    /// A token for a pod, good for `ttl_secs`.
+    /// A token for a pod, valid for `ttl_secs`.
     pub fn mint(&self, pod: PodUid, now: Timestamp, ttl_secs: u32) -> String {
-        let end = now.as_second().saturating_add(ttl_secs.into()).to_be_bytes();
-        let mac = hmac::sign(&self.0, &message(end, pod));
-        URL_SAFE.encode([&end, mac.as_ref()].concat())
+        let expiry = now.as_second().saturating_add(ttl_secs.into()).to_be_bytes();
+        let mac = hmac::sign(&self.0, &message(expiry, pod));
+        URL_SAFE.encode([&expiry, mac.as_ref()].concat())
     }
 
-    /// Whether the token is this pod's and its time is not over.
+    /// Whether the token is this pod's and has not expired.
     pub fn is_valid(&self, token: &str, pod: PodUid, now: Timestamp) -> bool {
-        let Some((end, mac)) = split(token) else { return false };
-        hmac::verify(&self.0, &message(end, pod), &mac).is_ok() && now.as_second() < i64::from_be_bytes(end)
+        let Some((expiry, mac)) = split(token) else { return false };
+        hmac::verify(&self.0, &message(expiry, pod), &mac).is_ok()
+            && now.as_second() < i64::from_be_bytes(expiry)
     }
 }
 
@@ -47,14 +48,14 @@ impl fmt::Debug for ImdsTokens {
     }
 }
 
-fn message(end: [u8; 8], pod: PodUid) -> Vec<u8> {
-    [CONTEXT, &end, pod.as_bytes()].concat()
+fn message(expiry: [u8; 8], pod: PodUid) -> Vec<u8> {
+    [CONTEXT, &expiry, pod.as_bytes()].concat()
 }
 
 fn split(token: &str) -> Option<([u8; 8], Vec<u8>)> {
     let bytes = (token.len() <= 128).then(|| URL_SAFE.decode(token).ok()).flatten()?;
-    let (end, mac) = bytes.split_first_chunk()?;
-    (bytes.len() == LEN).then(|| (*end, mac.to_vec()))
+    let (expiry, mac) = bytes.split_first_chunk()?;
+    (bytes.len() == LEN).then(|| (*expiry, mac.to_vec()))
 }
 
 #[cfg(test)]
@@ -69,15 +70,15 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_good_for_its_pod_and_its_time() {
+    fn a_token_is_valid_for_its_pod_until_it_expires() {
         let tokens = ImdsTokens::new(&[7; 32]);
         let (pod, other) = (pod_uid(), pod_uid());
         let token = tokens.mint(pod, at(1000), 60);
         assert_eq!(token.len(), 56);
         assert!(token.ends_with("=="));
         assert!(tokens.is_valid(&token, pod, at(1059)));
-        assert!(!tokens.is_valid(&token, pod, at(1060)), "its time is over");
-        assert!(!tokens.is_valid(&token, other, at(1001)), "another pod's");
+        assert!(!tokens.is_valid(&token, pod, at(1060)), "expired");
+        assert!(!tokens.is_valid(&token, other, at(1001)), "of another pod");
         assert!(!ImdsTokens::new(&[8; 32]).is_valid(&token, pod, at(1001)), "another key");
     }
 
@@ -86,10 +87,10 @@ mod tests {
         let tokens = ImdsTokens::new(&[7; 32]);
         let pod = pod_uid();
         let token = URL_SAFE.decode(tokens.mint(pod, at(1000), 60)).unwrap();
-        for place in 0..token.len() {
+        for position in 0..token.len() {
             let mut forged = token.clone();
-            forged[place] ^= 1;
-            assert!(!tokens.is_valid(&URL_SAFE.encode(&forged), pod, at(1001)), "{place}");
+            forged[position] ^= 1;
+            assert!(!tokens.is_valid(&URL_SAFE.encode(&forged), pod, at(1001)), "{position}");
         }
     }
 

@@ -1,4 +1,6 @@
-//! EKS Pod Identity, as eks-pod-identity-agent 0.1.37 speaks it; `dialects.md` has every difference, and why.
+//! EKS Pod Identity, as eks-pod-identity-agent 0.1.37 speaks it; `dialects.md` lists every difference and its reason.
+//!
+//! Owns the order of checks and the texts of refusals; never decides whether a token is genuine.
 
 use core::net::IpAddr;
 
@@ -14,7 +16,7 @@ use hyper::{
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{Refusal, Response, check_framing, host_name, hosts, must_read, respond};
+use super::{Refusal, Response, check_framing, check_reads, host_name, hosts, respond};
 use crate::{
     credentials::{
         Credentials,
@@ -24,9 +26,9 @@ use crate::{
 };
 
 /// The only path.
-pub const PATH: &str = "/v1/credentials";
-/// So much of a wrong host is repeated: the longest name that there is.
-const HOST_TOLD: usize = 255;
+pub(crate) const PATH: &str = "/v1/credentials";
+/// How much of a wrong host is quoted: the longest DNS name.
+const HOST_QUOTED_MAX: usize = 255;
 
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -44,13 +46,13 @@ struct ErrorBody<'a> {
     message: &'a str,
 }
 
-/// What a request asks: always for credentials, with the token it sent, if any.
-pub fn ask(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
+/// Parses a request, which is always for credentials: the token that it sent, if any.
+pub(crate) fn parse(head: &Parts, now: Timestamp) -> Result<Option<SentToken>, Refusal> {
     check_framing(head)?;
     if head.uri.path() != PATH {
         return Err(Refusal::not_found("404 page not found"));
     }
-    must_read(&head.method)?;
+    check_reads(&head.method)?;
     check_host(head, &[IpAddr::V4(POD_IDENTITY_V4), IpAddr::V6(POD_IDENTITY_V6)])?;
     sent_token(head, now)
 }
@@ -62,21 +64,21 @@ pub(super) fn sent_token(head: &Parts, now: Timestamp) -> Result<Option<SentToke
     else {
         return Ok(None);
     };
-    // What is not text is no token either; the reader says where that begins.
+    // Bytes that are not text make no token; the reader says where they begin.
     let token = String::from_utf8_lossy(value.as_bytes().trim_ascii());
     let claims = claims::read(&token, now).map_err(|error| bad_token(&error))?;
     Ok(Some(SentToken { token: Secret::from(&*token), claims }))
 }
 
-/// The refusal of a request without a token that must have one.
-pub fn no_token(hint: &str) -> Refusal {
+/// Refuses a request that must have a token and has none.
+pub(crate) fn no_token(hint: &str) -> Refusal {
     let mut refusal = bad_token(&claims::Error::Empty);
     refusal.message.push_str(hint);
     refusal
 }
 
-/// Credentials. The SDKs need no more, and get what the stock agent sends, in its order.
-pub fn credentials(credentials: &Credentials) -> Response {
+/// Renders credentials: the fields of the EKS Pod Identity Agent, in its order.
+pub(crate) fn credentials(credentials: &Credentials) -> Response {
     json(
         StatusCode::OK,
         &Body {
@@ -89,7 +91,7 @@ pub fn credentials(credentials: &Credentials) -> Response {
     )
 }
 
-/// A refusal.
+/// Renders a refusal.
 pub(super) fn refuse(refusal: &Refusal) -> Response {
     let mut response = json(refusal.status, &ErrorBody { code: &refusal.code, message: &refusal.message });
     response
@@ -108,8 +110,8 @@ fn bad_token(error: &claims::Error) -> Refusal {
     Refusal::new(StatusCode::BAD_REQUEST, "InvalidToken", error.to_string())
 }
 
-/// A page on the web whose name resolves to our address must not reach us with the browser's help. The stock
-/// agent compares text: no other spelling of an address is taken.
+/// A web page whose name resolves to podgate's address must not reach it through a browser (DNS rebinding). As with the
+/// EKS Pod Identity Agent, the text of the address is compared: no other spelling of it is accepted.
 pub(super) fn check_host(head: &Parts, addresses: &[IpAddr]) -> Result<(), Refusal> {
     hosts(head).try_for_each(|host| check_name(host, addresses))
 }
@@ -126,7 +128,7 @@ fn check_name(host: &str, addresses: &[IpAddr]) -> Result<(), Refusal> {
         format!(
             "Access Denied. Called agent through invalid address, please use either [{}] address not {}",
             addresses.join(" "),
-            name.get(..HOST_TOLD).unwrap_or(name)
+            name.get(..HOST_QUOTED_MAX).unwrap_or(name)
         ),
     ))
 }
@@ -138,7 +140,7 @@ mod tests {
     use http_body_util::BodyExt as _;
 
     fn refusal(head: &Parts) -> (u16, String) {
-        let refusal = ask(head, Timestamp::UNIX_EPOCH).unwrap_err();
+        let refusal = parse(head, Timestamp::UNIX_EPOCH).unwrap_err();
         (refusal.status.as_u16(), refusal.message)
     }
 
@@ -157,12 +159,14 @@ mod tests {
             let refusal = refusal(&head);
             assert!(refusal.0 == status && refusal.1.ends_with(text), "{refusal:?}");
         }
-        assert!(ask(&head("HEAD", "/v1/credentials?x=y", &[good]), Timestamp::UNIX_EPOCH).unwrap().is_none());
+        assert!(
+            parse(&head("HEAD", "/v1/credentials?x=y", &[good]), Timestamp::UNIX_EPOCH).unwrap().is_none()
+        );
     }
 
     #[test]
-    fn the_host_is_one_of_two_addresses_as_the_eks_agent_reads_it() {
-        let status = |host| match ask(&head("GET", PATH, &[("host", host)]), Timestamp::UNIX_EPOCH) {
+    fn the_host_is_one_of_two_addresses_as_for_the_eks_agent() {
+        let status = |host| match parse(&head("GET", PATH, &[("host", host)]), Timestamp::UNIX_EPOCH) {
             Ok(_) => 200,
             Err(refusal) => refusal.status.as_u16(),
         };
@@ -213,7 +217,7 @@ mod tests {
             let uri = line.map_or_else(|| PATH.to_owned(), |line| format!("http://{line}{PATH}"));
             let headers: Vec<_> = hosts.iter().map(|host| ("host", *host)).collect();
             let mut head = head("GET", &uri, &headers);
-            let answer = |head: &Parts| match ask(head, Timestamp::UNIX_EPOCH) {
+            let answer = |head: &Parts| match parse(head, Timestamp::UNIX_EPOCH) {
                 Ok(_) => 200,
                 Err(refusal) => refusal.status.as_u16(),
             };
@@ -230,14 +234,14 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_is_not_text_is_refused_where_that_begins() {
+    fn a_token_that_is_not_text_is_refused_with_the_position() {
         let mut head = head("GET", PATH, &[("host", "169.254.170.23")]);
         head.headers.insert(AUTHORIZATION, HeaderValue::from_bytes(b"e30\xff.e30.").unwrap());
         assert!(refusal(&head).1.ends_with("illegal base64 data at input byte 3"), "{:?}", refusal(&head));
     }
 
     #[tokio::test]
-    async fn credentials_read_as_the_eks_agent_s() {
+    async fn credentials_read_as_those_of_the_eks_agent() {
         let response = credentials(&some_credentials());
         assert_eq!(response.headers()["content-type"], "application/json");
         let body = response.into_body().collect().await.unwrap().to_bytes();

@@ -18,7 +18,7 @@ use uuid::Uuid;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodUid(Uuid);
 
-/// Whose cgroup it is.
+/// The owner of a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// A pod that the API server knows.
@@ -27,10 +27,10 @@ pub enum Owner {
     StaticPod(String),
 }
 
-/// A path below kubepods, understood.
+/// A path below kubepods, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodPath {
-    /// Whose cgroup it is.
+    /// Its owner.
     pub owner: Owner,
     /// The pod's own cgroup, relative to kubepods.
     pub pod: PathBuf,
@@ -39,7 +39,7 @@ pub struct PodPath {
 // === impl PodUid ===
 
 impl PodUid {
-    /// Reads the hyphenated form, the only one of 36 characters.
+    /// Parses the hyphenated form, the only one of 36 characters.
     pub fn parse(uid: &str) -> Option<Self> {
         (uid.len() == 36).then(|| Uuid::try_parse(uid).ok()).flatten().map(Self)
     }
@@ -68,9 +68,9 @@ impl Serialize for PodUid {
     }
 }
 
-/// Reads a path relative to the kubepods cgroup. The outermost pod counts: a container runtime inside a pod
-/// may make cgroups of any name below it. `None` for kubepods itself, its quality-of-service cgroups and
-/// anything the kubelet did not make.
+/// Parses a path relative to the kubepods cgroup. The outermost pod counts: a container runtime inside a pod may make
+/// cgroups of any name below it. `None` for kubepods itself, its quality-of-service cgroups and whatever the kubelet did
+/// not make.
 pub fn parse(path: &Path) -> Option<PodPath> {
     if holds(Defense::OutermostPod) {
         return outermost(path);
@@ -102,7 +102,7 @@ pub fn qos_class(name: &str) -> Option<QosClass> {
     [QosClass::Burstable, QosClass::BestEffort].into_iter().find(|known| class_name(*known) == class)
 }
 
-/// As the kubelet writes it.
+/// The name in the kubelet's spelling.
 fn class_name(class: QosClass) -> &'static str {
     match class {
         QosClass::Burstable => "burstable",
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kubelet_did_not_make_is_nobody() {
+    fn a_cgroup_that_the_kubelet_did_not_make_has_no_owner() {
         let paths = [
             String::new(),
             "burstable".into(),
@@ -224,7 +224,7 @@ mod tests {
         }
 
         #[test]
-        fn nothing_below_a_pod_changes_whose_it_is(rest in "[a-z0-9/_-]{0,60}") {
+        fn nothing_below_a_pod_changes_its_owner(rest in "[a-z0-9/_-]{0,60}") {
             let path = format!("burstable/pod{UID}/{rest}");
             prop_assert_eq!(read(&path).unwrap().0, UID);
         }

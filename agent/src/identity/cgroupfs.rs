@@ -15,14 +15,14 @@ use std::{
 use agent_common::defense::{Defense, holds};
 use procfs::process::{MountInfo, Process};
 
-use super::network::{self, PodProcesses};
+use super::networks::{self, PodProcesses};
 
-/// Finds the path of a cgroup. A trait because only a real cgroup2 has ids, and root alone may ask for them.
+/// Finds the path of a cgroup. A trait because only a real cgroup2 has ids, and only root may resolve them.
 pub trait CgroupPaths: Send + Sync + 'static {
     /// The path of the cgroup with this id, relative to the kubepods cgroup; `None` when it is elsewhere.
     ///
     /// # Errors
-    /// `ESTALE` when the cgroup is gone; whatever the kernel says otherwise.
+    /// `ESTALE` when the cgroup was removed; otherwise the kernel's error.
     fn below_kubepods(&self, cgroup_id: u64) -> io::Result<Option<PathBuf>>;
 }
 
@@ -37,13 +37,13 @@ pub struct Kubepods {
 /// Why the kubepods cgroup could not be found.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Linux without cgroup2, or with it hidden from this container.
+    /// cgroup2 is not mounted, or not in this container.
     #[error("no cgroup2 file system is mounted: mount the host's /sys/fs/cgroup into the agent's container")]
     NoCgroup2,
-    /// The kubelet keeps its pods elsewhere.
+    /// The kubelet has its pods elsewhere.
     #[error(
-        "neither {0}/kubepods.slice nor {0}/kubepods exists: is this a Kubernetes node? Where the kubelet runs \
-         with --cgroup-root, say the same to podgate"
+        "neither {0}/kubepods.slice nor {0}/kubepods exists: is this a Kubernetes node? If the kubelet runs with \
+         --cgroup-root, give podgate the same"
     )]
     NoKubepods(PathBuf),
     /// `/proc` or the mount could not be read.
@@ -64,7 +64,8 @@ struct KernfsHandle {
     id: u64,
 }
 
-/// `FILEID_KERNFS` of `include/linux/exportfs.h`.
+/// `FILEID_KERNFS` of `include/linux/exportfs.h`, Linux 5.5:
+/// <https://github.com/torvalds/linux/commit/33c5ac9175195c36a0b7005aaf503a2e81f117a1>
 const FILEID_KERNFS: i32 = 0xfe;
 
 // === impl Kubepods ===
@@ -105,7 +106,7 @@ impl CgroupPaths for std::sync::Arc<Kubepods> {
     fn below_kubepods(&self, cgroup_id: u64) -> io::Result<Option<PathBuf>> {
         let cgroup = open_by_id(&self.mount_dir, cgroup_id)?;
         let path = std::fs::read_link(format!("/proc/self/fd/{}", cgroup.as_raw_fd()))?;
-        // Removed between the two calls: its path says so, and is nobody's any more.
+        // Removed between the two calls: its path says so, and belongs to no pod any more.
         if path.to_string_lossy().ends_with(" (deleted)") {
             return Err(rustix::io::Errno::STALE.into());
         }
@@ -119,11 +120,12 @@ impl CgroupPaths for std::sync::Arc<Kubepods> {
 
 impl PodProcesses for std::sync::Arc<Kubepods> {
     fn network(&self, pod: &Path) -> io::Result<Option<u64>> {
-        network::of_pod(&self.path.join(pod))
+        networks::of_pod(&self.path.join(pod))
     }
 }
 
-/// The cgroup id of a directory: its inode number (64-bit kernfs ids, since Linux 5.5).
+/// The cgroup id of a directory: its inode number, which is 64 bits wide since Linux 5.5:
+/// <https://github.com/torvalds/linux/commit/40430452fd5d>
 pub fn cgroup_id(path: &Path) -> io::Result<u64> {
     std::fs::metadata(path).map(|metadata| metadata.ino())
 }
@@ -146,7 +148,7 @@ pub fn cgroup_of(pid: Option<i32>) -> Result<PathBuf, Error> {
     unified.map(|cgroup| PathBuf::from(cgroup.pathname)).ok_or(Error::NoCgroup2)
 }
 
-/// A path of the hierarchy, all of which begin with a slash, on its mount.
+/// A path of the hierarchy, which begins with a slash, on its mount.
 pub fn join(mount: &Path, path: &Path) -> PathBuf {
     mount.join(path.strip_prefix("/").unwrap_or(path))
 }
@@ -155,7 +157,7 @@ fn unreadable(what: &str, error: procfs::ProcError) -> Error {
     Error::Read { what: what.to_owned(), source: io::Error::other(error) }
 }
 
-#[expect(unsafe_code, reason = "no crate wraps open_by_handle_at with a handle made by hand")]
+#[expect(unsafe_code, reason = "no crate wraps open_by_handle_at with a handle of one's own")]
 fn open_by_id(mount: &File, id: u64) -> io::Result<OwnedFd> {
     let mut handle = KernfsHandle { bytes: 8, kind: FILEID_KERNFS, id };
     // SAFETY: `KernfsHandle` has the layout of `struct file_handle` (two 32-bit fields, then `handle_bytes` = 8
@@ -170,6 +172,6 @@ fn open_by_id(mount: &File, id: u64) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call just returned this descriptor, and nobody else has it.
+    // SAFETY: the call just returned this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

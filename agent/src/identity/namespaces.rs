@@ -1,6 +1,6 @@
-//! The annotations of the cluster's namespaces, kept by a watch.
+//! The annotations of the cluster's namespaces, kept current by a watch.
 //!
-//! Owns what podgate remembers of a namespace; never decides what an annotation means.
+//! Owns what podgate caches of a namespace; never decides what an annotation means.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -51,7 +51,7 @@ impl Namespaces {
         self.table.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Follows the namespaces forever, telling `events` what happens to them.
+    /// Watches the namespaces until shutdown, and sends their changes to `events`.
     pub async fn follow(&self, api: Api<core::Namespace>, events: mpsc::Sender<ClusterEvent>) {
         let stream = watcher(api, watcher::Config::default()).default_backoff();
         pin_mut!(stream);
@@ -73,11 +73,11 @@ impl Namespaces {
                     let known = std::mem::take(&mut listed);
                     self.retain(&known);
                     info!(namespaces = known.len(), "the namespaces are known");
-                    // A closed channel: the agent is stopping.
+                    // The channel is closed while the agent shuts down.
                     let _ = events.send(ClusterEvent::NamespacesSynced).await;
                 }
                 Err(error) => {
-                    warn!(%error, "the watch of namespaces failed; it is tried again, what is known holds");
+                    warn!(%error, "the watch of namespaces failed; retrying, known namespaces stay in effect");
                 }
             }
         }
@@ -88,7 +88,7 @@ impl Namespaces {
         table.retain(|name, _| known.contains(name));
     }
 
-    /// Remembers a namespace's annotations. Whether they are new.
+    /// Caches a namespace's annotations. Whether anything changed.
     pub fn insert(&self, name: &str, annotations: BTreeMap<String, String>) -> bool {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let known = table.get(name).is_some_and(|known| **known == annotations);
@@ -110,7 +110,7 @@ impl Namespaces {
             .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX))
             .map(|(key, value)| (key.clone(), value.clone()));
         if self.insert(&name, annotations.collect()) {
-            // A closed channel: the agent is stopping.
+            // The channel is closed while the agent shuts down.
             let _ = events.send(ClusterEvent::NamespaceChanged(name.clone())).await;
         }
         Some(name)

@@ -1,6 +1,6 @@
-//! The pods of this node, kept by a watch.
+//! The pods of this node, kept current by a watch.
 //!
-//! Owns what podgate remembers of a pod; never watches another node's pods, never reads a cgroup.
+//! Owns what podgate caches of a pod; never watches another node's pods, never reads a cgroup.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -29,9 +29,9 @@ use super::{
     watch::{ANNOTATION_PREFIX, ClusterEvent},
 };
 
-/// Where the EKS webhook points SDKs at.
+/// The variable by which the EKS webhook points SDKs at Pod Identity.
 const CREDENTIALS_URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
-/// Name of the volume that the EKS webhook adds.
+/// The volume that the EKS webhook adds.
 pub const TOKEN_VOLUME: &str = "eks-pod-identity-token";
 
 /// A service account.
@@ -52,7 +52,7 @@ pub struct DaemonSetRef {
     pub name: String,
 }
 
-/// What podgate remembers of a pod.
+/// What podgate caches of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Pod {
@@ -64,13 +64,13 @@ pub struct Pod {
     pub service_account: ServiceAccountRef,
     /// Whether it is on the host's network.
     pub host_network: bool,
-    /// Whether the EKS webhook gave it a token.
+    /// Whether the EKS webhook gave it a token volume.
     pub token_volume: bool,
     /// Whether the EKS webhook pointed one of its containers at EKS Pod Identity.
     pub injected: bool,
     /// The name of the `DaemonSet` of its namespace that controls it.
     pub daemon_set: Option<String>,
-    /// Whether all its containers have ended for good.
+    /// Whether all its containers have exited for good.
     pub finished: bool,
     /// Its addresses, once it has them.
     pub ips: Vec<IpAddr>,
@@ -96,7 +96,7 @@ impl fmt::Display for ServiceAccountRef {
 // === impl DaemonSetRef ===
 
 impl DaemonSetRef {
-    /// Whether the pod is one of this `DaemonSet`'s: by its controller, not by a name or label that another pod can have.
+    /// Whether this `DaemonSet` controls the pod: by its owner reference, since another pod can have the same name or label.
     pub fn controls(&self, pod: &Pod) -> bool {
         let is_in_namespace = pod.service_account.namespace == self.namespace;
         is_in_namespace && pod.daemon_set.as_ref() == Some(&self.name)
@@ -112,8 +112,7 @@ impl fmt::Display for DaemonSetRef {
 // === impl Pod ===
 
 impl Pod {
-    /// Takes over what podgate needs. `None` without a usable UID, name or namespace, which the API server
-    /// never leaves out.
+    /// Copies what podgate needs. `None` without a usable UID, name or namespace, which the API server always sets.
     pub fn from_api(pod: &core::Pod) -> Option<Self> {
         let metadata = &pod.metadata;
         let spec = pod.spec.as_ref()?;
@@ -160,7 +159,7 @@ impl Default for Pods {
 }
 
 impl Pods {
-    /// The pod with this UID, if the watch has seen it. A deleted one stays until [`Pods::forget`].
+    /// The pod with this UID, if the watch has shown it. A deleted one stays until [`Pods::remove`].
     pub fn get(&self, uid: PodUid) -> Option<Arc<Pod>> {
         self.table.read().unwrap_or_else(PoisonError::into_inner).get(&uid).cloned()
     }
@@ -205,7 +204,7 @@ impl Pods {
         found.map(|pod| pod.uid)
     }
 
-    /// Remembers a pod. Whether anything about it is new.
+    /// Caches a pod. Whether anything changed.
     pub fn insert(&self, pod: &Arc<Pod>) -> bool {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let known = table.insert(pod.uid, Arc::clone(pod));
@@ -217,21 +216,21 @@ impl Pods {
         new
     }
 
-    /// Drops a pod whose cgroup is gone.
-    pub fn forget(&self, uid: PodUid) {
+    /// Drops a pod whose cgroup was removed.
+    pub fn remove(&self, uid: PodUid) {
         self.table.write().unwrap_or_else(PoisonError::into_inner).remove(&uid);
     }
 
-    /// Follows the pods of one node forever, telling `events` what happens to them.
+    /// Watches the pods of one node until shutdown, and sends their changes to `events`.
     pub async fn follow(&self, api: Api<core::Pod>, node: &str, events: mpsc::Sender<ClusterEvent>) {
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
         let stream = watcher(api, config).default_backoff();
         pin_mut!(stream);
-        // UIDs that the API server has, to tell who vanished while the watch was away.
+        // UIDs that the API server has, to find out which were deleted while the watch was down.
         let mut present = HashSet::new();
         let mut listed = HashSet::new();
         while let Some(event) = stream.next().await {
-            let news = match event {
+            let changes = match event {
                 Ok(watcher::Event::Apply(pod)) => {
                     present.extend(self.apply(&pod, &events).await);
                     vec![]
@@ -249,19 +248,19 @@ impl Pods {
                     vec![]
                 }
                 Ok(watcher::Event::InitDone) => {
-                    let gone = present.difference(&listed).copied().map(ClusterEvent::PodDeleted);
-                    let news = gone.chain([ClusterEvent::PodsSynced]).collect();
+                    let deleted = present.difference(&listed).copied().map(ClusterEvent::PodDeleted);
+                    let changes = deleted.chain([ClusterEvent::PodsSynced]).collect();
                     present = std::mem::take(&mut listed);
                     info!(pods = present.len(), "the pods of this node are known");
-                    news
+                    changes
                 }
                 Err(error) => {
-                    warn!(%error, "the watch of this node's pods failed; it is tried again, known pods are served");
+                    warn!(%error, "the watch of this node's pods failed; retrying, known pods are served");
                     vec![]
                 }
             };
-            for event in news {
-                // A closed channel: the agent is stopping.
+            for event in changes {
+                // The channel is closed while the agent shuts down.
                 let _ = events.send(event).await;
             }
         }
@@ -271,14 +270,14 @@ impl Pods {
         let pod = Arc::new(Pod::from_api(pod)?);
         let uid = pod.uid;
         if self.insert(&pod) {
-            // A closed channel: the agent is stopping.
+            // The channel is closed while the agent shuts down.
             let _ = events.send(ClusterEvent::PodChanged(pod)).await;
         }
         Some(uid)
     }
 }
 
-/// Whether it is a `DaemonSet` that controls its pod; an object has one controller at most.
+/// Whether it is the `DaemonSet` that controls the pod; an object has at most one controller.
 fn is_daemon_set(owner: &OwnerReference) -> bool {
     owner.controller == Some(true) && owner.kind == "DaemonSet" && owner.api_version == "apps/v1"
 }
@@ -320,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_podgate_needs_is_kept() {
+    fn only_what_podgate_needs_is_cached() {
         let spec = json!({"containers": [], "serviceAccountName": "web", "hostNetwork": true,
             "volumes": [{"name": "eks-pod-identity-token"}]});
         let pod = Pod::from_api(&api_pod(&spec)).unwrap();
@@ -332,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_one_container_of_is_pointed_at_pod_identity_is_injected() {
+    fn a_pod_with_a_container_pointed_at_pod_identity_is_injected() {
         for (uri, injected) in [
             ("http://169.254.170.23/v1/credentials", true),
             ("http://[fd00:ec2::23]/v1/credentials", true),
@@ -346,8 +345,9 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_set_s_pod_is_known_by_its_controller_alone() {
-        let stock = DaemonSetRef { namespace: "kube-system".into(), name: "eks-pod-identity-agent".into() };
+    fn a_pod_of_a_daemon_set_is_known_by_its_controller_only() {
+        let eks_agent =
+            DaemonSetRef { namespace: "kube-system".into(), name: "eks-pod-identity-agent".into() };
         let owner = |api_version: &str, kind: &str, name: &str, controller: bool| {
             json!([{"apiVersion": "v1", "kind": "Node", "name": "n", "uid": "0"},
                 {"apiVersion": api_version, "kind": kind, "name": name, "uid": "1", "controller": controller}])
@@ -367,7 +367,11 @@ mod tests {
             pod.metadata.namespace = Some(namespace.to_owned());
             pod.metadata.labels = Some([("app.kubernetes.io/name".to_owned(), own.to_owned())].into());
             pod.metadata.owner_references = serde_json::from_value(owners.clone()).unwrap();
-            assert_eq!(stock.controls(&Pod::from_api(&pod).unwrap()), is_eks_agent, "{namespace}: {owners}");
+            assert_eq!(
+                eks_agent.controls(&Pod::from_api(&pod).unwrap()),
+                is_eks_agent,
+                "{namespace}: {owners}"
+            );
         }
     }
 
@@ -378,7 +382,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_pod_that_appears_in_time_is_found_and_no_other() {
+    async fn a_pod_is_waited_for_until_the_deadline() {
         let pods = Arc::new(Pods::default());
         let (events, _received) = mpsc::channel(8);
         let pod = api_pod(&json!({"containers": []}));

@@ -1,4 +1,4 @@
-//! Which cgroups of pods and of their classes exist, as they come and go.
+//! Which cgroups of pods and of quality-of-service classes exist.
 //!
 //! Owns the inotify watch on kubepods and its quality-of-service cgroups; never reads a pod.
 
@@ -23,12 +23,12 @@ use super::{
 /// What happened to a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TreeEvent {
-    /// A pod's exists now.
-    Appeared(PodCgroup),
-    /// A pod's is gone, and with it every process of the pod.
-    Gone(PodCgroup),
-    /// A quality-of-service class has a cgroup with this id now.
-    Class(QosClass, u64),
+    /// A pod's was created.
+    Created(PodCgroup),
+    /// A pod's was removed, and with it every process of the pod.
+    Removed(PodCgroup),
+    /// That of a quality-of-service class was created, with this id.
+    QosClass(QosClass, u64),
 }
 
 /// A pod's own cgroup.
@@ -40,13 +40,13 @@ pub struct PodCgroup {
     pub id: u64,
 }
 
-/// Room for a few hundred events; on overflow the kernel says so, and the next look sees everything anyway.
+/// Room for a few hundred events. When the queue overflows the kernel sends an event too, and a scan finds everything.
 const BUFFER: usize = 16 * 1024;
-/// After a failure that may pass, as too many open files.
-const RETRY_EVERY: Duration = Duration::from_millis(200);
+/// After a failure that may pass, such as too many open files.
+const RETRY_DELAY: Duration = Duration::from_millis(200);
 
-/// Follows the cgroups of pods: those that exist already, and what happens from now on. Static pods are left
-/// out: they have no policy.
+/// Watches the cgroups of pods: returns those that exist, and a stream of what changes. Static pods are left out: they
+/// have no policy.
 ///
 /// # Errors
 /// When inotify cannot watch kubepods.
@@ -62,17 +62,17 @@ pub fn follow(
     };
     let watches = inotify.watches();
     tree.watch(&watches, PathBuf::new())?;
-    let first = tree.look(&watches)?;
+    let first = tree.scan(&watches)?;
     let changes = inotify.into_event_stream(vec![0; BUFFER])?;
     let later = futures::stream::unfold((changes, tree), |(mut changes, mut tree)| async {
-        // Which event it was does not matter: a look at three directories tells what is new.
+        // Which event it was does not matter: a scan of three directories finds what changed.
         let _ = changes.next().await?;
         let events = loop {
-            match tree.look(&changes.watches()) {
+            match tree.scan(&changes.watches()) {
                 Ok(events) => break events,
                 Err(error) => {
-                    error!(%error, "cannot read the pods' cgroups; the last state holds, and they are read again");
-                    tokio::time::sleep(RETRY_EVERY).await;
+                    error!(%error, "cannot read the pods' cgroups; the last state stays in effect, retrying");
+                    tokio::time::sleep(RETRY_DELAY).await;
                 }
             }
         };
@@ -102,11 +102,11 @@ impl Tree {
         Ok(())
     }
 
-    /// Reads the directories and tells what differs from the last time.
+    /// Reads the directories and returns what changed since the last scan.
     ///
     /// # Errors
-    /// When one cannot be read. Then nothing has changed: no pod is taken for gone because of a failure.
-    fn look(&mut self, watches: &inotify::Watches) -> io::Result<Vec<TreeEvent>> {
+    /// When one cannot be read. Then nothing has changed: a failure must not look like a removed pod.
+    fn scan(&mut self, watches: &inotify::Watches) -> io::Result<Vec<TreeEvent>> {
         let mut found = HashMap::new();
         let mut events = Vec::new();
         for name in names(&self.kubepods)? {
@@ -115,35 +115,38 @@ impl Tree {
                 continue;
             }
             events.extend(self.note_class(&path)?);
-            // A quality-of-service cgroup; what the kubelet did not make has no pods in it. It is watched before it
-            // is read, so that nothing falls between the two.
-            let is_seen = self.watched.contains(&path) || gone(self.watch(watches, path.clone()))?.is_some();
-            let below = if is_seen { gone(names(&self.kubepods.join(&path)))? } else { None };
+            // A quality-of-service cgroup, or one without pods that the kubelet did not make. It is watched before it is
+            // read, so that no change falls between the two.
+            let is_watched =
+                self.watched.contains(&path) || unless_removed(self.watch(watches, path.clone()))?.is_some();
+            let below = if is_watched { unless_removed(names(&self.kubepods.join(&path)))? } else { None };
             for name in below.into_iter().flatten() {
                 self.note(&path.join(name), &mut found)?;
             }
         }
         self.watched.retain(|path| self.kubepods.join(path).is_dir());
-        let gone = self.known.iter().filter(|(path, pod)| found.get(*path) != Some(pod));
-        events.extend(gone.map(|(_, pod)| TreeEvent::Gone(*pod)));
+        let removed = self.known.iter().filter(|(path, pod)| found.get(*path) != Some(pod));
+        events.extend(removed.map(|(_, pod)| TreeEvent::Removed(*pod)));
         let new = found.iter().filter(|(path, pod)| self.known.get(*path) != Some(pod));
-        events.extend(new.map(|(_, pod)| TreeEvent::Appeared(*pod)));
+        events.extend(new.map(|(_, pod)| TreeEvent::Created(*pod)));
         self.known = found;
         Ok(events)
     }
 
-    /// Whether it is the cgroup of a class, and was not before.
+    /// The event of a class's cgroup, if it is one and is new.
     fn note_class(&mut self, path: &Path) -> io::Result<Option<TreeEvent>> {
         let Some(class) = path.to_str().and_then(cgroup::qos_class) else { return Ok(None) };
-        let Some(id) = gone(cgroupfs::cgroup_id(&self.kubepods.join(path)))? else { return Ok(None) };
-        Ok((self.classes.insert(class, id) != Some(id)).then_some(TreeEvent::Class(class, id)))
+        let Some(id) = unless_removed(cgroupfs::cgroup_id(&self.kubepods.join(path)))? else {
+            return Ok(None);
+        };
+        Ok((self.classes.insert(class, id) != Some(id)).then_some(TreeEvent::QosClass(class, id)))
     }
 
-    /// Puts a pod's cgroup among those found. Whether it is a pod's, static ones included.
+    /// Adds a pod's cgroup to those found. Whether it is a pod's, static pods included.
     fn note(&self, path: &Path, found: &mut HashMap<PathBuf, PodCgroup>) -> io::Result<bool> {
         let Some(pod) = cgroup::parse(path).filter(|pod| pod.pod == path) else { return Ok(false) };
         if let Owner::Pod(uid) = pod.owner
-            && let Some(id) = gone(cgroupfs::cgroup_id(&self.kubepods.join(path)))?
+            && let Some(id) = unless_removed(cgroupfs::cgroup_id(&self.kubepods.join(path)))?
         {
             found.insert(path.to_owned(), PodCgroup { uid, id });
         }
@@ -156,15 +159,15 @@ fn names(directory: &Path) -> io::Result<Vec<OsString>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory)? {
         let entry = entry?;
-        if gone(entry.file_type())?.is_some_and(|kind| kind.is_dir()) {
+        if unless_removed(entry.file_type())?.is_some_and(|kind| kind.is_dir()) {
             names.push(entry.file_name());
         }
     }
     Ok(names)
 }
 
-/// What is gone by the time it is looked at is none; the event of its removal is on its way.
-fn gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+/// `None` for what was removed before it was read; the event of its removal is on its way.
+fn unless_removed<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -182,20 +185,20 @@ mod tests {
     async fn next(stream: &mut (impl Stream<Item = TreeEvent> + Unpin)) -> (bool, String) {
         let event = tokio::time::timeout(Duration::from_secs(5), stream.next()).await.unwrap().unwrap();
         match event {
-            TreeEvent::Appeared(pod) => (true, pod.uid.to_string()),
-            TreeEvent::Gone(pod) => (false, pod.uid.to_string()),
-            TreeEvent::Class(class, _) => (true, format!("{class:?}")),
+            TreeEvent::Created(pod) => (true, pod.uid.to_string()),
+            TreeEvent::Removed(pod) => (false, pod.uid.to_string()),
+            TreeEvent::QosClass(class, _) => (true, format!("{class:?}")),
         }
     }
 
     #[tokio::test]
-    async fn pods_are_seen_as_they_come_and_go_in_old_and_new_directories() {
+    async fn created_and_removed_pods_are_seen_in_old_and_new_directories() {
         // Plain directories do as well as cgroups here.
         let kubepods = tempfile::tempdir().unwrap();
         let at = |path: String| kubepods.path().join(path);
         std::fs::create_dir(at(format!("pod{UID}"))).unwrap();
         let (first, mut events) = follow(kubepods.path()).unwrap();
-        assert!(matches!(&first[..], [TreeEvent::Appeared(pod)] if pod.uid.to_string() == UID));
+        assert!(matches!(&first[..], [TreeEvent::Created(pod)] if pod.uid.to_string() == UID));
         std::fs::create_dir(at("burstable".into())).unwrap();
         assert_eq!(next(&mut events).await, (true, "Burstable".into()));
         std::fs::create_dir(at(format!("burstable/pod{OTHER}"))).unwrap();

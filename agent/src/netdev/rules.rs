@@ -1,10 +1,10 @@
-//! `ip rule`s that let pods reach the target where their packets are routed before the local table is asked.
+//! `ip rule`s that let pods reach the target where their packets are routed before the local table is looked up.
 //!
-//! Owns the rules that carry podgate's protocol number and no other; adds no route to any table. The VPC CNI's
-//! strict mode of security groups for pods sends all that comes from such a pod into a table of the pod's own
-//! (`iif vlan… lookup 101`, at preference 10; the local table's rule moves to 20). Two kinds of rules bring the
-//! target back: one to the target by the local table, and one per pod for the answers, whose way to the pod is in
-//! the pod's table alone. Nodes without such rules get none.
+//! Owns the rules with podgate's protocol number and no other; adds no route to any table. In the strict mode of security
+//! groups for pods, the VPC CNI routes whatever comes from such a pod by a table of the pod's own (`iif vlan… lookup 101`,
+//! at preference 10; the local table's rule moves to 20). Two kinds of rules make the target reachable again: one to the
+//! target by the local table, and one per pod for the responses, since only the pod's table has a route to it. Nodes without
+//! such rules get none.
 
 use std::{
     collections::BTreeSet,
@@ -29,17 +29,17 @@ use tracing::{info, warn};
 
 use super::{Error, kernel_error};
 
-/// Marks a rule as podgate's (`ip rule` shows it as `proto 80`): a number that neither
-/// `include/uapi/linux/rtnetlink.h` nor iproute2's `rt_protos` gives to anybody.
+/// Marks a rule as podgate's (`ip rule` shows it as `proto 80`): a number that neither `include/uapi/linux/rtnetlink.h` nor
+/// iproute2's `rt_protos` assigns.
 const PROTOCOL: u8 = 80;
 /// Before the VPC CNI's rules for pods with security groups (its `VlanRulePriority` is 10).
 const PREFERENCE: u32 = 9;
 /// `RT_TABLE_LOCAL` of `include/uapi/linux/rtnetlink.h`.
 const LOCAL: u32 = 255;
-/// How old the rules may get when the kernel drops a notice, as it does when they come too fast.
+/// How stale the rules may get when the kernel drops a notification, as it does when they come too fast.
 const RESYNC: Duration = Duration::from_secs(30);
 
-/// Keeps the rules right until it is dropped.
+/// Keeps the rules current until it is dropped.
 #[derive(Debug)]
 pub(super) struct Rules {
     handle: Handle,
@@ -48,7 +48,7 @@ pub(super) struct Rules {
     follower: AbortOnDrop,
 }
 
-/// What a rule of podgate's says: from `source`, or from anybody, to `destination` by `table`.
+/// One of podgate's rules: from `source`, or from anywhere, to `destination` by `table`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Rule {
     source: Option<IpAddr>,
@@ -59,14 +59,14 @@ pub(super) struct Rule {
 // === impl Rules ===
 
 impl Rules {
-    /// Follows the node's rules from now on. There are no targets yet.
+    /// Follows the node's rules from now on, with no targets yet.
     pub(super) fn follow(handle: Handle) -> Self {
         let targets = Arc::<Mutex<BTreeSet<IpAddr>>>::default();
         let follower = AbortOnDrop(tokio::spawn(follow(Arc::clone(&targets))));
         Self { handle, targets, follower }
     }
 
-    /// Makes the rules that one more target needs, and adopts those that a predecessor has left.
+    /// Adds the rules that one more target needs, and adopts those that a predecessor left.
     pub(super) async fn add(&self, target: IpAddr) -> Result<(), Error> {
         let mut targets = self.targets.lock().await;
         reconcile(&self.handle, target).await.map_err(|error| refused(&error))?;
@@ -76,7 +76,7 @@ impl Rules {
         Ok(())
     }
 
-    /// Removes the rules of every other target, an earlier agent's too.
+    /// Removes the rules of every other target, those of a predecessor too.
     pub(super) async fn keep_only(&self, kept: &[IpAddr]) -> Result<(), Error> {
         let mut targets = self.targets.lock().await;
         targets.retain(|target| kept.contains(target));
@@ -86,15 +86,15 @@ impl Rules {
         Ok(())
     }
 
-    /// Changes none from now on.
-    pub(super) async fn end(mut self) {
+    /// Stops following: no rule is changed after this.
+    pub(super) async fn stop(mut self) {
         self.follower.0.abort();
-        // It ends no other way than by this.
+        // It ends only by being aborted.
         let _ = (&mut self.follower.0).await;
     }
 }
 
-/// Every rule of podgate's on the node.
+/// Every one of podgate's rules on the node.
 pub(super) async fn all(handle: &Handle) -> Result<BTreeSet<Rule>, Error> {
     let mut all = BTreeSet::new();
     for family in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)] {
@@ -103,7 +103,7 @@ pub(super) async fn all(handle: &Handle) -> Result<BTreeSet<Rule>, Error> {
     Ok(all)
 }
 
-/// Removes them.
+/// Removes all of podgate's rules.
 pub(super) async fn remove_all(handle: &Handle) -> Result<(), Error> {
     for rule in all(handle).await? {
         rule.remove(handle).await.map_err(|error| refused(&error))?;
@@ -114,7 +114,7 @@ pub(super) async fn remove_all(handle: &Handle) -> Result<(), Error> {
 // === impl Rule ===
 
 impl Rule {
-    /// Reads a rule that carries podgate's number.
+    /// Parses a rule with podgate's protocol number.
     fn read(message: &RuleMessage) -> Option<Self> {
         let mut source = None;
         let mut destination = None;
@@ -128,7 +128,7 @@ impl Rule {
         Some(Self { source, destination: destination?, table: table_of(message) })
     }
 
-    /// The address of podgate's that it is about.
+    /// The address of podgate that it is for.
     fn target(&self) -> IpAddr {
         self.source.unwrap_or(self.destination)
     }
@@ -165,7 +165,7 @@ impl Rule {
 }
 
 impl fmt::Display for Rule {
-    /// As `ip rule` shows it.
+    /// As `ip rule` prints it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.source {
             Some(source) => write!(f, "from {source} ")?,
@@ -175,7 +175,7 @@ impl fmt::Display for Rule {
     }
 }
 
-/// Another agent of this node may have done it meanwhile.
+/// Ignores the error which says that another generation has done the same meanwhile.
 fn unless(done: Errno, result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
     match result {
         Err(error) if kernel_error(&error).raw_os_error() == Some(done.raw_os_error()) => Ok(()),
@@ -183,33 +183,33 @@ fn unless(done: Errno, result: Result<(), NetlinkError>) -> Result<(), NetlinkEr
     }
 }
 
-/// Keeps the rules right, forever.
+/// Keeps the rules current until shutdown.
 async fn follow(targets: Arc<Mutex<BTreeSet<IpAddr>>>) {
     loop {
         if let Err(error) = follow_until_lost(&targets).await {
-            warn!(%error, "pods with security groups of their own may not reach podgate: trying again");
+            warn!(%error, "pods with security groups of their own may not reach podgate; retrying");
         }
         tokio::time::sleep(RESYNC).await;
     }
 }
 
-/// Keeps the rules right until the kernel refuses something, or is heard no more.
+/// Keeps the rules current until the kernel refuses a change or stops sending notifications.
 async fn follow_until_lost(targets: &Mutex<BTreeSet<IpAddr>>) -> Result<(), Error> {
     let groups = [MulticastGroup::Ipv4Rule, MulticastGroup::Ipv6Rule];
-    let (connection, handle, mut notices) = new_multicast_connection(&groups).map_err(Error::Socket)?;
+    let (connection, handle, mut notifications) = new_multicast_connection(&groups).map_err(Error::Socket)?;
     let _connection = AbortOnDrop(tokio::spawn(connection));
     loop {
         for &target in targets.lock().await.iter() {
             reconcile(&handle, target).await.map_err(|error| refused(&error))?;
         }
-        // What changed is read anew: the notice is only the occasion.
-        if let Ok(None) = timeout(RESYNC, notices.next()).await {
+        // A notification only says when to read the rules, not what changed.
+        if let Ok(None) = timeout(RESYNC, notifications.next()).await {
             return Ok(());
         }
     }
 }
 
-/// Ends a task with its owner.
+/// Aborts a task with its owner.
 #[derive(Debug)]
 struct AbortOnDrop(JoinHandle<()>);
 
@@ -219,7 +219,7 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Makes podgate's rules for a target what the node's other rules ask for.
+/// Makes podgate's rules for a target match what the node's other rules require.
 async fn reconcile(handle: &Handle, target: IpAddr) -> Result<(), NetlinkError> {
     let rules = rules(handle, target).await?;
     let mut present = own(&rules);
@@ -237,35 +237,35 @@ async fn reconcile(handle: &Handle, target: IpAddr) -> Result<(), NetlinkError> 
         rule.add(handle).await?;
     }
     if present != wanted {
-        info!(%target, tables = ?tables, rules = wanted.len(), "pods are routed before the local table");
+        info!(%target, tables = ?tables, rules = wanted.len(), "changed the rules for pods that are routed before the local table");
     }
     Ok(())
 }
 
-/// Says what podgate cannot help: a rule that is asked even before its own.
+/// Warns of rules that podgate cannot override: they come before its own.
 async fn report_too_early(handle: &Handle, target: IpAddr) -> Result<(), NetlinkError> {
     let rules = rules(handle, target).await?;
     let too_early: BTreeSet<_> =
-        by_link_before_local(&rules).map(preference_of).filter(|&at| at <= PREFERENCE).collect();
+        by_netdev_before_local(&rules).map(preference_of).filter(|&at| at <= PREFERENCE).collect();
     if !too_early.is_empty() {
         warn!(
             %target, preferences = ?too_early,
-            "pods behind links that `ip rule` routes at these preferences cannot reach podgate, whose own rules \
+            "pods behind interfaces that `ip rule` routes at these preferences cannot reach podgate, whose own rules \
              are at {PREFERENCE}: move them to {} or later, or before them add `ip rule add to {target} lookup \
-             local` and a way back",
+             local` and a rule for the responses",
             PREFERENCE + 1
         );
     }
     Ok(())
 }
 
-/// The tables by which podgate's rules must come before the local one.
+/// The tables that pods are routed by before the local one, and that podgate's rules must come before.
 fn tables_before_local(rules: &[RuleMessage]) -> BTreeSet<u32> {
-    by_link_before_local(rules).filter(|rule| preference_of(rule) > PREFERENCE).map(table_of).collect()
+    by_netdev_before_local(rules).filter(|rule| preference_of(rule) > PREFERENCE).map(table_of).collect()
 }
 
-/// The rules by which packets from certain links are routed before the local table is asked.
-fn by_link_before_local(rules: &[RuleMessage]) -> impl Iterator<Item = &RuleMessage> {
+/// The rules by which packets from certain netdevs are routed before the local table is looked up.
+fn by_netdev_before_local(rules: &[RuleMessage]) -> impl Iterator<Item = &RuleMessage> {
     let others = || rules.iter().filter(|rule| !is_own(rule) && rule.header.action == RuleAction::ToTable);
     let local = others().filter(|rule| table_of(rule) == LOCAL).map(preference_of).min();
     others()
@@ -278,9 +278,9 @@ fn wanted(target: IpAddr, tables: &BTreeSet<u32>, routes: &[RouteMessage]) -> BT
     let mut wanted = BTreeSet::from([Rule { source: None, destination: target, table: LOCAL }]);
     for &table in tables {
         let routes = || routes.iter().filter(move |route| route_table(route) == table);
-        // The link to the VPC has the default route, and a host route to its gateway, which is no pod.
-        let uplinks: Vec<_> = routes().filter(|route| destination(route).is_none()).map(link_of).collect();
-        let pods = routes().filter(|route| !uplinks.contains(&link_of(route))).filter_map(destination);
+        // The netdev to the VPC has the default route, and a host route to its gateway, which is no pod.
+        let uplinks: Vec<_> = routes().filter(|route| destination(route).is_none()).map(netdev_of).collect();
+        let pods = routes().filter(|route| !uplinks.contains(&netdev_of(route))).filter_map(destination);
         wanted.extend(pods.map(|pod| Rule { source: Some(target), destination: pod, table }));
     }
     wanted
@@ -321,9 +321,9 @@ fn route_table(route: &RouteMessage) -> u32 {
     route.attributes.iter().find_map(table).unwrap_or_else(|| route.header.table.into())
 }
 
-fn link_of(route: &RouteMessage) -> Option<u32> {
+fn netdev_of(route: &RouteMessage) -> Option<u32> {
     route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Oif(link) => Some(*link),
+        RouteAttribute::Oif(netdev) => Some(*netdev),
         _ => None,
     })
 }
@@ -377,12 +377,12 @@ mod tests {
         if preference > 0 {
             rule.attributes.push(RuleAttribute::Priority(preference));
         }
-        rule.attributes.extend(from.map(|link| RuleAttribute::Iifname(link.to_owned())));
+        rule.attributes.extend(from.map(|netdev| RuleAttribute::Iifname(netdev.to_owned())));
         rule
     }
 
-    fn route(table: u32, link: u32, to: Option<Ipv4Addr>) -> RouteMessage {
-        let route = RouteMessageBuilder::<Ipv4Addr>::new().table_id(table).output_interface(link);
+    fn route(table: u32, netdev: u32, to: Option<Ipv4Addr>) -> RouteMessage {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new().table_id(table).output_interface(netdev);
         match to {
             Some(to) => route.destination_prefix(to, 32).build(),
             None => route.build(),
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_asked_before_the_local_one_are_those_of_rules_by_link() {
+    fn tables_before_the_local_one_are_those_of_rules_by_netdev() {
         let strict = [
             rule(10, 101, Some("vlan.eth.1")),
             rule(10, 101, Some("vlan4f3a")),
@@ -402,7 +402,7 @@ mod tests {
         assert_eq!(tables_before_local(&strict), BTreeSet::from([101, 102]));
         let usual = [rule(0, LOCAL, None), rule(10, 101, Some("vlan4f3a")), rule(32766, 254, None)];
         assert_eq!(tables_before_local(&usual), BTreeSet::new());
-        // Too early for podgate's own rules to help.
+        // Before podgate's own rules.
         let early = [rule(PREFERENCE, 101, Some("vlan4f3a")), rule(20, LOCAL, None)];
         assert_eq!(tables_before_local(&early), BTreeSet::new());
         // A mark, as some CNIs put on what their own proxies send.
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn podgate_s_own_rules_are_not_taken_for_the_node_s() {
+    fn own_rules_do_not_count_as_those_of_the_node() {
         let own = Rule { source: None, destination: TARGET, table: LOCAL };
         let node = [own.message(), rule(10, 101, Some("vlan4f3a")), rule(20, LOCAL, None)];
         assert_eq!(tables_before_local(&node), BTreeSet::from([101]));
@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_go_to_the_pods_of_a_table_and_not_to_its_router() {
+    fn responses_go_to_the_pods_of_a_table_and_not_to_its_router() {
         let routes = [
             route(101, UPLINK, Some(ROUTER)),
             route(101, UPLINK, None),
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_is_read_back_as_it_was_made() {
+    fn a_rule_is_parsed_as_it_was_written() {
         for rule in [
             Rule { source: None, destination: TARGET, table: LOCAL },
             Rule { source: Some(TARGET), destination: POD.into(), table: 4321 },

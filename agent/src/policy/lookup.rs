@@ -1,18 +1,20 @@
-//! The policy of a pod as of now: the rules of `policy` applied to what is known of its namespace.
+//! The policy of a pod now: the rules, applied to what is known of its namespace.
 //!
 //! Owns that join; never decides by itself, never watches anything.
 
 use std::{sync::Arc, time::Instant};
 
-use crate::{
-    identity::{Namespaces, Pod},
-    policy::{ANNOTATION_IMDS, Annotations, Defaults, ImdsMode, Policy},
+use super::{
+    annotation::{ANNOTATION_IMDS, Annotations},
+    mode::ImdsMode,
+    rules::{Defaults, Policy},
 };
+use crate::identity::{Namespaces, Pod};
 
-/// Tells the policy of each pod.
+/// Finds the policy of each pod.
 #[derive(Clone, Debug)]
 pub struct Policies {
-    /// What pods get unless something more particular says otherwise.
+    /// What pods get where no annotation says otherwise.
     pub defaults: Defaults,
     /// The annotations of namespaces.
     pub namespaces: Arc<Namespaces>,
@@ -21,7 +23,7 @@ pub struct Policies {
 // === impl Policies ===
 
 impl Policies {
-    /// The pod's policy; `None` as long as its namespace is not known, which may say anything.
+    /// The pod's policy; `None` until its namespace is known, whose annotations may ask for anything.
     pub fn of(&self, pod: &Pod) -> Option<Policy> {
         let namespace = self.namespaces.get(&pod.service_account.namespace)?;
         Some(Policy::decide(&self.defaults, &namespace, pod))
@@ -36,20 +38,20 @@ impl Policies {
         self.of(pod)
     }
 
-    /// The strictest mode that some pod of the cluster has by default, floor or its namespace.
+    /// The strictest mode that the operator or a namespace gives to any pod of the cluster.
     pub fn strictest(&self) -> ImdsMode {
         let of_namespaces = self.namespaces.all().into_iter().filter_map(|namespace| imds(&namespace)).max();
         let of_operator = self.defaults.imds.max(self.defaults.imds_floor);
         of_namespaces.map_or(of_operator, |mode| mode.max(of_operator))
     }
 
-    /// Whether some namespace asks for its pods on the host's network too.
-    pub fn ask_for_host_network(&self) -> bool {
+    /// Whether the annotation of some namespace covers its pods on the host's network too.
+    pub fn covers_host_network(&self) -> bool {
         self.namespaces.all().iter().any(|namespace| imds(namespace).is_some_and(ImdsMode::is_strict))
     }
 }
 
-/// The mode that a namespace names; what cannot be read is at least `intercept`, as in [`Policy::decide`].
+/// The mode of a namespace's annotation; an unknown value counts as `intercept` at least, as in [`Policy::decide`].
 fn imds(namespace: &Annotations) -> Option<ImdsMode> {
     namespace.get(ANNOTATION_IMDS).map(|mode| mode.parse().unwrap_or(ImdsMode::Intercept))
 }
@@ -89,7 +91,7 @@ mod tests {
 
     #[test]
     fn a_namespace_that_intercepts_asks_for_its_pods_on_the_host_s_network() {
-        assert!(!policies(ImdsMode::Deny, &[("a", None), ("b", Some("audit"))]).ask_for_host_network());
-        assert!(policies(ImdsMode::Off, &[("a", Some("intercept"))]).ask_for_host_network());
+        assert!(!policies(ImdsMode::Deny, &[("a", None), ("b", Some("audit"))]).covers_host_network());
+        assert!(policies(ImdsMode::Off, &[("a", Some("intercept"))]).covers_host_network());
     }
 }

@@ -1,6 +1,6 @@
-//! What a caller may take of the agent: connections, and lines of its log.
+//! What a caller may take of the agent: connections, and log lines.
 //!
-//! Owns the counts, and whose connections are nobody's any more; never closes one, never asks whose it is.
+//! Owns the counts, and the revocation of a removed pod's connections; never closes one, never resolves a caller.
 
 use std::{
     collections::HashMap,
@@ -16,20 +16,20 @@ use agent_common::defense::{Defense, holds};
 
 use crate::{identity::PodUid, log_limit::LogLimit};
 
-/// Most connections of one caller. An SDK has one or two for each process, and for some milliseconds.
+/// Most connections of one caller. An SDK opens one or two per process, for some milliseconds.
 const CONNECTIONS_MAX: u32 = 256;
 /// Most lines of one caller per interval in the access log, and as many in the audit log.
 const LINES_MAX: u32 = 20;
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
-/// Callers without connections that are remembered, so that what they have logged counts when they come again.
-const REMEMBERED: usize = 2048;
+/// Past so many callers, those without connections are evicted. Until then their log lines count when they come back.
+const MAX_ENTRIES: usize = 2048;
 
-/// Whose connections are counted together.
+/// What connections are counted by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum LimitKey {
-    /// A pod that the kernel vouches for.
+    /// A pod that the kernel attests.
     Pod(PodUid),
-    /// Everybody else at an address.
+    /// Every anonymous caller at an address.
     Address(IpAddr),
 }
 
@@ -37,15 +37,15 @@ pub(super) enum LimitKey {
 #[derive(Clone, Debug, Default)]
 pub struct ConnectionLimit(Arc<Mutex<HashMap<LimitKey, Arc<Caller>>>>);
 
-/// One connection's place; it is free again when this is dropped.
+/// The permit for one open connection, given back when dropped.
 #[derive(Debug)]
-pub(super) struct Place(Arc<Caller>);
+pub(super) struct ConnectionPermit(Arc<Caller>);
 
 #[derive(Debug)]
 struct Caller {
     connections: AtomicU32,
-    /// Whether the pod's cgroup was removed: a process that still holds one of its connections is not the pod's.
-    is_removed: AtomicBool,
+    /// Set when the pod's cgroup is removed: a process that still holds one of its connections is not the pod's.
+    is_revoked: AtomicBool,
     access: Mutex<LogLimit>,
     audit: Mutex<LogLimit>,
 }
@@ -53,25 +53,25 @@ struct Caller {
 // === impl ConnectionLimit ===
 
 impl ConnectionLimit {
-    /// Takes a place; `None` when all are taken.
-    pub(super) fn enter(&self, whose: LimitKey) -> Option<Place> {
+    /// A permit for one more connection; `None` when the caller has as many as it may.
+    pub(super) fn permit(&self, key: LimitKey) -> Option<ConnectionPermit> {
         let mut callers = self.callers();
-        if callers.len() >= REMEMBERED && !callers.contains_key(&whose) {
+        if callers.len() >= MAX_ENTRIES && !callers.contains_key(&key) {
             callers.retain(|_, caller| caller.connections.load(Relaxed) > 0);
         }
-        let caller = callers.entry(whose).or_default();
-        // Others only give back meanwhile: places are taken under the lock.
+        let caller = callers.entry(key).or_default();
+        // Permits are taken under the lock and given back without it, so the count can only fall meanwhile.
         if caller.connections.load(Relaxed) >= CONNECTIONS_MAX && holds(Defense::ConnectionLimit) {
             return None;
         }
         caller.connections.fetch_add(1, Relaxed);
-        Some(Place(Arc::clone(caller)))
+        Some(ConnectionPermit(Arc::clone(caller)))
     }
 
-    /// The pod is gone, and its connections are nobody's from now on. One of the same UID that comes again has others.
-    pub fn end(&self, uid: PodUid) {
+    /// Revokes the connections of a pod whose cgroup was removed. A pod of the same UID that comes back starts anew.
+    pub fn revoke(&self, uid: PodUid) {
         if let Some(caller) = self.callers().remove(&LimitKey::Pod(uid)) {
-            caller.is_removed.store(true, Relaxed);
+            caller.is_revoked.store(true, Relaxed);
         }
     }
 
@@ -80,26 +80,26 @@ impl ConnectionLimit {
     }
 }
 
-// === impl Place ===
+// === impl ConnectionPermit ===
 
-impl Place {
-    /// Whether the connection is that of a pod which is gone.
+impl ConnectionPermit {
+    /// Whether the pod that opened the connection has lost its cgroup.
     pub(super) fn is_revoked(&self) -> bool {
-        self.0.is_removed.load(Relaxed) && holds(Defense::GonePods)
+        self.0.is_revoked.load(Relaxed) && holds(Defense::GonePods)
     }
 
-    /// Whether a line may be logged, and how many were not since the last one.
+    /// Whether a line may be logged: then, how many were suppressed since the last one.
     pub(super) fn may_log(&self) -> Option<u64> {
         admit(&self.0.access)
     }
 
-    /// The same for the audit, apart from the rest: nobody hides in what else it does.
+    /// The same for the audit log, with a limit of its own: no caller hides an incident behind its other requests.
     pub(super) fn may_audit(&self) -> Option<u64> {
         admit(&self.0.audit)
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Relaxed);
     }
@@ -112,7 +112,7 @@ impl Default for Caller {
         let lines = || Mutex::new(LogLimit::new(LINES_MAX, LOG_INTERVAL));
         Self {
             connections: AtomicU32::new(0),
-            is_removed: AtomicBool::new(false),
+            is_revoked: AtomicBool::new(false),
             access: lines(),
             audit: lines(),
         }
@@ -132,38 +132,38 @@ mod tests {
     }
 
     #[test]
-    fn each_caller_has_so_many_places_and_a_free_one_is_taken_again() {
+    fn each_caller_has_a_limit_and_a_returned_permit_is_given_again() {
         let limit = ConnectionLimit::default();
-        let mut places: Vec<_> = (0..CONNECTIONS_MAX).map(|_| limit.enter(address(1)).unwrap()).collect();
-        assert!(limit.enter(address(1)).is_none());
-        let other = limit.enter(address(2));
+        let mut permits: Vec<_> = (0..CONNECTIONS_MAX).map(|_| limit.permit(address(1)).unwrap()).collect();
+        assert!(limit.permit(address(1)).is_none());
+        let other = limit.permit(address(2));
         assert!(other.is_some(), "another's");
-        places.pop();
-        let again = limit.enter(address(1));
+        permits.pop();
+        let again = limit.permit(address(1));
         assert!(again.is_some());
-        assert!(limit.enter(address(1)).is_none());
+        assert!(limit.permit(address(1)).is_none());
     }
 
     #[test]
-    fn a_pod_that_is_removed_is_forgotten_and_what_it_leaves_open_harms_nobody() {
+    fn connections_of_a_removed_pod_are_revoked_and_later_ones_are_not() {
         let (limit, uid) = (ConnectionLimit::default(), crate::testing::pod_uid());
-        let left_open = limit.enter(LimitKey::Pod(uid)).unwrap();
+        let left_open = limit.permit(LimitKey::Pod(uid)).unwrap();
         assert!(!left_open.is_revoked());
-        limit.end(uid);
+        limit.revoke(uid);
         assert!(left_open.is_revoked() && limit.callers().is_empty());
-        let again = limit.enter(LimitKey::Pod(uid)).unwrap();
+        let again = limit.permit(LimitKey::Pod(uid)).unwrap();
         drop(left_open);
         assert!(!again.is_revoked(), "its containers were started anew");
     }
 
     #[test]
-    fn callers_who_are_gone_are_forgotten_before_there_are_too_many() {
+    fn callers_without_connections_are_evicted_past_the_limit() {
         let limit = ConnectionLimit::default();
-        let staying = limit.enter(address(1)).unwrap();
-        for number in 0..2 * u32::try_from(REMEMBERED).unwrap() {
-            limit.enter(LimitKey::Address(IpAddr::from(number.to_be_bytes()))).unwrap();
+        let staying = limit.permit(address(1)).unwrap();
+        for number in 0..2 * u32::try_from(MAX_ENTRIES).unwrap() {
+            limit.permit(LimitKey::Address(IpAddr::from(number.to_be_bytes()))).unwrap();
         }
-        assert!(limit.callers().len() <= REMEMBERED);
+        assert!(limit.callers().len() <= MAX_ENTRIES);
         assert!(limit.callers().contains_key(&address(1)));
         drop(staying);
     }

@@ -1,6 +1,6 @@
 //! Counts requests.
 //!
-//! Owns the labels, which are closed sets or name what runs on this node; never a label from a request.
+//! Owns the labels, which are closed sets or names of what runs on this node; never takes a label from a request.
 
 use hyper::StatusCode;
 use prometheus_client::{
@@ -11,16 +11,16 @@ use prometheus_client::{
 
 use crate::{dialect::Dialect, identity::ServiceAccountRef};
 
-/// Counts requests, and connections that get none.
+/// Counts requests, and connections that were refused.
 #[derive(Clone, Debug, Default)]
 pub struct RequestMetrics {
     requests: Family<RequestLabels, Counter>,
-    imds_v1: Family<LimitKeyLabels, Counter>,
-    delegated: Family<LimitKeyLabels, Counter>,
+    imds_v1: Family<AnswerLabels, Counter>,
+    delegated: Family<AnswerLabels, Counter>,
     mismatched_tokens: Family<AccountLabels, Counter>,
     abandoned: Family<DialectLabels, Counter>,
-    /// Connections beyond what a caller may have open.
-    pub refused_connections: Counter,
+    /// Connections past what a caller may have open.
+    pub(super) refused_connections: Counter,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -41,7 +41,7 @@ struct AccountLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct LimitKeyLabels {
+struct AnswerLabels {
     namespace: String,
     service_account: String,
     answer: &'static str,
@@ -50,74 +50,74 @@ struct LimitKeyLabels {
 // === impl RequestMetrics ===
 
 impl RequestMetrics {
-    /// Counters that `registry` knows.
+    /// Registers its counters with `registry`.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         registry.register("podgate_requests", "Requests answered (unstable)", metrics.requests.clone());
         registry.register(
             "podgate_imds_v1_requests",
-            "Requests to IMDS without a session token, by who is to move to IMDSv2 (unstable)",
+            "IMDSv1 requests, by the service account that has yet to move to IMDSv2 (unstable)",
             metrics.imds_v1.clone(),
         );
         registry.register(
             "podgate_delegated_requests",
-            "Requests with another pod's token, by who is allowed to present it (unstable)",
+            "Requests with another pod's token, by the delegate that may present it (unstable)",
             metrics.delegated.clone(),
         );
         registry.register(
             "podgate_mismatched_tokens",
-            "Requests with another pod's token, by who presented it and may not (unstable)",
+            "Requests with another pod's token, by the service account that may not present it (unstable)",
             metrics.mismatched_tokens.clone(),
         );
         registry.register(
             "podgate_abandoned_requests",
-            "Requests whose caller hung up before the answer (unstable)",
+            "Requests account caller hung up before the answer (unstable)",
             metrics.abandoned.clone(),
         );
         registry.register(
             "podgate_refused_connections",
-            "Connections beyond what a caller may have open (unstable)",
+            "Connections past what a caller may have open (unstable)",
             metrics.refused_connections.clone(),
         );
         metrics
     }
 
-    /// Counts one answer.
-    pub fn count(&self, dialect: Dialect, status: StatusCode) {
+    /// Counts one response.
+    pub(super) fn count(&self, dialect: Dialect, status: StatusCode) {
         let labels = RequestLabels { dialect: dialect.label(), status: status.as_u16() };
         self.requests.get_or_create(&labels).inc();
     }
 
     /// Counts one use of IMDSv1.
-    pub fn count_v1(&self, whose: &ServiceAccountRef, is_served: bool) {
-        self.imds_v1.get_or_create(&LimitKeyLabels::new(whose, is_served)).inc();
+    pub(super) fn count_v1(&self, account: &ServiceAccountRef, is_served: bool) {
+        self.imds_v1.get_or_create(&AnswerLabels::new(account, is_served)).inc();
     }
 
     /// Counts one token of another pod, presented by a delegate.
-    pub fn count_delegated(&self, delegate: &ServiceAccountRef, is_served: bool) {
-        self.delegated.get_or_create(&LimitKeyLabels::new(delegate, is_served)).inc();
+    pub(super) fn count_delegated(&self, delegate: &ServiceAccountRef, is_served: bool) {
+        self.delegated.get_or_create(&AnswerLabels::new(delegate, is_served)).inc();
     }
 
-    /// Counts one token of another pod, presented by who may not.
-    pub fn count_mismatched_token(&self, whose: &ServiceAccountRef) {
+    /// Counts one token of another pod, presented by a caller that may not.
+    pub(super) fn count_mismatched_token(&self, account: &ServiceAccountRef) {
         let labels =
-            AccountLabels { namespace: whose.namespace.clone(), service_account: whose.name.clone() };
+            AccountLabels { namespace: account.namespace.clone(), service_account: account.name.clone() };
         self.mismatched_tokens.get_or_create(&labels).inc();
     }
 
-    /// Counts one caller who did not wait for the answer.
-    pub fn count_abandoned(&self, dialect: Dialect) {
+    /// Counts one caller that hung up before the response.
+    pub(super) fn count_abandoned(&self, dialect: Dialect) {
         self.abandoned.get_or_create(&DialectLabels { dialect: dialect.label() }).inc();
     }
 }
 
-// === impl LimitKeyLabels ===
+// === impl AnswerLabels ===
 
-impl LimitKeyLabels {
-    fn new(whose: &ServiceAccountRef, is_served: bool) -> Self {
+impl AnswerLabels {
+    fn new(account: &ServiceAccountRef, is_served: bool) -> Self {
         Self {
-            namespace: whose.namespace.clone(),
-            service_account: whose.name.clone(),
+            namespace: account.namespace.clone(),
+            service_account: account.name.clone(),
             answer: if is_served { "served" } else { "refused" },
         }
     }
@@ -128,12 +128,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_uses_imds_v1_is_counted_apart() {
+    fn imds_v1_is_counted_by_service_account() {
         let mut registry = Registry::default();
         let metrics = RequestMetrics::register(&mut registry);
-        let account = |name: &str| ServiceAccountRef { namespace: "app".into(), name: name.into() };
+        let account_of = |name: &str| ServiceAccountRef { namespace: "app".into(), name: name.into() };
         for (name, is_served) in [("web", false), ("web", false), ("web", true), ("old", true)] {
-            metrics.count_v1(&account(name), is_served);
+            metrics.count_v1(&account_of(name), is_served);
         }
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();

@@ -17,7 +17,7 @@ use super::Error;
 use crate::{
     accept,
     intercept::{InterceptorHandle, Standing},
-    netdev::Link,
+    netdev::Netdev,
 };
 
 /// The node as a takeover changes it. A trait because only root on a node can; `testing::fake_node` has the double.
@@ -64,7 +64,7 @@ pub(crate) struct NodeDataplane {
     interceptor: InterceptorHandle,
     netdev_name: String,
     /// Made when the first address is added: an agent that never serves leaves none behind.
-    netdev: Mutex<Option<Link>>,
+    netdev: Mutex<Option<Netdev>>,
 }
 
 // === impl NodeDataplane ===
@@ -80,7 +80,7 @@ impl Dataplane for NodeDataplane {
         let mut netdev = self.netdev.lock().await;
         let netdev = match &mut *netdev {
             Some(netdev) => netdev,
-            none => none.insert(Link::up(&self.netdev_name).await?),
+            none => none.insert(Netdev::up(&self.netdev_name).await?),
         };
         Ok(netdev.add(address).await?)
     }

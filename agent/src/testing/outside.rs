@@ -1,9 +1,6 @@
-//! Everything that parses a byte from outside, each as one function of the bytes: it must not panic, whatever they are,
-//! and what must hold in the end is asserted. The fuzz targets and the property tests call the same.
-#![expect(
-    clippy::missing_panics_doc,
-    reason = "to panic where something does not hold is what these are for"
-)]
+//! Everything that parses bytes from outside, each as one function of the bytes: it must not panic, and it asserts what
+//! must hold of the result. The fuzz targets and the property tests call the same functions.
+#![expect(clippy::missing_panics_doc, reason = "these panic where an assertion does not hold")]
 
 use std::{convert::Infallible, fs, io, path::PathBuf, slice::Chunks, sync::OnceLock};
 
@@ -41,13 +38,13 @@ use crate::{
     intercept, mapdump,
     policy::{
         self, ANNOTATION_IMDS, ANNOTATION_IMDS_POD_OVERRIDE, ANNOTATION_IMDS_V1, ANNOTATION_POD_IDENTITY,
-        ANNOTATION_TOKENLESS, Annotations, Defaults, ImdsMode, Place, Policy,
+        ANNOTATION_TOKENLESS, AnnotationScope, Annotations, Defaults, ImdsMode, Policy,
     },
     serve,
     takeover::transfer::wire,
 };
 
-/// What may be on its way at once in a connection that is in memory.
+/// The buffer of a connection in memory.
 const BUFFER: usize = 256 * 1024;
 const ANNOTATIONS: [&str; 5] = [
     ANNOTATION_IMDS,
@@ -58,9 +55,9 @@ const ANNOTATIONS: [&str; 5] = [
 ];
 const MODES: [ImdsMode; 4] = [ImdsMode::Off, ImdsMode::Audit, ImdsMode::Intercept, ImdsMode::Deny];
 
-/// A connection's bytes, as to each service and as to one that is not known. The first one tells in pieces of how many
-/// the others arrive; 0 is all at once. What is answered is HTTP with a length, and only a request that may have something
-/// gets it.
+/// The bytes of a connection, to each service and to an unknown one. The first byte is the size of the pieces in which the
+/// others arrive; 0 is all at once. Every response is HTTP with a length, and only a request that may have something gets
+/// it.
 #[expect(clippy::expect_used, reason = "test code")]
 pub fn http_head(bytes: &[u8]) {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -69,27 +66,27 @@ pub fn http_head(bytes: &[u8]) {
     let runtime = RUNTIME.get_or_init(|| {
         tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime")
     });
-    for dialled in [None, Some(Service::PodIdentity), Some(Service::Imds), Some(Service::Ecs)] {
-        let answers = runtime.block_on(converse(dialled, bytes.chunks(piece)));
+    for orig_dst in [None, Some(Service::PodIdentity), Some(Service::Imds), Some(Service::Ecs)] {
+        let answers = runtime.block_on(converse(orig_dst, bytes.chunks(piece)));
         assert!(answers.is_empty() || answers.starts_with("HTTP/1."));
         assert_eq!(answers.matches("HTTP/1.").count(), answers.matches("\r\nContent-Length: ").count());
     }
 }
 
-async fn converse(dialled: Option<Service>, pieces: Chunks<'_, u8>) -> String {
+async fn converse(orig_dst: Option<Service>, pieces: Chunks<'_, u8>) -> String {
     let (client, server) = duplex(BUFFER);
     let service = service_fn(move |request: Request<Incoming>| async move {
-        Ok::<_, Infallible>(answer(dialled, &request.into_parts().0))
+        Ok::<_, Infallible>(answer(orig_dst, &request.into_parts().0))
     });
     let server = serve::protocol().serve_connection(TokioIo::new(server), service);
     let (mut from, mut to) = tokio::io::split(client);
     let send = async {
         for piece in pieces {
-            // The server may end the connection first.
+            // The server may close the connection first.
             if to.write_all(piece).await.is_err() {
                 break;
             }
-            // It reads this before there is more.
+            // The server reads this before more is sent.
             tokio::task::yield_now().await;
         }
         let _ = to.shutdown().await;
@@ -100,20 +97,20 @@ async fn converse(dialled: Option<Service>, pieces: Chunks<'_, u8>) -> String {
     String::from_utf8_lossy(&answers).into_owned()
 }
 
-fn answer(dialled: Option<Service>, head: &Parts) -> Response {
-    let dialect = Dialect::pick(dialled, None, &head.headers, head.uri.path());
+fn answer(orig_dst: Option<Service>, head: &Parts) -> Response {
+    let dialect = Dialect::pick(orig_dst, None, &head.headers, head.uri.path());
     let response = match dialect {
-        Dialect::PodIdentity => pod_identity::ask(head, Timestamp::UNIX_EPOCH).and_then(|sent| {
+        Dialect::PodIdentity => pod_identity::parse(head, Timestamp::UNIX_EPOCH).and_then(|sent| {
             assert_reads_credentials(head, &["169.254.170.23", "fd00:ec2::23"]);
-            by_itself(head, sent.is_some())?;
+            check_direct(head, sent.is_some())?;
             Ok(pod_identity::credentials(&credentials()))
         }),
-        Dialect::Ecs => ecs::ask(head, Timestamp::UNIX_EPOCH).and_then(|sent| {
+        Dialect::Ecs => ecs::parse(head, Timestamp::UNIX_EPOCH).and_then(|sent| {
             assert_reads_credentials(head, &["169.254.170.2"]);
-            by_itself(head, sent.is_some())?;
+            check_direct(head, sent.is_some())?;
             Ok(ecs::credentials(&credentials()))
         }),
-        Dialect::Imds => imds::ask(head).and_then(|ask| imds_answer(head, ask)),
+        Dialect::Imds => imds::parse(head).and_then(|request| imds_answer(head, request)),
     };
     response.unwrap_or_else(|refusal| {
         assert!(refusal.status.is_client_error(), "{refusal:?}");
@@ -121,7 +118,7 @@ fn answer(dialled: Option<Service>, head: &Parts) -> Response {
     })
 }
 
-/// Path and method are right, and so is every host that the request names.
+/// Asserts that path and method are right, and every host that the request names.
 fn assert_reads_credentials(head: &Parts, addresses: &[&str]) {
     assert!(head.uri.path().starts_with(pod_identity::PATH));
     assert!(matches!(head.method, Method::GET | Method::HEAD));
@@ -140,39 +137,39 @@ fn assert_reads_credentials(head: &Parts, addresses: &[&str]) {
     }
 }
 
-/// What a request that does not prove whose it is gets only from its own pod: as in `serve`, and whatever the case of the
-/// headers that a proxy adds.
-fn by_itself(head: &Parts, has_proof: bool) -> Result<(), Refusal> {
-    let is_by_proxy = |name: &HeaderName| ["x-forwarded-for", "forwarded", "via"].contains(&name.as_str());
-    assert_eq!(is_forwarded(&head.headers), head.headers.keys().any(is_by_proxy));
+/// A request without a token of either kind must not be forwarded: as in `serve`, and whatever the case of the headers
+/// that a proxy adds.
+fn check_direct(head: &Parts, has_proof: bool) -> Result<(), Refusal> {
+    let is_of_proxy = |name: &HeaderName| ["x-forwarded-for", "forwarded", "via"].contains(&name.as_str());
+    assert_eq!(is_forwarded(&head.headers), head.headers.keys().any(is_of_proxy));
     if !has_proof && is_forwarded(&head.headers) { Err(forwarded()) } else { Ok(()) }
 }
 
-fn imds_answer(head: &Parts, ask: imds::Ask<'_>) -> Result<Response, Refusal> {
+fn imds_answer(head: &Parts, request: imds::Request<'_>) -> Result<Response, Refusal> {
     assert!(!head.headers.contains_key(ORIGIN) && !head.headers.contains_key("sec-fetch-site"));
     assert!(head.headers.get_all(HOST).iter().count() <= 1);
-    match ask {
-        imds::Ask::Token { ttl_secs } => {
+    match request {
+        imds::Request::Token { ttl_secs } => {
             assert_eq!(head.method, Method::PUT);
             assert!((1..=21_600).contains(&ttl_secs));
             assert!(!is_forwarded(&head.headers));
             Ok(imds::token("token".to_owned(), ttl_secs))
         }
-        imds::Ask::Read { session, path } => {
+        imds::Request::Read { session, path } => {
             assert!(matches!(head.method, Method::GET | Method::HEAD));
-            by_itself(head, session.is_some())?;
+            check_direct(head, session.is_some())?;
             match path {
                 ReadPath::Fact(fact) => imds::fact(fact, &Instance::default()),
                 ReadPath::Listing(names) => Ok(imds::listing(names)),
-                ReadPath::Other => Err(imds::nothing()),
-                path => imds::own(path, &credentials()),
+                ReadPath::Other => Err(imds::not_found()),
+                path => imds::credentials(path, &credentials()),
             }
         }
     }
     .inspect(|response| assert_eq!(response.status(), StatusCode::OK))
 }
 
-/// A service-account token. None is good that has no three segments, and no refusal quotes it at length.
+/// A service-account token. One without three segments is refused, and no refusal quotes it at length.
 pub fn jwt(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     match claims::read(&text, Timestamp::UNIX_EPOCH) {
@@ -191,13 +188,13 @@ pub fn key_set(bytes: &[u8]) {
     }
 }
 
-/// A session token of IMDS. Nobody makes one without the key; one that is made is good for its time and its pod, and no
-/// byte of it can be another.
+/// An IMDS token. Without the key none can be made; one that was minted is valid until it expires and for its pod only, and
+/// changing any byte makes it invalid.
 #[expect(clippy::expect_used, reason = "test code")]
 pub fn imds_token(bytes: &[u8]) {
     let tokens = ImdsTokens::new(&[7; 32]);
     assert!(!tokens.is_valid(&String::from_utf8_lossy(bytes), pod_uid(), Timestamp::UNIX_EPOCH));
-    let Some(([seconds @ .., place, byte], _)) = bytes.split_first_chunk::<6>() else { return };
+    let Some(([seconds @ .., position, byte], _)) = bytes.split_first_chunk::<6>() else { return };
     let seconds = u32::from_le_bytes(*seconds);
     let (pod, ttl_secs) = (pod_uid(), 1 + seconds % 21_600);
     let at = |second: u32| Timestamp::from_second(second.into()).expect("a time before 2200");
@@ -207,13 +204,13 @@ pub fn imds_token(bytes: &[u8]) {
     assert!(end == u32::MAX || !tokens.is_valid(&token, pod, at(end)));
     assert!(!tokens.is_valid(&token, pod_uid(), at(seconds)));
     let mut changed = token.clone().into_bytes();
-    let place = usize::from(*place) % changed.len();
-    changed[place] = *byte;
+    let position = usize::from(*position) % changed.len();
+    changed[position] = *byte;
     let changed = String::from_utf8_lossy(&changed);
     assert_eq!(tokens.is_valid(&changed, pod, at(seconds)), *changed == *token);
 }
 
-/// The ARN of an assumed role. It begins with what was read of it.
+/// The ARN of an assumed role. It begins with what was parsed from it.
 pub fn role(bytes: &[u8]) {
     let arn = String::from_utf8_lossy(bytes);
     if let Some(Role { account_id, partition, name }) = Role::from_assumed_role_arn(&arn) {
@@ -222,15 +219,15 @@ pub fn role(bytes: &[u8]) {
     }
 }
 
-/// A pod as the API server tells it. Nothing of it is kept but what podgate needs.
+/// A pod as the API server sends it. Only the annotations that podgate needs are cached.
 pub fn api_pod(bytes: &[u8]) {
-    let Ok(told) = serde_json::from_slice::<core::Pod>(bytes) else { return };
-    let Some(pod) = Pod::from_api(&told) else { return };
-    assert_eq!(told.metadata.namespace, Some(pod.service_account.namespace));
+    let Ok(sent) = serde_json::from_slice::<core::Pod>(bytes) else { return };
+    let Some(pod) = Pod::from_api(&sent) else { return };
+    assert_eq!(sent.metadata.namespace, Some(pod.service_account.namespace));
     assert!(pod.annotations.keys().all(|key| key.starts_with("podgate.dev/")));
 }
 
-/// The path of a cgroup below kubepods. Nothing below a pod changes whose it is.
+/// The path of a cgroup below kubepods. Nothing below a pod's cgroup changes the pod.
 pub fn cgroup_path(bytes: &[u8]) {
     let path = PathBuf::from(String::from_utf8_lossy(bytes).as_ref());
     let Some(found) = cgroup::parse(&path) else { return };
@@ -254,14 +251,14 @@ pub fn kubelets_token(bytes: &[u8]) {
 }
 
 /// Annotations: the operator's default and floor in the first byte, then lines with the values of the namespace's and the
-/// pod's. Nothing goes below the floor, and the pod alone loosens nothing.
+/// pod's. No mode is below the floor, and a pod cannot loosen its own.
 pub fn annotations(bytes: &[u8]) {
     let Some((first, values)) = bytes.split_first() else { return };
     let mode = |number: u8| MODES[usize::from(number & 3)];
     let defaults = Defaults { imds: mode(*first), imds_floor: mode(first >> 2), imds_v1: first & 16 != 0 };
     let text = String::from_utf8_lossy(values);
     let mut lines = text.split('\n');
-    let mut of_place = || -> Annotations {
+    let mut next_annotations = || -> Annotations {
         ANNOTATIONS
             .iter()
             .zip(lines.by_ref())
@@ -269,9 +266,9 @@ pub fn annotations(bytes: &[u8]) {
             .map(|(name, value)| ((*name).to_owned(), value.to_owned()))
             .collect()
     };
-    let (namespace, of_pod) = (of_place(), of_place());
-    for (annotations, place) in [(&namespace, Place::Namespace), (&of_pod, Place::Pod)] {
-        for unreadable in policy::unreadable(annotations, place) {
+    let (namespace, of_pod) = (next_annotations(), next_annotations());
+    for (annotations, scope) in [(&namespace, AnnotationScope::Namespace), (&of_pod, AnnotationScope::Pod)] {
+        for unreadable in policy::unreadable(annotations, scope) {
             assert!(!unreadable.to_string().contains(char::is_control));
         }
     }
@@ -283,22 +280,23 @@ pub fn annotations(bytes: &[u8]) {
     assert!(may_loosen || decided.imds >= without.imds);
 }
 
-/// A record of the kernel's: an event, and an origin as it is on a socket.
-#[expect(unsafe_code, reason = "the record comes as bytes")]
+/// A record of the kernel: an event, or an origin as it is stored on a socket.
+#[expect(unsafe_code, reason = "the record arrives as bytes")]
 pub fn record(bytes: &[u8]) {
     if let Some((counter, event)) = intercept::decode(bytes) {
-        let shown = format!("{} {:?} {}", counter.label(), event, serve::process(&event.comm, event.tgid));
+        let shown =
+            format!("{} {:?} {}", counter.label(), event, serve::process_label(&event.comm, event.tgid));
         assert!(!shown.contains(char::is_control));
     }
     if bytes.len() == size_of::<Origin>() {
         // SAFETY: as long as an origin, which has no padding; every bit pattern is one.
         let origin = unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast::<Origin>()) };
         let _ = (origin.orig_dst.service(), origin.orig_dst.ip(), origin.orig_dst.same(&origin.target));
-        assert!(!serve::process(&origin.comm, origin.tgid).contains(char::is_control));
+        assert!(!serve::process_label(&origin.comm, origin.tgid).contains(char::is_control));
     }
 }
 
-/// Credentials as another agent hands them over: what is taken would be given on in the same way.
+/// Transferred credentials: what is decoded encodes to the same.
 #[expect(clippy::expect_used, reason = "test code")]
 pub fn transferred(bytes: &[u8]) {
     if let Some(entries) = wire::decode(bytes) {
@@ -307,7 +305,7 @@ pub fn transferred(bytes: &[u8]) {
     }
 }
 
-/// The type information of a map, its length before it, and a value.
+/// The type information of a map, preceded by its length, and a value.
 pub fn map_value(bytes: &[u8]) {
     let Some((length, rest)) = bytes.split_first_chunk() else { return };
     let length = usize::from(u16::from_le_bytes(*length)).min(rest.len());
@@ -323,7 +321,7 @@ mod tests {
 
     use super::*;
 
-    /// Text as it comes in a head, where most bytes matter.
+    /// Text that looks like a head, where most bytes matter.
     fn head() -> impl Strategy<Value = String> {
         let line = "(GET|PUT|HEAD|POST) (http://169\\.254\\.170\\.23)?/(v1/credentials|latest/api/token|latest/meta-data/[a-z/-]{0,30})(\\?[a-z]{0,3})?";
         let header = "(Host|Authorization|X-aws-ec2-metadata-token(-ttl-seconds)?|Content-Length|Expect|Via): ?[ -~]{0,40}\r\n";
@@ -349,7 +347,7 @@ mod tests {
         ("role", role),
     ];
 
-    /// What the fuzz targets begin with, and what they have found.
+    /// What the fuzz targets start from, and what they have found.
     #[test]
     fn every_seed_of_the_fuzz_targets_passes() {
         for (target, outside) in OUTSIDE {
@@ -369,7 +367,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_are_too_odd(bytes in vec(any::<u8>(), 0..300)) {
+        fn no_bytes_make_a_parser_panic(bytes in vec(any::<u8>(), 0..300)) {
             for (_, outside) in OUTSIDE {
                 outside(&bytes);
             }
@@ -386,7 +384,7 @@ mod tests {
         }
 
         #[test]
-        fn no_record_of_the_kernel_is_too_odd(bytes in vec(any::<u8>(), size_of::<Origin>())) {
+        fn no_record_of_the_kernel_makes_its_reader_panic(bytes in vec(any::<u8>(), size_of::<Origin>())) {
             record(&bytes);
         }
     }

@@ -1,5 +1,5 @@
-//! Stands in for everything that the engine calls, in virtual time: what it answers and when is the test's to say, and
-//! every call is remembered.
+//! A fake of everything that the credential cache calls, in virtual time: the test sets how it responds, and every call is
+//! recorded.
 
 use std::{
     collections::HashMap,
@@ -29,7 +29,7 @@ use crate::{
 /// How EKS Auth answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weather {
-    /// As it should.
+    /// With credentials.
     Fair,
     /// Connections are refused.
     Down,
@@ -39,51 +39,51 @@ pub enum Weather {
     Says(u16, &'static str),
 }
 
-/// What the engine meets from now on.
+/// How every later call is answered.
 #[derive(Clone, Debug)]
 pub struct Conditions {
     /// How EKS Auth answers.
     pub weather: Weather,
-    /// How long it takes for an answer.
+    /// How long a response takes.
     pub latency: Duration,
-    /// How long what it issues is good for.
+    /// How long issued credentials are valid.
     pub life: SignedDuration,
-    /// So many of a thousand calls fail, with a 500, drawn at random from `seed`.
+    /// How many of a thousand calls fail with a 500, chosen at random from `seed`.
     pub errors_per_mille: u64,
-    /// Where those jitter_source begin.
+    /// Seed of those random numbers.
     pub seed: u64,
-    /// So many calls a second are let through, the others throttled.
+    /// How many calls a second are let through; the others are throttled.
     pub throttle: Option<f64>,
-    /// What throttled calls are told to wait, in whole seconds.
+    /// `Retry-After` of throttled calls, in whole seconds.
     pub retry_after: Option<Duration>,
     /// Whether the API server gives tokens.
     pub api_server: bool,
-    /// How long it takes for one. It is kept until EKS Auth refuses it.
+    /// How long one takes. It is cached until EKS Auth refuses it.
     pub token_latency: Duration,
-    /// Whether EKS Auth refuses the tokens that the API server gives from now on.
+    /// Whether EKS Auth refuses the tokens that the API server issues from now on.
     pub bad_tokens: bool,
-    /// How long it takes to judge a token that a caller sent.
+    /// How long verifying a caller's token takes.
     pub judging: Duration,
-    /// What is known of tokens that callers sent.
+    /// The verdict on callers' tokens.
     pub verdict: Verdict,
 }
 
-/// A call of EKS Auth.
+/// A call to EKS Auth.
 #[derive(Clone, Debug)]
 pub struct Call {
     /// For which pod.
     pub pod: PodUid,
     /// When it came.
     pub at: Timestamp,
-    /// When it came, by a clock that nobody sets.
+    /// When it came, by the monotonic clock.
     pub came: Instant,
-    /// Whether another one for the same pod was under way then.
+    /// Whether another call for the same pod was in flight then.
     pub overlaps: bool,
-    /// When it was answered with credentials, if it was, by a clock that nobody sets.
+    /// When it was answered with credentials, if it was, by the monotonic clock.
     pub served_at: Option<Instant>,
 }
 
-/// The double.
+/// The fake.
 pub struct FakeUpstream {
     clock: Clock,
     state: Mutex<State>,
@@ -93,14 +93,14 @@ struct State {
     conditions: Conditions,
     calls: Vec<Call>,
     spans: Vec<Span>,
-    kept_tokens: HashMap<PodUid, (ServiceAccountRef, Secret)>,
+    cached_tokens: HashMap<PodUid, (ServiceAccountRef, Secret)>,
     token_requests: usize,
     bad_tokens: usize,
     tokens: f64,
     filled_at: Timestamp,
 }
 
-/// A call, or a wait for a token.
+/// A call, or a request for a token.
 struct Span {
     pod: PodUid,
     is_call: bool,
@@ -108,7 +108,7 @@ struct Span {
     until: Option<Instant>,
 }
 
-/// The span of this number is over when this is dropped.
+/// Ends the span of this number when dropped.
 struct UnderWay<'a>(&'a FakeUpstream, usize);
 
 // === impl Conditions ===
@@ -142,7 +142,7 @@ impl FakeUpstream {
             conditions: Conditions::default(),
             calls: Vec::new(),
             spans: Vec::new(),
-            kept_tokens: HashMap::new(),
+            cached_tokens: HashMap::new(),
             token_requests: 0,
             bad_tokens: 0,
             tokens: 1.0,
@@ -151,7 +151,7 @@ impl FakeUpstream {
         Arc::new(Self { clock, state: Mutex::new(state) })
     }
 
-    /// Changes what the engine meets.
+    /// Changes the conditions.
     pub fn change(&self, change: impl FnOnce(&mut Conditions)) {
         change(&mut self.lock().conditions);
     }
@@ -161,19 +161,19 @@ impl FakeUpstream {
         self.lock().calls.clone()
     }
 
-    /// Calls that came while another one for the same pod was under way.
+    /// Calls that came while another for the same pod was in flight.
     pub fn overlaps(&self) -> usize {
         self.lock().calls.iter().filter(|call| call.overlaps).count()
     }
 
-    /// How much was under way for a pod at that time, tokens included.
+    /// How many calls and token requests were in flight for a pod at that time.
     pub fn under_way(&self, pod: PodUid, at: Instant) -> usize {
         let is_it =
             |span: &&Span| span.pod == pod && span.from <= at && span.until.is_none_or(|until| at <= until);
         self.lock().spans.iter().filter(is_it).count()
     }
 
-    /// Calls with a token of nobody, which are refused.
+    /// Calls with a token of no pod, which are refused.
     pub fn bad_tokens(&self) -> usize {
         self.lock().bad_tokens
     }
@@ -246,8 +246,8 @@ impl CredentialSource for Arc<FakeUpstream> {
 
     fn token<'a>(&'a self, pod: &'a Pod) -> BoxFuture<'a, Result<Secret, Error>> {
         Box::pin(async {
-            let kept = self.lock().kept_tokens.get(&pod.uid).cloned();
-            if let Some((_, token)) = kept.filter(|(account, _)| *account == pod.service_account) {
+            let cached = self.lock().cached_tokens.get(&pod.uid).cloned();
+            if let Some((_, token)) = cached.filter(|(account, _)| *account == pod.service_account) {
                 return Ok(token);
             }
             let (conditions, number) = {
@@ -260,18 +260,18 @@ impl CredentialSource for Arc<FakeUpstream> {
                 sleep(conditions.token_latency).await;
             }
             if !conditions.api_server {
-                return Err(Error::Token { reason: "the API server is away".to_owned() });
+                return Err(Error::Token { reason: "the API server is unavailable".to_owned() });
             }
             let bad = || Secret::from(format!("bad{number}"));
             let token = if conditions.bad_tokens { bad() } else { token_of(pod) };
-            self.lock().kept_tokens.insert(pod.uid, (pod.service_account.clone(), token.clone()));
+            self.lock().cached_tokens.insert(pod.uid, (pod.service_account.clone(), token.clone()));
             Ok(token)
         })
     }
 
     fn reject_token<'a>(&'a self, uid: PodUid, token: &'a Secret) -> BoxFuture<'a, ()> {
         Box::pin(async move {
-            self.lock().kept_tokens.retain(|of, (_, kept)| *of != uid || kept != token);
+            self.lock().cached_tokens.retain(|of, (_, cached)| *of != uid || cached != token);
         })
     }
 
@@ -316,7 +316,7 @@ impl CredentialSource for Arc<FakeUpstream> {
 
     fn remove_pod(&self, uid: PodUid) -> BoxFuture<'_, ()> {
         Box::pin(async move {
-            self.lock().kept_tokens.remove(&uid);
+            self.lock().cached_tokens.remove(&uid);
         })
     }
 }
@@ -330,12 +330,12 @@ pub fn virtual_clock() -> Clock {
     })
 }
 
-/// The token of a pod as this double takes it.
+/// The token of a pod that this fake accepts.
 pub fn token_of(pod: &Pod) -> Secret {
     Secret::from(format!("{} {}", pod.uid, pod.service_account))
 }
 
-/// Whose token it is, if it is one.
+/// The pod and the service account of a token, if it has one.
 fn owner(token: &Secret) -> Option<(PodUid, &str)> {
     let (uid, account) = token.expose().split_once(' ')?;
     Some((PodUid::parse(uid)?, account))
@@ -346,12 +346,12 @@ pub fn sent_by(pod: &Pod) -> SentToken {
     SentToken { token: token_of(pod), claims: claims(pod.uid) }
 }
 
-/// Whether these were issued for this pod.
+/// Whether these credentials were issued for this pod.
 pub fn are_of(credentials: &Credentials, uid: PodUid) -> bool {
     credentials.access_key_id.split(' ').next() == Some(&uid.to_string())
 }
 
-/// The number of a call that is drawn at random (`SplitMix64`).
+/// The random number of a call (`SplitMix64`).
 fn drawn(seed: u64, call: usize) -> u64 {
     let apart = seed.wrapping_mul(0xd1b5_4a32_d192_ed03);
     let mut mixed = apart.wrapping_add(call as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -364,7 +364,7 @@ fn says(status: u16, code: &str, retry_after: Option<Duration>) -> Error {
     Error::Service(ServiceError {
         status,
         code: code.to_owned(),
-        message: "said the double".to_owned(),
+        message: "said the fake".to_owned(),
         request_id: "r".to_owned(),
         retry_after,
     })

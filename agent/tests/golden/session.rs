@@ -17,7 +17,7 @@ use agent::{
     },
     config::Config,
     identity::{
-        Namespaces, Pod, PodUid, Pods, ServiceAccountRef, cgroupfs::CgroupPaths, network::PodProcesses,
+        Namespaces, Pod, PodUid, Pods, ServiceAccountRef, cgroupfs::CgroupPaths, networks::PodProcesses,
         watch::ClusterEvent,
     },
     instance_metadata::Instance,

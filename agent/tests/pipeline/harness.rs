@@ -182,26 +182,26 @@ impl Node {
         self.cgroups.set(cgroup_id, format!("burstable/pod{uid}/container"));
         self.cgroups.set_network(format!("burstable/pod{uid}"), POD_NETWORK);
         let pod = TestPod { name: name.into(), uid: uid.into(), cgroup_id };
-        self.cgroup_events.unbounded_send(TreeEvent::Appeared(pod.cgroup())).unwrap();
+        self.cgroup_events.unbounded_send(TreeEvent::Created(pod.cgroup())).unwrap();
         pod
     }
 
     /// Removes a pod's cgroup; the API server still shows the pod.
     pub(crate) async fn remove_cgroup(&self, pod: &TestPod) {
-        self.cgroup_events.unbounded_send(TreeEvent::Gone(pod.cgroup())).unwrap();
+        self.cgroup_events.unbounded_send(TreeEvent::Removed(pod.cgroup())).unwrap();
         self.reconciled().await;
     }
 
     /// Makes it again, as when the kubelet starts a pod's containers anew.
     pub(crate) async fn restore_cgroup(&self, pod: &TestPod) {
-        self.cgroup_events.unbounded_send(TreeEvent::Appeared(pod.cgroup())).unwrap();
+        self.cgroup_events.unbounded_send(TreeEvent::Created(pod.cgroup())).unwrap();
         self.reconciled().await;
     }
 
     /// Waits until every event of a cgroup has been applied.
     async fn reconciled(&self) {
         let barrier = self.barriers.fetch_add(1, Relaxed) + 1;
-        self.cgroup_events.unbounded_send(TreeEvent::Class(QosClass::Burstable, barrier)).unwrap();
+        self.cgroup_events.unbounded_send(TreeEvent::QosClass(QosClass::Burstable, barrier)).unwrap();
         self.reconciled.clone().wait_for(|reached| *reached >= barrier).await.unwrap();
     }
 

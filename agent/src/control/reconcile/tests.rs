@@ -90,11 +90,11 @@ impl PodLifecycle for FakePodState {
         self.tell(Told::Has, uid);
     }
 
-    async fn gone(&self, uid: PodUid) {
+    async fn on_cgroup_removed(&self, uid: PodUid) {
         self.tell(Told::Gone, uid);
     }
 
-    async fn forget(&self, uid: PodUid) {
+    async fn on_pod_deleted(&self, uid: PodUid) {
         self.tell(Told::PodLifecycle, uid);
     }
 
@@ -124,7 +124,7 @@ impl Node {
             eks_agent_is_here: watch::Sender::new(false),
             pods: Arc::default(),
             networks: Arc::new(Networks::new(0)),
-            kept: FakePodState::default(),
+            lifecycle: FakePodState::default(),
             prefetch: true,
         };
         Self { map, enforcer, state: State::default() }
@@ -147,11 +147,11 @@ impl Node {
     }
 
     async fn appears(&mut self, uid: PodUid, id: u64) {
-        self.enforcer.on_tree(&mut self.state, TreeEvent::Appeared(PodCgroup { uid, id })).await;
+        self.enforcer.on_tree(&mut self.state, TreeEvent::Created(PodCgroup { uid, id })).await;
     }
 
     async fn goes(&mut self, uid: PodUid, id: u64) {
-        self.enforcer.on_tree(&mut self.state, TreeEvent::Gone(PodCgroup { uid, id })).await;
+        self.enforcer.on_tree(&mut self.state, TreeEvent::Removed(PodCgroup { uid, id })).await;
     }
 
     fn imds(&self, id: u64) -> Option<u32> {
@@ -242,10 +242,10 @@ async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
     node.appears(pod.uid, 10).await;
     node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
     assert!(node.enforcer.pods.get(pod.uid).is_some() && node.imds(10).is_some());
-    assert_eq!(node.enforcer.kept.told(pod.uid), [Told::Awaits, Told::Has]);
+    assert_eq!(node.enforcer.lifecycle.told(pod.uid), [Told::Awaits, Told::Has]);
     node.goes(pod.uid, 10).await;
     assert!(node.enforcer.pods.get(pod.uid).is_none() && node.imds(10).is_none());
-    assert_eq!(node.enforcer.kept.told(pod.uid), [Told::Awaits, Told::Has, Told::PodLifecycle]);
+    assert_eq!(node.enforcer.lifecycle.told(pod.uid), [Told::Awaits, Told::Has, Told::PodLifecycle]);
 }
 
 #[tokio::test]
@@ -257,15 +257,15 @@ async fn a_pod_whose_cgroup_is_gone_is_so_until_it_has_another_or_the_api_server
         node.pod(pod).await;
         node.appears(pod.uid, id).await;
         node.goes(pod.uid, id).await;
-        assert_eq!(node.enforcer.kept.told(pod.uid), [Awaits, Has, Gone]);
+        assert_eq!(node.enforcer.lifecycle.told(pod.uid), [Awaits, Has, Gone]);
         assert!(node.enforcer.pods.get(pod.uid).is_some());
     }
     node.appears(restarted.uid, 11).await;
-    assert_eq!(node.enforcer.kept.told(restarted.uid), [Awaits, Has, Gone, Has]);
+    assert_eq!(node.enforcer.lifecycle.told(restarted.uid), [Awaits, Has, Gone, Has]);
     node.cluster(ClusterEvent::PodDeleted(deleted.uid)).await;
-    assert_eq!(node.enforcer.kept.told(deleted.uid), [Awaits, Has, Gone, PodLifecycle]);
+    assert_eq!(node.enforcer.lifecycle.told(deleted.uid), [Awaits, Has, Gone, PodLifecycle]);
     node.pod(&Arc::new(Pod { finished: true, ..(*finished).clone() })).await;
-    assert_eq!(node.enforcer.kept.told(finished.uid), [Awaits, Has, Gone], "once is enough");
+    assert_eq!(node.enforcer.lifecycle.told(finished.uid), [Awaits, Has, Gone], "once is enough");
 }
 
 #[tokio::test]
@@ -278,7 +278,7 @@ async fn a_cgroup_that_is_made_anew_under_the_same_name_is_the_pod_s() {
     node.goes(pod.uid, 10).await;
     node.appears(pod.uid, 11).await;
     node.goes(pod.uid, 10).await;
-    assert_eq!(node.enforcer.kept.told(pod.uid), [Awaits, Has, Gone, Has]);
+    assert_eq!(node.enforcer.lifecycle.told(pod.uid), [Awaits, Has, Gone, Has]);
 }
 
 #[tokio::test]
@@ -287,14 +287,14 @@ async fn what_had_ended_before_this_agent_came_is_gone_and_what_nobody_shows_is_
     let mut node = Node::new();
     let finished = Arc::new(Pod { finished: true, ..pod("app", "web") });
     node.pod(&finished).await;
-    assert_eq!(node.enforcer.kept.told(finished.uid), [Gone]);
+    assert_eq!(node.enforcer.lifecycle.told(finished.uid), [Gone]);
     let unshown = pod("app", "web").uid;
     node.appears(unshown, 10).await;
     node.goes(unshown, 10).await;
-    assert_eq!(node.enforcer.kept.told(unshown), [Has, Gone], "the watch may be late");
+    assert_eq!(node.enforcer.lifecycle.told(unshown), [Has, Gone], "the watch may be late");
     node.cluster(ClusterEvent::PodsSynced).await;
-    assert_eq!(node.enforcer.kept.told(unshown), [Has, Gone, PodLifecycle]);
-    assert_eq!(node.enforcer.kept.told(finished.uid), [Gone]);
+    assert_eq!(node.enforcer.lifecycle.told(unshown), [Has, Gone, PodLifecycle]);
+    assert_eq!(node.enforcer.lifecycle.told(finished.uid), [Gone]);
 }
 
 #[tokio::test]
@@ -370,11 +370,11 @@ async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
     ] {
         let pod = Arc::new(pod);
         node.pod(&pod).await;
-        let prefetched = node.enforcer.kept.prefetched.lock().unwrap().contains(&pod.uid);
+        let prefetched = node.enforcer.lifecycle.prefetched.lock().unwrap().contains(&pod.uid);
         assert_eq!(prefetched, will_ask, "{pod:?}");
     }
     node.enforcer.prefetch = false;
     let off = Arc::new(Pod { injected: true, ..pod("app", "web") });
     node.pod(&off).await;
-    assert!(!node.enforcer.kept.prefetched.lock().unwrap().contains(&off.uid));
+    assert!(!node.enforcer.lifecycle.prefetched.lock().unwrap().contains(&off.uid));
 }

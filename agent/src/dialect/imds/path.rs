@@ -1,6 +1,8 @@
-//! What there is to read, by path: the exact list.
+//! What can be read, by path: the exact list.
+//!
+//! Owns the list; never decides who may read.
 
-/// What is below `iam`.
+/// The names below `iam`.
 pub(super) const IAM: &str = "info\nsecurity-credentials/";
 
 /// The versions that EC2 lists and that have roles. A path may name any date.
@@ -8,7 +10,7 @@ const VERSIONS: &str = "1.0\n2012-01-12\n2014-02-25\n2014-11-05\n2015-10-20\n201
                         2018-03-28\n2018-08-17\n2018-09-24\n2019-10-01\n2020-10-27\n2021-01-03\n2021-03-23\n\
                         2021-07-15\n2022-09-24\n2024-04-11\nlatest";
 
-/// Directories below a version, and what is in them. Directories in them have a slash, but for the uppermost.
+/// Directories below a version and the names in them. A directory in them ends with a slash, except at the top.
 const LISTINGS: [(&str, &str); 6] = [
     ("", "dynamic\nmeta-data"),
     ("dynamic", "instance-identity/"),
@@ -20,26 +22,26 @@ const LISTINGS: [(&str, &str); 6] = [
 
 /// What a read is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReadPath<'a> {
+pub(crate) enum ReadPath<'a> {
     /// The list of roles.
     Roles,
     /// A role's credentials.
     Role(&'a str),
-    /// What is below `iam`.
+    /// The names below `iam`.
     Iam,
     /// The instance profile.
     Info,
-    /// Something of the instance.
+    /// A fact of the instance.
     Fact(Fact),
-    /// What there is in a directory.
+    /// The names in a directory.
     Listing(&'static str),
     /// Anything else.
     Other,
 }
 
-/// Something of the instance.
+/// A fact of the instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fact {
+pub(crate) enum Fact {
     /// The region.
     Region,
     /// The availability zone.
@@ -61,9 +63,9 @@ pub enum Fact {
 // === impl ReadPath ===
 
 impl<'a> ReadPath<'a> {
-    /// What is at a path. A slash at the end makes no difference but to a role: botocore puts one after the zone, and
-    /// .NET and C++ leave it out after the list of roles.
-    pub fn parse(path: &'a str) -> Self {
+    /// Parses a path. A trailing slash makes no difference except after a role: botocore adds one after the zone, and
+    /// .NET and C++ omit it after the list of roles.
+    pub(crate) fn parse(path: &'a str) -> Self {
         let Some(path) = path.strip_prefix('/') else { return Self::Other };
         if path.is_empty() {
             return Self::Listing(VERSIONS);
@@ -101,9 +103,9 @@ impl<'a> ReadPath<'a> {
 // === impl Fact ===
 
 impl Fact {
-    /// Whether it says where the instance is, and no more: an SDK without a region fails even with credentials, and
-    /// whoever can be tricked into asking learns nothing.
-    pub const fn is_place(self) -> bool {
+    /// Whether it only says where the instance is: an SDK without a region fails even with credentials, and an attacker
+    /// learns nothing from it.
+    pub(crate) const fn is_location(self) -> bool {
         matches!(self, Self::Region | Self::Zone | Self::ZoneId)
     }
 }
@@ -112,7 +114,7 @@ impl Fact {
 fn is_version(version: &str) -> bool {
     let date = |version: &str| {
         version.len() == 10
-            && version.bytes().enumerate().all(|(place, byte)| match place {
+            && version.bytes().enumerate().all(|(position, byte)| match position {
                 4 | 7 => byte == b'-',
                 _ => byte.is_ascii_digit(),
             })
@@ -173,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_listing_names_is_there() {
+    fn every_name_in_a_listing_can_be_read() {
         for (directory, names) in LISTINGS.into_iter().chain([("meta-data/iam", IAM)]) {
             for name in names.lines() {
                 let path = format!("/latest/{directory}/{name}").replace("//", "/");

@@ -1,4 +1,6 @@
-//! What each failure means to the caller: one function for a kind of cause.
+//! What each failure means to the caller: one function per kind of cause.
+//!
+//! Owns statuses, codes and messages; never logs, never renders a body.
 
 use agent_common::net::{ECS_V4, IMDS_V4, IMDS_V6, POD_IDENTITY_V4, POD_IDENTITY_V6};
 use hyper::StatusCode;
@@ -9,14 +11,14 @@ use crate::{
     identity::{Error as IdentityError, Pod},
 };
 
-/// Follows the stock agent's words where the kernel knows the pod.
+/// Follows the EKS Pod Identity Agent's text where the kernel attests the pod.
 pub(super) const TOKENLESS_HINT: &str = "; this pod is not served without one: podgate.dev/tokenless: allow on the \
      pod would change that";
 
 /// The caller has no identity.
 pub(super) fn identity(error: &IdentityError) -> Refusal {
     let (status, code) = match error {
-        IdentityError::CgroupGone { .. }
+        IdentityError::CgroupRemoved { .. }
         | IdentityError::NotAPod { .. }
         | IdentityError::StaticPod { .. } => (StatusCode::FORBIDDEN, "AccessDenied"),
         IdentityError::CgroupPath { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
@@ -26,34 +28,35 @@ pub(super) fn identity(error: &IdentityError) -> Refusal {
     Refusal::new(status, code, error.to_string())
 }
 
-/// There are no credentials for the caller. Statuses are the stock agent's, since SDKs decide by them.
+/// There are no credentials for the caller. Statuses are the EKS Pod Identity Agent's, because SDKs decide by them.
 pub(super) fn credentials(error: &CredentialsError, pod: Option<&Pod>) -> Refusal {
-    let whose = pod.map(|pod| format!(" (pod {}, service account {})", pod.full_name(), pod.service_account));
-    let whose = whose.unwrap_or_default();
+    let caller =
+        pod.map(|pod| format!(" (pod {}, service account {})", pod.full_name(), pod.service_account));
+    let caller = caller.unwrap_or_default();
     match error {
         CredentialsError::Service(error) => Refusal::new(
             service_status(error),
             error.code.clone(),
-            format!("{}{}{whose}", service_text(error), advice(&error.code)),
+            format!("{}{}{caller}", service_text(error), advice(&error.code)),
         ),
         CredentialsError::Unreachable { .. }
         | CredentialsError::BadAnswer { .. }
         | CredentialsError::Mismatch { .. } => {
-            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "Unavailable", format!("[]: {error}{whose}"))
+            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "Unavailable", format!("[]: {error}{caller}"))
         }
         CredentialsError::NodeCredentials { .. } => {
-            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "NodeCredentials", format!("{error}{whose}"))
+            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "NodeCredentials", format!("{error}{caller}"))
         }
         CredentialsError::Token { .. } => {
-            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "NoToken", format!("{error}{whose}"))
+            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "NoToken", format!("{error}{caller}"))
         }
         CredentialsError::BadToken { .. } => Refusal::new(
             StatusCode::BAD_REQUEST,
             "InvalidTokenException",
-            format!("[]: (InvalidTokenException): {error}, fault: client{whose}"),
+            format!("[]: (InvalidTokenException): {error}, fault: client{caller}"),
         ),
         CredentialsError::Slow(_) => {
-            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "Slow", format!("{error}{whose}"))
+            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "Slow", format!("{error}{caller}"))
         }
         CredentialsError::Busy => {
             Refusal::new(StatusCode::TOO_MANY_REQUESTS, "TooManyRequests", error.to_string())
@@ -66,7 +69,7 @@ pub(super) fn mismatched_token() -> Refusal {
     Refusal::new(StatusCode::FORBIDDEN, "AccessDenied", "the token is not bound to the pod that sent it")
 }
 
-/// Only a verified token would do, and the cluster's keys are not to be had.
+/// Only a verified token counts, and the cluster's keys cannot be fetched.
 pub(super) fn unverified() -> Refusal {
     Refusal::new(
         StatusCode::SERVICE_UNAVAILABLE,
@@ -75,7 +78,7 @@ pub(super) fn unverified() -> Refusal {
     )
 }
 
-/// The pod is left to AWS's own agent, and came here all the same.
+/// The pod is left to the EKS Pod Identity Agent, and came here all the same.
 pub(super) fn pod_identity_is_off() -> Refusal {
     Refusal::new(
         StatusCode::FORBIDDEN,
@@ -84,12 +87,12 @@ pub(super) fn pod_identity_is_off() -> Refusal {
     )
 }
 
-/// Nothing that the request waits for has come. Whoever tries again finds it, or the reason.
+/// What the request waits for did not come in time. A retry finds it, or the reason.
 pub(super) fn slow() -> Refusal {
     Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "Slow", "it takes too long; try again")
 }
 
-/// Nobody vouches for the caller.
+/// The caller is anonymous.
 pub(super) fn anonymous() -> Refusal {
     Refusal::new(
         StatusCode::FORBIDDEN,
@@ -99,7 +102,7 @@ pub(super) fn anonymous() -> Refusal {
     )
 }
 
-/// Somebody dialled through a network that is not its own.
+/// The caller connected through a network that is not its own.
 pub(super) fn foreign_network(error: &IdentityError) -> Refusal {
     let refusal = identity(error);
     let message = format!(
@@ -110,7 +113,7 @@ pub(super) fn foreign_network(error: &IdentityError) -> Refusal {
     Refusal { message, ..refusal }
 }
 
-/// The namespace may say anything.
+/// The pod's namespace is unknown, and its annotations may ask for anything.
 pub(super) fn namespace_unknown(pod: &Pod) -> Refusal {
     let message = format!("namespace {} is not known yet; try again", pod.service_account.namespace);
     Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "NamespaceUnknown", message)
@@ -125,7 +128,7 @@ pub(super) fn denied() -> Refusal {
     )
 }
 
-/// The pod was dialled for before its policy was known, and is not to be intercepted.
+/// The pod connected before its policy was known, and is not intercepted.
 pub(super) fn not_intercepted() -> Refusal {
     Refusal::new(
         StatusCode::SERVICE_UNAVAILABLE,
@@ -140,7 +143,7 @@ fn service_status(error: &ServiceError) -> StatusCode {
     status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }
 
-/// The stock agent's text: `[request id]: (Code): message, fault: client`.
+/// The EKS Pod Identity Agent's text: `[request id]: (Code): message, fault: client`.
 fn service_text(error: &ServiceError) -> String {
     format!("[{}]: ({}): {}, fault: {}", error.request_id, error.code, error.message, error.fault())
 }
@@ -175,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_without_association_learns_whose_is_missing() {
+    fn a_pod_without_an_association_learns_its_service_account() {
         let refusal = credentials(&service(404, "ResourceNotFoundException"), Some(&pod("app", "web")));
         assert_eq!(refusal.status, StatusCode::NOT_FOUND);
         assert!(refusal.message.starts_with("[r1]: (ResourceNotFoundException): m, fault: client"));
@@ -183,14 +186,14 @@ mod tests {
     }
 
     #[test]
-    fn upstream_s_status_is_passed_on_when_it_is_an_error() {
+    fn an_error_status_of_eks_auth_is_passed_on() {
         for (upstream, status) in [(400, 400), (404, 404), (429, 429), (503, 503), (302, 500), (7, 500)] {
             assert_eq!(credentials(&service(upstream, "X"), None).status.as_u16(), status, "{upstream}");
         }
     }
 
     #[test]
-    fn what_may_be_tried_again_is_a_server_error() {
+    fn a_failure_that_may_pass_is_a_server_error() {
         let errors = [
             CredentialsError::Slow(std::time::Duration::from_millis(800)),
             CredentialsError::Unreachable { reason: "x".into() },

@@ -1,7 +1,11 @@
 use ImdsMode::{Audit, Deny, Intercept, Off};
+use agent_common::policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF};
 
 use super::*;
-use crate::testing::pod as plain_pod;
+use crate::{
+    policy::{AnnotationScope, unreadable},
+    testing::pod as plain_pod,
+};
 
 fn annotations(pairs: &[(&str, &str)]) -> Annotations {
     pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
@@ -21,7 +25,7 @@ fn defaults(imds: ImdsMode, imds_floor: ImdsMode) -> Defaults {
 }
 
 #[test]
-fn the_mode_comes_from_default_floor_namespace_and_pod_in_this_order() {
+fn default_floor_namespace_and_pod_decide_the_mode_in_this_order() {
     let cases = [
         // default, floor, namespace, pod, mode, reason
         (Audit, Off, None, None, Audit, Reason::Default),
@@ -37,7 +41,7 @@ fn the_mode_comes_from_default_floor_namespace_and_pod_in_this_order() {
         (Audit, Off, Some("deny"), Some("intercept"), Deny, Reason::Namespace),
         (Audit, Off, Some("intercept"), Some("deny"), Deny, Reason::Pod),
         (Intercept, Off, None, Some("off"), Intercept, Reason::Default),
-        // What cannot be read never lets a pod at the node's role.
+        // An unknown value never gives a pod the node's role.
         (Audit, Off, Some("Deny"), None, Intercept, Reason::Unreadable),
         (Audit, Off, None, Some(""), Intercept, Reason::Unreadable),
         (Deny, Off, Some("of"), None, Deny, Reason::Default),
@@ -56,7 +60,7 @@ fn the_mode_comes_from_default_floor_namespace_and_pod_in_this_order() {
 }
 
 #[test]
-fn a_pod_loosens_only_where_its_namespace_says_so_and_never_below_the_floor() {
+fn a_pod_loosens_only_where_its_namespace_allows_and_to_the_floor() {
     let cases = [
         // override, floor, pod, mode
         ("true", Off, "off", Off),
@@ -87,7 +91,7 @@ fn a_pod_with_an_identity_of_its_own_is_intercepted_by_default() {
 }
 
 #[test]
-fn a_pod_on_the_host_s_network_is_left_alone_unless_an_annotation_asks() {
+fn a_pod_on_the_host_network_is_left_alone_without_an_annotation() {
     let decide = |namespace, of_pod| {
         let pod = Pod { host_network: true, ..pod(imds_annotation(of_pod)) };
         let policy = Policy::decide(&defaults(Deny, Deny), &imds_annotation(namespace), &pod);
@@ -99,7 +103,7 @@ fn a_pod_on_the_host_s_network_is_left_alone_unless_an_annotation_asks() {
 }
 
 #[test]
-fn pod_identity_is_on_unless_somebody_says_off_and_nobody_on() {
+fn pod_identity_is_off_only_where_one_says_off_and_none_says_on() {
     let cases = [
         // namespace, pod, on
         (None, None, true),
@@ -164,18 +168,19 @@ fn a_pod_that_has_a_token_must_send_it() {
 }
 
 #[test]
-fn what_cannot_be_read_is_reported_with_its_place() {
+fn an_unknown_value_is_reported_with_its_scope() {
     let bad = annotations(&[
         (ANNOTATION_IMDS, "Deny"),
         (ANNOTATION_IMDS_V1, "allow"),
         (ANNOTATION_TOKENLESS, "\u{1b}[31m"),
         (ANNOTATION_IMDS_POD_OVERRIDE, "yes"),
     ]);
-    let reports: Vec<_> = unreadable(&bad, Place::Namespace).iter().map(ToString::to_string).collect();
+    let reports: Vec<_> =
+        unreadable(&bad, AnnotationScope::Namespace).iter().map(ToString::to_string).collect();
     assert_eq!(reports.len(), 3, "{reports:?}");
     assert_eq!(reports[0], "the namespace's annotation podgate.dev/imds has the unknown value \"Deny\"");
     assert!(!reports.iter().any(|report| report.contains('\u{1b}')), "{reports:?}");
-    assert_eq!(unreadable(&bad, Place::Pod).len(), 2, "the override is the namespace's alone");
+    assert_eq!(unreadable(&bad, AnnotationScope::Pod).len(), 2, "the override is the namespace's alone");
 }
 
 #[test]

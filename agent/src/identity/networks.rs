@@ -1,8 +1,8 @@
-//! Whether a dial came from the caller's own network.
+//! Whether a connection came from the caller's own network.
 //!
-//! A node-wide proxy, as a mesh has it, may take up an application's connection and dial again, from its own cgroup
-//! through a socket in the application's network namespace. Its cgroup must not be taken for the caller then. Owns
-//! this second condition on the kernel's attestation; never a source of identity by itself.
+//! A node-wide proxy, as some meshes have it, may intercept an application's connection and make another one: from its own
+//! cgroup, through a socket in the application's network namespace. Its cgroup must not count as the caller then. Owns this
+//! second condition of attestation; never a source of identity by itself.
 
 use std::{
     collections::HashMap,
@@ -18,40 +18,40 @@ use procfs::process::Process;
 use super::{Pod, PodUid, cgroupfs};
 use crate::identity::netns;
 
-/// Finds a pod's network by its processes. A trait because only a real node has them.
+/// Finds a pod's network from its processes. A trait because only a real node has them.
 pub trait PodProcesses: Send + Sync + 'static {
-    /// The network namespace's cookie of the pod whose own cgroup is at this path below kubepods; `None` without a
-    /// process that can tell.
+    /// The netns cookie of the pod whose own cgroup is at this path below kubepods; `None` if it has no process to read it
+    /// from.
     fn network(&self, pod: &Path) -> io::Result<Option<u64>>;
 }
 
-/// The networks of pods, as far as dials have shown them.
+/// The netns cookies of pods, learned from their connections.
 #[derive(Debug)]
 pub struct Networks {
     host: u64,
     known: RwLock<HashMap<PodUid, u64>>,
 }
 
-/// What is known of a dial's network without asking further.
+/// What is known of a connection's network without asking the pod's processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It is the pod's own.
     Own,
     /// It is not.
     Foreign,
-    /// The pod's processes can tell.
+    /// Only the pod's processes can prove it.
     Unproven,
 }
 
 // === impl Networks ===
 
 impl Networks {
-    /// Nothing is known yet. `host` is the cookie of the host's network.
+    /// Knows no pod's network yet. `host` is the cookie of the host's.
     pub fn new(host: u64) -> Self {
         Self { host, known: RwLock::default() }
     }
 
-    /// Judges a dial from the network `cookie` that arrived from the address `peer`.
+    /// Judges a connection from the network `cookie` that arrived from the address `peer`.
     pub fn judge(&self, pod: &Pod, cookie: u64, peer: IpAddr) -> Verdict {
         if pod.host_network {
             return if cookie == self.host { Verdict::Own } else { Verdict::Foreign };
@@ -60,7 +60,7 @@ impl Networks {
         if known == Some(cookie) {
             return Verdict::Own;
         }
-        // Nobody but the pod has its address, unless a proxy hides who dialled: then it is not the pod's.
+        // Only the pod has its address, and a proxy that hides its client has another.
         if pod.ips.contains(&peer) {
             self.learn(pod.uid, cookie);
             return Verdict::Own;
@@ -68,7 +68,7 @@ impl Networks {
         Verdict::Unproven
     }
 
-    /// Judges by what the pod's processes tell.
+    /// Judges by the network of the pod's processes.
     pub fn prove(&self, pod: &Pod, cookie: u64, of_processes: Option<u64>) -> Verdict {
         if of_processes != Some(cookie) {
             return Verdict::Foreign;
@@ -77,8 +77,8 @@ impl Networks {
         Verdict::Own
     }
 
-    /// Drops what is known of a pod that is gone.
-    pub fn forget(&self, uid: PodUid) {
+    /// Drops what is known of a pod that was removed.
+    pub fn remove(&self, uid: PodUid) {
         self.known.write().unwrap_or_else(PoisonError::into_inner).remove(&uid);
     }
 
@@ -87,12 +87,12 @@ impl Networks {
     }
 }
 
-/// The network of the pod whose own cgroup is in this directory: that of its oldest process, which is the sandbox's.
-/// A later process may have gone elsewhere.
+/// The network of the pod whose own cgroup is this directory: that of its oldest process, which is the sandbox's. A later
+/// process may have entered another network.
 pub fn of_pod(directory: &Path) -> io::Result<Option<u64>> {
     let mut oldest = None;
     for pid in processes(directory)? {
-        // Gone in the meantime: not the one.
+        // It has exited meanwhile, so it is not the sandbox's.
         let Ok(stat) = Process::new(pid).and_then(|process| process.stat()) else { continue };
         if oldest.is_none_or(|(started, _)| stat.starttime < started) {
             oldest = Some((stat.starttime, pid));
@@ -100,7 +100,7 @@ pub fn of_pod(directory: &Path) -> io::Result<Option<u64>> {
     }
     let Some((_, pid)) = oldest else { return Ok(None) };
     let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-    // The number may have been given to another process before its namespace was opened.
+    // The PID may have been reused before the namespace was opened.
     let cgroup = cgroupfs::cgroup_of(Some(pid)).map_err(io::Error::other)?;
     let mount = cgroupfs::cgroup2_mount().map_err(io::Error::other)?;
     let is_of_pod = cgroupfs::join(&mount, &cgroup).starts_with(directory);
@@ -138,19 +138,19 @@ mod tests {
     }
 
     #[test]
-    fn the_pod_s_address_proves_its_network_and_another_address_nothing() {
+    fn only_the_address_of_the_pod_proves_its_network() {
         let networks = Networks::new(HOST);
         let pod = Pod { ips: vec![ip(7)], ..pod("app", "web") };
         assert_eq!(networks.judge(&pod, OWN, ip(9)), Verdict::Unproven);
         assert_eq!(networks.judge(&pod, OWN, ip(7)), Verdict::Own);
         assert_eq!(networks.judge(&pod, OWN, ip(9)), Verdict::Own, "known by now");
         assert_eq!(networks.judge(&pod, OTHER, ip(9)), Verdict::Unproven);
-        networks.forget(pod.uid);
+        networks.remove(pod.uid);
         assert_eq!(networks.judge(&pod, OWN, ip(9)), Verdict::Unproven);
     }
 
     #[test]
-    fn the_pod_s_processes_decide_where_the_address_does_not() {
+    fn the_processes_of_the_pod_decide_where_its_address_does_not() {
         let networks = Networks::new(HOST);
         let pod = pod("app", "web");
         assert_eq!(networks.prove(&pod, OTHER, Some(OWN)), Verdict::Foreign);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_on_the_host_s_network_dials_from_there_and_nowhere_else() {
+    fn a_pod_on_the_host_network_connects_from_there_only() {
         let networks = Networks::new(HOST);
         let proxy = Pod { host_network: true, ips: vec![ip(1)], ..pod("mesh", "proxy") };
         assert_eq!(networks.judge(&proxy, HOST, ip(1)), Verdict::Own);
