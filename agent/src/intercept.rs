@@ -2,9 +2,8 @@
 //!
 //! Owns the programs, their maps and their links; never knows a pod, a cgroup path's meaning or a request.
 //!
-//! Programs and maps are pinned and outlive the agent: when it dies, dials to it are refused and none reaches what it
-//! was to keep them from. The agent that comes next takes over what it finds, from a living one too: the target's
-//! generation says whose word counts.
+//! Programs and maps are pinned and outlive the agent: when it dies, connections to it are refused and none reaches what
+//! it protects. The next agent takes over what it finds, also from a living one: GENERATION says which agent is active.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -98,7 +97,7 @@ pub struct Interceptor {
     _passive: Link,
 }
 
-/// What is to be in the maps as soon as this agent is in charge, and as long as it is.
+/// What the maps must contain while this agent is active.
 #[derive(Debug, Default)]
 struct Wanted {
     policies: HashMap<u64, PodPolicy>,
@@ -129,7 +128,7 @@ impl fmt::Debug for TicketKey {
 // === impl Wanted ===
 
 impl Wanted {
-    /// Every policy that some dial may be decided by.
+    /// Every policy that may decide a connection attempt.
     fn all(&self) -> impl Iterator<Item = &PodPolicy> {
         let unknown = self.unknown_in_pod_network.iter().chain(&self.unknown_on_host_network);
         self.policies.values().chain(unknown)
@@ -167,8 +166,8 @@ impl Interceptor {
         })
     }
 
-    /// Applies no policy to a pod of podgate's from now on, whoever is in charge: its dials are left alone, and it may
-    /// listen where the agent does.
+    /// Applies no policy to one of podgate's pods from now on, whichever agent is active: its connections are left alone,
+    /// and it may listen on reserved addresses.
     pub fn exempt(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
         self.object.exempt(pod_cgroup_id, EXEMPT_PODGATE)
     }
@@ -189,7 +188,7 @@ impl Interceptor {
         self.object.exempt_map().map(PodgatePods::new)
     }
 
-    /// Applies policies to those again whose cgroup is gone.
+    /// Ends the exemptions of cgroups that no longer exist.
     pub fn forget_exempt(&mut self, is_gone: impl Fn(u64) -> bool) -> Result<(), Error> {
         for (pod, _) in self.object.exempted()? {
             if is_gone(pod) {
@@ -199,9 +198,9 @@ impl Interceptor {
         Ok(())
     }
 
-    /// Keeps others from listening at an address, and from what is dialled there, from now on.
+    /// Reserves an address: from now on no other process listens there or gets its connections.
     pub fn reserve(&mut self, address: SocketAddr) -> Result<(), Error> {
-        let _alone = self.pins.lock()?;
+        let _lock = self.pins.lock()?;
         self.object.reserve(Endpoint::new(address.ip(), address.port()))?;
         for name in [program::BIND4, program::BIND6] {
             if !self.hooks.is_attached(&self.pins, name) {
@@ -211,9 +210,9 @@ impl Interceptor {
         Ok(())
     }
 
-    /// Guards no other address than these any more, if this agent is in charge.
+    /// Ends every reservation but these, if this agent is active.
     pub fn reserve_only(&mut self, addresses: &[SocketAddr]) -> Result<(), Error> {
-        let Some(_alone) = self.charge()? else { return Ok(()) };
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
         let kept = |endpoint: &Endpoint| {
             addresses.iter().any(|kept| Endpoint::new(kept.ip(), kept.port()).same(endpoint))
         };
@@ -225,13 +224,14 @@ impl Interceptor {
         Ok(())
     }
 
-    /// Takes charge of this node, from nobody or from another agent: its programs are replaced by this agent's, its
+    /// Takes over this node, also from another agent: its programs are replaced by this agent's, its
     /// policies by those that were set here, and dials are sent to `target`, and there to these listeners, at most
     /// [`agent_common::abi::LISTENERS_MAX`].
     ///
-    /// Repeated when charge was lost and is wanted back. When it fails, charge is nobody's, and it is to be repeated.
+    /// Also to become active again after another agent took over. When it fails, no agent is active, and the caller must
+    /// try again.
     pub fn take_over(&mut self, target: Target, listeners: &[&TcpListener]) -> Result<(), Error> {
-        let _alone = self.pins.lock()?;
+        let _lock = self.pins.lock()?;
         self.heartbeat.silence();
         self.object.pin_again(&self.pins)?;
         let generation = self.heartbeat.active_generation()? + 1;
@@ -240,7 +240,7 @@ impl Interceptor {
         self.heartbeat.set_active_generation(generation)?;
         self.heartbeat.set_now()?;
         if let Err(error) = self.activate() {
-            // Whatever programs are effective, they are to wait for nobody.
+            // Whichever programs are attached, they must refuse connections at once.
             self.heartbeat.stop()?;
             return Err(error);
         }
@@ -248,7 +248,7 @@ impl Interceptor {
         Ok(())
     }
 
-    /// Makes maps and programs those of this agent, which is in charge already.
+    /// Makes maps and programs those of this agent, whose generation is active already.
     fn activate(&mut self) -> Result<(), Error> {
         self.reconcile()?;
         // Beside programs of another ABI both send tickets, and those of the first count: its own go, and at once the
@@ -263,25 +263,25 @@ impl Interceptor {
         self.pins.remove_others()
     }
 
-    /// Makes these the listeners that new connections come to, if this agent is in charge.
+    /// Makes these the listeners that get new connections, if this agent is active.
     pub fn set_listeners(&mut self, listeners: &[&TcpListener]) -> Result<(), Error> {
-        let Some(_alone) = self.charge()? else { return Ok(()) };
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
         self.object.set_servers(self.heartbeat.generation(), listeners)
     }
 
-    /// Says that this agent serves no more: dials are refused at once, until another takes over. Nothing happens when
+    /// Says that this agent has stopped: connections are refused at once, until another takes over. Does nothing when
     /// another has.
     pub fn stop(&mut self) -> Result<(), Error> {
-        let active = self.charge();
+        let active = self.lock_if_active();
         // Also where the pins cannot be locked: then pods are refused when the last heartbeat is too old.
         self.heartbeat.silence();
-        let Some(_alone) = active? else { return Ok(()) };
+        let Some(_lock) = active? else { return Ok(()) };
         self.heartbeat.stop()
     }
 
-    /// Sends intercepted dials to `target` from now on, if this agent is in charge.
+    /// Redirects connections to `target` from now on, if this agent is active.
     pub fn set_target(&mut self, target: Target) -> Result<(), Error> {
-        let Some(_alone) = self.charge()? else { return Ok(()) };
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
         self.object.set_target(target)
     }
 
@@ -294,7 +294,7 @@ impl Interceptor {
     ) -> Result<(), Error> {
         self.wanted.unknown_in_pod_network = Some(in_pod_network);
         self.wanted.unknown_on_host_network = Some(on_host_network);
-        let Some(_alone) = self.charge()? else { return Ok(()) };
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
         self.apply_unknown_pods()?;
         self.attach_egress_where_needed()
     }
@@ -302,14 +302,14 @@ impl Interceptor {
     /// Tells that a quality-of-service class has this cgroup, so that none of its pods is taken for the others.
     pub fn set_class(&mut self, class: QosClass, cgroup_id: u64) -> Result<(), Error> {
         self.wanted.classes.insert(class, cgroup_id);
-        let Some(_alone) = self.charge()? else { return Ok(()) };
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
         self.object.set_class(class, cgroup_id)
     }
 
-    /// Gives `policy` to the pod with this cgroup, from its next dial on.
+    /// Gives `policy` to the pod with this cgroup, from its next connection on.
     pub fn set_policy(&mut self, pod_cgroup_id: u64, policy: PodPolicy) -> Result<(), Error> {
         self.wanted.policies.insert(pod_cgroup_id, policy);
-        let Some(_alone) = self.charge()? else { return Ok(()) };
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
         self.object.set_policy(pod_cgroup_id, policy)?;
         self.attach_egress_where_needed()
     }
@@ -318,7 +318,7 @@ impl Interceptor {
     pub fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
         self.wanted.policies.remove(&pod_cgroup_id);
         self.wanted.eks_agents.remove(&pod_cgroup_id);
-        let Some(_alone) = self.charge()? else { return Ok(()) };
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
         self.object.remove_policy(pod_cgroup_id)?;
         self.object.unexempt(pod_cgroup_id)?;
         self.attach_egress_where_needed()
@@ -326,7 +326,7 @@ impl Interceptor {
 
     /// The key of IMDS tokens, the same for every agent on this node since it was started.
     pub fn imds_key(&mut self) -> Result<[u8; 32], Error> {
-        let _alone = self.pins.lock()?;
+        let _lock = self.pins.lock()?;
         let mut key = self.object.imds_key()?;
         if key == [0; 32] {
             getrandom::fill(&mut key).map_err(Error::Randomness)?;
@@ -340,8 +340,8 @@ impl Interceptor {
         self.handover_key.clone()
     }
 
-    /// If this agent is in charge, sees to it that it stays so as long as the lock is held.
-    fn charge(&self) -> Result<Option<Lock>, Error> {
+    /// Locks the pins if this agent is active: it stays active while the lock is held.
+    fn lock_if_active(&self) -> Result<Option<Lock>, Error> {
         if !self.heartbeat.is_active()? {
             return Ok(None);
         }
@@ -349,7 +349,7 @@ impl Interceptor {
         Ok(self.heartbeat.is_active()?.then_some(lock))
     }
 
-    /// Makes the maps what this agent wants in them.
+    /// Writes to the maps what this agent wants in them.
     fn reconcile(&mut self) -> Result<(), Error> {
         self.apply_unknown_pods()?;
         for (&class, &cgroup_id) in &self.wanted.classes {

@@ -21,14 +21,14 @@ use rustix::fs::{FlockOperation, flock};
 use super::Error;
 use crate::bpf::Link;
 
-/// How long another agent may take to change the pins: less than the time between two beats that the programs allow.
+/// How long another agent may take to change the pins: less than the age of a heartbeat that the programs allow.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const LOCK_RETRY_DELAY: Duration = Duration::from_millis(20);
 /// The directory of an ABI's links.
 pub(super) const LINKS: &str = "links";
 /// The directory of its maps.
 const MAPS: &str = "maps";
-/// Maps that agents of all ABIs share: who is in charge, whom the programs of none of them touch, and the key of sessions
+/// Maps that agents of all ABIs share: which is active, which pods the programs of none of them touch, and the key of sessions
 /// that clients keep. Their shape never changes.
 const SHARED: [&str; 4] = [map::GENERATION, map::HEARTBEAT, map::EXEMPT, map::IMDS_KEY];
 
@@ -112,7 +112,7 @@ impl Pins {
     /// Removes what programs of other ABIs have left, and so detaches them.
     pub(super) fn remove_others(&self) -> Result<(), Error> {
         for path in self.others()? {
-            // Programs first: none is to run beside this agent's for longer than it takes.
+            // Programs first: none may run alongside this agent's for longer than necessary.
             remove_all(&path.join(LINKS))?;
             gone(fs::remove_dir_all(&path)).map_err(|source| Error::Pin { path, source })?;
         }
