@@ -5,7 +5,7 @@ use std::{fs, process::Stdio};
 use lab::cgroupfs;
 use tokio::process::Command;
 
-use crate::node;
+use crate::lab_node;
 
 /// Exit status and standard error.
 async fn refusal(mut command: Command) -> anyhow::Result<(Option<i32>, String)> {

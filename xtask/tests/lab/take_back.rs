@@ -35,7 +35,7 @@ async fn a_predecessor_takes_back_from_a_dead_agent_of_another_abi() -> anyhow::
         node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
         let pins = node.lab.node.place.bpffs().join(PIN_DIRECTORY);
         assert!(pins.join(format!("v{ABI_VERSION}/links/connect4")).exists());
-        assert!(!pins.join(format!("v{AgentSpec::NEXT_ABI}")).exists(), "two generations would fight");
+        assert!(!pins.join(format!("v{}", AgentSpec::NEXT_ABI)).exists(), "two generations would fight");
     }
     node.down().await
 }

@@ -73,7 +73,7 @@ pub enum Error {
 // === impl TokenProvider ===
 
 impl TokenProvider {
-    /// TokenProvider from the kubelet whose `--root-dir` is `kubelet_root`, unless `verifier` rejects them, and from the API server.
+    /// Tokens from the kubelet whose `--root-dir` is `kubelet_root`, unless `verifier` rejects them, and from the API server.
     pub fn new(kubelet_root: &Path, kube: Client, verifier: TokenVerifier, clock: Clock) -> Self {
         let life = Duration::from_secs(LIFE_SECS.unsigned_abs());
         let requested = Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(life).build();
