@@ -45,7 +45,7 @@ const ADDRESSES: [&str; 5] =
 
 async fn assert_refused(node: &Node, pod: &Pod, how: &str) -> anyhow::Result<()> {
     for address in ADDRESSES {
-        let (end, milliseconds) = try_connect(&node, pod, address).await?;
+        let (end, milliseconds) = try_connect(node, pod, address).await?;
         assert_eq!(end, how, "{address}");
         assert!(milliseconds < 100.0, "{address}: {milliseconds} ms");
     }

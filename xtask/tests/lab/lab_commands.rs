@@ -46,8 +46,10 @@ impl Remote {
     }
 
     async fn refusal(&self, request: Request) -> String {
-        let answer: anyhow::Result<serde_json::Value> = self.ask(request).await;
-        format!("{:#}", answer.unwrap_err())
+        match self.ask::<serde_json::Value>(request).await {
+            Ok(answer) => panic!("the lab has done it: {answer}"),
+            Err(refusal) => format!("{refusal:#}"),
+        }
     }
 
     async fn add(&self, name: &str) -> anyhow::Result<Pod> {
