@@ -158,7 +158,7 @@ pub(super) fn name_flag(lab: &str) -> String {
 fn hints(lab: &State) -> Vec<String> {
     let name = name_flag(&lab.name);
     let hint = |command: &str, about: &str| {
-        format!("  cargo xtask lab {:38} {about}", format!("{command}{name}")).trim_end().to_owned()
+        format!("  cargo xtask lab {:34} {about}", format!("{command}{name}")).trim_end().to_owned()
     };
     let apps: Vec<&Pod> = lab.pods.iter().filter(|pod| pod.namespace == super::NAMESPACE).collect();
     let has_agent = lab.agent.is_some();
