@@ -4,6 +4,7 @@
 //! as passed.
 
 mod features;
+mod import_rules;
 mod imports;
 
 use std::{
@@ -134,7 +135,12 @@ fn advisories(name: &str) -> anyhow::Result<Outcome> {
 }
 
 fn import_rules(_: &str) -> anyhow::Result<Outcome> {
-    let violations = imports::violations(&root().join("agent/src"))?;
+    let agent = imports::Crate::read(&root().join("agent/src"))?;
+    let mut violations = agent.violations(import_rules::AGENT);
+    violations.extend(agent.circles());
+    for sources in ["agent-common/src", "agent-ebpf/src", "xtask/src", "xtask/lab/src"] {
+        violations.extend(imports::Crate::read(&root().join(sources))?.circles());
+    }
     if !violations.is_empty() {
         bail!("the import rules are broken:\n{}", violations.join("\n"));
     }
