@@ -15,8 +15,6 @@ use std::{
 use agent_common::defense::{Defense, holds};
 use procfs::process::{MountInfo, Process};
 
-use super::networks::{self, PodProcesses};
-
 /// Finds the path of a cgroup. A trait because only a real cgroup2 has ids, and only root may resolve them.
 pub trait CgroupPaths: Send + Sync + 'static {
     /// The path of the cgroup with this id, relative to the kubepods cgroup; `None` when it is elsewhere.
@@ -115,12 +113,6 @@ impl CgroupPaths for std::sync::Arc<Kubepods> {
             return Ok(kubepods.and_then(|kubepods| path.strip_prefix(kubepods).ok()).map(Path::to_path_buf));
         }
         Ok(path.strip_prefix(&self.path).ok().map(Path::to_path_buf))
-    }
-}
-
-impl PodProcesses for std::sync::Arc<Kubepods> {
-    fn network(&self, pod: &Path) -> io::Result<Option<u64>> {
-        networks::of_pod(&self.path.join(pod))
     }
 }
 

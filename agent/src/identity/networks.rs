@@ -10,13 +10,16 @@ use std::{
     io,
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::{PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
 };
 
 use procfs::process::Process;
 
-use super::{Pod, PodUid, cgroupfs};
-use crate::identity::netns;
+use super::{
+    Pod, PodUid,
+    cgroupfs::{self, Kubepods},
+    netns,
+};
 
 /// Finds a pod's network from its processes. A trait because only a real node has them.
 pub trait PodProcesses: Send + Sync + 'static {
@@ -84,6 +87,14 @@ impl Networks {
 
     fn learn(&self, uid: PodUid, cookie: u64) {
         self.known.write().unwrap_or_else(PoisonError::into_inner).insert(uid, cookie);
+    }
+}
+
+// === impl Kubepods ===
+
+impl PodProcesses for Arc<Kubepods> {
+    fn network(&self, pod: &Path) -> io::Result<Option<u64>> {
+        of_pod(&self.path().join(pod))
     }
 }
 
