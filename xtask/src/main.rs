@@ -20,6 +20,7 @@ mod ebpf;
 mod fuzz;
 mod initramfs;
 mod lab;
+mod mutants;
 mod privilege;
 mod report;
 mod setup;
@@ -76,6 +77,8 @@ enum Command {
     },
     /// Feed random inputs to every parser of external data.
     Fuzz(fuzz::Arguments),
+    /// Show that the tests of the credential cache catch bugs, by applying patches to a copy of the workspace.
+    Mutants(mutants::Arguments),
     /// Start, enter, break and stop simulated nodes.
     #[command(subcommand)]
     Lab(lab::Command),
@@ -134,6 +137,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             return test::run(tier.or(vm.map(test::Tier::from)), &filters);
         }
         Command::Fuzz(arguments) => return fuzz::run(&arguments),
+        Command::Mutants(arguments) => {
+            return Ok(if mutants::run(&arguments)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Command::Lab(command) => lab::run(command)?,
         Command::Bench(arguments) => bench::run(&arguments)?,
         Command::LabEnter { entry, command } => {
