@@ -5,11 +5,11 @@ use std::{
     io,
     os::fd::BorrowedFd,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
 };
 
 use agent_common::origin::Origin;
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use uuid::Uuid;
 
 use crate::{
@@ -68,24 +68,24 @@ pub struct FakeOrigins(Mutex<Option<Origin>>);
 impl FakeCgroups {
     /// From now on the cgroup has this path, relative to kubepods.
     pub fn set(&self, cgroup_id: u64, path: impl Into<PathBuf>) {
-        self.paths.lock().unwrap_or_else(PoisonError::into_inner).insert(cgroup_id, path.into());
+        self.paths.lock().insert(cgroup_id, path.into());
     }
 
     /// From now on the processes of the pod at this path are in this network.
     pub fn set_network(&self, pod: impl Into<PathBuf>, cookie: u64) {
-        self.networks.lock().unwrap_or_else(PoisonError::into_inner).insert(pod.into(), cookie);
+        self.networks.lock().insert(pod.into(), cookie);
     }
 }
 
 impl PodProcesses for std::sync::Arc<FakeCgroups> {
     fn network(&self, pod: &Path) -> io::Result<Option<u64>> {
-        Ok(self.networks.lock().unwrap_or_else(PoisonError::into_inner).get(pod).copied())
+        Ok(self.networks.lock().get(pod).copied())
     }
 }
 
 impl CgroupPaths for std::sync::Arc<FakeCgroups> {
     fn below_kubepods(&self, cgroup_id: u64) -> io::Result<Option<PathBuf>> {
-        Ok(self.paths.lock().unwrap_or_else(PoisonError::into_inner).get(&cgroup_id).cloned())
+        Ok(self.paths.lock().get(&cgroup_id).cloned())
     }
 }
 
@@ -94,13 +94,13 @@ impl CgroupPaths for std::sync::Arc<FakeCgroups> {
 impl FakeOrigins {
     /// From now on accepted connections have this origin.
     pub fn set(&self, origin: Option<Origin>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = origin;
+        *self.0.lock() = origin;
     }
 }
 
 impl OriginLookup for std::sync::Arc<FakeOrigins> {
     fn origin(&self, _: BorrowedFd<'_>) -> Result<Option<Origin>, intercept::Error> {
-        Ok(*self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        Ok(*self.0.lock())
     }
 }
 

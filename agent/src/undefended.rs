@@ -8,7 +8,7 @@ use std::{
     env,
     net::IpAddr,
     pin::Pin,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::LazyLock,
     task::{Context, Poll, ready},
 };
 
@@ -17,6 +17,7 @@ use agent_common::{
     defense::{Defense, holds, switch_off},
     origin::Origin,
 };
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -65,7 +66,7 @@ pub(crate) fn by_address(
     if holds(Defense::IdentityByTicket) {
         return (origin, source_pod);
     }
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = KNOWN.lock();
     let found = match origin.zip(source_pod.clone()) {
         Some(own) => Some(known.entry(peer).or_insert(own).clone()),
         None => known.get(&peer).cloned(),

@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -18,6 +18,7 @@ use std::{
 use agent_common::defense::{Defense, holds};
 use jiff::Timestamp;
 use papaya::HashMap as ConcurrentMap;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant as TokioInstant};
 
 mod absent;
@@ -339,7 +340,7 @@ impl<S: CredentialSource> CredentialCache<S> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -3,8 +3,8 @@
 //! Owns what podgate caches of a namespace; never decides what an annotation means.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    sync::{Arc, PoisonError, RwLock},
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
     time::Instant,
 };
 
@@ -14,6 +14,7 @@ use kube::{
     Api,
     runtime::{WatchStreamExt as _, watcher},
 };
+use papaya::HashMap as ConcurrentMap;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
@@ -22,7 +23,7 @@ use super::watch::{ANNOTATION_PREFIX, ClusterEvent};
 /// The annotations that concern podgate, by namespace.
 #[derive(Debug, Default)]
 pub struct Namespaces {
-    table: RwLock<HashMap<String, Arc<BTreeMap<String, String>>>>,
+    table: ConcurrentMap<String, Arc<BTreeMap<String, String>>>,
     changes: watch::Sender<()>,
 }
 
@@ -31,7 +32,7 @@ pub struct Namespaces {
 impl Namespaces {
     /// The annotations of a namespace, if the watch has shown it.
     pub fn get(&self, name: &str) -> Option<Arc<BTreeMap<String, String>>> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        self.table.pin().get(name).cloned()
     }
 
     /// Waits for the watch to show a namespace, until `deadline`. Whether it has.
@@ -48,7 +49,7 @@ impl Namespaces {
 
     /// The annotations of every namespace.
     pub fn all(&self) -> Vec<Arc<BTreeMap<String, String>>> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.table.pin().values().cloned().collect()
     }
 
     /// Watches the namespaces until shutdown, and sends their changes to `events`.
@@ -63,7 +64,7 @@ impl Namespaces {
                 }
                 Ok(watcher::Event::Delete(namespace)) => {
                     let name = namespace.metadata.name.unwrap_or_default();
-                    self.table.write().unwrap_or_else(PoisonError::into_inner).remove(&name);
+                    self.table.pin().remove(&name);
                 }
                 Ok(watcher::Event::Init) => listed.clear(),
                 Ok(watcher::Event::InitApply(namespace)) => {
@@ -84,13 +85,12 @@ impl Namespaces {
     }
 
     fn retain(&self, known: &HashSet<String>) {
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        table.retain(|name, _| known.contains(name));
+        self.table.pin().retain(|name, _| known.contains(name));
     }
 
     /// Caches a namespace's annotations. Whether anything changed.
     pub fn insert(&self, name: &str, annotations: BTreeMap<String, String>) -> bool {
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let table = self.table.pin();
         let known = table.get(name).is_some_and(|known| **known == annotations);
         if !known {
             table.insert(name.to_owned(), Arc::new(annotations));

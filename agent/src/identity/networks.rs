@@ -5,14 +5,14 @@
 //! second condition of attestation; never a source of identity by itself.
 
 use std::{
-    collections::HashMap,
     fs::File,
     io,
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
+    sync::Arc,
 };
 
+use papaya::HashMap as ConcurrentMap;
 use procfs::process::Process;
 
 use super::{
@@ -32,7 +32,7 @@ pub trait PodProcesses: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct Networks {
     host: u64,
-    known: RwLock<HashMap<PodUid, u64>>,
+    known: ConcurrentMap<PodUid, u64>,
 }
 
 /// What is known of a connection's network without asking the pod's processes.
@@ -51,7 +51,7 @@ pub enum Verdict {
 impl Networks {
     /// Knows no pod's network yet. `host` is the cookie of the host's.
     pub fn new(host: u64) -> Self {
-        Self { host, known: RwLock::default() }
+        Self { host, known: ConcurrentMap::new() }
     }
 
     /// Judges a connection from the network `cookie` that arrived from the address `peer`.
@@ -59,7 +59,7 @@ impl Networks {
         if pod.host_network {
             return if cookie == self.host { Verdict::Own } else { Verdict::Foreign };
         }
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner).get(&pod.uid).copied();
+        let known = self.known.pin().get(&pod.uid).copied();
         if known == Some(cookie) {
             return Verdict::Own;
         }
@@ -82,11 +82,11 @@ impl Networks {
 
     /// Drops what is known of a pod that was removed.
     pub fn remove(&self, uid: PodUid) {
-        self.known.write().unwrap_or_else(PoisonError::into_inner).remove(&uid);
+        self.known.pin().remove(&uid);
     }
 
     fn learn(&self, uid: PodUid, cookie: u64) {
-        self.known.write().unwrap_or_else(PoisonError::into_inner).insert(uid, cookie);
+        self.known.pin().insert(uid, cookie);
     }
 }
 

@@ -3,10 +3,10 @@
 //! Owns what podgate caches of a pod; never watches another node's pods, never reads a cgroup.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     fmt,
     net::IpAddr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::Arc,
     time::Instant,
 };
 
@@ -20,6 +20,7 @@ use kube::{
     Api,
     runtime::{WatchStreamExt as _, watcher},
 };
+use papaya::HashMap as ConcurrentMap;
 use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
@@ -81,7 +82,7 @@ pub struct Pod {
 /// The pods of this node by UID.
 #[derive(Debug)]
 pub struct Pods {
-    table: RwLock<HashMap<PodUid, Arc<Pod>>>,
+    table: ConcurrentMap<PodUid, Arc<Pod>>,
     changes: watch::Sender<()>,
 }
 
@@ -154,14 +155,14 @@ impl Pod {
 
 impl Default for Pods {
     fn default() -> Self {
-        Self { table: RwLock::default(), changes: watch::Sender::new(()) }
+        Self { table: ConcurrentMap::new(), changes: watch::Sender::new(()) }
     }
 }
 
 impl Pods {
     /// The pod with this UID, if the watch has shown it. A deleted one stays until [`Pods::remove`].
     pub fn get(&self, uid: PodUid) -> Option<Arc<Pod>> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).get(&uid).cloned()
+        self.table.pin().get(&uid).cloned()
     }
 
     /// The pod with this UID, waiting for the watch until `deadline`.
@@ -186,12 +187,12 @@ impl Pods {
 
     /// Every pod.
     pub fn all(&self) -> Vec<Arc<Pod>> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).values().map(Arc::clone).collect()
+        self.table.pin().values().map(Arc::clone).collect()
     }
 
     /// The pods of a namespace.
     pub fn of_namespace(&self, namespace: &str) -> Vec<Arc<Pod>> {
-        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let table = self.table.pin();
         let own = table.values().filter(|pod| pod.service_account.namespace == namespace);
         own.map(Arc::clone).collect()
     }
@@ -199,17 +200,14 @@ impl Pods {
     /// The pod with this annotation.
     #[cfg(feature = "undefended")]
     pub(crate) fn annotated(&self, annotation: &str, value: &str) -> Option<PodUid> {
-        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let table = self.table.pin();
         let found = table.values().find(|pod| pod.annotations.get(annotation).is_some_and(|is| is == value));
         found.map(|pod| pod.uid)
     }
 
     /// Caches a pod. Whether anything changed.
     pub fn insert(&self, pod: &Arc<Pod>) -> bool {
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        let known = table.insert(pod.uid, Arc::clone(pod));
-        drop(table);
-        let new = known.is_none_or(|known| known != *pod);
+        let new = self.table.pin().insert(pod.uid, Arc::clone(pod)).is_none_or(|known| known != pod);
         if new {
             self.changes.send_replace(());
         }
@@ -218,7 +216,7 @@ impl Pods {
 
     /// Drops a pod whose cgroup was removed.
     pub fn remove(&self, uid: PodUid) {
-        self.table.write().unwrap_or_else(PoisonError::into_inner).remove(&uid);
+        self.table.pin().remove(&uid);
     }
 
     /// Watches the pods of one node until shutdown, and sends their changes to `events`.

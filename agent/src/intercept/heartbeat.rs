@@ -3,15 +3,11 @@
 //! Owns HEARTBEAT and which generation this agent is; never waits for the owner of the interceptor, nor for the lock
 //! on the pins.
 
-use std::{
-    fmt,
-    path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use agent_common::abi::map;
 use aya::maps::{Array, MapData};
+use parking_lot::{Mutex, MutexGuard};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::{
@@ -141,7 +137,7 @@ impl Heartbeat {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock()
     }
 }
 

@@ -6,13 +6,14 @@ use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 
 use agent_common::defense::{Defense, holds};
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::{identity::PodUid, log_limit::LogLimit};
 
@@ -76,7 +77,7 @@ impl ConnectionLimit {
     }
 
     fn callers(&self) -> MutexGuard<'_, HashMap<LimitKey, Arc<Caller>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 
@@ -120,7 +121,7 @@ impl Default for Caller {
 }
 
 fn admit(limit: &Mutex<LogLimit>) -> Option<u64> {
-    limit.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now())
+    limit.lock().admit(Instant::now())
 }
 
 #[cfg(test)]

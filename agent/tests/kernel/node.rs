@@ -9,7 +9,7 @@ use std::{
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     process,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -32,6 +32,7 @@ use nix::{
     mount::{MsFlags, mount, umount},
     sched::{CloneFlags, setns, unshare},
 };
+use parking_lot::Mutex;
 use procfs::process::Process;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use rustix::time::{ClockId, clock_gettime};
@@ -321,7 +322,7 @@ impl Cgroup {
             }
         }
 
-        let _alone = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = CGROUP.lock();
         let _home = Home(own_cgroup());
         enter(&self.path).unwrap();
         work()
@@ -433,7 +434,7 @@ pub(crate) fn now_ns() -> u64 {
 
 /// Runs `work` in no pod: no other test may take the process into one meanwhile.
 pub(crate) fn outside<T>(work: impl FnOnce() -> T) -> T {
-    let _alone = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = CGROUP.lock();
     work()
 }
 

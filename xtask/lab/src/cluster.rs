@@ -6,11 +6,12 @@
 use std::{
     collections::BTreeMap,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -291,11 +292,11 @@ impl Cluster {
     }
 
     fn keys(&self) -> MutexGuard<'_, Vec<Arc<SigningKey>>> {
-        self.inner.keys.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.keys.lock()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.state.lock()
     }
 }
 

@@ -4,11 +4,12 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use jiff::{SignedDuration, Timestamp};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 /// A server of the lab.
@@ -138,14 +139,14 @@ impl Faults {
 
     /// What time it is to `service`.
     pub(crate) fn now(&self, service: Service) -> Timestamp {
-        let all = self.shared.switches.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.shared.switches.lock();
         let offset = all.get(&service).map_or(SignedDuration::ZERO, |switches| switches.clock_offset);
         Timestamp::now().saturating_add(offset).unwrap_or(Timestamp::MAX)
     }
 
     /// Decides about the next request to `service`.
     pub(crate) fn next(&self, service: Service) -> Verdict {
-        let mut all = self.shared.switches.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.shared.switches.lock();
         let Some(switches) = all.get_mut(&service) else { return Verdict::default() };
         let delay = match switches.latency.as_mut().and_then(Switch::next) {
             Some(Fault::Latency(delay)) => delay,
@@ -167,7 +168,7 @@ impl Faults {
     }
 
     fn change(&self, service: Service, change: impl FnOnce(&mut Switches)) {
-        let mut all = self.shared.switches.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.shared.switches.lock();
         change(all.entry(service).or_default());
         drop(all);
         self.shared.changes.send_modify(|count| *count += 1);
@@ -179,12 +180,12 @@ impl Faults {
     }
 
     fn cuts(&self, service: Service) -> u64 {
-        let all = self.shared.switches.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.shared.switches.lock();
         all.get(&service).map_or(0, |switches| switches.cuts)
     }
 
     fn hangs(&self, service: Service) -> bool {
-        let all = self.shared.switches.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.shared.switches.lock();
         let failure = all.get(&service).and_then(|switches| switches.failure.as_ref());
         failure.is_some_and(|switch| switch.fault == Fault::Hang && switch.ratio >= 1.0)
     }

@@ -8,7 +8,7 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -16,6 +16,7 @@ use std::{
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE};
 use hyper::{Method, StatusCode};
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::{
     crypto::random,
@@ -248,7 +249,7 @@ fn error(status: StatusCode) -> Response {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock()
 }
 
 #[cfg(test)]

@@ -5,13 +5,14 @@
 use std::{
     io::{self, IsTerminal as _, Read, Write},
     sync::{
-        LazyLock, Mutex, OnceLock, PoisonError,
+        LazyLock, OnceLock,
         mpsc::{Receiver, RecvTimeoutError},
     },
     time::{Duration, Instant},
 };
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use parking_lot::Mutex;
 
 /// How often the line on a terminal moves.
 const TICK: Duration = Duration::from_millis(100);
@@ -111,7 +112,7 @@ impl Progress {
     pub(super) fn keep_writing(&self, ended: &Receiver<()>) {
         while ended.recv_timeout(LINE_INTERVAL) == Err(RecvTimeoutError::Timeout) {
             if !self.is_terminal {
-                let detail = self.detail.lock().unwrap_or_else(PoisonError::into_inner);
+                let detail = self.detail.lock();
                 say(format_args!("  {}", status(&self.what, &detail, self.started.elapsed(), in_all())));
             }
         }
@@ -139,7 +140,7 @@ impl Progress {
         } else {
             format!("{}: {text}", self.what)
         });
-        let mut detail = self.detail.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut detail = self.detail.lock();
         // The lock of another cargo can be held for minutes: that is said at once.
         if !self.is_terminal && matches!(note, Note::Waiting { .. }) && *detail != text {
             say(format_args!("  {}", status(&self.what, &text, self.started.elapsed(), in_all())));

@@ -1,4 +1,4 @@
-use std::sync::Mutex;
+use parking_lot::Mutex;
 
 use agent_common::policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF};
 
@@ -37,46 +37,46 @@ enum Told {
 
 impl PolicyMap for FakeMap {
     async fn set(&self, id: u64, policy: PodPolicy) -> Result<(), intercept::Error> {
-        self.0.lock().unwrap().policies.insert(id, policy);
+        self.0.lock().policies.insert(id, policy);
         Ok(())
     }
 
     async fn remove(&self, id: u64) -> Result<(), intercept::Error> {
-        let mut kernel = self.0.lock().unwrap();
+        let mut kernel = self.0.lock();
         kernel.policies.remove(&id);
         kernel.exempt.remove(&id);
         Ok(())
     }
 
     async fn exempt(&self, id: u64) -> Result<(), intercept::Error> {
-        self.0.lock().unwrap().exempt.insert(id);
+        self.0.lock().exempt.insert(id);
         Ok(())
     }
 
     async fn unexempt(&self, id: u64) -> Result<(), intercept::Error> {
-        self.0.lock().unwrap().exempt.remove(&id);
+        self.0.lock().exempt.remove(&id);
         Ok(())
     }
 
     async fn set_class(&self, class: QosClass, id: u64) -> Result<(), intercept::Error> {
-        self.0.lock().unwrap().classes.insert(class, id);
+        self.0.lock().classes.insert(class, id);
         Ok(())
     }
 
     async fn set_unknown(&self, in_pod: PodPolicy, on_host: PodPolicy) -> Result<(), intercept::Error> {
-        self.0.lock().unwrap().unknown = Some((in_pod, on_host));
+        self.0.lock().unknown = Some((in_pod, on_host));
         Ok(())
     }
 }
 
 impl FakePodState {
     fn tell(&self, what: Told, uid: PodUid) {
-        self.told.lock().unwrap().push((what, uid));
+        self.told.lock().push((what, uid));
     }
 
     /// What was told of a pod, in order.
     fn told(&self, uid: PodUid) -> Vec<Told> {
-        let told = self.told.lock().unwrap();
+        let told = self.told.lock();
         told.iter().filter(|(_, of)| *of == uid).map(|(what, _)| *what).collect()
     }
 }
@@ -99,7 +99,7 @@ impl PodLifecycle for FakePodState {
     }
 
     fn prefetch(&self, pod: &Arc<Pod>) {
-        self.prefetched.lock().unwrap().push(pod.uid);
+        self.prefetched.lock().push(pod.uid);
     }
 }
 
@@ -155,11 +155,11 @@ impl Node {
     }
 
     fn imds(&self, id: u64) -> Option<u32> {
-        self.map.0.lock().unwrap().policies.get(&id).map(|policy| policy.imds)
+        self.map.0.lock().policies.get(&id).map(|policy| policy.imds)
     }
 
     fn unknown(&self) -> (u32, u32) {
-        let (in_pod, on_host) = self.map.0.lock().unwrap().unknown.unwrap();
+        let (in_pod, on_host) = self.map.0.lock().unknown.unwrap();
         (in_pod.imds, on_host.imds)
     }
 }
@@ -321,7 +321,7 @@ async fn aws_s_own_agent_is_exempt_and_counts_as_long_as_the_api_server_has_it()
     let mut node = Node::new();
     node.enforcer.policies.namespaces.insert("aws", policy::Annotations::new());
     let is_here = |node: &Node| *node.enforcer.eks_agent_is_here.borrow();
-    let exempt = |node: &Node| node.map.0.lock().unwrap().exempt.clone();
+    let exempt = |node: &Node| node.map.0.lock().exempt.clone();
     let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
     let copy = Arc::new(Pod { daemon_set: Some("agent".into()), ..pod("app", "agent") });
     node.appears(copy.uid, 20).await;
@@ -348,7 +348,7 @@ async fn a_pod_that_its_daemon_set_has_let_go_of_is_one_like_any_other() {
     node.pod(&Arc::new(stock.clone())).await;
     node.pod(&Arc::new(Pod { daemon_set: None, ..stock })).await;
     assert!(!*node.enforcer.eks_agent_is_here.borrow());
-    assert!(node.map.0.lock().unwrap().exempt.is_empty());
+    assert!(node.map.0.lock().exempt.is_empty());
     assert_eq!(node.imds(10), Some(IMDS_AUDIT));
 }
 
@@ -370,11 +370,11 @@ async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
     ] {
         let pod = Arc::new(pod);
         node.pod(&pod).await;
-        let prefetched = node.enforcer.lifecycle.prefetched.lock().unwrap().contains(&pod.uid);
+        let prefetched = node.enforcer.lifecycle.prefetched.lock().contains(&pod.uid);
         assert_eq!(prefetched, will_ask, "{pod:?}");
     }
     node.enforcer.prefetch = false;
     let off = Arc::new(Pod { injected: true, ..pod("app", "web") });
     node.pod(&off).await;
-    assert!(!node.enforcer.lifecycle.prefetched.lock().unwrap().contains(&off.uid));
+    assert!(!node.enforcer.lifecycle.prefetched.lock().contains(&off.uid));
 }

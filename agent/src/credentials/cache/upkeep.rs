@@ -5,13 +5,14 @@
 use std::{
     collections::HashMap,
     panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
 use futures::FutureExt as _;
 use jiff::{SignedDuration, Timestamp};
 use papaya::HashMap as ConcurrentMap;
+use parking_lot::Mutex;
 use tokio::{sync::Notify, time::sleep};
 use tracing::error;
 

@@ -4,13 +4,11 @@
 //! allows every service account), cached, and fetched again when they are old or a token names an unknown one. A token is
 //! never valid without verification, and never invalid because the keys are unavailable: only because of its own claims.
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use http::Request;
 use kube::Client;
+use parking_lot::{Mutex, MutexGuard};
 use serde::Deserialize;
 use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
@@ -175,7 +173,7 @@ impl TokenVerifier {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     async fn fetch(&self) -> Result<Known, Box<dyn std::error::Error + Send + Sync>> {

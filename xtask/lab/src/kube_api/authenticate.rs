@@ -4,11 +4,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use super::user::User;
@@ -49,7 +49,7 @@ impl Authenticator {
         at: Instant,
     ) -> Result<Authenticated, String> {
         let key = (token.to_owned(), audiences.to_vec());
-        let mut good = self.good.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut good = self.good.lock();
         good.retain(|_, (_, since)| at.duration_since(*since) < CACHE_LIFETIME);
         if let Some((authenticated, _)) = good.get(&key) {
             return Ok(authenticated.clone());

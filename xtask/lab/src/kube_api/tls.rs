@@ -2,14 +2,10 @@
 //!
 //! Owns certificates: the server's, and the clients' with the users they stand for. Never sees a request.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::HashMap, fmt, net::IpAddr, sync::Arc};
 
 use anyhow::Context as _;
+use parking_lot::Mutex;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose,
@@ -85,14 +81,14 @@ impl Authority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         let key = KeyPair::generate().expect("BUG: the default algorithm makes keys");
         let certificate = params.signed_by(&key, &self.issuer).expect("BUG: plain parameters can be signed");
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = self.clients.lock();
         clients.insert(certificate.der().to_vec(), user.clone());
         (certificate.pem(), key.serialize_pem())
     }
 
     /// The user that a verified certificate stands for. All of them were made here.
     pub(super) fn user(&self, der: &[u8]) -> Option<User> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner).get(der).cloned()
+        self.clients.lock().get(der).cloned()
     }
 }
 
