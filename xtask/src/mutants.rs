@@ -73,6 +73,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<bool> {
         let verdict = try_mutant(mutant, &copy)?;
         let is_caught = matches!(verdict, Verdict::Caught(_));
         are_all_caught &= is_caught;
+        let line = format!("{}: {}", mutant.name, verdict.describe());
+        eprintln!("{}", if is_caught { report::success(line) } else { report::failure(line) });
         table.add_row([
             mutant.name.clone().into(),
             mutant.bug.clone().into(),
