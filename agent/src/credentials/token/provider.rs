@@ -21,7 +21,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tracing::{debug, warn};
 
 use super::{
-    AUDIENCE, claims,
+    claims::{self, AUDIENCE},
     verifier::{TokenVerifier, Verdict},
 };
 use crate::{

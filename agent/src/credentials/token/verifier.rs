@@ -14,8 +14,7 @@ use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
 
 use super::{
-    AUDIENCE,
-    claims::Claims,
+    claims::{AUDIENCE, Claims},
     jwks::{self, KeySet},
 };
 use crate::{error::chain, secret::Secret};
