@@ -1,6 +1,8 @@
 //! What `bpf(2)` does that aya does not: links that are pinned, found again and given another program.
 //!
-//! Owns the system calls; never decides which link is whose.
+//! Owns the system calls; never decides which link is whose. Links to cgroups: Linux 5.7,
+//! <https://github.com/torvalds/linux/commit/af6eea57437a830293eab56246b6025cc7d46ee7>, and their update:
+//! <https://github.com/torvalds/linux/commit/0c991ebc8c69d29b7fc44db17075c5aa5253e2ab>.
 #![expect(unsafe_code, reason = "bpf(2) is no safe function")]
 
 use std::{

@@ -1,6 +1,7 @@
 //! The context of `sk_lookup`: the kernel searches the socket for an incoming connection.
 //!
-//! Owns its layout; never decides anything.
+//! Owns its layout; never decides anything. `sk_lookup` programs: Linux 5.9,
+//! <https://github.com/torvalds/linux/commit/e9ddbb7707ff5891616240026062b8c1e29864ca>.
 
 use agent_common::net::{Endpoint, NetPort};
 use aya_ebpf::{btf_maps::SockMap, programs::SkLookupContext};

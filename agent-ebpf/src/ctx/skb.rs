@@ -1,6 +1,8 @@
 //! An outgoing packet: the context of `cgroup_skb/egress`.
 //!
-//! Owns the packet's layout, from the IP header on; never decides anything.
+//! Owns the packet's layout, from the IP header on; never decides anything. The ancestors of a socket's cgroup: Linux 4.19,
+//! <https://github.com/torvalds/linux/commit/7723628101aaeb1d723786747529b4ea65c5b5c5>; full sockets: 5.1,
+//! <https://github.com/torvalds/linux/commit/46f8bc92758c6259bcf945e9216098661c1587cd>.
 
 use core::{hint::black_box, ptr::NonNull};
 

@@ -1,6 +1,8 @@
 //! A call with an address: the context of `cgroup/connect4`, `cgroup/bind4`, `cgroup/getpeername4` and their IPv6 siblings.
 //!
-//! Owns its layout; never decides anything.
+//! Owns its layout; never decides anything. Cookies of network namespaces: Linux 5.7,
+//! <https://github.com/torvalds/linux/commit/f318903c0bf42448b4c884732df2bbb0ef7a2284>. `bind` programs: 4.17,
+//! <https://github.com/torvalds/linux/commit/4fbac77d2d092b475dda9eea66da674369665427>.
 
 use core::ptr::NonNull;
 
