@@ -11,7 +11,7 @@ use agent_common::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
-    node::{AGENT_V4, AGENT_V6, Agent, Node, Pod, RealService, dial, outside, own_pair, soon},
+    kernel_node::{AGENT_V4, AGENT_V6, Agent, Node, Pod, RealService, dial, outside, own_pair, soon},
 };
 
 /// Where a dial ends.

@@ -23,7 +23,7 @@ use rustix::net::{
 
 use crate::{
     IMDS, IMDS_MAPPED, endpoint, events, is_eperm,
-    node::{AGENT_V4, AGENT_V6, Node, Pod, RealService, outside, soon},
+    kernel_node::{AGENT_V4, AGENT_V6, Node, Pod, RealService, outside, soon},
 };
 
 /// Where nothing may go but what `connect` has let through.
@@ -236,7 +236,7 @@ fn try_all(node: &Node, pod: &Pod, stopped: bool, case: &str) {
 }
 
 #[test]
-fn nothing_but_a_dial_goes_to_imds_or_the_agent_from_a_pod_that_is_intercepted() {
+fn an_intercepted_pod_reaches_imds_and_the_agent_by_connect_alone() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_OFF, POD_IDENTITY_ON);
         let guaranteed = node.guaranteed_pod("b", IMDS_INTERCEPT, POD_IDENTITY_ON);
@@ -437,7 +437,7 @@ fn end(mut client: TcpStream, mut server: TcpStream, ending: Ending) {
 }
 
 #[test]
-fn what_a_connection_of_a_pod_in_audit_asks_for_is_told_once_and_a_token_does_not_count() {
+fn what_a_pod_in_audit_asks_for_is_reported_once_and_tokens_are_not() {
     Node::run(|node| {
         let mut events = events::reader(node);
         let pod = node.pod("a", IMDS_AUDIT, POD_IDENTITY_ON);

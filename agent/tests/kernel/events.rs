@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::{
     ECS, IMDS, IMDS_V6, endpoint, is_eperm,
-    node::{AGENT_V4, NOBODY, Node, RealService, dial, outside},
+    kernel_node::{AGENT_V4, NOBODY, Node, RealService, dial, outside},
     redial, tcp_socket, wire,
 };
 
@@ -126,7 +126,7 @@ fn what_is_served_or_elsewhere_is_not_told() {
 }
 
 #[test]
-fn events_that_nobody_reads_are_lost_and_counted_and_dials_are_decided_all_the_same() {
+fn unread_events_are_counted_and_connections_decided_as_ever() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
         let dials = 4_000;

@@ -16,7 +16,7 @@ use agent_common::{
 
 use crate::{
     IMDS, IMDS_MAPPED, IMDS_V6, endpoint,
-    node::{AGENT_V4, AGENT_V6, NOBODY, Node, soon},
+    kernel_node::{AGENT_V4, AGENT_V6, NOBODY, Node, soon},
     wire::Forger,
 };
 

@@ -23,7 +23,7 @@ use agent_common::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, endpoint, is_eperm,
-    node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, now_ns, own_pair},
+    kernel_node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, now_ns, own_pair},
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -56,7 +56,7 @@ fn with_eks_agent() -> Target {
 }
 
 #[test]
-fn dials_are_refused_when_the_agent_is_silent_and_other_destinations_are_not() {
+fn a_silent_agent_means_refusals_for_its_destinations_alone() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let audited = node.pod("b", IMDS_AUDIT, POD_IDENTITY_OFF);
@@ -92,7 +92,7 @@ fn dials_are_refused_when_the_agent_is_silent_and_other_destinations_are_not() {
 }
 
 #[test]
-fn while_the_agent_is_down_pod_identity_may_be_left_to_aws_s_own_agent_and_imds_never() {
+fn while_the_agent_is_down_pod_identity_may_pass_and_imds_never() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let stock = RealService::listen(POD_IDENTITY);
@@ -262,7 +262,7 @@ fn count(interceptor: &Interceptor, counter: Counter) -> u64 {
 }
 
 fn accept(listener: &TcpListener) -> TcpStream {
-    crate::node::soon(|| listener.accept().ok()).0
+    crate::kernel_node::soon(|| listener.accept().ok()).0
 }
 
 #[test]
@@ -297,7 +297,7 @@ fn nobody_else_may_listen_where_the_agent_does() {
 }
 
 #[test]
-fn whoever_listens_there_besides_gets_no_connection_while_the_agent_lives_and_after() {
+fn another_listener_at_the_address_gets_no_connection() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let squatter = node.unknown_pod("squatter");
@@ -341,7 +341,7 @@ fn whoever_listens_there_besides_gets_no_connection_while_the_agent_lives_and_af
 }
 
 #[test]
-fn who_listens_everywhere_is_in_nobody_s_way_and_gets_nothing_of_podgate_s() {
+fn a_wildcard_listener_gets_none_of_podgates_connections() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let ingress = node.unknown_pod("ingress");
@@ -402,7 +402,7 @@ fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
 }
 
 #[test]
-fn every_agent_notices_that_podgate_was_detached_and_takes_no_later_one_for_its_successor() {
+fn every_agent_notices_a_detach() {
     Node::run(|node| {
         let mut active = successor(node);
         active.take_over(own_pair(), &[]).unwrap();
@@ -421,7 +421,7 @@ fn every_agent_notices_that_podgate_was_detached_and_takes_no_later_one_for_its_
 }
 
 #[test]
-fn addresses_are_guarded_whether_dials_are_sent_there_or_not_until_they_are_given_up() {
+fn addresses_are_reserved_until_they_are_released() {
     Node::run(|node| {
         let pod = node.unknown_pod("host-network");
         let own: [SocketAddr; 2] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()];
@@ -452,7 +452,7 @@ fn addresses_are_guarded_whether_dials_are_sent_there_or_not_until_they_are_give
 }
 
 #[test]
-fn new_connections_go_to_the_agent_in_charge_and_to_the_one_before_when_it_listens_no_more() {
+fn connections_go_to_the_active_agent_else_to_its_predecessor() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let addresses: [SocketAddr; 2] = [(AGENT_V4, 80).into(), (AGENT_V6, 80).into()];

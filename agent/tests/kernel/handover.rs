@@ -16,7 +16,7 @@ use aya::maps::MapData;
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use serde_json::Value;
 
-use crate::{IMDS, node::Node};
+use crate::{IMDS, kernel_node::Node};
 
 /// Tells keys apart without showing them.
 fn fingerprint(key: &HandoverKey) -> Vec<u8> {
@@ -100,7 +100,7 @@ fn no_pin_leads_to_the_key_and_no_program_of_others_reads_it() {
 }
 
 #[test]
-fn nothing_that_is_pinned_holds_the_key_of_the_tickets_and_no_program_of_others_reads_it() {
+fn no_pin_holds_the_key_of_the_tickets() {
     Node::run(|node| {
         node.attach();
         let (pod, agent) = (node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON), node.agent());

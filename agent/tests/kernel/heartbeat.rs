@@ -18,7 +18,7 @@ use tokio::{
 
 use crate::{
     IMDS, is_eperm,
-    node::{Node, now_ns, own_pair},
+    kernel_node::{Node, now_ns, own_pair},
 };
 
 const INTERCEPT: PodPolicy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };

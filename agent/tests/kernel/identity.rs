@@ -22,7 +22,7 @@ use rustix::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
-    node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside, own_pair, soon},
+    kernel_node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside, own_pair, soon},
     redial, tcp_socket,
 };
 
@@ -206,7 +206,7 @@ fn without_rewriting_there_is_a_ticket_all_the_same() {
 }
 
 #[test]
-fn a_pod_that_only_has_imds_intercepted_reaches_the_agent_itself_with_a_ticket() {
+fn a_pod_with_only_imds_intercepted_has_a_ticket_for_the_agent() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_OFF);
         let agent = node.agent();

@@ -15,7 +15,7 @@ use rustix::{
 
 use crate::{
     IMDS, endpoint, events, is_eperm,
-    node::{Agent, Cgroup, NOBODY, Node, Pod, own_pair},
+    kernel_node::{Agent, Cgroup, NOBODY, Node, Pod, own_pair},
     options::set_fastopen_connect,
     redial, tcp_socket,
 };
@@ -89,7 +89,7 @@ fn while_one_pod_is_at_its_limit_another_is_served() {
 }
 
 #[test]
-fn who_fills_the_counts_with_dials_is_refused_and_no_pod_that_is_known_or_becomes_known() {
+fn a_pod_that_fills_the_counts_is_refused_and_no_known_pod() {
     Node::run(|node| {
         let agent = node.agent();
         let (known, held) = fill_counts(node);
@@ -111,7 +111,7 @@ fn who_fills_the_counts_with_dials_is_refused_and_no_pod_that_is_known_or_become
 }
 
 #[test]
-fn who_has_filled_the_counts_makes_room_for_pods_that_become_known_and_is_served_again() {
+fn filled_counts_make_room_for_pods_that_become_known() {
     Node::run(|node| {
         let agent = node.agent();
         let (known, held) = fill_counts(node);
@@ -188,7 +188,7 @@ fn a_pod_that_nobody_knows_has_one_limit_however_many_cgroups_it_makes() {
 }
 
 #[test]
-fn pods_of_a_class_that_the_agent_has_not_told_of_share_a_limit_and_nothing_worse() {
+fn pods_of_an_unreported_qos_class_share_a_limit() {
     Node::run(|node| {
         silence(node);
         let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };

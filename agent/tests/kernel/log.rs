@@ -8,12 +8,12 @@ use tracing::subscriber::with_default;
 
 use crate::{
     IMDS, is_eperm,
-    node::{Node, Pod},
+    kernel_node::{Node, Pod},
     wire,
 };
 
 #[test]
-fn the_debugging_log_says_what_becomes_of_dials_and_tickets_and_never_a_ticket() {
+fn the_debugging_log_never_shows_a_ticket() {
     Node::run(|node| {
         let file = NamedTempFile::new().unwrap();
         let writer = Arc::new(file.reopen().unwrap());

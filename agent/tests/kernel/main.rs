@@ -20,14 +20,14 @@ mod generations;
 mod handover;
 mod heartbeat;
 mod identity;
-mod life;
+mod kernel_node;
 mod limits;
 mod log;
 mod maps;
-mod node;
 mod options;
+mod socket_kinds;
+mod ticket_life;
 mod tickets;
-mod ways;
 mod wire;
 
 const IMDS: &str = "169.254.169.254:80";

@@ -18,7 +18,7 @@ use rustix::net::connect_unspec;
 
 use crate::{
     IMDS, IMDS_MAPPED, IMDS_V6, endpoint,
-    node::{AGENT_V4, NOBODY, Node, add_address, own_pair, soon},
+    kernel_node::{AGENT_V4, NOBODY, Node, add_address, own_pair, soon},
     options::{attach_filter, detach_filter, no_bare_acks, only_syns},
     redial, tcp_socket,
     wire::{self, Wire},
@@ -43,7 +43,7 @@ fn with_syn_cookies_the_ticket_comes_with_the_ack() {
 }
 
 #[test]
-fn with_syn_cookies_the_ticket_survives_the_loss_of_every_segment_but_the_syn() {
+fn with_syn_cookies_the_ticket_survives_the_loss_of_segments() {
     Node::run(|node| {
         fs::write("/proc/sys/net/ipv4/tcp_syncookies", "2").unwrap();
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
@@ -180,7 +180,7 @@ fn an_abandoned_handshake_does_not_leave_its_ticket_in_the_next_one() {
 }
 
 #[test]
-fn a_dial_without_a_route_does_not_leave_its_ticket_for_the_next_destination() {
+fn a_connect_without_a_route_leaves_no_ticket_for_the_next() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         node.interceptor.set_target(Target { v4: endpoint("203.0.113.1:80"), ..own_pair() }).unwrap();

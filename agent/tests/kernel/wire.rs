@@ -14,7 +14,7 @@ use rustix::net::{
     socket_with,
 };
 
-use crate::node::{AGENT_V4, NOBODY, outside};
+use crate::kernel_node::{AGENT_V4, NOBODY, outside};
 
 /// The flag of the first segment of either side.
 pub(crate) const SYN: u8 = 0x02;

@@ -249,7 +249,7 @@ async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
 }
 
 #[tokio::test]
-async fn a_pod_whose_cgroup_is_gone_is_so_until_it_has_another_or_the_api_server_drops_it() {
+async fn a_pod_without_its_cgroup_stays_removed_until_it_has_another() {
     use Told::{Awaits, Gone, Has, PodLifecycle};
     let mut node = Node::new();
     let [restarted, deleted, finished] = std::array::from_fn(|_| Arc::new(pod("app", "web")));
@@ -282,7 +282,7 @@ async fn a_cgroup_that_is_made_anew_under_the_same_name_is_the_pod_s() {
 }
 
 #[tokio::test]
-async fn what_had_ended_before_this_agent_came_is_gone_and_what_nobody_shows_is_forgotten() {
+async fn pods_that_ended_before_the_agent_started_are_removed() {
     use Told::{Gone, Has, PodLifecycle};
     let mut node = Node::new();
     let finished = Arc::new(Pod { finished: true, ..pod("app", "web") });

@@ -31,7 +31,7 @@ use rustix::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, endpoint,
-    node::{AGENT_V4, AGENT_V6, Agent, Node, Pod, RealService, soon},
+    kernel_node::{AGENT_V4, AGENT_V6, Agent, Node, Pod, RealService, soon},
     options::set_fastopen_connect,
     redial, tcp_socket,
 };
@@ -203,7 +203,7 @@ fn a_socket_made_before_the_programs_were_there_is_no_way_round_them() {
 }
 
 #[test]
-fn a_socket_from_a_process_of_another_pod_dials_as_the_process_that_has_it_now() {
+fn a_socket_connects_as_the_process_that_has_it_now() {
     Node::run(|node| {
         let [giver, taker] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
         let agent = node.agent();

@@ -11,7 +11,7 @@ use agent_common::{
 
 use crate::{
     IMDS, IMDS_MAPPED, endpoint, events,
-    node::{AGENT_V4, NOBODY, Node, own_pair, soon},
+    kernel_node::{AGENT_V4, NOBODY, Node, own_pair, soon},
     options::{attach_filter, detach_filter, everything, no_bare_acks, set_fastopen_connect},
     redial, tcp_socket,
 };
