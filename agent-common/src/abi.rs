@@ -83,7 +83,7 @@ pub mod program {
     pub const EGRESS: &str = "egress";
     /// `sk_lookup` on the host's network.
     pub const LOOKUP: &str = "lookup";
-    /// The programs that stay when the agent is gone, in the order in which they are attached: those that mint a ticket,
+    /// The programs that outlive the agent, in the order in which they are attached: those that mint a ticket,
     /// send it, and choose who gets it come last and one right after the other.
     pub const PERMANENT: [&str; 8] =
         [BIND4, BIND6, GETPEERNAME4, GETPEERNAME6, ACTIVE, CONNECT4, CONNECT6, LOOKUP];
@@ -94,7 +94,7 @@ pub mod program {
 
 /// Names of the maps; the kernel keeps 15 characters.
 pub mod map {
-    /// Socket storage of the dialling socket: [`crate::origin::PendingOrigin`].
+    /// Socket storage of the connecting socket: [`crate::origin::PendingOrigin`].
     pub const ORIGINS: &str = "ORIGINS";
     /// Socket storage of the accepted socket: [`crate::origin::Origin`].
     pub const ACCEPTED: &str = "ACCEPTED";
@@ -114,13 +114,13 @@ pub mod map {
     pub const EXEMPT: &str = "EXEMPT";
     /// One `u64`: which generation of the agent is active on the node; counts up. The same for every ABI.
     pub const GENERATION: &str = "GENERATION";
-    /// One `u64`: when it has last beaten, in nanoseconds of `CLOCK_MONOTONIC`; 0 when it has stopped. The same for every
+    /// One `u64`: the last heartbeat, in nanoseconds of `CLOCK_MONOTONIC`; 0 when it has stopped. The same for every
     /// ABI.
     pub const HEARTBEAT: &str = "HEARTBEAT";
     /// Listening sockets: a half for generations with even numbers, and one for those with odd ones.
     pub const LISTENERS: &str = "LISTENERS";
-    /// [`crate::net::Endpoint`] to `u32`: where nobody but exempt pods may listen, and podgate's listeners alone get what is
-    /// dialled. The value says nothing.
+    /// [`crate::net::Endpoint`] to `u32`: where nobody but exempt pods may listen, and podgate's listeners alone get the
+    /// connections. The value means nothing.
     pub const RESERVED: &str = "RESERVED";
     /// One 32-byte key, by which IMDS tokens are valid across restarts. A token grants nothing by itself.
     pub const IMDS_KEY: &str = "IMDS_KEY";
@@ -130,7 +130,7 @@ pub mod map {
     pub const TARGET_INDEX: &str = "TARGET_INDEX";
     /// One `u32`: what the program [`super::program::EGRESS`] is to do, of [`crate::egress`]'s `JOB_*`.
     pub const EGRESS_JOBS: &str = "EGRESS_JOBS";
-    /// Socket storage of a socket whose request to IMDS was told: `u32`, nothing in it counts.
+    /// Socket storage of a socket whose request to IMDS was reported: `u32`, the value means nothing.
     pub const AUDITED: &str = "AUDITED";
     /// Per-CPU `u64`s, indexed by [`crate::counter::Counter`].
     pub const COUNTERS: &str = "COUNTERS";

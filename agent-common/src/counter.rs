@@ -29,29 +29,29 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Dials sent to the agent.
+    /// Connection attempts redirected to the agent.
     Redirected = "redirected",
-    /// IMDS dials of pods in mode `off`, and every dial of an exempt cgroup.
+    /// Connection attempts to IMDS of pods in mode `off`, and all of an exempt cgroup.
     Untouched = "untouched",
-    /// IMDS dials of pods in mode `audit`.
+    /// Connection attempts to IMDS of pods in mode `audit`.
     Audited = "audited",
-    /// IMDS dials of pods in mode `deny`.
+    /// Connection attempts to IMDS of pods in mode `deny`.
     Denied = "denied",
-    /// Dials to a port of one of our addresses that is not served.
+    /// Connection attempts to a port of one of our addresses that is not served.
     DeniedPort = "denied_port",
-    /// Dials by a task that is in no pod through a pod's socket.
+    /// Connection attempts by a task that is in no pod through a pod's socket.
     DeniedNoPod = "denied_no_pod",
-    /// Dials of a pod that has as many tickets alive as it may have, or whose tickets cannot be counted.
+    /// Connection attempts of a pod that has as many tickets alive as it may have, or whose tickets cannot be counted.
     DeniedLimit = "denied_limit",
-    /// Dials refused because the agent is down.
+    /// Connection attempts refused because the agent is down.
     DeniedAgentDown = "denied_agent_down",
-    /// Dials left to the EKS Pod Identity Agent because podgate's is down.
+    /// Connection attempts left to the EKS Pod Identity Agent because podgate is down.
     PassedAgentDown = "passed_agent_down",
     /// Attempts of others to listen where the agent does.
     DeniedBind = "denied_bind",
-    /// Dials for which there was no target, no socket or no storage.
+    /// Connection attempts for which there was no target, no socket or no storage.
     DeniedInternal = "denied_internal",
-    /// Dials of a pod whose policy was not in the map yet.
+    /// Connection attempts of a pod whose policy was not in the map yet.
     UnknownPod = "unknown_pod",
     /// Tickets stored as the handshake began.
     TicketSent = "ticket_sent",
@@ -59,7 +59,7 @@ counters! {
     TicketsFull = "tickets_full",
     /// Segments without room for the option.
     OptionNoRoom = "option_no_room",
-    /// Tickets deleted because their connection ended or was dialled again.
+    /// Tickets deleted because their connection ended or connected again.
     TicketDropped = "ticket_dropped",
     /// Handshakes that ended without any answer from the agent's side: something in between drops them.
     Unanswered = "unanswered",
@@ -73,7 +73,7 @@ counters! {
     TicketExpired = "ticket_expired",
     /// Connections accepted with a valid ticket but without room for the origin: the caller is anonymous.
     AcceptedNoRoom = "accepted_no_room",
-    /// Packets stopped on their way from a guarded pod to IMDS or the agent: no dial of theirs was let through.
+    /// Packets stopped on their way from a strict pod to IMDS or the agent: they belong to no connection that was let through.
     EgressDropped = "egress_dropped",
     /// Connections of pods in mode `audit` that asked IMDS for the node's credentials.
     AuditedCredentials = "audited_credentials",
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_counter_s_slot_is_its_place_in_the_list() {
+    fn a_counters_slot_is_its_position_in_the_list() {
         for (place, counter) in Counter::ALL.iter().enumerate() {
             assert_eq!(*counter as usize, place);
             assert_eq!(Counter::from_slot(*counter as u32), Some(*counter));

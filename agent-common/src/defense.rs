@@ -30,11 +30,11 @@ macro_rules! defenses {
 defenses! {
     /// Tickets are a keyed hash. Without: the time, in ticks of 67 ms.
     UnguessableTickets = "unguessable-tickets",
-    /// A ticket is gone once it is redeemed. Without: it stays until its connection ends.
+    /// A ticket is removed once it is redeemed. Without: it stays until its connection ends.
     SingleUse = "single-use",
-    /// A ticket is worth nothing once its dial is over. Without: it can be redeemed until it is too old.
+    /// A ticket is worth nothing once its connection attempt is over. Without: it can be redeemed until it is too old.
     RevokedTickets = "revoked-tickets",
-    /// The ticket tells who dialled. Without: who is known at the address, as designs by address have it.
+    /// The ticket identifies the source pod. Without: whoever is known at the address.
     IdentityByTicket = "identity-by-ticket",
     /// The ticket is in the handshake's last segment too. Without: in the first alone.
     TicketInAck = "ticket-in-ack",
@@ -44,9 +44,9 @@ defenses! {
     ConnectionLimit = "connection-limit",
     /// So many connections are open at the port for probes and metrics, and no more.
     ProbeLimit = "probe-limit",
-    /// Every dial is its own task's. Without: a socket stays whose it was at its first dial.
+    /// Every connect counts for its own task. Without: for the task of the socket's first connect.
     OriginOfEveryConnect = "origin-of-every-connect",
-    /// IPv6 and v4-mapped dials are decided like IPv4 ones. Without: they are left alone.
+    /// IPv6 and v4-mapped connection attempts are decided like IPv4 ones. Without: they are left alone.
     Ipv6 = "ipv6",
     /// Only what is below kubepods is a pod. Without: what is named like one.
     BelowKubepods = "below-kubepods",
@@ -54,7 +54,7 @@ defenses! {
     OutermostPod = "outermost-pod",
     /// A static pod has no service account. Without: that of the pod that names its hash.
     StaticPods = "static-pods",
-    /// A dial must come from the pod's own network.
+    /// A connection must come from the pod's own network.
     OwnNetwork = "own-network",
     /// Nobody else listens where the agent does.
     AddressReservation = "address-reservation",
@@ -65,17 +65,17 @@ defenses! {
     OwnPorts = "own-ports",
     /// The programs of the agent before stay until the next one's take their place. Without: it removes them first.
     ReplacedInPlace = "replaced-in-place",
-    /// Without an agent dials are refused. Without: left alone.
+    /// Without an agent connections are refused. Without: left alone.
     RefusalWhenDown = "refusal-when-down",
     /// Pods that are not known yet are treated like the strictest. Without: left alone.
     UnknownPods = "unknown-pods",
-    /// Who comes without a ticket is served only where dials are sent. Without: at every address of the agent's.
+    /// An anonymous caller is served only where connections are redirected. Without: at every address of the agent.
     ConnectedAddresses = "connected-addresses",
     /// A token opens the cache only once EKS Auth has accepted it.
     AcceptedTokens = "accepted-tokens",
-    /// A pod that is gone gets nothing, whoever says to be it. Without: as long as something of it is kept.
-    GonePods = "gone-pods",
-    /// The address that was dialled says which service is meant. Without: the request's `Host`.
+    /// A removed pod gets nothing. Without: as long as something of it is cached.
+    RemovedPods = "removed-pods",
+    /// The original destination says which service is meant. Without: the request's `Host`.
     DialectByAddress = "dialect-by-address",
     /// Credentials change hands between agents that prove who they are. Without: whoever asks gets them, and whoever
     /// answers is believed, in the clear.
@@ -130,7 +130,7 @@ mod switched {
     /// The bits of those that are off.
     #[inline(always)]
     pub fn without() -> u64 {
-        // SAFETY: the static lives as long as the program. Volatile: in the programs nobody is seen to write it. It is
+        // SAFETY: the static lives as long as the program. Volatile: in the programs the compiler sees no write. It is
         // written before there is a second thread.
         unsafe { PODGATE_WITHOUT.as_ptr().read_volatile() }
     }

@@ -3,10 +3,10 @@
 /// A bit of `EGRESS_JOBS`: pods in `intercept` and `deny` send nothing to IMDS or the target but what `connect` has let
 /// through.
 pub const JOB_FILTER: u32 = 1;
-/// A bit of `EGRESS_JOBS`: what pods in `audit` ask IMDS for is told.
+/// A bit of `EGRESS_JOBS`: what pods in `audit` ask IMDS for is reported.
 pub const JOB_AUDIT_PATHS: u32 = 1 << 1;
 
-/// How much of a request is looked at: enough for the longest that is told apart, `HEAD /YYYY-MM-DD/meta-data/iam/`.
+/// How much of a request is looked at: enough for the longest that is distinguished, `HEAD /YYYY-MM-DD/meta-data/iam/`.
 pub const HEAD_LEN: usize = 32;
 
 /// What a request to IMDS is for.

@@ -24,7 +24,7 @@ pub const HTTP_PORT: u16 = 80;
 pub struct NetPort(u16);
 
 /// Address and port of one side of a connection. IPv4 is kept in its v4-mapped form, so that a dual-stack
-/// socket's dial and an IPv4 socket's compare equal.
+/// socket's connect and an IPv4 socket's compare equal.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Endpoint {

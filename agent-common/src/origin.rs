@@ -1,4 +1,4 @@
-//! The origin: what the kernel knew about a connection when it was dialled.
+//! The origin: what the kernel knew about a connection attempt.
 
 use crate::net::Endpoint;
 
@@ -9,41 +9,41 @@ pub const STATE_SENT: u32 = 2;
 /// `Origin::state`: the connection has ended; its ticket is worth nothing any more.
 pub const STATE_SPENT: u32 = 3;
 
-/// What the kernel knew when a pod dialled one of our endpoints. Lives in the dialling socket's storage, then
+/// What the kernel knew when a pod connected to one of our endpoints. Lives in the connecting socket's storage, then
 /// under its ticket, then in the accepted socket's storage.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// Cgroup of the task that dialled.
+    /// Cgroup of the task that called connect.
     pub cgroup_id: u64,
     /// The pod's own cgroup, or 0 where no policy for the pod was in the map yet.
     pub pod_cgroup_id: u64,
-    /// Network namespace of the dialling socket.
+    /// Network namespace of the connecting socket.
     pub netns_cookie: u64,
     /// The single-use number that travels with the handshake.
     pub ticket: u64,
-    /// When it was dialled, and from the beginning of the handshake on, when that began: nanoseconds of
+    /// When connect was called; once the handshake has begun, when that began: nanoseconds of
     /// `CLOCK_BOOTTIME`. The ticket's life counts from here.
     pub started_at_ns: u64,
-    /// The address the pod dialled.
+    /// The original destination: the address the pod connected to.
     pub orig_dst: Endpoint,
     /// The address it was sent to instead; may be the same.
     pub target: Endpoint,
     /// [`STATE_MINTED`], [`STATE_SENT`] or [`STATE_SPENT`].
     pub state: u32,
-    /// Process that dialled, as the initial PID namespace numbers it.
+    /// Process that called connect, as the initial PID namespace numbers it.
     pub tgid: u32,
-    /// Name of the task that dialled, padded with NUL.
+    /// Name of the task that called connect, padded with NUL.
     pub comm: [u8; 16],
 }
 
-/// An origin on its way from the dial to the accept.
+/// An origin between connect and accept.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PendingOrigin {
     /// What the accepted socket will have.
     pub origin: Origin,
-    /// The cgroup that its ticket counts for in `POD_TICKETS`: the pod's own, or as near as can be told while nothing
+    /// The cgroup that its ticket counts for in `POD_TICKETS`: the pod's own, or the nearest that is certain while nothing
     /// is known of the pod.
     pub counts_for: u64,
 }

@@ -1,6 +1,6 @@
-//! What a pod's dials get, as the kernel reads it.
+//! What a pod's connections get, as the kernel reads it.
 
-/// `PodPolicy::imds`: dials to the instance metadata service are left alone.
+/// `PodPolicy::imds`: connections to the instance metadata service are left alone.
 pub const IMDS_OFF: u32 = 0;
 /// `PodPolicy::imds`: left alone, but counted.
 pub const IMDS_AUDIT: u32 = 1;
@@ -9,7 +9,7 @@ pub const IMDS_INTERCEPT: u32 = 2;
 /// `PodPolicy::imds`: refused with `EPERM`.
 pub const IMDS_DENY: u32 = 3;
 
-/// `PodPolicy::pod_identity`: dials to 169.254.170.23, `fd00:ec2::23` and 169.254.170.2 are left alone.
+/// `PodPolicy::pod_identity`: connections to 169.254.170.23, `fd00:ec2::23` and 169.254.170.2 are left alone.
 pub const POD_IDENTITY_OFF: u32 = 0;
 /// `PodPolicy::pod_identity`: redirected to the agent.
 pub const POD_IDENTITY_ON: u32 = 1;
@@ -24,9 +24,9 @@ pub enum QosClass {
     BestEffort = 1,
 }
 
-/// Slot of `UNKNOWN_POD` for dials through a socket in a pod's own network.
+/// Slot of `UNKNOWN_POD` for connections through a socket in a pod's own network.
 pub const UNKNOWN_IN_POD_NETWORK: u32 = 0;
-/// Slot of `UNKNOWN_POD` for dials through a socket in the host's network namespace.
+/// Slot of `UNKNOWN_POD` for connections through a socket in the host's network namespace.
 pub const UNKNOWN_ON_HOST_NETWORK: u32 = 1;
 
 /// The policy of one pod. A value that is none of the constants counts as the strictest.
@@ -41,7 +41,7 @@ pub struct PodPolicy {
 
 impl PodPolicy {
     /// Nothing of the pod is touched: of podgate's own, of the EKS Pod Identity Agent's, and, where no annotation asks for more, of
-    /// one that is not known yet and dials through the host's network.
+    /// one that is not known yet and connects through the host's network.
     pub const EXEMPT: Self = Self { imds: IMDS_OFF, pod_identity: POD_IDENTITY_OFF };
 }
 

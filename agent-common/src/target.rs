@@ -1,4 +1,4 @@
-//! Where intercepted dials are sent, and how the programs know that somebody is there.
+//! Where intercepted connections are redirected, and how the programs know that an agent is there.
 
 use crate::net::Endpoint;
 
@@ -10,26 +10,26 @@ pub struct Target {
     pub v4: Endpoint,
     /// IPv6 address and port, or [`Endpoint::NONE`]. Never link-local: `connect6` cannot set a scope.
     pub v6: Endpoint,
-    /// What dials to 169.254.170.23 and `fd00:ec2::23` get while the agent is down: [`WHEN_DOWN_DENY`] or
-    /// [`WHEN_DOWN_PASS`]. Dials to the instance metadata service are always refused then: there is the node's role.
+    /// What connections to 169.254.170.23 and `fd00:ec2::23` get while the agent is down: [`WHEN_DOWN_DENY`] or
+    /// [`WHEN_DOWN_PASS`]. Connections to the instance metadata service are always refused then: there is the node's role.
     pub when_down: u64,
 }
 
-/// `Target::when_down`: `EPERM`, which costs an SDK nothing; a dial that nobody answers costs it up to minutes.
+/// `Target::when_down`: `EPERM`, which costs an SDK nothing; an unanswered connection costs it up to minutes.
 pub const WHEN_DOWN_DENY: u64 = 0;
 /// `Target::when_down`: left alone, because the EKS Pod Identity Agent answers there.
 pub const WHEN_DOWN_PASS: u64 = 1;
 
-/// The agent counts as down when it has not beaten for this long, in nanoseconds.
+/// The agent counts as down when its last heartbeat is older, in nanoseconds.
 pub const HEARTBEAT_LIMIT_NS: i64 = 2_000_000_000;
 
-/// Whether an agent that has last beaten at `beat_ns` is alive at `now_ns`, both of `CLOCK_MONOTONIC`; 0 means that it
+/// Whether an agent whose last heartbeat was at `heartbeat_ns` is alive at `now_ns`, both of `CLOCK_MONOTONIC`; 0 means that it
 /// has stopped.
 ///
-/// Signed: the programs read a coarse clock, for which a beat may be a moment in the future.
+/// Signed: the programs read a coarse clock, for which a heartbeat may be a moment in the future.
 #[inline(always)]
-pub const fn is_alive(beat_ns: u64, now_ns: u64) -> bool {
-    beat_ns != 0 && now_ns.wrapping_sub(beat_ns).cast_signed() < HEARTBEAT_LIMIT_NS
+pub const fn is_alive(heartbeat_ns: u64, now_ns: u64) -> bool {
+    heartbeat_ns != 0 && now_ns.wrapping_sub(heartbeat_ns).cast_signed() < HEARTBEAT_LIMIT_NS
 }
 
 // SAFETY: `repr(C)`, no padding (asserted in `abi`), every bit pattern is valid.
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_agent_is_alive_for_a_while_after_a_beat_and_not_before_its_first() {
+    fn an_agent_is_alive_for_a_while_after_a_heartbeat() {
         let second = 1_000_000_000;
         assert!(is_alive(10 * second, 10 * second));
         assert!(is_alive(10 * second, 12 * second - 1));

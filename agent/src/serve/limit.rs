@@ -86,7 +86,7 @@ impl ConnectionLimit {
 impl ConnectionPermit {
     /// Whether the pod that opened the connection has lost its cgroup.
     pub(super) fn is_revoked(&self) -> bool {
-        self.0.is_revoked.load(Relaxed) && holds(Defense::GonePods)
+        self.0.is_revoked.load(Relaxed) && holds(Defense::RemovedPods)
     }
 
     /// Whether a line may be logged: then, how many were suppressed since the last one.

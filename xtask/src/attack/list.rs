@@ -39,13 +39,13 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "stolen-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner's connection has failed",
         [RevokedTickets], packets::stolen_ticket;
     "no-ticket", "a handshake by hand without a ticket, from the address of a pod that has completed",
-        [IdentityByTicket, GonePods], packets::no_ticket;
+        [IdentityByTicket, RemovedPods], packets::no_ticket;
     "absent-ticket", "a connection without a ticket, from an address shared with another pod",
         [IdentityByTicket], network::absent_ticket;
     "source-port-reuse", "the same from the very port that the other pod has just used",
         [IdentityByTicket], network::reused_port;
     "ip-reuse", "a new pod with the address of one that has completed asks for credentials",
-        [IdentityByTicket, GonePods], network::reused_address;
+        [IdentityByTicket, RemovedPods], network::reused_address;
     "doubled-address", "the address and the port of a pod that lives, in a second network namespace",
         [IdentityByTicket], network::doubled_address;
     "from-the-node", "a process of the node, in no pod, connects where pods on the host's network do",

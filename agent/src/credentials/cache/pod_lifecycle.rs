@@ -51,7 +51,7 @@ impl State {
     /// # Errors
     /// When the pod was removed.
     pub(super) fn ensure_present(&self, uid: PodUid) -> Result<(), Error> {
-        if self.absent.is_removed(uid, Instant::now()) && holds(Defense::GonePods) {
+        if self.absent.is_removed(uid, Instant::now()) && holds(Defense::RemovedPods) {
             return Err(Error::Token { reason: POD_REMOVED.to_owned() });
         }
         Ok(())
