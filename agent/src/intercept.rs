@@ -71,7 +71,7 @@ pub struct Settings {
     /// Cookie of the host's network namespace, as [`crate::identity::netns::own_cookie`] gives it; 0 for none.
     pub host_netns_cookie: u64,
     /// Whether pods in `intercept` and `deny` are kept from IMDS and the target where `connect` does not see it.
-    pub guard: bool,
+    pub egress_filter: bool,
     /// Whether what pods in `audit` ask IMDS for is told.
     pub audit_paths: bool,
     /// How long a ticket may be redeemed: [`agent_common::abi::TICKET_LIFE`], or less in tests.
@@ -91,7 +91,7 @@ pub struct Interceptor {
     heartbeat: Heartbeat,
     counters: Counters,
     wanted: Wanted,
-    guard: bool,
+    egress_filter: bool,
     audit_paths: bool,
     handover_key: HandoverKey,
     _passive: Link,
@@ -159,7 +159,7 @@ impl Interceptor {
             heartbeat,
             counters: Counters::new(maps.counters),
             wanted: Wanted::default(),
-            guard: settings.guard,
+            egress_filter: settings.egress_filter,
             audit_paths: settings.audit_paths,
             handover_key,
             _passive: passive,
@@ -225,7 +225,7 @@ impl Interceptor {
     }
 
     /// Takes over this node, also from another agent: its programs are replaced by this agent's, its
-    /// policies by those that were set here, and dials are sent to `target`, and there to these listeners, at most
+    /// policies by those that were set here, and connections are redirected to `target`, and there to these listeners, at most
     /// [`agent_common::abi::LISTENERS_MAX`].
     ///
     /// Also to become active again after another agent took over. When it fails, no agent is active, and the caller must
@@ -235,7 +235,7 @@ impl Interceptor {
         self.heartbeat.silence();
         self.object.pin_again(&self.pins)?;
         let generation = self.heartbeat.active_generation()? + 1;
-        self.object.set_servers(generation, listeners)?;
+        self.object.set_listeners(generation, listeners)?;
         self.object.set_target(target)?;
         self.heartbeat.set_active_generation(generation)?;
         self.heartbeat.set_now()?;
@@ -266,7 +266,7 @@ impl Interceptor {
     /// Makes these the listeners that get new connections, if this agent is active.
     pub fn set_listeners(&mut self, listeners: &[&TcpListener]) -> Result<(), Error> {
         let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
-        self.object.set_servers(self.heartbeat.generation(), listeners)
+        self.object.set_listeners(self.heartbeat.generation(), listeners)
     }
 
     /// Says that this agent has stopped: connections are refused at once, until another takes over. Does nothing when
@@ -285,8 +285,8 @@ impl Interceptor {
         self.object.set_target(target)
     }
 
-    /// What pods get that have no policy of their own yet: those that dial through a socket in a pod's network, and
-    /// those that dial through one in the host's.
+    /// What pods get that have no policy of their own yet: those that connect through a socket in a pod's network, and
+    /// those that connect through one in the host's.
     pub fn set_unknown_pods(
         &mut self,
         in_pod_network: PodPolicy,
@@ -393,12 +393,12 @@ impl Interceptor {
     }
 
     /// Having a program on outgoing packets costs every packet of every pod some 100 ns, so it is there only while some
-    /// pod is guarded or its requests are to be told.
+    /// pod is strict or its requests are to be reported.
     fn needs_egress(&self) -> bool {
         self.wanted.all().any(|policy| match policy.imds {
             IMDS_OFF => false,
             IMDS_AUDIT => self.audit_paths,
-            _ => self.guard,
+            _ => self.egress_filter,
         })
     }
 
@@ -426,13 +426,13 @@ impl Interceptor {
         self.object.debug_log()
     }
 
-    /// How many tickets can be redeemed: dials under way. Walks them all.
+    /// How many tickets can be redeemed: connection attempts under way. Walks them all.
     pub fn live_tickets(&self) -> Result<u64, Error> {
         self.object.live_tickets()
     }
 
     /// How many of them count for this pod, at most [`agent_common::abi::TICKETS_PER_POD`]; `None` where it has not
-    /// dialled, or was forgotten since.
+    /// connected, or was removed since.
     pub fn live_tickets_of(&self, pod_cgroup_id: u64) -> Result<Option<u64>, Error> {
         self.object.live_tickets_of(pod_cgroup_id)
     }
@@ -485,7 +485,7 @@ mod tests {
             kubepods_level: 1,
             kubepods_id: 1,
             host_netns_cookie: 1,
-            guard: true,
+            egress_filter: true,
             audit_paths: false,
             ticket_life: TICKET_LIFE,
             ticket_key: TicketKey([0x1122_3344, 0x5566_7788]),

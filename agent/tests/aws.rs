@@ -247,8 +247,8 @@ async fn missing_node_credentials_are_named_and_none_come_from_podgate_itself() 
         }
         assert_eq!(outcomes.len(), 2);
     }
-    let dialled = tokio::time::timeout(Duration::from_millis(100), itself.accept()).await;
-    assert!(dialled.is_err(), "podgate was asked for its own credentials");
+    let connected = tokio::time::timeout(Duration::from_millis(100), itself.accept()).await;
+    assert!(connected.is_err(), "podgate was asked for its own credentials");
 }
 
 /// A server that answers every request with an HTML page and this status. Returns its URL.

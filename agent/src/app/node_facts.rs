@@ -55,7 +55,7 @@ impl Node {
             kubepods_level: self.kubepods.level(),
             kubepods_id: read_id(self.kubepods.path())?,
             host_netns_cookie: self.host_netns_cookie,
-            guard: config.egress_filter,
+            egress_filter: config.egress_filter,
             audit_paths: config.audit_paths,
             ticket_life: TICKET_LIFE,
             ticket_key: TicketKey::random()?,

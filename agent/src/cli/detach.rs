@@ -7,8 +7,8 @@ use serde::Serialize;
 use super::fail;
 use crate::{config, intercept, netdev, takeover::transfer};
 
-/// Some of a running agent's beats.
-const BEATS: Duration = Duration::from_millis(750);
+/// Some heartbeat intervals of a running agent.
+const HEARTBEATS: Duration = Duration::from_millis(750);
 /// Time between two looks at whether an agent has restored its rules: longer than it takes for that.
 const LOOK: Duration = Duration::from_millis(250);
 /// How often is looked before it is said that somebody always does.
@@ -72,9 +72,9 @@ async fn detach(args: &Args) -> Result<(), String> {
     for pin in &found.pins {
         problems.extend(intercept::unpin(pin).err().map(|error| error.to_string()));
     }
-    // An agent that runs notices with its next beat, and ends: until then it would restore its rules.
+    // A running agent notices with its next heartbeat, and exits: until then it would restore its rules.
     if !found.pins.is_empty() {
-        tokio::time::sleep(BEATS).await;
+        tokio::time::sleep(HEARTBEATS).await;
     }
     problems.extend(remove_network(&args.netdev).await.err());
     for path in &found.handover {

@@ -73,8 +73,8 @@ pub(super) struct Object {
     unknown_pod: Array<MapData, PodPolicy>,
     classes: Array<MapData, u64>,
     exempt: HashMap<MapData, u64, u64>,
-    servers: SockMap<MapData>,
-    guarded: HashMap<MapData, Endpoint, u32>,
+    listeners: SockMap<MapData>,
+    reserved: HashMap<MapData, Endpoint, u32>,
     imds_key: Array<MapData, ImdsKey>,
     targets: Array<MapData, Target>,
     target_index: Array<MapData, u32>,
@@ -148,8 +148,8 @@ impl Object {
             unknown_pod: take(&mut ebpf, map::UNKNOWN_POD)?,
             classes: take(&mut ebpf, map::QOS_CLASSES)?,
             exempt: take(&mut ebpf, map::EXEMPT)?,
-            servers: take(&mut ebpf, map::LISTENERS)?,
-            guarded: take(&mut ebpf, map::RESERVED)?,
+            listeners: take(&mut ebpf, map::LISTENERS)?,
+            reserved: take(&mut ebpf, map::RESERVED)?,
             imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
             target_index: take(&mut ebpf, map::TARGET_INDEX)?,
@@ -205,33 +205,32 @@ impl Object {
     }
 
     /// Makes these the listeners of a generation, in place of those that it has, or one two before it had.
-    pub(super) fn set_servers(&mut self, generation: u64, listeners: &[&TcpListener]) -> Result<(), Error> {
+    pub(super) fn set_listeners(&mut self, generation: u64, listeners: &[&TcpListener]) -> Result<(), Error> {
         let half = if generation.is_multiple_of(2) { 0 } else { LISTENERS_MAX };
         let mut listeners = listeners.iter();
         for slot in half..half + LISTENERS_MAX {
             let changed = match listeners.next() {
-                Some(&listener) => self.servers.set(slot, listener, 0),
-                None => absent_is_fine(self.servers.clear_index(&slot)),
+                Some(&listener) => self.listeners.set(slot, listener, 0),
+                None => absent_is_fine(self.listeners.clear_index(&slot)),
             };
             changed.map_err(writing(map::LISTENERS))?;
         }
         Ok(())
     }
 
-    /// Guards an address from now on: nobody but exempt pods may listen there, and podgate's listeners alone get what
-    /// is dialled there.
+    /// Reserves an address: only exempt pods may listen there, and podgate's listeners alone get its connections.
     pub(super) fn reserve(&mut self, address: Endpoint) -> Result<(), Error> {
-        self.guarded.insert(address, 0, 0).map_err(writing(map::RESERVED))
+        self.reserved.insert(address, 0, 0).map_err(writing(map::RESERVED))
     }
 
     /// Guards an address no more.
     pub(super) fn release(&mut self, address: Endpoint) -> Result<(), Error> {
-        remove(&mut self.guarded, address).map_err(writing(map::RESERVED))
+        remove(&mut self.reserved, address).map_err(writing(map::RESERVED))
     }
 
-    /// Every guarded address.
+    /// Every reserved address.
     pub(super) fn reservations(&self) -> Result<Vec<Endpoint>, Error> {
-        self.guarded.keys().collect::<Result<_, _>>().map_err(reading(map::RESERVED))
+        self.reserved.keys().collect::<Result<_, _>>().map_err(reading(map::RESERVED))
     }
 
     /// The key of IMDS tokens; all zero where none was made yet.
@@ -280,7 +279,7 @@ impl Object {
         self.make_room_for(pod_cgroup_id)
     }
 
-    /// Gives a known pod its count of tickets before it dials, so that it never depends on the room that unknown ones
+    /// Gives a known pod its count of tickets before it connects, so that it never depends on the room that unknown ones
     /// leave.
     fn make_room_for(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
         if self.make_count(pod_cgroup_id)? {
@@ -290,7 +289,7 @@ impl Object {
         if self.make_count(pod_cgroup_id)? {
             return Ok(());
         }
-        // So many unknown ones have dials under way. One loses its count, or a few that dial faster than this is said.
+        // So many unknown pods have connections under way. One loses its count, or a few that connect faster than this is reported.
         for (unknown, _) in self.counts_of_unknown()? {
             remove(&mut self.pod_tickets, unknown).map_err(writing(map::POD_TICKETS))?;
             if self.make_count(pod_cgroup_id)? {
@@ -332,7 +331,7 @@ impl Object {
     /// Forgets the counts of those that are no known pods and have no ticket: pods that are gone, and what was counted
     /// while nothing was known of its pod.
     ///
-    /// A count that goes while its pod dials leaves that one ticket uncounted, no more.
+    /// A count that is removed while its pod connects leaves that one ticket uncounted, no more.
     fn forget_idle_counts(&mut self) -> Result<(), Error> {
         for (cgroup_id, count) in self.counts_of_unknown()? {
             if count == 0 {
@@ -384,7 +383,7 @@ fn another(map: &MapData, name: &'static str) -> Result<MapData, Error> {
 /// What the egress program is to do.
 fn jobs(settings: &Settings) -> u32 {
     let job = |bit, wanted| if wanted { bit } else { 0 };
-    job(JOB_FILTER, settings.guard) | job(JOB_AUDIT_PATHS, settings.audit_paths)
+    job(JOB_FILTER, settings.egress_filter) | job(JOB_AUDIT_PATHS, settings.audit_paths)
 }
 
 /// Lets the kernel verify and compile one program.

@@ -9,9 +9,9 @@ use aya::maps::{MapData, MapError, SkStorage};
 
 use super::Error;
 
-/// Tells who dialled an accepted connection.
+/// Finds the origin of an accepted connection.
 pub trait OriginLookup: Send + Sync + 'static {
-    /// The origin that the kernel has put on the socket; `None` where it vouches for nobody.
+    /// The origin that the kernel has put on the socket; `None` for an anonymous caller.
     fn origin(&self, socket: BorrowedFd<'_>) -> Result<Option<Origin>, Error>;
 }
 

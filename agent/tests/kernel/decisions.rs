@@ -1,4 +1,4 @@
-//! What happens to a dial: redirected, left alone or refused.
+//! What happens to a connection: redirected, left alone or refused.
 
 use std::net::{TcpListener, UdpSocket};
 
@@ -11,10 +11,12 @@ use agent_common::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
-    kernel_node::{AGENT_V4, AGENT_V6, Agent, Node, Pod, RealService, dial, outside, own_pair, soon},
+    kernel_node::{
+        AGENT_V4, AGENT_V6, Agent, Node, Pod, RealService, open_connection, outside, own_pair, soon,
+    },
 };
 
-/// Where a dial ends.
+/// Where a connection ends.
 #[derive(Debug, PartialEq, Eq)]
 enum End {
     RealService,
@@ -22,9 +24,9 @@ enum End {
     Refused,
 }
 
-/// Dials `address` and finds out where the dial ends.
+/// Connects to `address` and finds out where the connection ends.
 fn end_of(pod: &Pod, address: &str, real: &RealService, agent: &Agent) -> End {
-    let stream = pod.dial(address);
+    let stream = pod.connect(address);
     if is_eperm(&stream) {
         return End::Refused;
     }
@@ -56,7 +58,7 @@ fn the_policy_decides_what_happens_to_each_service() {
         ];
         let pod = node.pod("a", IMDS_OFF, POD_IDENTITY_OFF);
         for (imds, pod_identity, imds_end, pod_identity_end) in cases {
-            // The same pod: a change counts from the next dial on.
+            // The same pod: a change counts from the next connection on.
             node.interceptor.set_policy(pod.cgroup.id, PodPolicy { imds, pod_identity }).unwrap();
             let agent = node.agent();
             for (address, real_address, end) in [
@@ -106,7 +108,7 @@ fn ports_that_are_not_served_are_refused_where_the_service_is_ours() {
             let pod = node.pod(name, imds_mode, pod_identity);
             let cases = imds.map(|address| (address, imds_refused));
             for (address, refused) in cases.into_iter().chain(ours.map(|address| (address, ours_refused))) {
-                let error = pod.dial(address).expect_err("nobody listens");
+                let error = pod.connect(address).expect_err("nobody listens");
                 let expected = if refused { libc::EPERM } else { libc::ECONNREFUSED };
                 assert_eq!(error.raw_os_error(), Some(expected), "{name} {address}: {error}");
             }
@@ -147,7 +149,8 @@ fn other_destinations_are_never_touched() {
             ] {
                 let listener = outside(|| TcpListener::bind(format!("{listen}:0"))).unwrap();
                 let port = listener.local_addr().unwrap().port();
-                pod.dial(&format!("{address}:{port}")).unwrap_or_else(|error| panic!("{address}: {error}"));
+                pod.connect(&format!("{address}:{port}"))
+                    .unwrap_or_else(|error| panic!("{address}: {error}"));
             }
         }
         let counters = node.interceptor.counters().read().unwrap();
@@ -161,7 +164,7 @@ fn a_process_outside_of_kubepods_is_never_touched() {
         node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
         for address in [IMDS, IMDS_V6, POD_IDENTITY, ECS] {
             let real = RealService::listen(address);
-            let _stream = outside(|| dial(address)).unwrap();
+            let _stream = outside(|| open_connection(address)).unwrap();
             real.accept();
         }
         let counters = node.interceptor.counters().read().unwrap();
@@ -176,10 +179,10 @@ fn an_exempt_cgroup_reaches_the_real_services() {
         for address in [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY, ECS] {
             let endpoint = endpoint(address);
             let real = RealService::listen(&format!("{endpoint:?}"));
-            let _stream = node.as_agent(|| dial(address)).unwrap();
+            let _stream = node.as_agent(|| open_connection(address)).unwrap();
             real.accept();
         }
-        assert!(agent.try_accept().is_none(), "a dial went to the agent");
+        assert!(agent.try_accept().is_none(), "a connection went to the agent");
         assert_eq!(node.count(Counter::Untouched), 5);
     });
 }
@@ -191,16 +194,16 @@ fn without_a_target_our_services_are_refused() {
         let v4_only = Target { v6: Endpoint::NONE, ..own_pair() };
         node.interceptor.set_target(v4_only).unwrap();
         let agent = node.agent();
-        assert!(is_eperm(&pod.dial(IMDS_V6)));
-        assert!(is_eperm(&pod.dial(POD_IDENTITY_V6)));
+        assert!(is_eperm(&pod.connect(IMDS_V6)));
+        assert!(is_eperm(&pod.connect(POD_IDENTITY_V6)));
         assert_eq!(node.count(Counter::DeniedInternal), 2);
-        let _stream = pod.dial(IMDS).unwrap();
+        let _stream = pod.connect(IMDS).unwrap();
         agent.accept().expect("anonymous");
     });
 }
 
 #[test]
-fn a_new_target_counts_from_the_next_dial_on() {
+fn a_new_target_counts_from_the_next_connection_on() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         for generation in 1..=4 {
@@ -208,7 +211,7 @@ fn a_new_target_counts_from_the_next_dial_on() {
             let target = Target { v4: endpoint(&address), ..own_pair() };
             node.interceptor.set_target(target).unwrap();
             let agent = node.agent_at(&[address.parse().unwrap()]);
-            let _stream = pod.dial(IMDS).unwrap();
+            let _stream = pod.connect(IMDS).unwrap();
             assert_eq!(agent.accept().expect("anonymous").target, endpoint(&address));
         }
     });
@@ -222,10 +225,10 @@ fn a_target_on_another_port_leaves_the_service_s_port_redirected() {
         node.interceptor.set_target(target).unwrap();
         let agent = node.agent_at(&["169.254.170.23:8080".parse().unwrap()]);
         for address in [POD_IDENTITY, IMDS, "169.254.170.23:8080"] {
-            let _stream = pod.dial(address).unwrap();
+            let _stream = pod.connect(address).unwrap();
             agent.accept().expect(address);
         }
-        assert!(is_eperm(&pod.dial("169.254.170.23:8081")));
+        assert!(is_eperm(&pod.connect("169.254.170.23:8081")));
     });
 }
 
@@ -234,9 +237,9 @@ fn dropped_programs_touch_nothing() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
         let real = RealService::listen(IMDS);
-        assert!(is_eperm(&pod.dial(IMDS)));
+        assert!(is_eperm(&pod.connect(IMDS)));
         node.detach();
-        let _stream = pod.dial(IMDS).unwrap();
+        let _stream = pod.connect(IMDS).unwrap();
         real.accept();
     });
 }

@@ -1,4 +1,4 @@
-//! What leaves a pod for IMDS or the agent without a dial that was let through, and what pods in audit ask for.
+//! What leaves a pod for IMDS or the agent without a connection that was let through, and what pods in audit ask for.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -257,10 +257,10 @@ fn an_intercepted_pod_reaches_imds_and_the_agent_by_connect_alone() {
 #[test]
 fn without_the_guard_everything_goes_as_before() {
     Node::run(|node| {
-        node.reload(|settings| settings.guard = false);
+        node.reload(|settings| settings.egress_filter = false);
         for imds in [IMDS_INTERCEPT, IMDS_DENY] {
             let pod = node.pod(&imds.to_string(), imds, POD_IDENTITY_ON);
-            try_all(node, &pod, false, &format!("mode {imds}, no guard"));
+            try_all(node, &pod, false, &format!("mode {imds}, no egress filter"));
         }
     });
 }
@@ -317,7 +317,7 @@ fn connections_from_before_a_pod_was_intercepted_stop() {
             let real = endpoint(address);
             let real = SocketAddr::new(real.ip(), real.port.get());
             let _real = (RealService::listen(&real.to_string()), outside(|| UdpSocket::bind(real).unwrap()));
-            let mut stream = pod.dial(address).unwrap();
+            let mut stream = pod.connect(address).unwrap();
             let datagrams = pod.run(|| {
                 let socket = UdpSocket::bind(any).unwrap();
                 socket.connect(address).unwrap();
@@ -370,7 +370,7 @@ fn what_is_stopped_is_told_with_whose_it_is_and_where_to() {
 }
 
 #[test]
-fn dials_that_were_let_through_lose_nothing_however_they_end() {
+fn connections_that_were_let_through_lose_nothing_at_their_end() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let listeners = [AGENT_V4.into(), AGENT_V6.into()]
@@ -381,7 +381,7 @@ fn dials_that_were_let_through_lose_nothing_however_they_end() {
         for ending in endings {
             for address in addresses {
                 for _ in 0..CONNECTIONS {
-                    let client = pod.dial(address).unwrap();
+                    let client = pod.connect(address).unwrap();
                     let server = soon(|| listeners.iter().find_map(|listener| listener.accept().ok())).0;
                     assert!(node.origin(&server).is_some(), "{address}: anonymous");
                     end(client, server, ending);
@@ -389,8 +389,8 @@ fn dials_that_were_let_through_lose_nothing_however_they_end() {
             }
         }
         assert_eq!(node.count(Counter::EgressDropped), 0);
-        let dials = endings.len() * addresses.len() * usize::try_from(CONNECTIONS).unwrap();
-        assert_eq!(node.count(Counter::Redirected), u64::try_from(dials).unwrap());
+        let connections = endings.len() * addresses.len() * usize::try_from(CONNECTIONS).unwrap();
+        assert_eq!(node.count(Counter::Redirected), u64::try_from(connections).unwrap());
     });
 }
 
@@ -460,7 +460,7 @@ fn what_a_pod_in_audit_asks_for_is_reported_once_and_tokens_are_not() {
             for address in [IMDS, "[fd00:ec2::254]:80", IMDS_MAPPED] {
                 let to = endpoint(address);
                 let real = outside(|| TcpListener::bind(SocketAddr::new(to.ip(), 80))).unwrap();
-                let mut client = pod.dial(address).unwrap();
+                let mut client = pod.connect(address).unwrap();
                 let (mut server, _) = real.accept().unwrap();
                 server.set_read_timeout(TIMEOUT).unwrap();
                 for request in requests {
@@ -489,7 +489,7 @@ fn paths_are_told_where_asked_for_and_of_pods_in_audit_only() {
         let pod = node.pod("a", IMDS_OFF, POD_IDENTITY_ON);
         let asks = |node: &Node, imds: u32| {
             let real = outside(|| TcpListener::bind(IMDS)).unwrap();
-            let mut client = pod.dial(IMDS).unwrap();
+            let mut client = pod.connect(IMDS).unwrap();
             let (mut server, _) = real.accept().unwrap();
             client.write_all(b"GET /latest/user-data HTTP/1.1\r\n\r\n").unwrap();
             server.read_exact(&mut [0; 34]).unwrap();

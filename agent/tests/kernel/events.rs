@@ -14,8 +14,8 @@ use tokio::time::timeout;
 
 use crate::{
     ECS, IMDS, IMDS_V6, endpoint, is_eperm,
-    kernel_node::{AGENT_V4, NOBODY, Node, RealService, dial, outside},
-    redial, tcp_socket, wire,
+    kernel_node::{AGENT_V4, NOBODY, Node, RealService, open_connection, outside},
+    reconnect, tcp_socket, wire,
 };
 
 /// The events that have happened, and no more than they.
@@ -50,7 +50,7 @@ fn boottime_ns() -> u64 {
 }
 
 #[test]
-fn every_refusal_and_every_audited_dial_is_told_with_who_and_where() {
+fn every_refusal_and_audited_connection_is_reported_with_its_pod() {
     Node::run(|node| {
         let mut events = reader(node);
         let pod = node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
@@ -65,7 +65,7 @@ fn every_refusal_and_every_audited_dial_is_told_with_who_and_where() {
             let policy = PodPolicy { imds, pod_identity: POD_IDENTITY_ON };
             node.interceptor.set_policy(pod.cgroup.id, policy).unwrap();
             let before = boottime_ns();
-            assert_eq!(is_eperm(&pod.dial(address)), refused, "{address}");
+            assert_eq!(is_eperm(&pod.connect(address)), refused, "{address}");
             let [(told, event)] = told(&mut events)[..] else { panic!("{address}: not one event") };
             assert_eq!((told, event.kind), (kind, kind as u32), "{address}");
             assert_eq!((event.cgroup_id, event.pod_cgroup_id), (pod.container.id, pod.cgroup.id));
@@ -85,7 +85,7 @@ fn an_unknown_pod_a_task_in_no_pod_and_a_bad_ticket_are_told() {
         let mut events = reader(node);
         let unknown = node.unknown_pod("new");
         let real = RealService::listen(IMDS);
-        let _stream = unknown.dial(IMDS).unwrap();
+        let _stream = unknown.connect(IMDS).unwrap();
         real.accept();
         let [(kind, event)] = told(&mut events)[..] else { panic!("not one event") };
         assert_eq!(
@@ -94,7 +94,7 @@ fn an_unknown_pod_a_task_in_no_pod_and_a_bad_ticket_are_told() {
         );
 
         let socket = unknown.run(tcp_socket);
-        assert!(is_eperm(&outside(|| redial(&socket, ECS))));
+        assert!(is_eperm(&outside(|| reconnect(&socket, ECS))));
         let [(kind, event)] = told(&mut events)[..] else { panic!("not one event") };
         assert_eq!((kind, event.address), (Counter::DeniedNoPod, endpoint(ECS)));
 
@@ -113,13 +113,13 @@ fn what_is_served_or_elsewhere_is_not_told() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
         for address in [IMDS, &SocketAddr::from((AGENT_V4, 80)).to_string()] {
-            let _stream = pod.dial(address).unwrap();
+            let _stream = pod.connect(address).unwrap();
             agent.accept().expect("anonymous");
         }
         let elsewhere = RealService::listen("127.0.0.1:8080");
-        let _stream = pod.dial("127.0.0.1:8080").unwrap();
+        let _stream = pod.connect("127.0.0.1:8080").unwrap();
         elsewhere.accept();
-        let _stream = outside(|| dial(&format!("{AGENT_V4}:80"))).unwrap();
+        let _stream = outside(|| open_connection(&format!("{AGENT_V4}:80"))).unwrap();
         assert_eq!(agent.accept(), None);
         assert_eq!(told(&mut events), []);
     });
@@ -129,19 +129,19 @@ fn what_is_served_or_elsewhere_is_not_told() {
 fn unread_events_are_counted_and_connections_decided_as_ever() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
-        let dials = 4_000;
+        let connections = 4_000;
         pod.run(|| {
-            for _ in 0..dials {
-                assert!(is_eperm(&redial(&tcp_socket(), IMDS)));
+            for _ in 0..connections {
+                assert!(is_eperm(&reconnect(&tcp_socket(), IMDS)));
             }
         });
         let lost = node.count(Counter::EventsDropped);
-        assert!(lost > 0, "the ring holds more than {dials}");
-        assert_eq!(node.count(Counter::Denied), dials);
+        assert!(lost > 0, "the ring holds more than {connections}");
+        assert_eq!(node.count(Counter::Denied), connections);
         let mut events = reader(node);
-        assert_eq!(u64::try_from(told(&mut events).len()).unwrap(), dials - lost);
+        assert_eq!(u64::try_from(told(&mut events).len()).unwrap(), connections - lost);
         // There is room again.
-        assert!(is_eperm(&pod.dial(IMDS)));
+        assert!(is_eperm(&pod.connect(IMDS)));
         assert_eq!(told(&mut events).len(), 1);
     });
 }

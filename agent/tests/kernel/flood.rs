@@ -40,7 +40,7 @@ fn half_open_handshakes_do_not_keep_an_honest_pod_out() {
             // The control: the agent's side has answered, and holds what it did not answer with a cookie.
             assert!(half_open() + cookies_sent() >= unanswered, "{} and {}", half_open(), cookies_sent());
             for address in [IMDS, IMDS_V6, IMDS_MAPPED] {
-                let _stream = pod.dial(address).unwrap();
+                let _stream = pod.connect(address).unwrap();
                 let origin = agent.accept().expect("anonymous");
                 assert_eq!(origin.pod_cgroup_id, pod.cgroup.id);
             }
@@ -80,9 +80,9 @@ fn a_flood_of_handshakes_takes_no_pod_s_identity_and_gets_none() {
             fs::write("/proc/sys/net/ipv4/tcp_syncookies", cookies).unwrap();
             let cookies_before = cookies_sent();
             let mut flooders = 0;
-            let mut dial = |number: usize| {
+            let mut open_connection = |number: usize| {
                 let (pod, address) = (&pods[number % 2], [IMDS, IMDS_V6, IMDS_MAPPED][number % 3]);
-                let _stream = pod.dial(address).unwrap();
+                let _stream = pod.connect(address).unwrap();
                 let origin = loop {
                     match soon(|| accept(node, &listeners)) {
                         (from, origin) if from == NOBODY => {
@@ -96,21 +96,21 @@ fn a_flood_of_handshakes_takes_no_pod_s_identity_and_gets_none() {
                 spent.store(origin.ticket, Relaxed);
                 honest += 1;
             };
-            dial(0);
+            open_connection(0);
             thread::scope(|scope| {
                 let flood = scope.spawn(|| flood(&forger, first_port, &spent));
                 for number in 1.. {
                     if flood.is_finished() {
                         break;
                     }
-                    dial(number);
+                    open_connection(number);
                 }
             });
-            dial(0);
+            open_connection(0);
             assert_eq!(flooders, COMPLETED, "tcp_syncookies={cookies}");
             assert!(cookies_sent() > cookies_before, "this was no flood: tcp_syncookies={cookies}");
         }
-        assert!(honest > 20, "only {honest} dials met the flood");
+        assert!(honest > 20, "only {honest} connections met the flood");
         assert_eq!(node.count(Counter::Redeemed), honest);
         let of_kind = u64::from(COMPLETED) * 2 / 3;
         assert_eq!((node.count(Counter::BadTicket), node.count(Counter::NoTicket)), (2 * of_kind, of_kind));

@@ -23,7 +23,7 @@ use agent_common::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, endpoint, is_eperm,
-    kernel_node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, now_ns, own_pair},
+    kernel_node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, now_ns, open_connection, own_pair},
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -75,16 +75,16 @@ fn a_silent_agent_means_refusals_for_its_destinations_alone() {
         ] {
             node.set_heartbeat(beat);
             for address in [IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, crate::POD_IDENTITY_V6, ECS] {
-                let dialled = pod.dial(address);
-                assert_eq!(is_eperm(&dialled), !is_alive, "{address}: {dialled:?}");
+                let connected = pod.connect(address);
+                assert_eq!(is_eperm(&connected), !is_alive, "{address}: {connected:?}");
                 if is_alive {
-                    dialled.unwrap();
+                    connected.unwrap();
                     assert!(agent.accept().is_some(), "{address}");
                 }
             }
-            pod.dial("127.0.0.1:8080").unwrap();
+            pod.connect("127.0.0.1:8080").unwrap();
             elsewhere.accept();
-            audited.dial(IMDS).unwrap();
+            audited.connect(IMDS).unwrap();
             real.accept();
         }
         assert_eq!(node.count(Counter::DeniedAgentDown), 12);
@@ -100,11 +100,11 @@ fn while_the_agent_is_down_pod_identity_may_pass_and_imds_never() {
         node.interceptor.set_target(with_eks_agent()).unwrap();
         node.set_heartbeat(0);
         for (address, service) in [(POD_IDENTITY, &stock), (crate::POD_IDENTITY_V6, &eks_agent_v6)] {
-            pod.dial(address).unwrap();
+            pod.connect(address).unwrap();
             service.accept();
         }
         for address in [IMDS, IMDS_V6, IMDS_MAPPED, ECS, &format!("{AGENT_V4}:80")] {
-            assert!(is_eperm(&pod.dial(address)), "{address}");
+            assert!(is_eperm(&pod.connect(address)), "{address}");
         }
         assert_eq!(node.count(Counter::PassedAgentDown), 2);
     });
@@ -120,7 +120,7 @@ fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
         let former = std::mem::replace(&mut node.interceptor, Interceptor::load(&settings).unwrap());
         drop(former);
         node.set_heartbeat(0);
-        assert!(is_eperm(&pod.dial(IMDS)));
+        assert!(is_eperm(&pod.connect(IMDS)));
         assert_eq!(links(node), 9, "eight programs, and the one on outgoing packets");
 
         // Whoever has not taken over changes nothing.
@@ -130,11 +130,11 @@ fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
         node.interceptor.set_target(with_eks_agent()).unwrap();
         node.interceptor.stop().unwrap();
         assert!(matches!(node.interceptor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
-        assert!(is_eperm(&pod.dial(IMDS)));
+        assert!(is_eperm(&pod.connect(IMDS)));
 
         node.interceptor.take_over(own_pair(), &[]).unwrap();
         assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Active);
-        pod.dial(IMDS).unwrap();
+        pod.connect(IMDS).unwrap();
         real.accept();
         assert_eq!(links(node), 8, "no pod is guarded any more");
     });
@@ -148,7 +148,7 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
         successor.set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_OFF, ..INTERCEPT }).unwrap();
         successor.take_over(own_pair(), &[]).unwrap();
         let real = RealService::listen(IMDS);
-        pod.dial(IMDS).unwrap();
+        pod.connect(IMDS).unwrap();
         real.accept();
 
         node.set_heartbeat(now_ns() - SECOND);
@@ -157,13 +157,13 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
         };
         assert!(silent >= Duration::from_secs(1), "{silent:?}");
         node.interceptor.stop().unwrap();
-        pod.dial(IMDS).expect("the end of a predecessor is nobody's business");
+        pod.connect(IMDS).expect("the end of a predecessor is nobody's business");
         real.accept();
 
         let agent = node.agent();
         node.interceptor.take_over(own_pair(), &[]).unwrap();
         assert!(matches!(successor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
-        pod.dial(IMDS).unwrap();
+        pod.connect(IMDS).unwrap();
         assert!(agent.accept().is_some(), "its own policies are effective again");
     });
 }
@@ -175,15 +175,15 @@ fn programs_are_replaced_without_a_moment_in_which_none_runs() {
         let agent = node.agent();
         let real = RealService::listen(IMDS);
         let done = AtomicBool::new(false);
-        let dials = pod.run(|| {
+        let connections = pod.run(|| {
             thread::scope(|scope| {
-                let dials = scope.spawn(|| {
-                    let mut dials = 0;
-                    while !done.load(Ordering::Relaxed) && dials < 3000 {
-                        dial(IMDS).unwrap();
-                        dials += 1;
+                let connections = scope.spawn(|| {
+                    let mut connections = 0;
+                    while !done.load(Ordering::Relaxed) && connections < 3000 {
+                        open_connection(IMDS).unwrap();
+                        connections += 1;
                     }
-                    dials
+                    connections
                 });
                 for _ in 0..10 {
                     let mut successor = successor(node);
@@ -192,16 +192,16 @@ fn programs_are_replaced_without_a_moment_in_which_none_runs() {
                     node.set_heartbeat(now_ns() + 3600 * SECOND);
                 }
                 done.store(true, Ordering::Relaxed);
-                dials.join().unwrap()
+                connections.join().unwrap()
             })
         });
-        assert!(dials > 10, "{dials}");
-        for _ in 0..dials {
+        assert!(connections > 10, "{connections}");
+        for _ in 0..connections {
             assert!(agent.accept().is_some());
         }
         assert!(real.try_accept().is_none() && agent.try_accept().is_none());
         assert_eq!(node.live_tickets(), 0);
-        assert_eq!(node.count(Counter::Redirected), dials, "each dial met one program");
+        assert_eq!(node.count(Counter::Redirected), connections, "each connection met one program");
     });
 }
 
@@ -225,7 +225,7 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
         let real = RealService::listen(IMDS);
         let redirected = count(&successor, Counter::Redirected);
         let listener = other_agent(node).run(|| listen((AGENT_V4, 80).into()).unwrap());
-        pod.dial(IMDS).unwrap();
+        pod.connect(IMDS).unwrap();
         accept(&listener);
         assert!(real.try_accept().is_none());
         assert_eq!(count(&successor, Counter::Redirected), redirected + 1);
@@ -240,7 +240,7 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
         assert!(silent >= Duration::from_secs(1));
         node.interceptor.take_over(own_pair(), &[&listener]).unwrap();
         assert!(matches!(successor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
-        pod.dial(IMDS).unwrap();
+        pod.connect(IMDS).unwrap();
         accept(&listener);
         assert_eq!(node.count(Counter::Redirected), 1);
     });
@@ -314,19 +314,19 @@ fn another_listener_at_the_address_gets_no_connection() {
         // The control: the kernel gives connections to who listens there.
         node.interceptor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
         node.attach();
-        let dial_20 = |address: &str| (0..20).filter(|_| pod.dial(address).is_ok()).count();
-        assert_eq!(dial_20(IMDS) + dial_20(IMDS_V6), 40);
+        let connect_20 = |address: &str| (0..20).filter(|_| pod.connect(address).is_ok()).count();
+        assert_eq!(connect_20(IMDS) + connect_20(IMDS_V6), 40);
         assert_eq!((waiting(&own), waiting(&squatting)), (0, 40));
 
         for at in [address, v6] {
             node.interceptor.reserve(at).unwrap();
         }
         node.interceptor.set_listeners(&own.each_ref()).unwrap();
-        assert_eq!(dial_20(IMDS) + dial_20(IMDS_V6), 40);
+        assert_eq!(connect_20(IMDS) + connect_20(IMDS_V6), 40);
         assert_eq!((waiting(&own), waiting(&squatting)), (40, 0));
         drop(own);
-        for dialled in [IMDS, IMDS_V6] {
-            let refused = pod.dial(dialled).unwrap_err();
+        for connected in [IMDS, IMDS_V6] {
+            let refused = pod.connect(connected).unwrap_err();
             assert_eq!(
                 refused.kind(),
                 io::ErrorKind::ConnectionRefused,
@@ -335,7 +335,7 @@ fn another_listener_at_the_address_gets_no_connection() {
         }
         assert_eq!(waiting(&squatting), 0);
         // Elsewhere everybody gets what is theirs.
-        pod.dial("127.0.0.1:80").unwrap();
+        pod.connect("127.0.0.1:80").unwrap();
         assert_eq!(waiting(&squatting), 1);
     });
 }
@@ -352,7 +352,7 @@ fn a_wildcard_listener_gets_none_of_podgates_connections() {
             node.interceptor.reserve(at).unwrap();
         }
         node.interceptor.set_listeners(&own.each_ref()).unwrap();
-        let served = [IMDS, IMDS_V6].map(|dialled| (pod.dial(dialled).unwrap(), dialled));
+        let served = [IMDS, IMDS_V6].map(|connected| (pod.connect(connected).unwrap(), connected));
         let accepted = own.each_ref().map(accept);
         for (accepted, target) in
             accepted.iter().zip([SocketAddr::from((AGENT_V4, 80)), (AGENT_V6, 80).into()])
@@ -363,7 +363,7 @@ fn a_wildcard_listener_gets_none_of_podgates_connections() {
         // Nor is podgate in its way, while it has connections there.
         drop(before);
         let after = ingress.run(|| everywhere.map(|at| listen(at).unwrap()));
-        pod.dial("127.0.0.1:80").unwrap();
+        pod.connect("127.0.0.1:80").unwrap();
         accept(&after[0]);
         drop((served, accepted));
     });
@@ -386,7 +386,7 @@ fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
             let agent = node.agent();
             node.interceptor.take_over(own_pair(), &[]).unwrap();
             assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Active);
-            pod.dial(IMDS).unwrap();
+            pod.connect(IMDS).unwrap();
             assert!(agent.accept().is_some());
             // The next one finds what this one knows.
             let counted = node.count(Counter::Redirected);
@@ -463,22 +463,22 @@ fn connections_go_to_the_active_agent_else_to_its_predecessor() {
         let waiting = |listeners: &[TcpListener; 2]| {
             listeners.each_ref().map(|listener| std::iter::from_fn(|| listener.accept().ok()).count())
         };
-        let dial_20 = |address: &str| (0..20).for_each(|_| drop(pod.dial(address).unwrap()));
+        let connect_20 = |address: &str| (0..20).for_each(|_| drop(pod.connect(address).unwrap()));
         // One takes over from the other, and charge back, as often as they like.
         for active in [0, 1, 0, 1, 2] {
             node.interceptor.take_over(own_pair(), &agents[active].each_ref()).unwrap();
-            dial_20(IMDS);
-            dial_20(IMDS_V6);
+            connect_20(IMDS);
+            connect_20(IMDS_V6);
             for (number, listeners) in agents.iter().enumerate() {
                 let expected = if number == active { [20, 20] } else { [0, 0] };
                 assert_eq!(waiting(listeners), expected, "agent {number} while {active} is in charge");
             }
         }
         drop(agents.pop());
-        dial_20(IMDS);
+        connect_20(IMDS);
         assert_eq!(waiting(&agents[1]), [20, 0], "the one before stands by");
         agents.pop();
-        assert_eq!(pod.dial(IMDS).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(pod.connect(IMDS).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         assert_eq!(waiting(&agents[0]), [0, 0]);
     });
 }
@@ -528,6 +528,6 @@ fn a_kubepods_cgroup_that_was_made_anew_gets_programs_of_its_own() {
         node.interceptor.set_unknown_pods(INTERCEPT, PodPolicy::EXEMPT).unwrap();
         node.interceptor.take_over(own_pair(), &[]).unwrap();
         node.interceptor.stop().unwrap();
-        assert!(is_eperm(&pod.run(|| dial(IMDS))));
+        assert!(is_eperm(&pod.run(|| open_connection(IMDS))));
     });
 }

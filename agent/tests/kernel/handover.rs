@@ -74,7 +74,7 @@ fn the_key_is_that_of_the_agent_whose_programs_are_in_force() {
         node.attach();
         assert_eq!(found(node), own);
         let (pod, agent) = (node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON), node.agent());
-        pod.dial(IMDS).unwrap();
+        pod.connect(IMDS).unwrap();
         assert!(agent.accept().is_some(), "the programs do what they do");
 
         node.detach();
@@ -104,7 +104,7 @@ fn no_pin_holds_the_key_of_the_tickets() {
     Node::run(|node| {
         node.attach();
         let (pod, agent) = (node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON), node.agent());
-        pod.dial(IMDS).unwrap();
+        pod.connect(IMDS).unwrap();
         assert!(agent.accept().is_some(), "there has been a ticket");
         let pins = pinned(node.bpffs()).unwrap();
         let path = |pin: &Path| pin.to_str().unwrap().to_owned();

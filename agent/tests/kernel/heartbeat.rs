@@ -100,7 +100,7 @@ fn lock_pins(node: &mut Node, beat: impl FnOnce(Arc<InterceptorHandle>) -> JoinH
         while Instant::now() < until {
             oldest_heartbeat = oldest_heartbeat.max(node.heartbeat_age());
             slowest_counters = slowest_counters.max(time_of(interceptor.counters()));
-            refused |= is_eperm(&pod.dial(IMDS));
+            refused |= is_eperm(&pod.connect(IMDS));
             sleep(Duration::from_millis(20)).await;
         }
         drop(pins);

@@ -1,4 +1,4 @@
-//! Who dialled: the origin on the accepted socket.
+//! Who connected: the origin on the accepted socket.
 
 use std::{
     collections::HashSet,
@@ -22,8 +22,8 @@ use rustix::{
 
 use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, POD_IDENTITY_MAPPED, POD_IDENTITY_V6, endpoint, is_eperm,
-    kernel_node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, dial, outside, own_pair, soon},
-    redial, tcp_socket,
+    kernel_node::{AGENT_V4, AGENT_V6, Cgroup, Node, RealService, open_connection, outside, own_pair, soon},
+    reconnect, tcp_socket,
 };
 
 fn boottime_ns() -> u64 {
@@ -41,14 +41,14 @@ fn comm() -> [u8; 16] {
 }
 
 #[test]
-fn a_pod_s_dial_arrives_with_its_origin() {
+fn a_pods_connection_arrives_with_its_origin() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
         let services = [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY, POD_IDENTITY_V6, POD_IDENTITY_MAPPED, ECS];
         for address in services {
             let before = boottime_ns();
-            let stream = pod.dial(address).unwrap();
+            let stream = pod.connect(address).unwrap();
             let origin = agent.accept().unwrap_or_else(|| panic!("{address}: anonymous"));
 
             let target = if endpoint(address).is_ip4() { AGENT_V4.into() } else { AGENT_V6.into() };
@@ -76,19 +76,19 @@ fn a_pod_s_dial_arrives_with_its_origin() {
 }
 
 #[test]
-fn a_pod_sees_the_address_that_it_dialled() {
+fn a_pod_sees_the_original_destination() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
         let own = [format!("{AGENT_V4}:80"), format!("[{AGENT_V6}]:80")];
         let services = [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY, POD_IDENTITY_V6, POD_IDENTITY_MAPPED, ECS];
         for address in services.into_iter().chain(own.iter().map(String::as_str)) {
-            let stream = pod.dial(address).unwrap();
+            let stream = pod.connect(address).unwrap();
             agent.accept().expect("anonymous");
             assert_eq!(stream.peer_addr().unwrap(), address.parse().unwrap());
         }
         // The control: without the programs the same socket shows where it has really gone.
-        let stream = pod.dial(IMDS).unwrap();
+        let stream = pod.connect(IMDS).unwrap();
         agent.accept().expect("anonymous");
         node.detach();
         assert_eq!(stream.peer_addr().unwrap(), (AGENT_V4, 80).into());
@@ -96,7 +96,7 @@ fn a_pod_sees_the_address_that_it_dialled() {
 }
 
 #[test]
-fn a_reused_socket_never_shows_an_address_that_it_dialled_before() {
+fn a_reused_socket_never_shows_an_earlier_address() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
@@ -104,7 +104,7 @@ fn a_reused_socket_never_shows_an_address_that_it_dialled_before() {
         let socket = pod.run(tcp_socket);
         let peer = || SocketAddr::try_from(getpeername(&socket).unwrap().unwrap()).unwrap();
         let own = format!("{AGENT_V4}:80");
-        // Last as a pod that is left alone: it dials the agent's address on its own account.
+        // Last as a pod that is left alone: it connects to the agent's address on its own account.
         for (address, imds) in [
             (IMDS, IMDS_INTERCEPT),
             ("127.0.0.1:8080", IMDS_INTERCEPT),
@@ -113,7 +113,7 @@ fn a_reused_socket_never_shows_an_address_that_it_dialled_before() {
         ] {
             let pod_identity = if imds == IMDS_OFF { POD_IDENTITY_OFF } else { POD_IDENTITY_ON };
             node.interceptor.set_policy(pod.cgroup.id, PodPolicy { imds, pod_identity }).unwrap();
-            pod.run(|| redial(&socket, address)).unwrap();
+            pod.run(|| reconnect(&socket, address)).unwrap();
             assert_eq!(peer(), address.parse().unwrap());
             soon(|| agent.try_accept().map(drop).or_else(|| elsewhere.try_accept()));
             connect_unspec(&socket).unwrap();
@@ -142,7 +142,7 @@ fn the_pod_is_found_at_every_depth() {
         ];
         let agent = node.agent();
         for (case, pod, cgroup) in cases {
-            let _stream = cgroup.run(|| dial(IMDS)).unwrap();
+            let _stream = cgroup.run(|| open_connection(IMDS)).unwrap();
             let origin = agent.accept().expect(case);
             assert_eq!((origin.cgroup_id, origin.pod_cgroup_id), (cgroup.id, pod.cgroup.id), "{case}");
         }
@@ -157,7 +157,7 @@ fn two_pods_are_never_taken_for_each_other() {
         let mut tickets = HashSet::new();
         for _ in 0..20 {
             for pod in &pods {
-                let _stream = pod.dial(POD_IDENTITY).unwrap();
+                let _stream = pod.connect(POD_IDENTITY).unwrap();
                 let origin = agent.accept().expect("anonymous");
                 assert_eq!(origin.pod_cgroup_id, pod.cgroup.id);
                 assert!(tickets.insert(origin.ticket), "a ticket came twice");
@@ -167,14 +167,14 @@ fn two_pods_are_never_taken_for_each_other() {
 }
 
 #[test]
-fn a_dial_to_the_agent_itself_arrives_with_its_origin_and_its_address() {
+fn a_connection_to_the_agent_itself_arrives_with_its_origin() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_OFF, POD_IDENTITY_ON);
         for address in
             [format!("{AGENT_V4}:80"), format!("[::ffff:{AGENT_V4}]:80"), format!("[{AGENT_V6}]:80")]
         {
             let agent = node.agent();
-            let _stream = pod.dial(&address).unwrap();
+            let _stream = pod.connect(&address).unwrap();
             let origin = agent.accept().expect(&address);
             assert_eq!(origin.pod_cgroup_id, pod.cgroup.id, "{address}");
             assert_eq!((origin.orig_dst, origin.target), (endpoint(&address), endpoint(&address)));
@@ -197,7 +197,7 @@ fn without_rewriting_there_is_a_ticket_all_the_same() {
             (IMDS_V6, POD_IDENTITY_V6),
             (ECS, POD_IDENTITY),
         ] {
-            let _stream = pod.dial(address).unwrap();
+            let _stream = pod.connect(address).unwrap();
             let origin = agent.accept().expect(address);
             assert_eq!((origin.orig_dst, origin.target), (endpoint(address), endpoint(target)));
             assert_eq!(origin.pod_cgroup_id, pod.cgroup.id, "{address}");
@@ -210,7 +210,7 @@ fn a_pod_with_only_imds_intercepted_has_a_ticket_for_the_agent() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_OFF);
         let agent = node.agent();
-        let _stream = pod.dial(&format!("{AGENT_V4}:80")).unwrap();
+        let _stream = pod.connect(&format!("{AGENT_V4}:80")).unwrap();
         assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, pod.cgroup.id);
     });
 }
@@ -220,13 +220,13 @@ fn an_unknown_pod_gets_the_policy_of_unknown_pods_and_no_pod_cgroup() {
     Node::run(|node| {
         let pod = node.unknown_pod("new");
         let real = RealService::listen(IMDS);
-        let _stream = pod.dial(IMDS).unwrap();
+        let _stream = pod.connect(IMDS).unwrap();
         real.accept();
 
         let policy = PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON };
         node.interceptor.set_unknown_pods(policy, PodPolicy::EXEMPT).unwrap();
         let agent = node.agent();
-        let _stream = pod.dial(IMDS).unwrap();
+        let _stream = pod.connect(IMDS).unwrap();
         let origin = agent.accept().expect("anonymous");
         assert_eq!((origin.cgroup_id, origin.pod_cgroup_id), (pod.container.id, 0));
         assert_eq!(node.count(Counter::UnknownPod), 2);
@@ -243,11 +243,11 @@ fn an_unknown_pod_on_the_host_s_network_gets_a_policy_of_its_own() {
             [(strict, PodPolicy::EXEMPT, true, false), (PodPolicy::EXEMPT, strict, false, true)]
         {
             node.interceptor.set_unknown_pods(in_pod_network, on_host_network).unwrap();
-            let dial = || redial(&tcp_socket(), IMDS);
-            assert_eq!(is_eperm(&pod.run(dial)), refused_in_pod);
+            let open_connection = || reconnect(&tcp_socket(), IMDS);
+            assert_eq!(is_eperm(&pod.run(open_connection)), refused_in_pod);
             node.on_host_network(|| {
-                assert_eq!(is_eperm(&pod.run(dial)), refused_on_host);
-                assert!(is_eperm(&known.run(dial)), "a known pod's own policy always counts");
+                assert_eq!(is_eperm(&pod.run(open_connection)), refused_on_host);
+                assert!(is_eperm(&known.run(open_connection)), "a known pod's own policy always counts");
             });
         }
     });
@@ -260,7 +260,7 @@ fn a_forgotten_pod_is_unknown() {
         node.interceptor.remove_policy(pod.cgroup.id).unwrap();
         node.interceptor.remove_policy(pod.cgroup.id).expect("once more is fine");
         let real = RealService::listen(IMDS);
-        let _stream = pod.dial(IMDS).unwrap();
+        let _stream = pod.connect(IMDS).unwrap();
         real.accept();
         assert_eq!(node.count(Counter::UnknownPod), 1);
     });
@@ -275,27 +275,27 @@ fn a_task_in_no_pod_is_refused_on_a_pod_s_socket() {
         let service = Cgroup::create(system.join("a.slice/b.slice/c.service"));
         for address in [IMDS, POD_IDENTITY, ECS] {
             let socket = pod.run(tcp_socket);
-            assert!(is_eperm(&outside(|| redial(&socket, address))), "{address}");
-            assert!(is_eperm(&service.run(|| redial(&socket, address))), "{address}");
+            assert!(is_eperm(&outside(|| reconnect(&socket, address))), "{address}");
+            assert!(is_eperm(&service.run(|| reconnect(&socket, address))), "{address}");
             // In kubepods, but in no pod.
-            assert!(is_eperm(&node.kubepods.run(|| redial(&socket, address))), "{address}");
+            assert!(is_eperm(&node.kubepods.run(|| reconnect(&socket, address))), "{address}");
         }
         assert_eq!(node.count(Counter::DeniedNoPod), 9);
-        // Elsewhere such a task may dial what it likes.
+        // Elsewhere such a task may connect to what it likes.
         let other = outside(|| TcpListener::bind("127.0.0.1:0")).unwrap();
         let socket = pod.run(tcp_socket);
         let address = other.local_addr().unwrap().to_string();
-        outside(|| redial(&socket, &address)).unwrap();
+        outside(|| reconnect(&socket, &address)).unwrap();
     });
 }
 
 #[test]
-fn the_dialling_task_counts_and_not_the_socket_s_maker() {
+fn the_connecting_task_counts_and_not_the_sockets_maker() {
     Node::run(|node| {
         let [maker, source_pod] = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
         let agent = node.agent();
         let socket = maker.run(tcp_socket);
-        source_pod.run(|| redial(&socket, IMDS)).unwrap();
+        source_pod.run(|| reconnect(&socket, IMDS)).unwrap();
         assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, source_pod.cgroup.id);
     });
 }
@@ -304,7 +304,7 @@ fn the_dialling_task_counts_and_not_the_socket_s_maker() {
 fn a_caller_outside_of_pods_is_anonymous() {
     Node::run(|node| {
         let agent = node.agent();
-        let _stream = outside(|| dial(&format!("{AGENT_V4}:80"))).unwrap();
+        let _stream = outside(|| open_connection(&format!("{AGENT_V4}:80"))).unwrap();
         assert_eq!(agent.accept(), None);
         assert_eq!(node.count(Counter::NoTicket), 1);
     });

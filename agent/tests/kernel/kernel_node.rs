@@ -342,9 +342,9 @@ impl Pod {
         self.container.run(work)
     }
 
-    /// Dials from the pod's container.
-    pub(crate) fn dial(&self, address: &str) -> io::Result<TcpStream> {
-        self.run(|| dial(address))
+    /// Connects from the pod's container.
+    pub(crate) fn connect(&self, address: &str) -> io::Result<TcpStream> {
+        self.run(|| open_connection(address))
     }
 }
 
@@ -410,7 +410,7 @@ fn settings(
         kubepods_level: mount_level + 2,
         kubepods_id: kubepods.id,
         host_netns_cookie,
-        guard: true,
+        egress_filter: true,
         audit_paths: true,
         ticket_life: TICKET_LIFE,
         ticket_key: TicketKey::random().unwrap(),
@@ -438,8 +438,8 @@ pub(crate) fn outside<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Dials from wherever the test process is: within [`Cgroup::run`] or [`outside`].
-pub(crate) fn dial(address: &str) -> io::Result<TcpStream> {
+/// Connects from wherever the test process is: within [`Cgroup::run`] or [`outside`].
+pub(crate) fn open_connection(address: &str) -> io::Result<TcpStream> {
     TcpStream::connect_timeout(&address.parse().unwrap(), TIMEOUT)
 }
 

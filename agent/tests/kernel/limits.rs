@@ -1,4 +1,4 @@
-//! How many dials a pod may have under way, and that none of them stays behind.
+//! How many connections a pod may have under way, and that none of them stays behind.
 
 use std::{fs, io, os::fd::OwnedFd, process};
 
@@ -17,13 +17,13 @@ use crate::{
     IMDS, endpoint, events, is_eperm,
     kernel_node::{Agent, Cgroup, NOBODY, Node, Pod, own_pair},
     options::set_fastopen_connect,
-    redial, tcp_socket,
+    reconnect, tcp_socket,
 };
 
 /// The limit in the maps' type.
 const LIMIT: u64 = TICKETS_PER_POD as u64;
 
-/// From now on dials to the agent get no answer.
+/// From now on connects to the agent get no answer.
 fn silence(node: &mut Node) {
     node.interceptor.set_target(Target { v4: endpoint(&format!("{NOBODY}:80")), ..own_pair() }).unwrap();
 }
@@ -33,7 +33,7 @@ fn begin(cgroup: &Cgroup) -> io::Result<OwnedFd> {
     cgroup.run(|| {
         let socket = tcp_socket();
         rustix::io::ioctl_fionbio(&socket, true)?;
-        match redial(&socket, IMDS) {
+        match reconnect(&socket, IMDS) {
             Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
             other => other.map(|()| socket),
         }
@@ -61,9 +61,9 @@ fn a_pod_at_its_limit_is_refused_and_no_other() {
         held.push(begin(&greedy.container).unwrap());
         assert!(is_eperm(&begin(&greedy.container)));
 
-        // One that dials again gives its own back first.
+        // One that connects again gives its own back first.
         connect_unspec(&held[0]).unwrap();
-        let again = greedy.run(|| redial(&held[0], IMDS)).unwrap_err();
+        let again = greedy.run(|| reconnect(&held[0], IMDS)).unwrap_err();
         assert_eq!(again.raw_os_error(), Some(libc::EINPROGRESS));
 
         drop(held);
@@ -81,10 +81,10 @@ fn while_one_pod_is_at_its_limit_another_is_served() {
         let _held: Vec<_> = (0..LIMIT).map(|_| begin(&greedy.container).unwrap()).collect();
         node.interceptor.set_target(own_pair()).unwrap();
         for _ in 0..LIMIT + 10 {
-            let _stream = other.dial(IMDS).unwrap();
+            let _stream = other.connect(IMDS).unwrap();
             assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, other.cgroup.id);
         }
-        assert!(is_eperm(&greedy.dial(IMDS)));
+        assert!(is_eperm(&greedy.connect(IMDS)));
     });
 }
 
@@ -119,7 +119,7 @@ fn filled_counts_make_room_for_pods_that_become_known() {
         assert!(is_eperm(&begin(&unknown_pod(node, ROOM).container)), "nobody has become known yet");
         let new = node.pod("new", IMDS_INTERCEPT, POD_IDENTITY_ON);
         assert_served(node, &agent, &[&known, &new]);
-        let _stream = unknown_pod(node, ROOM).dial(IMDS).unwrap();
+        let _stream = unknown_pod(node, ROOM).connect(IMDS).unwrap();
         agent.accept().expect("anonymous");
     });
 }
@@ -127,7 +127,7 @@ fn filled_counts_make_room_for_pods_that_become_known() {
 /// How many unknown ones can have a count besides one known pod.
 const ROOM: u32 = POLICIES_MAX - 1;
 
-/// Fills the map of counts with dials under way, but for one known pod's. One more is refused.
+/// Fills the map of counts with connections under way, but for one known pod's. One more is refused.
 fn fill_counts(node: &mut Node) -> (Pod, Vec<OwnedFd>) {
     // Other tests run at the same time, and one of them does this, too.
     allow_open_files(u64::from(ROOM) * 3);
@@ -149,7 +149,7 @@ fn unknown_pod(node: &Node, number: u32) -> Pod {
 fn assert_served(node: &mut Node, agent: &Agent, pods: &[&Pod]) {
     node.interceptor.set_target(own_pair()).unwrap();
     for pod in pods {
-        let _stream = pod.dial(IMDS).unwrap();
+        let _stream = pod.connect(IMDS).unwrap();
         assert_eq!(agent.accept().expect("anonymous").pod_cgroup_id, pod.cgroup.id);
         assert_eq!(node.count_of(pod), Some(0));
     }
@@ -178,8 +178,12 @@ fn a_pod_that_nobody_knows_has_one_limit_however_many_cgroups_it_makes() {
             let pod = Pod::create(pod);
             let nested = (0..LIMIT).map(|number| Cgroup::create(pod.container.path.join(number.to_string())));
             let besides = (0..LIMIT).map(|number| Cgroup::create(pod.cgroup.path.join(number.to_string())));
-            let dials = nested.chain(besides).map(|cgroup| begin(&cgroup)).collect::<Vec<_>>();
-            assert_eq!(u64::try_from(dials.iter().filter(|dial| dial.is_ok()).count()).unwrap(), LIMIT);
+            let connections = nested.chain(besides).map(|cgroup| begin(&cgroup)).collect::<Vec<_>>();
+            assert_eq!(
+                u64::try_from(connections.iter().filter(|open_connection| open_connection.is_ok()).count())
+                    .unwrap(),
+                LIMIT
+            );
             assert_eq!(node.count_of(&pod), Some(LIMIT));
         }
         let other = node.unknown_pod("other");
@@ -223,8 +227,8 @@ fn unknown_pods_are_limited_each_for_itself() {
 }
 
 #[test]
-fn dials_that_wait_for_their_first_data_are_limited_when_they_begin() {
-    // Such a dial has no ticket yet, so that any number of them passes `connect`.
+fn deferred_connections_are_limited_when_they_begin() {
+    // Such a connection has no ticket yet, so that any number of them passes `connect`.
     Node::run(|node| {
         silence(node);
         let mut events = events::reader(node);
@@ -237,7 +241,7 @@ fn dials_that_wait_for_their_first_data_are_limited_when_they_begin() {
                 let socket = pod.run(tcp_socket);
                 rustix::io::ioctl_fionbio(&socket, true).unwrap();
                 set_fastopen_connect(&socket);
-                pod.run(|| redial(&socket, IMDS)).expect("it is put off");
+                pod.run(|| reconnect(&socket, IMDS)).expect("it is put off");
                 socket
             })
             .collect();
@@ -267,7 +271,7 @@ fn a_served_pod_never_comes_near_its_limit() {
         let agent = node.agent();
         let mut kept = Vec::new();
         for _ in 0..LIMIT + 10 {
-            kept.push(pod.dial(IMDS).unwrap());
+            kept.push(pod.connect(IMDS).unwrap());
             agent.accept().expect("anonymous");
         }
         assert_eq!(node.count_of(&pod), Some(0));
@@ -275,7 +279,7 @@ fn a_served_pod_never_comes_near_its_limit() {
 }
 
 #[test]
-fn a_pod_that_is_forgotten_with_dials_under_way_leaves_no_count() {
+fn a_pod_removed_with_connections_under_way_leaves_no_count() {
     Node::run(|node| {
         silence(node);
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);

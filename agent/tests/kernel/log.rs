@@ -25,22 +25,22 @@ fn the_debugging_log_never_shows_a_ticket() {
             let [served, denied] =
                 [IMDS_INTERCEPT, IMDS_DENY].map(|imds| node.pod(&imds.to_string(), imds, POD_IDENTITY_ON));
             let agent = node.agent();
-            let _stream = served.dial(IMDS).unwrap();
+            let _stream = served.connect(IMDS).unwrap();
             let origin = agent.accept().expect("anonymous");
-            assert!(is_eperm(&denied.dial(IMDS)));
+            assert!(is_eperm(&denied.connect(IMDS)));
             wire::shake_hands(2_000, origin.ticket);
             assert_eq!(agent.accept(), None);
 
             log.flush();
             let text = fs::read_to_string(file.path()).unwrap();
-            let dial = |pod: &Pod, what| {
+            let open_connection = |pod: &Pod, what| {
                 format!("DEBUG kernel: cgroup {}, ::ffff:169.254.169.254 port 80: {what}", pod.container.id)
             };
             let expected = [
-                dial(&served, "redirected"),
-                dial(&served, "ticket_sent"),
-                dial(&served, "redeemed"),
-                dial(&denied, "denied"),
+                open_connection(&served, "redirected"),
+                open_connection(&served, "ticket_sent"),
+                open_connection(&served, "redeemed"),
+                open_connection(&denied, "denied"),
                 "DEBUG kernel: cgroup 0, ::ffff:10.9.9.9 port 2000: bad_ticket".to_owned(),
             ];
             let lines: Vec<_> = text.lines().collect();

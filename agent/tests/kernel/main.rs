@@ -44,18 +44,18 @@ fn endpoint(address: &str) -> Endpoint {
     Endpoint::new(address.ip(), address.port())
 }
 
-/// Whether the kernel has refused the dial.
+/// Whether the kernel has refused the connection.
 fn is_eperm<T>(result: &io::Result<T>) -> bool {
     result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
 }
 
-/// An IPv4 socket that has not been dialled yet.
+/// An IPv4 socket that has not been connected to yet.
 fn tcp_socket() -> OwnedFd {
     socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap()
 }
 
-/// Dials with a socket that may have been dialled before.
-fn redial(socket: &OwnedFd, address: &str) -> io::Result<()> {
+/// Connects with a socket that may have been connected to before.
+fn reconnect(socket: &OwnedFd, address: &str) -> io::Result<()> {
     let address: SocketAddr = address.parse().unwrap();
     Ok(connect(socket, &address)?)
 }

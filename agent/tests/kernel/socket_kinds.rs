@@ -1,4 +1,4 @@
-//! Every way to dial: each arrives with the pod's origin.
+//! Every kind of socket: each arrives with the pod's origin.
 
 use std::{
     fs,
@@ -33,7 +33,7 @@ use crate::{
     ECS, IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, endpoint,
     kernel_node::{AGENT_V4, AGENT_V6, Agent, Node, Pod, RealService, soon},
     options::set_fastopen_connect,
-    redial, tcp_socket,
+    reconnect, tcp_socket,
 };
 
 /// `IPPROTO_MPTCP`.
@@ -46,7 +46,7 @@ fn socket_for(address: &str, protocol: Option<Protocol>) -> io::Result<OwnedFd> 
     Ok(socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, protocol)?)
 }
 
-/// Accepts the dial of `pod` to `address`, and nothing besides.
+/// Accepts the connection of `pod` to `address`, and nothing besides.
 fn arrives(node: &Node, agent: &Agent, pod: &Pod, address: &str, way: &str) {
     let origin = agent.accept().unwrap_or_else(|| panic!("{way}, {address}: anonymous"));
     assert_eq!(origin.pod_cgroup_id, pod.cgroup.id, "{way}, {address}");
@@ -56,7 +56,7 @@ fn arrives(node: &Node, agent: &Agent, pod: &Pod, address: &str, way: &str) {
 }
 
 #[test]
-fn a_non_blocking_dial_that_is_repeated_counts_once() {
+fn a_repeated_non_blocking_connect_counts_once() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
@@ -64,10 +64,10 @@ fn a_non_blocking_dial_that_is_repeated_counts_once() {
             let before = node.count(Counter::Redirected);
             let socket = pod.run(|| socket_for(address, None)).unwrap();
             ioctl_fionbio(&socket, true).unwrap();
-            let first = pod.run(|| redial(&socket, address)).expect_err("the handshake takes a moment");
+            let first = pod.run(|| reconnect(&socket, address)).expect_err("the handshake takes a moment");
             assert_eq!(first.raw_os_error(), Some(libc::EINPROGRESS));
             let last = soon(|| {
-                let again = pod.run(|| redial(&socket, address));
+                let again = pod.run(|| reconnect(&socket, address));
                 again.err().filter(|error| error.raw_os_error() != Some(libc::EALREADY))
             });
             assert_eq!(last.raw_os_error(), Some(libc::EISCONN), "{address}");
@@ -78,7 +78,7 @@ fn a_non_blocking_dial_that_is_repeated_counts_once() {
 }
 
 #[test]
-fn fast_open_dials_arrive_with_their_origin_and_their_data() {
+fn fast_open_connections_arrive_with_origin_and_data() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let targets = [SocketAddr::from((AGENT_V4, 80)), (AGENT_V6, 80).into()];
@@ -94,7 +94,7 @@ fn fast_open_dials_arrive_with_their_origin_and_their_data() {
                 let socket = pod.run(|| socket_for(address, None)).unwrap();
                 if put_off {
                     set_fastopen_connect(&socket);
-                    pod.run(|| redial(&socket, address)).unwrap();
+                    pod.run(|| reconnect(&socket, address)).unwrap();
                     rustix::io::write(&socket, b"hello").unwrap();
                 } else {
                     let address: SocketAddr = address.parse().unwrap();
@@ -116,27 +116,27 @@ fn fast_open_dials_arrive_with_their_origin_and_their_data() {
 }
 
 #[test]
-fn mptcp_dials_arrive_with_their_origin() {
+fn mptcp_connections_arrive_with_their_origin() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
         for address in [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY] {
             let socket = match pod.run(|| socket_for(address, Some(MPTCP))) {
                 Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {
-                    // Then pods cannot dial this way either.
+                    // Then pods cannot connect this way either.
                     assert!(!Path::new("/proc/sys/net/mptcp").exists(), "the kernel has MPTCP: {error}");
                     return;
                 }
                 socket => socket.unwrap(),
             };
-            pod.run(|| redial(&socket, address)).unwrap();
+            pod.run(|| reconnect(&socket, address)).unwrap();
             arrives(node, &agent, &pod, address, "MPTCP");
         }
     });
 }
 
 #[test]
-fn io_uring_dials_arrive_with_their_origin() {
+fn io_uring_connections_arrive_with_their_origin() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
@@ -148,7 +148,7 @@ fn io_uring_dials_arrive_with_their_origin() {
             for address in [IMDS, IMDS_V6, IMDS_MAPPED, POD_IDENTITY] {
                 let result = pod.run(|| {
                     let socket = socket_for(address, None).unwrap();
-                    dial_by_ring(&socket, address, poller, flags)
+                    connect_by_ring(&socket, address, poller, flags)
                 });
                 assert_eq!(result, 0, "{way}, {address}");
                 arrives(node, &agent, &pod, address, way);
@@ -159,7 +159,7 @@ fn io_uring_dials_arrive_with_their_origin() {
 
 /// `IORING_OP_CONNECT`: what `connect` would have returned.
 #[expect(unsafe_code, reason = "the kernel reads the address while the ring works")]
-fn dial_by_ring(socket: &OwnedFd, address: &str, poller: bool, flags: squeue::Flags) -> i32 {
+fn connect_by_ring(socket: &OwnedFd, address: &str, poller: bool, flags: squeue::Flags) -> i32 {
     let mut builder = IoUring::builder();
     if poller {
         // A thread of the kernel submits, until it has been idle for so many milliseconds.
@@ -183,10 +183,10 @@ fn a_socket_made_before_the_programs_were_there_is_no_way_round_them() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         node.detach();
         let real = RealService::listen(IMDS);
-        let dialled = pod.run(tcp_socket);
-        pod.run(|| redial(&dialled, IMDS)).unwrap();
+        let connected = pod.run(tcp_socket);
+        pod.run(|| reconnect(&connected, IMDS)).unwrap();
         real.accept();
-        rustix::net::connect_unspec(&dialled).unwrap();
+        rustix::net::connect_unspec(&connected).unwrap();
         let fresh = pod.run(tcp_socket);
 
         node.attach();
@@ -194,8 +194,8 @@ fn a_socket_made_before_the_programs_were_there_is_no_way_round_them() {
         node.interceptor
             .set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_INTERCEPT, pod_identity: POD_IDENTITY_ON })
             .unwrap();
-        for (way, socket) in [("fresh", fresh), ("dialled before", dialled)] {
-            pod.run(|| redial(&socket, IMDS)).unwrap();
+        for (way, socket) in [("fresh", fresh), ("connected before", connected)] {
+            pod.run(|| reconnect(&socket, IMDS)).unwrap();
             arrives(node, &agent, &pod, IMDS, way);
         }
         assert!(real.try_accept().is_none());
@@ -212,7 +212,7 @@ fn a_socket_connects_as_the_process_that_has_it_now() {
                 socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
             let child = giver.run(|| fork(|| give_socket(&there, address)));
             let socket = take_socket(&here);
-            taker.run(|| redial(&socket, address)).unwrap();
+            taker.run(|| reconnect(&socket, address)).unwrap();
             let origin = agent.accept().unwrap_or_else(|| panic!("{address}: anonymous"));
             assert_eq!((origin.cgroup_id, origin.pod_cgroup_id), (taker.container.id, taker.cgroup.id));
             assert_eq!((origin.tgid, origin.orig_dst), (process::id(), endpoint(address)));

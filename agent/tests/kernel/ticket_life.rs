@@ -1,4 +1,4 @@
-//! How long a ticket may be redeemed, and dials that nobody answers.
+//! How long a ticket may be redeemed, and connections that nobody answers.
 
 use std::{fs, net::TcpStream, process, thread, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
     IMDS, IMDS_MAPPED, endpoint, events,
     kernel_node::{AGENT_V4, NOBODY, Node, own_pair, soon},
     options::{attach_filter, detach_filter, everything, no_bare_acks, set_fastopen_connect},
-    redial, tcp_socket,
+    reconnect, tcp_socket,
 };
 
 #[test]
@@ -40,7 +40,7 @@ fn late_handshakes(node: &mut Node, is_alive: bool) {
         attach_filter(&listener, &mut lost);
         let socket = pod.run(tcp_socket);
         rustix::io::ioctl_fionbio(&socket, true).unwrap();
-        pod.run(|| redial(&socket, IMDS)).expect_err("the handshake takes a moment");
+        pod.run(|| reconnect(&socket, IMDS)).expect_err("the handshake takes a moment");
         thread::sleep(Duration::from_millis(300));
         assert!(listener.accept().is_err(), "{case}: nothing was lost");
         detach_filter(&listener);
@@ -70,7 +70,7 @@ fn a_ticket_s_life_begins_with_the_handshake_and_not_with_connect() {
         let agent = node.agent();
         let socket = pod.run(tcp_socket);
         set_fastopen_connect(&socket);
-        pod.run(|| redial(&socket, IMDS)).expect("it is put off");
+        pod.run(|| reconnect(&socket, IMDS)).expect("it is put off");
         thread::sleep(Duration::from_millis(300));
         assert!(agent.try_accept().is_none(), "it was not put off");
         rustix::io::write(&socket, b"?").unwrap();
@@ -79,7 +79,7 @@ fn a_ticket_s_life_begins_with_the_handshake_and_not_with_connect() {
 }
 
 #[test]
-fn a_dial_that_nobody_answers_is_told_with_the_pod_and_where_it_was_sent() {
+fn an_unanswered_connection_is_reported_with_pod_and_target() {
     Node::run(|node| {
         let mut events = events::reader(node);
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
@@ -106,7 +106,7 @@ fn a_dial_that_nobody_answers_is_told_with_the_pod_and_where_it_was_sent() {
         // A connection is an answer, however long it lasts and whoever ends it.
         node.interceptor.set_target(own_pair()).unwrap();
         let agent = node.agent();
-        let stream = pod.dial(IMDS).unwrap();
+        let stream = pod.connect(IMDS).unwrap();
         thread::sleep(patient);
         agent.accept().expect("anonymous");
         drop(stream);

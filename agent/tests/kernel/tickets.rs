@@ -20,7 +20,7 @@ use crate::{
     IMDS, IMDS_MAPPED, IMDS_V6, endpoint,
     kernel_node::{AGENT_V4, NOBODY, Node, add_address, own_pair, soon},
     options::{attach_filter, detach_filter, no_bare_acks, only_syns},
-    redial, tcp_socket,
+    reconnect, tcp_socket,
     wire::{self, Wire},
 };
 
@@ -32,7 +32,7 @@ fn with_syn_cookies_the_ticket_comes_with_the_ack() {
         for cookies in ["0", "1", "2"] {
             fs::write("/proc/sys/net/ipv4/tcp_syncookies", cookies).unwrap();
             for address in [IMDS, IMDS_V6, IMDS_MAPPED] {
-                let _stream = pod.dial(address).unwrap();
+                let _stream = pod.connect(address).unwrap();
                 let origin =
                     agent.accept().unwrap_or_else(|| panic!("{address} with tcp_syncookies={cookies}"));
                 assert_eq!(origin.pod_cgroup_id, pod.cgroup.id);
@@ -52,7 +52,7 @@ fn with_syn_cookies_the_ticket_survives_the_loss_of_segments() {
         for data_is_lost in [false, true] {
             let mut filter = if data_is_lost { only_syns() } else { no_bare_acks() };
             attach_filter(&listener, &mut filter);
-            let mut stream = pod.dial(IMDS).unwrap();
+            let mut stream = pod.connect(IMDS).unwrap();
             if data_is_lost {
                 stream.write_all(b"?").unwrap();
             }
@@ -77,7 +77,7 @@ fn a_redeemed_ticket_is_worth_nothing() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
-        let _stream = pod.dial(IMDS).unwrap();
+        let _stream = pod.connect(IMDS).unwrap();
         let origin = agent.accept().expect("anonymous");
 
         wire::shake_hands(2_000, origin.ticket);
@@ -99,10 +99,11 @@ fn a_forged_ticket_is_worth_nothing() {
 }
 
 #[test]
-fn a_dial_that_fails_leaves_no_ticket() {
+fn a_failed_connect_leaves_no_ticket() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        let dial = || TcpStream::connect_timeout(&IMDS.parse().unwrap(), Duration::from_millis(50));
+        let open_connection =
+            || TcpStream::connect_timeout(&IMDS.parse().unwrap(), Duration::from_millis(50));
         // Without a route the handshake never begins; the others begin one each.
         for (case, target, sent) in [
             ("no route", SocketAddr::from(([203, 0, 113, 1], 80)), 0),
@@ -111,7 +112,7 @@ fn a_dial_that_fails_leaves_no_ticket() {
         ] {
             let target = Target { v4: endpoint(&target.to_string()), ..own_pair() };
             node.interceptor.set_target(target).unwrap();
-            pod.run(dial).expect_err(case);
+            pod.run(open_connection).expect_err(case);
             assert_eq!(node.count(Counter::TicketSent), sent, "{case}");
             assert_eq!(node.count(Counter::TicketDropped), sent, "{case}");
             assert_eq!(node.live_tickets(), 0, "{case}");
@@ -122,7 +123,7 @@ fn a_dial_that_fails_leaves_no_ticket() {
 }
 
 #[test]
-fn a_redialled_socket_gets_a_new_ticket() {
+fn a_reconnected_socket_gets_a_new_ticket() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
@@ -130,7 +131,7 @@ fn a_redialled_socket_gets_a_new_ticket() {
         let own = format!("{AGENT_V4}:80");
         let mut tickets = Vec::new();
         for address in [IMDS, IMDS, &own, IMDS] {
-            pod.run(|| redial(&socket, address)).unwrap();
+            pod.run(|| reconnect(&socket, address)).unwrap();
             let origin = agent.accept().expect("anonymous");
             assert_eq!(origin.orig_dst, endpoint(address));
             assert!(!tickets.contains(&origin.ticket), "a ticket came twice");
@@ -142,17 +143,17 @@ fn a_redialled_socket_gets_a_new_ticket() {
 }
 
 #[test]
-fn a_redialled_socket_does_not_carry_its_ticket_elsewhere() {
+fn a_reconnected_socket_does_not_carry_its_ticket_elsewhere() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         // The passive program counts what arrives here, too.
         let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
         let agent = node.agent();
         let socket = pod.run(tcp_socket);
-        pod.run(|| redial(&socket, IMDS)).unwrap();
+        pod.run(|| reconnect(&socket, IMDS)).unwrap();
         agent.accept().expect("anonymous");
         connect_unspec(&socket).unwrap();
-        pod.run(|| redial(&socket, "127.0.0.1:8080")).unwrap();
+        pod.run(|| reconnect(&socket, "127.0.0.1:8080")).unwrap();
         assert_eq!(elsewhere.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
     });
@@ -167,13 +168,13 @@ fn an_abandoned_handshake_does_not_leave_its_ticket_in_the_next_one() {
         let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
         let socket = pod.run(tcp_socket);
         rustix::io::ioctl_fionbio(&socket, true).unwrap();
-        pod.run(|| redial(&socket, IMDS)).expect_err("the handshake is under way");
+        pod.run(|| reconnect(&socket, IMDS)).expect_err("the handshake is under way");
         connect_unspec(&socket).unwrap();
         assert_eq!(node.count(Counter::TicketDropped), 1);
         assert_eq!((node.live_tickets(), node.count_of(&pod)), (0, Some(0)));
 
         rustix::io::ioctl_fionbio(&socket, false).unwrap();
-        pod.run(|| redial(&socket, "127.0.0.1:8080")).unwrap();
+        pod.run(|| reconnect(&socket, "127.0.0.1:8080")).unwrap();
         assert_eq!(elsewhere.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
     });
@@ -186,8 +187,8 @@ fn a_connect_without_a_route_leaves_no_ticket_for_the_next() {
         node.interceptor.set_target(Target { v4: endpoint("203.0.113.1:80"), ..own_pair() }).unwrap();
         let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
         let socket = pod.run(tcp_socket);
-        pod.run(|| redial(&socket, IMDS)).expect_err("there is no route");
-        pod.run(|| redial(&socket, "127.0.0.1:8080")).unwrap();
+        pod.run(|| reconnect(&socket, IMDS)).expect_err("there is no route");
+        pod.run(|| reconnect(&socket, "127.0.0.1:8080")).unwrap();
         assert_eq!(elsewhere.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::TicketSent)), (1, 0));
     });
@@ -199,31 +200,31 @@ fn a_pod_that_is_left_alone_does_not_send_a_former_ticket() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let agent = node.agent();
         let socket = pod.run(tcp_socket);
-        pod.run(|| redial(&socket, IMDS)).unwrap();
+        pod.run(|| reconnect(&socket, IMDS)).unwrap();
         agent.accept().expect("anonymous");
         connect_unspec(&socket).unwrap();
 
         node.interceptor.set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_OFF, pod_identity: 0 }).unwrap();
-        pod.run(|| redial(&socket, &format!("{AGENT_V4}:80"))).unwrap();
+        pod.run(|| reconnect(&socket, &format!("{AGENT_V4}:80"))).unwrap();
         assert_eq!(agent.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
     });
 }
 
 #[test]
-fn a_dial_that_was_redirected_already_keeps_its_origin() {
+fn a_connection_that_was_redirected_already_keeps_its_origin() {
     // What the second of two programs sees while one replaces the other: the target, and an origin minted for it.
-    // Here the first dial fails for want of a route, so that its origin waits for the second.
+    // Here the first connection fails for want of a route, so that its origin waits for the second.
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let late = "203.0.113.1:80";
         node.interceptor.set_target(Target { v4: endpoint(late), ..own_pair() }).unwrap();
         let socket = pod.run(tcp_socket);
-        pod.run(|| redial(&socket, IMDS)).expect_err("there is no route");
+        pod.run(|| reconnect(&socket, IMDS)).expect_err("there is no route");
 
         add_address(IpAddr::from([203, 0, 113, 1]));
         let agent = node.agent_at(&[late.parse().unwrap()]);
-        pod.run(|| redial(&socket, late)).unwrap();
+        pod.run(|| reconnect(&socket, late)).unwrap();
         assert_eq!(agent.accept().expect("anonymous").orig_dst, endpoint(IMDS));
         assert_eq!(node.count(Counter::Redirected), 1);
     });
@@ -236,7 +237,7 @@ fn the_ticket_is_sent_until_the_agent_has_answered() {
         let listener = node.as_agent(|| listen((AGENT_V4, 80).into())).unwrap();
         listener.set_nonblocking(false).unwrap();
         let wire = Wire::watch();
-        let mut client = pod.dial(IMDS).unwrap();
+        let mut client = pod.connect(IMDS).unwrap();
         let port = client.local_addr().unwrap().port();
         let (mut server, _) = listener.accept().unwrap();
         let handshake = wire.tickets_from(port);
@@ -263,7 +264,7 @@ fn a_long_request_is_unharmed_by_the_option() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let listener = node.as_agent(|| listen((AGENT_V4, 80).into())).unwrap();
         listener.set_nonblocking(false).unwrap();
-        let mut client = pod.dial(IMDS).unwrap();
+        let mut client = pod.connect(IMDS).unwrap();
         let (mut server, _) = listener.accept().unwrap();
         let request: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
         let expected = request.clone();

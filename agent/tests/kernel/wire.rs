@@ -75,7 +75,7 @@ impl Wire {
 // === impl Forger ===
 
 impl Forger {
-    /// In the network in which the caller is, but in no pod: a pod's guard would stop it.
+    /// In the network in which the caller is, but in no pod: the egress filter would stop a pod.
     pub(crate) fn new() -> Self {
         let flags = SocketFlags::CLOEXEC;
         let raw = outside(|| socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::RAW)));

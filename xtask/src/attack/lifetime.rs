@@ -13,7 +13,7 @@ use super::{
     scene::{self, Outcome, Place, Scene, on_host_network, victim},
 };
 
-/// More than the programs wait for a beat.
+/// More than the programs wait for a heartbeat.
 const STALE: Duration = Duration::from_millis(2_500);
 /// Enough for an attempt that waits for the agent unsuccessfully, and one after it.
 const HANGS: Duration = Duration::from_secs(5);
