@@ -8,7 +8,6 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::Path,
     sync::{
         Arc,
@@ -34,7 +33,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use crate::{identity::peer::Peers, whois::Whois};
+use crate::{files, identity::peer::Peers, whois::Whois};
 
 /// How long the head of a request may take to arrive.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -124,16 +123,8 @@ pub async fn serve_commands(listener: UnixListener, peers: Peers, whois: Arc<Who
 /// When the socket cannot be made, or the directory is not the user's own and private.
 pub fn bind_commands(socket: &Path) -> io::Result<UnixListener> {
     let directory = socket.parent().unwrap_or(Path::new("/"));
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let metadata = std::fs::metadata(directory)?;
-    if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o077 != 0 {
-        let refusal = format!("{} must be a directory of podgate's own with mode 0700", directory.display());
-        return Err(io::Error::other(refusal));
-    }
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    files::private_directory(directory)?;
+    files::remove_if_present(socket)?;
     UnixListener::bind(socket)
 }
 

@@ -63,7 +63,8 @@
 //!
 //! - `bpf`, `netdev`, `mapdump`: what of bpf(2) the eBPF library lacks; podgate's network interface, its addresses and
 //!   routing rules; pinned maps in the format of bpftool
-//! - `secret`, `error`, `log_limit`: strings that no log prints; errors for people; limits on log lines
+//! - `secret`, `error`, `log_limit`, `files`: strings that no log prints; errors for people; limits on log lines; private
+//!   directories
 //! - `testing`, `undefended`: doubles for tests; defenses that the attack suite switches off
 
 // Request.
@@ -96,6 +97,7 @@ pub mod whois;
 // Low level.
 mod bpf;
 pub mod error;
+mod files;
 mod log_limit;
 pub mod mapdump;
 pub mod netdev;

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use serde::Serialize;
 
 use super::fail;
-use crate::{config, intercept, netdev, takeover::transfer};
+use crate::{config, files, intercept, netdev, takeover::transfer};
 
 /// Some heartbeat intervals of a running agent.
 const HEARTBEATS: Duration = Duration::from_millis(750);
@@ -78,7 +78,7 @@ async fn detach(args: &Args) -> Result<(), String> {
     }
     problems.extend(remove_network(&args.netdev).await.err());
     for path in &found.handover {
-        let removed = transfer::remove(path);
+        let removed = files::remove_if_present(path);
         problems.extend(removed.err().map(|error| format!("cannot remove {}: {error}", path.display())));
     }
     if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }

@@ -18,7 +18,7 @@ use super::{
     object::Object,
     pins::{self, Pins},
 };
-use crate::bpf::Link;
+use crate::{bpf::Link, files};
 
 /// The host's network, as the thread that opens it sees it: the agent's.
 const HOST_NETWORK: &str = "/proc/thread-self/ns/net";
@@ -129,10 +129,7 @@ impl Hook {
         let link = Link::create(program, &self.file, attach_type(name))?;
         // By way of another name, because a pin cannot take the place of one.
         let next = links.join(format!("{name}-next"));
-        match fs::remove_file(&next) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        files::remove_if_present(&next)?;
         link.pin(&next)?;
         fs::rename(next, path)
     }

@@ -5,9 +5,8 @@
 //! Whoever reads or writes these files is the node's root: they are protected by file mode alone.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -19,7 +18,7 @@ use agent_common::abi::{PIN_DIRECTORY, SHARED_DIRECTORY, map};
 use rustix::fs::{FlockOperation, flock};
 
 use super::Error;
-use crate::bpf::Link;
+use crate::{bpf::Link, files};
 
 /// How long another agent may take to change the pins: less than the age of a heartbeat that the programs allow.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -66,7 +65,9 @@ impl Pins {
         let shared = self.root.join(SHARED_DIRECTORY);
         let maps = [self.own.join(MAPS), shared.join(MAPS)];
         for directory in [&self.root, &self.own, &shared, &maps[0], &maps[1], &self.links()] {
-            make(directory).map_err(|source| Error::Pin { path: directory.clone(), source })?;
+            // On bpffs of mode 1777 anybody may have made it.
+            files::private_directory(directory)
+                .map_err(|source| Error::Pin { path: directory.clone(), source })?;
         }
         Ok(())
     }
@@ -103,7 +104,7 @@ impl Pins {
     pub(super) fn detach_others(&self, program: &str) -> Result<(), Error> {
         for path in self.others()? {
             let link = path.join(LINKS).join(program);
-            let detached = gone(Link::open(&link).and_then(|link| link.detach()));
+            let detached = files::if_present(Link::open(&link).and_then(|link| link.detach()));
             detached.map_err(|source| Error::Pin { path: link, source })?;
         }
         Ok(())
@@ -114,7 +115,7 @@ impl Pins {
         for path in self.others()? {
             // Programs first: none may run alongside this agent's for longer than necessary.
             remove_all(&path.join(LINKS))?;
-            gone(fs::remove_dir_all(&path)).map_err(|source| Error::Pin { path, source })?;
+            files::if_present(fs::remove_dir_all(&path)).map_err(|source| Error::Pin { path, source })?;
         }
         Ok(())
     }
@@ -163,45 +164,15 @@ pub(super) fn all(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// Removes what [`all`] has found; a link's program is detached at once. What somebody else has removed is fine.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
-    if path.is_dir() {
-        return gone(fs::remove_dir(path));
-    }
     if path.parent().is_some_and(|parent| parent.ends_with(LINKS)) {
-        gone(Link::open(path).and_then(|link| link.detach()))?;
+        files::if_present(Link::open(path).and_then(|link| link.detach()))?;
     }
-    gone(fs::remove_file(path))
+    files::remove_if_present(path)
 }
 
 fn children(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-        Ok(entries) => {
-            let mut paths: Vec<_> =
-                entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
-            paths.sort();
-            Ok(paths)
-        }
-    }
-}
-
-/// What somebody else has removed meanwhile is gone too.
-fn gone(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
-}
-
-/// Makes a directory, or finds it as it must be: on bpffs of mode 1777 anybody may have made it.
-fn make(path: &Path) -> io::Result<()> {
-    match DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        result => return result,
-    }
-    let metadata = fs::symlink_metadata(path)?;
-    if !metadata.is_dir() || metadata.uid() != 0 || metadata.mode() & 0o077 != 0 {
-        return Err(io::Error::other("it must be a directory of root's with mode 0700: remove it"));
-    }
-    Ok(())
+    let Some(entries) = files::if_present(fs::read_dir(directory))? else { return Ok(Vec::new()) };
+    let mut paths: Vec<_> = entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
+    paths.sort();
+    Ok(paths)
 }

@@ -16,12 +16,9 @@
 //! Never decides which of them are used: that is the cache's.
 
 use std::{
-    fs::{self, DirBuilder, DirEntry, Permissions},
+    fs::{self, DirEntry},
     io,
-    os::unix::{
-        ffi::OsStrExt as _,
-        fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
-    },
+    os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -45,7 +42,7 @@ mod session;
 pub(crate) mod wire;
 
 use self::session::{NONCE, Nonce, PROOF, Session};
-use crate::{credentials::cache::Transferred, intercept::HandoverKey, log_limit::LogLimit};
+use crate::{credentials::cache::Transferred, files, intercept::HandoverKey, log_limit::LogLimit};
 
 /// Name of the socket.
 pub const SOCKET: &str = "handover.sock";
@@ -274,14 +271,11 @@ async fn within_timeout<T>(handover: impl Future<Output = Result<T, Error>>) -> 
 
 /// Makes the socket, and replaces the predecessor's.
 fn listen(directory: &Path) -> io::Result<UnixListener> {
-    make_private(directory)?;
+    files::closed_directory(directory)?;
     let socket = directory.join(SOCKET);
     // A new name first: there is always a socket to connect to.
     let next = directory.join(format!("{SOCKET}.{}", std::process::id()));
-    match fs::remove_file(&next) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    files::remove_if_present(&next)?;
     let listener = UnixListener::bind(&next)?;
     fs::rename(next, socket)?;
     Ok(listener)
@@ -290,10 +284,8 @@ fn listen(directory: &Path) -> io::Result<UnixListener> {
 /// What agents have left in the directory, then the directory itself, unless something else is in it, or it is a volume of
 /// the container that this runs in, which cannot be removed from inside.
 pub fn left(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let entries = match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries?.collect::<io::Result<Vec<_>>>()?,
-    };
+    let Some(entries) = files::if_present(fs::read_dir(directory))? else { return Ok(Vec::new()) };
+    let entries = entries.collect::<io::Result<Vec<_>>>()?;
     let is_socket = |entry: &DirEntry| entry.file_name().as_bytes().starts_with(SOCKET.as_bytes());
     let mut left: Vec<_> = entries.iter().filter(|entry| is_socket(entry)).map(DirEntry::path).collect();
     let parent = directory.parent().unwrap_or(directory);
@@ -302,28 +294,6 @@ pub fn left(directory: &Path) -> io::Result<Vec<PathBuf>> {
         left.push(directory.to_owned());
     }
     Ok(left)
-}
-
-/// Removes what [`left`] has found. What somebody else has removed is fine.
-pub fn remove(path: &Path) -> io::Result<()> {
-    let removed = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
-    match removed {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
-}
-
-/// The kubelet makes the directory of a `hostPath` readable for everybody.
-fn make_private(directory: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let metadata = fs::symlink_metadata(directory)?;
-    if !metadata.is_dir() || metadata.uid() != rustix::process::geteuid().as_raw() {
-        return Err(io::Error::other("it must be a directory of podgate's own user"));
-    }
-    if metadata.mode() & 0o777 != 0o700 {
-        fs::set_permissions(directory, Permissions::from_mode(0o700))?;
-    }
-    Ok(())
 }
 
 fn nonce() -> io::Result<Nonce> {

@@ -68,7 +68,7 @@ const CAPABILITIES: &[(&str, Capability)] = &[
 pub(super) const AGENT: &[Rule] = &[
     Rule { module: "crate", imports: &[], may: &[] },
     Rule { module: "accept", imports: &["drain", "intercept"], may: &[Network] },
-    Rule { module: "admin", imports: &["error", "identity::peer", "whois"], may: &[Files, Network] },
+    Rule { module: "admin", imports: &["files", "error", "identity::peer", "whois"], may: &[Files, Network] },
     Rule {
         module: "app",
         imports: &[
@@ -96,6 +96,7 @@ pub(super) const AGENT: &[Rule] = &[
     Rule {
         module: "cli",
         imports: &[
+            "files",
             "app",
             "config",
             "error",
@@ -178,9 +179,14 @@ pub(super) const AGENT: &[Rule] = &[
     },
     Rule { module: "drain", imports: &[], may: &[] },
     Rule { module: "error", imports: &[], may: &[] },
+    Rule { module: "files", imports: &[], may: &[Files] },
     Rule { module: "identity", imports: &[], may: &[Files, Kubernetes, Network] },
     Rule { module: "instance_metadata", imports: &["error"], may: &[Aws] },
-    Rule { module: "intercept", imports: &["bpf::*", "error", "undefended"], may: &[Bpf, Files, Network] },
+    Rule {
+        module: "intercept",
+        imports: &["files", "bpf::*", "error", "undefended"],
+        may: &[Bpf, Files, Network],
+    },
     Rule { module: "log_limit", imports: &[], may: &[] },
     Rule { module: "mapdump", imports: &["bpf::*"], may: &[Bpf, Files] },
     Rule { module: "netdev", imports: &[], may: &[Network] },
@@ -223,6 +229,7 @@ pub(super) const AGENT: &[Rule] = &[
     Rule {
         module: "takeover::transfer",
         imports: &[
+            "files",
             "credentials",
             "credentials::cache",
             "identity",
