@@ -37,7 +37,7 @@ async fn the_egress_filter_stops_a_pod_that_translates_addresses() -> anyhow::Re
             "egress filter {filter}"
         );
         if filter == "auto" {
-            let line = said(&node, |line| line["what"] == "egress_dropped").await?;
+            let line = said(&node, |line| line["reason"] == "egress_dropped").await?;
             assert_eq!(line["pod.name"], "shop/translator");
             assert_eq!(line["address"], "169.254.169.254:80");
             assert!(counted(&node, "egress_dropped").await? > 0);
@@ -66,8 +66,8 @@ async fn what_pods_in_audit_ask_for_is_in_the_log_and_in_the_metrics() -> anyhow
         assert_eq!(answer.status, 200, "{answer:?}");
         assert_eq!(counted(&node, counter).await?, 1);
         let line =
-            said(&node, |line| line["pod.uid"] == pod.uid.as_str() && line.get("asked").is_some()).await?;
-        assert_eq!((&line["target"], &line["asked"]), (&"audit".into(), &asked.into()), "{line}");
+            said(&node, |line| line["pod.uid"] == pod.uid.as_str() && line.get("requested").is_some()).await?;
+        assert_eq!((&line["target"], &line["requested"]), (&"audit".into(), &asked.into()), "{line}");
         assert_eq!(line["pod.name"], format!("shop/{name}"));
     }
     node.down().await
