@@ -65,8 +65,8 @@ async fn what_pods_in_audit_ask_for_is_in_the_log_and_in_the_metrics() -> anyhow
         let answer = node.curl(&pod, &["-H", &token, &url]).await?;
         assert_eq!(answer.status, 200, "{answer:?}");
         assert_eq!(counted(&node, counter).await?, 1);
-        let line =
-            said(&node, |line| line["pod.uid"] == pod.uid.as_str() && line.get("requested").is_some()).await?;
+        let line = said(&node, |line| line["pod.uid"] == pod.uid.as_str() && line.get("requested").is_some())
+            .await?;
         assert_eq!((&line["target"], &line["requested"]), (&"audit".into(), &asked.into()), "{line}");
         assert_eq!(line["pod.name"], format!("shop/{name}"));
     }
