@@ -83,7 +83,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
         [OutermostPod, OwnNetwork], pods::nested_cgroup;
     "static-pod-s-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
-        [StaticPods, OwnNetwork], pods::static_pod;
+        [StaticPods], pods::static_pod;
     "claimed-owner", "a tenant's pod that says to be of the EKS Pod Identity Agent, which is left alone",
         [EVIL_EKS_AGENT], pods::claimed_owner;
     "pod-not-known-yet", "IMDSv2 from a pod that the API server does not show yet",

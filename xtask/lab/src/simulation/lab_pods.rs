@@ -129,7 +129,7 @@ impl Pods {
     }
 
     fn register(&mut self, cluster: &Cluster, uid: &str, spec: &PodSpec) {
-        if self.namespaces.insert(spec.namespace.clone()) {
+        if self.namespaces.insert(spec.namespace.clone()) && !cluster.has_namespace(&spec.namespace) {
             cluster.add_namespace(&spec.namespace, BTreeMap::new());
         }
         if self.service_accounts.insert((spec.namespace.clone(), spec.service_account.clone())) {
