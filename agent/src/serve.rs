@@ -118,10 +118,9 @@ impl<S: CredentialSource> Server<S> {
         };
         connection.finish(&mut response);
         self.metrics.count(dialect, response.status());
-        let pod = connection.pod_uid().and_then(|uid| self.resolver.known(uid));
         let entry = Entry {
             connection,
-            pod: pod.as_deref(),
+            resolver: &self.resolver,
             dialect,
             status: response.status(),
             refusal: refusal.as_ref(),

@@ -10,13 +10,13 @@ use tracing::{info, warn};
 use super::connection::Connection;
 use crate::{
     dialect::{Dialect, Refusal},
-    identity::Pod,
+    identity::{CallerResolver, Pod},
 };
 
 /// One request, as the log tells it.
 pub(super) struct Entry<'a> {
     pub(super) connection: &'a Connection,
-    pub(super) pod: Option<&'a Pod>,
+    pub(super) resolver: &'a CallerResolver,
     pub(super) dialect: Dialect,
     pub(super) status: StatusCode,
     pub(super) refusal: Option<&'a Refusal>,
@@ -32,6 +32,8 @@ impl Entry<'_> {
         if let Some(refusal) = self.refusal {
             self.warn_of(refusal);
         }
+        // Not before: most lines of a busy caller are suppressed.
+        let pod = self.connection.pod_uid().and_then(|uid| self.resolver.known(uid));
         info!(
             target: "access",
             dialect = self.dialect.label(),
@@ -39,8 +41,8 @@ impl Entry<'_> {
             outcome = self.refusal.map_or("ok", |refusal| &refusal.code),
             suppressed,
             pod.uid = self.connection.pod_uid().map(tracing::field::display),
-            pod.name = self.pod.map(Pod::full_name),
-            sa = self.pod.map(|pod| tracing::field::display(&pod.service_account)),
+            pod.name = pod.as_deref().map(Pod::full_name),
+            sa = pod.as_deref().map(|pod| tracing::field::display(&pod.service_account)),
             process = process(self.connection),
             ms = u64::try_from(self.elapsed.as_millis()).unwrap_or(u64::MAX),
             "request"
