@@ -39,14 +39,24 @@ fn dependencies((packages, edges): &(&[&str], &str)) -> anyhow::Result<BTreeSet<
     for package in *packages {
         tree.args(["--package", package]);
     }
-    let lines = cmd::ask(&mut tree)?;
-    // The workspace's own packages have a path, and features that differ on purpose.
-    Ok(lines.lines().filter(|line| !line.contains("(/")).map(str::to_owned).collect())
+    Ok(of_others(&cmd::ask(&mut tree)?))
+}
+
+/// The lines of a tree but those of the workspace's own packages: they have a path, and features that differ on purpose.
+/// A package without features has a space at its end, which the last line of an answer has lost.
+fn of_others(tree: &str) -> BTreeSet<String> {
+    let lines = tree.lines().filter(|line| !line.contains("(/"));
+    lines.map(|line| line.trim_end().to_owned()).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_place_of_a_package_in_the_tree_does_not_matter() {
+        assert_eq!(of_others("b v1 \na v1 std\nown v1 (/p) x"), of_others("a v1 std\nb v1"));
+    }
 
     #[test]
     fn every_selection_has_dependencies_with_features() {
