@@ -44,7 +44,7 @@ impl Count {
     /// Adds in one step, whatever other CPUs do; what the count was before. `u64::MAX` takes one away.
     ///
     /// In assembly, because Rust has no atomic arithmetic for BPF. `BPF_FETCH` exists since Linux 5.12:
-    /// <https://github.com/torvalds/linux/blob/v6.1/Documentation/bpf/instruction-set.rst>
+    /// <https://github.com/torvalds/linux/commit/5ca419f2864a2c60940dcf4bbaeb69546200e36f>
     #[cfg(target_arch = "bpf")]
     #[inline(always)]
     fn add(&self, mut number: u64) -> u64 {

@@ -23,8 +23,8 @@ pub(crate) fn endpoint(target: &'static Target, is_ip4: bool) -> Option<&'static
     (!endpoint.is_none()).then_some(endpoint)
 }
 
-/// Whether the last heartbeat is recent enough. The coarse clock (since Linux 5.11) costs half of the exact one.
-/// <https://github.com/torvalds/linux/blob/v6.1/include/uapi/linux/bpf.h>
+/// Whether the last heartbeat is recent enough. The coarse clock costs half of the exact one. Linux 5.11:
+/// <https://github.com/torvalds/linux/commit/d055126180564a57fe533728a4e93d0cb53d49b3>
 #[inline(always)]
 pub(crate) fn agent_is_alive() -> bool {
     // SAFETY: the helper has no precondition.

@@ -1,7 +1,8 @@
 //! The pod's side of the handshake: mint the ticket, send it with the SYN, clean it up at close.
 //!
 //! Owns the ticket from its making to the peer's answer; never rewrites addresses and never asks who is running (the
-//! helpers for that are not allowed in `sock_ops` before 6.4).
+//! helpers for that are not allowed in `sock_ops` before Linux 6.4,
+//! <https://github.com/torvalds/linux/commit/c501bf55c88b834adefda870c7c092ec9052a437>).
 
 use agent_common::{
     abi::UNANSWERED_AFTER,

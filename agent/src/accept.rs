@@ -53,7 +53,8 @@ pub struct Accepted {
 /// When the address cannot be bound, or the kernel refuses an option that identity depends on.
 pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    // Plain TCP: an MPTCP listener has no saved SYN.
+    // Plain TCP: an MPTCP listener has no saved SYN, Linux 6.1 answers `EOPNOTSUPP`
+    // (<https://github.com/torvalds/linux/blob/v6.1/net/mptcp/sockopt.c>).
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
     // Inherited by accepted sockets, so that podgate's connections keep no other process from listening on the wildcard.
