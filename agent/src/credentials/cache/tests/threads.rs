@@ -51,6 +51,31 @@ fn a_caller_that_races_with_a_completing_fetch_is_served_by_it() {
     assert_eq!(on_threads(fetched_twice(5000)), None);
 }
 
+/// What the test above sees by luck: the fetch completes between the two looks of a caller.
+#[test]
+fn a_caller_that_waits_for_the_lock_is_served_by_the_fetch_that_had_it() {
+    let calls = on_threads(async {
+        let (upstream, cache) = unlimited_cache();
+        let pod = Arc::new(pod("app", "web"));
+        cache.for_pod(&pod, None, Floor::Imds, within(20_000)).await.unwrap();
+        let caller = {
+            let _completing = cache.lock();
+            let ready = Arc::clone(cache.ready.pin().remove(&pod.uid).unwrap());
+            let (cache_of_caller, caller) = (Arc::clone(&cache), Arc::clone(&pod));
+            let caller = tokio::spawn(async move {
+                cache_of_caller.for_pod(&caller, None, Floor::Imds, within(20_000)).await
+            });
+            // If it is not at the lock by then, it finds the credentials at its first look, and nothing is tested.
+            std::thread::sleep(Duration::from_millis(200));
+            cache.ready.pin().insert(pod.uid, ready);
+            caller
+        };
+        assert!(are_of(&caller.await.unwrap().unwrap(), pod.uid));
+        upstream.calls().len()
+    });
+    assert_eq!(calls, 1);
+}
+
 #[test]
 fn fetches_that_race_with_removal_answer_everybody_and_leave_nothing() {
     on_threads(async {
