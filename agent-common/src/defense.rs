@@ -100,7 +100,7 @@ pub const fn holds(_: Defense) -> bool {
 }
 
 #[cfg(feature = "undefended")]
-pub use self::switched::{holds, switch_off, without};
+pub use self::switched::{IN_PROGRAMS, holds, switch_to, without};
 
 #[cfg(feature = "undefended")]
 #[expect(
@@ -112,8 +112,12 @@ mod switched {
 
     use super::Defense;
 
-    /// One bit for each defense that is off: set at start, in the programs by the loader.
+    /// The programs' section of what is switched off: a map of this name, with nothing else in it.
+    pub const IN_PROGRAMS: &str = ".data.without";
+
+    /// One bit for each defense that is off: in the programs the agent sets it, at start and later.
     #[unsafe(no_mangle)]
+    #[cfg_attr(target_arch = "bpf", unsafe(link_section = ".data.without"))]
     static PODGATE_WITHOUT: AtomicU64 = AtomicU64::new(0);
 
     /// Whether a defense holds.
@@ -122,16 +126,18 @@ mod switched {
         without() & (1 << defense as u32) == 0
     }
 
-    /// Switches a defense off for as long as this process lives; before it has a second thread.
-    pub fn switch_off(defense: Defense) {
-        PODGATE_WITHOUT.store(without() | 1 << defense as u32, Relaxed);
+    /// Switches these defenses off, and every other one on again; says so in bits, as [`without`] does.
+    pub fn switch_to(off: impl IntoIterator<Item = Defense>) -> u64 {
+        let bits = off.into_iter().fold(0, |bits, defense| bits | 1 << defense as u32);
+        PODGATE_WITHOUT.store(bits, Relaxed);
+        bits
     }
 
     /// The bits of those that are off.
     #[inline(always)]
     pub fn without() -> u64 {
-        // SAFETY: the static lives as long as the program. Volatile: in the programs the compiler sees no write. It is
-        // written before there is a second thread.
+        // SAFETY: the static lives as long as the program. Volatile: in the programs the compiler sees no write. A word
+        // that is aligned is read whole while another thread, or the agent, writes it.
         unsafe { PODGATE_WITHOUT.as_ptr().read_volatile() }
     }
 }

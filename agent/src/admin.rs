@@ -151,6 +151,13 @@ impl Probes {
 }
 
 fn command(whois: &Whois, probes: &Probes, request: &Request<Incoming>) -> Answer {
+    #[cfg(feature = "undefended")]
+    if let Some(labels) = request.uri().path().strip_prefix("/without/") {
+        return match crate::undefended::switch(labels) {
+            Ok(()) => text(StatusCode::OK, "switched"),
+            Err(error) => text(StatusCode::UNPROCESSABLE_ENTITY, error),
+        };
+    }
     let pid = request.uri().path().strip_prefix("/whois/").and_then(|pid| pid.parse().ok());
     let (&Method::GET, Some(pid)) = (request.method(), pid) else {
         return probes.answer(request);

@@ -14,7 +14,7 @@ use std::{
 
 use agent_common::{
     abi::ABI_VERSION,
-    defense::{Defense, holds, switch_off},
+    defense::{Defense, holds, switch_to},
     origin::Origin,
 };
 use parking_lot::Mutex;
@@ -33,17 +33,35 @@ const ABI_VARIABLE: &str = "PODGATE_ABI";
 /// Who was first known at an address.
 static KNOWN: LazyLock<Mutex<HashMap<IpAddr, (Origin, SourcePod)>>> = LazyLock::new(Mutex::default);
 
+/// Tells the kernel programs what is off.
+type Tell = Box<dyn FnMut(u64) -> Result<(), String> + Send>;
+
+/// How to tell those that are loaded.
+static PROGRAMS: Mutex<Option<Tell>> = Mutex::new(None);
+
 /// A connection whose requests seem to have no bodies.
 pub(crate) struct Unframed(pub(crate) TcpStream);
 
 /// Switches off what the environment names. An error names what is no defense.
 pub(crate) fn init() -> Result<(), String> {
-    let without = env::var(VARIABLE).unwrap_or_default();
-    for label in without.split(',').filter(|label| !label.is_empty()) {
-        let defense = Defense::ALL.iter().find(|defense| defense.label() == label);
-        switch_off(*defense.ok_or_else(|| format!("{VARIABLE}: there is no defense {label}"))?);
-    }
-    Ok(())
+    switch(&env::var(VARIABLE).unwrap_or_default()).map_err(|error| format!("{VARIABLE}: {error}"))
+}
+
+/// Switches off the defenses of these labels, separated by commas, and every other one on again: here and in the programs,
+/// if they are loaded. Whoever was known at an address is so no more. A defense that is looked at only when an agent starts
+/// stays as it was then.
+pub(crate) fn switch(labels: &str) -> Result<(), String> {
+    let find = |label: &str| Defense::ALL.iter().copied().find(|defense| defense.label() == label);
+    let labels = labels.split(',').filter(|label| !label.is_empty());
+    let off = labels.map(|label| find(label).ok_or_else(|| format!("there is no defense {label}")));
+    let bits = switch_to(off.collect::<Result<Vec<_>, _>>()?);
+    KNOWN.lock().clear();
+    PROGRAMS.lock().as_mut().map_or(Ok(()), |tell| tell(bits))
+}
+
+/// Says how to tell the programs what is off, once they are loaded.
+pub(crate) fn on_switch(tell: Tell) {
+    *PROGRAMS.lock() = Some(tell);
 }
 
 /// What this build says of itself.

@@ -126,6 +126,8 @@ impl Object {
         });
         let pinned = pinned.into_iter().collect::<Result<_, Error>>()?;
         drop(alone);
+        #[cfg(feature = "undefended")]
+        tell_what_is_off(&mut ebpf)?;
         for name in program::ALL {
             load_program(&mut ebpf, name)?;
         }
@@ -438,6 +440,16 @@ where
     M: TryFrom<Map, Error = MapError>,
 {
     ebpf.take_map(name).and_then(|map| map.try_into().ok()).ok_or(Error::Mismatch { what: name })
+}
+
+/// Lets the programs be told at any time which defenses are off.
+#[cfg(feature = "undefended")]
+fn tell_what_is_off(ebpf: &mut Ebpf) -> Result<(), Error> {
+    let mut off: Array<_, u64> = take(ebpf, agent_common::defense::IN_PROGRAMS)?;
+    crate::undefended::on_switch(Box::new(move |bits| {
+        off.set(0, bits, 0).map_err(|error| format!("the programs cannot be told: {error}"))
+    }));
+    Ok(())
 }
 
 /// Removing what is not there has done its work.

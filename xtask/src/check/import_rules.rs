@@ -68,7 +68,11 @@ const CAPABILITIES: &[(&str, Capability)] = &[
 pub(super) const AGENT: &[Rule] = &[
     Rule { module: "crate", imports: &[], may: &[] },
     Rule { module: "accept", imports: &["drain", "intercept"], may: &[Network] },
-    Rule { module: "admin", imports: &["files", "error", "identity::peer", "whois"], may: &[Files, Network] },
+    Rule {
+        module: "admin",
+        imports: &["files", "error", "identity::peer", "undefended", "whois"],
+        may: &[Files, Network],
+    },
     Rule {
         module: "app",
         imports: &[
