@@ -1,8 +1,8 @@
 //! `cargo xtask attack`: attacks on podgate, each of them shown to work where podgate's defense is missing.
 //!
-//! Owns the order: every attack is run on a simulated node of its own, against the release agent and against a build in
-//! which the defense is switched off. What an attack is, its module knows; whether it got something, the simulated AWS
-//! side.
+//! Owns what is asked for and what is built. Every attack is run against the release agent and against a build in which
+//! the defense is switched off, on simulated nodes that attacks share as the plan says. What an attack is, its module
+//! knows; whether it got something, the simulated AWS side.
 
 mod attacker;
 mod credentials;
@@ -10,20 +10,15 @@ mod lifetime;
 mod list;
 mod network;
 mod packets;
+mod plan;
 mod pods;
 mod requests;
 mod row;
 mod scene;
+mod session;
 mod sockets;
 
-use std::{
-    fmt,
-    net::IpAddr,
-    path::PathBuf,
-    pin::Pin,
-    process::ExitCode,
-    time::{Duration, Instant},
-};
+use std::{fmt, net::IpAddr, path::PathBuf, pin::Pin, process::ExitCode, time::Duration};
 
 use agent_common::{
     defense::Defense,
@@ -76,7 +71,7 @@ pub(crate) struct Arguments {
 enum Without {
     /// A defense, which only a build for this suite can switch off.
     Defense(Defense),
-    /// What this setting of the agent takes away: the flag and its value.
+    /// What this setting of the agent takes away: the flag and its value, in which the attacker's namespace is `evil`.
     Flags(&'static str, &'static str),
     /// What this annotation of the attacker's namespace takes away, as its administrator may set it: the key and its value.
     Annotation(&'static str, &'static str),
@@ -88,9 +83,20 @@ struct Attack {
     tried: &'static str,
     /// What the control does without: all of it together, and only then does the attack work.
     without: &'static [Without],
-    /// Whether it begins before the agent is there.
-    is_early: bool,
+    lab: LabKind,
     run: for<'a> fn(&'a Scene) -> Running<'a>,
+}
+
+/// Which lab an attack is tried in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LabKind {
+    /// One for many attacks: this one leaves it as it was.
+    Shared,
+    /// One of its own: it wears the agent out or puts another in its place, or what its control does without is looked at
+    /// only when an agent starts.
+    Own,
+    /// The same, in which it starts the agent itself.
+    Bare,
 }
 
 /// An attack that runs.
@@ -157,33 +163,11 @@ fn run_here(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
         let mut terminate = signal(SignalKind::terminate())?;
         tokio::select! {
             // An emulated machine is slow, and that each defense does alone is shown without it.
-            rows = run_all(&attacks, &builds, arguments.agents.is_none()) => Ok(rows),
+            rows = session::run_all(&attacks, &builds, arguments.agents.is_none()) => Ok(rows),
             _ = tokio::signal::ctrl_c() => bail!("interrupted; the simulated nodes are gone"),
             _ = terminate.recv() => bail!("terminated; the simulated nodes are gone"),
         }
     })
-}
-
-async fn run_all(attacks: &[&Attack], builds: &Builds, with_layers: bool) -> Vec<Row> {
-    let mut rows = Vec::new();
-    for attack in attacks {
-        let began = Instant::now();
-        // Both at once: on nodes of their own they do not see each other.
-        let (defended, control) =
-            tokio::join!(attack.run_on(builds, &[]), attack.run_on(builds, attack.without));
-        let control = match control {
-            Ok(outcome) if outcome.is_harm => Ok(outcome),
-            // Once more, alone: on a slow machine the two may have been in each other's way.
-            _ => attack.run_on(builds, attack.without).await,
-        };
-        let layers = if with_layers { attack.layers(builds).await } else { Vec::new() };
-        let names = (attack.name, attack.tried);
-        let seconds = began.elapsed().as_secs_f64();
-        let row = Row::new(names, attack.without, &defended, &layers, &control, seconds);
-        eprintln!("{}", row.line());
-        rows.push(row);
-    }
-    rows
 }
 
 // === impl Without ===
@@ -195,44 +179,6 @@ impl fmt::Display for Without {
             Self::Flags(flag, value) => write!(f, "{flag} {value}"),
             Self::Annotation(key, value) => write!(f, "{key}: {value}"),
         }
-    }
-}
-
-// === impl Attack ===
-
-impl Attack {
-    /// What comes of it without one of several defenses: each of them must do by itself.
-    async fn layers(&self, builds: &Builds) -> Vec<anyhow::Result<Outcome>> {
-        let mut outcomes = Vec::new();
-        if self.without.len() > 1 {
-            for without in self.without {
-                outcomes.push(self.run_without(builds, &[*without], false).await);
-            }
-        }
-        outcomes
-    }
-
-    async fn run_on(&self, builds: &Builds, without: &[Without]) -> anyhow::Result<Outcome> {
-        self.run_without(builds, without, !without.is_empty()).await
-    }
-
-    async fn run_without(
-        &self,
-        builds: &Builds,
-        without: &[Without],
-        is_harm_expected: bool,
-    ) -> anyhow::Result<Outcome> {
-        let scene = Scene::up(builds, without)?;
-        if !self.is_early {
-            scene.start_agent().await?;
-        }
-        let outcome = (self.run)(&scene).await;
-        let is_as_expected = outcome.as_ref().is_ok_and(|outcome| outcome.is_harm == is_harm_expected);
-        if !is_as_expected {
-            eprintln!("{}, the end of the agent's log:\n{}", self.name, scene.log_tail().await);
-        }
-        scene.down().await?;
-        outcome
     }
 }
 

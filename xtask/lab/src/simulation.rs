@@ -182,6 +182,11 @@ impl Lab {
         self.pods().find(name)
     }
 
+    /// The pods that have not ended.
+    pub fn running_pods(&self) -> Vec<Pod> {
+        self.pods().running()
+    }
+
     /// Gives a service account a role, instead of the one it has.
     pub fn associate(&self, namespace: &str, service_account: &str, role: &str) -> anyhow::Result<()> {
         self.eks_auth.associate(namespace, service_account, role);

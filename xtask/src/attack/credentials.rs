@@ -11,7 +11,7 @@ use super::{
     OWN, POD_IDENTITY, PROGRAM,
     attacker::Act,
     get, network,
-    scene::{Outcome, Place, Scene, ask, attacker, http, on_host_network},
+    scene::{Outcome, Place, Scene, ask, http, on_host_network},
 };
 
 /// Life of the tokens here.
@@ -74,7 +74,7 @@ async fn listen(
     happens: impl AsyncFnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
     let victim = scene.victim().await?;
-    let attacker = scene.lab.add_pod(&on_host_network(attacker(), ("podgate.dev/imds", "off")))?;
+    let attacker = scene.lab.add_pod(&on_host_network(scene.attacker_spec(), ("podgate.dev/imds", "off")))?;
     let listener = match scene.begin(Place::In(&attacker), &Act::Join { at }).await? {
         Ok(listener) => listener,
         Err(got) => return Ok(Outcome::nothing(got.error.unwrap_or_default())),
@@ -86,7 +86,7 @@ async fn listen(
     scene.act(Place::In(&victim), &asks).await?;
     let got = listener.finish().await?;
     Ok(if got.said.contains(&token) {
-        Outcome::harm("the token of shop/victim")
+        Outcome::harm(format!("the token of {}", victim.full_name()))
     } else {
         Outcome::nothing("no connection")
     })

@@ -4,13 +4,13 @@
 use std::time::Duration;
 
 use anyhow::bail;
-use lab::{Pod, PodSpec};
+use lab::Pod;
 use tokio::time::sleep;
 
 use super::{
     IMDS,
     attacker::{self, Act},
-    scene::{self, Outcome, Place, Scene, on_host_network, victim},
+    scene::{Outcome, Place, Scene, on_host_network},
 };
 
 /// More than the programs wait for a heartbeat.
@@ -91,13 +91,13 @@ pub(super) async fn squatted_after_death(scene: &Scene) -> anyhow::Result<Outcom
 
 /// The same on a node that has just been booted.
 pub(super) async fn squatted_at_boot(scene: &Scene) -> anyhow::Result<Outcome> {
-    let victim = scene.lab.add_pod(&victim())?;
+    let victim = scene.lab.add_pod(&scene.victim_spec())?;
     squatted(scene, &victim).await
 }
 
 async fn squatted(scene: &Scene, victim: &Pod) -> anyhow::Result<Outcome> {
-    let squatter = scene.lab.add_pod(&on_host_network(scene::attacker(), ("podgate.dev/imds", "off")))?;
-    let tenant = scene.lab.add_pod(&PodSpec::new("evil", "tenant").role("tenant-role"))?;
+    let squatter = scene.lab.add_pod(&on_host_network(scene.attacker_spec(), ("podgate.dev/imds", "off")))?;
+    let tenant = scene.lab.add_pod(&scene.tenant_spec())?;
     let squatting = scene.must_begin(Place::In(&squatter), &Act::Squat { port: HTTP }).await?;
     let started = scene.start_agent().await;
     let got = scene.act(Place::In(&tenant), &Act::Imds { to: IMDS, headers: String::new() }).await?;

@@ -2,7 +2,7 @@
 
 use agent_common::defense::Defense;
 
-use super::{Attack, Without, credentials, lifetime, network, packets, pods, requests, sockets};
+use super::{Attack, LabKind, Without, credentials, lifetime, network, packets, pods, requests, sockets};
 
 /// Settings of an operator that take a defense away: for these the control needs no other build.
 const NO_EGRESS_FILTER: Without = Without::Flags("--egress-filter", "off");
@@ -12,12 +12,12 @@ const EVIL_DELEGATE: Without = Without::Flags("--token-delegate", "evil/attacker
 const POD_OVERRIDE: Without = Without::Annotation("podgate.dev/imds-pod-override", "true");
 
 macro_rules! attacks {
-    ($($name:literal, $tried:literal, [$($without:ident),+], $run:path $(, $early:ident)?;)+) => {
+    ($($name:literal, $tried:literal, [$($without:ident),+], $run:path $(, $lab:ident)?;)+) => {
         &[$(Attack {
             name: $name,
             tried: $tried,
             without: &[$(attacks!(@without $without)),+],
-            is_early: attacks!(@early $($early)?),
+            lab: attacks!(@lab $($lab)?),
             run: |scene| Box::pin($run(scene)),
         }),+]
     };
@@ -27,8 +27,9 @@ macro_rules! attacks {
     (@without EVIL_DELEGATE) => { EVIL_DELEGATE };
     (@without POD_OVERRIDE) => { POD_OVERRIDE };
     (@without $defense:ident) => { Without::Defense(Defense::$defense) };
-    (@early early) => { true };
-    (@early) => { false };
+    (@lab) => { LabKind::Shared };
+    (@lab own) => { LabKind::Own };
+    (@lab bare) => { LabKind::Bare };
 }
 
 pub(super) const ATTACKS: &[Attack] = attacks! {
@@ -55,15 +56,15 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "foreign-network", "a process of one pod connects through another pod's network, as a node-wide mesh proxy does",
         [OwnNetwork], network::foreign_network;
     "syn-flood", "thousands of handshakes begun by hand, so that the node answers with SYN cookies",
-        [TicketInAck], packets::syn_flood, early;
+        [TicketInAck], packets::syn_flood, bare;
     "half-open-connections", "50,000 connections that never complete, to use up the room for tickets",
-        [TicketLimit], packets::half_open_connections;
+        [TicketLimit], packets::half_open_connections, own;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
-        [ConnectionLimit], packets::held_connections;
+        [ConnectionLimit], packets::held_connections, own;
     "held-probes", "520 connections to the port for probes and metrics of an agent that may have 512 files open",
-        [ProbeLimit], packets::held_probes;
+        [ProbeLimit], packets::held_probes, own;
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
-        [ConnectionLimit], packets::full_queue;
+        [ConnectionLimit], packets::full_queue, own;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
         [NO_EGRESS_FILTER], packets::raw_tcp;
     "udp-to-imds", "a datagram to the real IMDS",
@@ -77,7 +78,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "socket-passed-on", "a socket that another pod has connected is passed on and connected again",
         [OriginOfEveryConnect], pods::passed_socket;
     "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
-        [NO_EGRESS_FILTER], pods::earlier_socket, early;
+        [NO_EGRESS_FILTER], pods::earlier_socket, bare;
     "lookalike-cgroup", "a cgroup named like another pod's outside kubepods, and a pod's socket",
         [BelowKubepods, OwnNetwork], pods::lookalike_cgroup;
     "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
@@ -99,30 +100,30 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "stolen-token-by-sidecar", "the same by way of a mesh's sidecar, which connects again",
         [EVIL_DELEGATE], credentials::stolen_token_by_sidecar;
     "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
-        [AddressReservation, OwnListeners], credentials::joined_listener;
+        [AddressReservation, OwnListeners], credentials::joined_listener, own;
     "wildcard-listener", "the same at every address, also after the agent is killed with -9",
-        [OwnListeners], credentials::wildcard_listener;
+        [OwnListeners], credentials::wildcard_listener, own;
     "command-socket", "a root pod to which the node's files are shown asks the socket for podgate's commands",
         [OwnCommands], sockets::commands;
     "handover-socket", "the same pod asks the agent for its credentials as the next agent does",
         [HandoverProof], sockets::asked_handover;
     "fake-handover-socket", "the same pod puts its own socket there, and offers the next agent credentials for another pod",
-        [HandoverProof], sockets::offered_handover;
+        [HandoverProof], sockets::offered_handover, own;
     "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
-        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::killed;
+        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::killed, own;
     "agent-stopped", "the same while it is stopped",
-        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::stopped;
+        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::stopped, own;
     "agent-hung", "the same while it hangs",
         [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::hung;
     "agent-succeeded", "the same while others take over from it, one after the other",
-        [ReplacedInPlace], lifetime::succeeded;
+        [ReplacedInPlace], lifetime::succeeded, own;
     "agent-of-another-abi", "the same while one of another ABI takes over from it, and then one of its own again",
-        [ReplacedInPlace], lifetime::succeeded_by_other_abi;
+        [ReplacedInPlace], lifetime::succeeded_by_other_abi, own;
     "squatted-port", "a pod on the host's network listens at port 80 of every address after the agent is killed with -9, and \
                       it is started again",
-        [OwnPorts], lifetime::squatted_after_death;
+        [OwnPorts], lifetime::squatted_after_death, own;
     "squatted-port-at-boot", "the same before the agent is started for the first time",
-        [OwnPorts], lifetime::squatted_at_boot, early;
+        [OwnPorts], lifetime::squatted_at_boot, bare;
     "rebound-name", "a page in a pod's browser whose name resolves to the endpoint",
         [HostHeader], requests::rebound_name;
     "rebound-imds", "the same with PUT and GET at IMDS, as a browser sends them",

@@ -7,14 +7,14 @@ use std::{
 
 use agent_common::net::IMDS_V4;
 use anyhow::bail;
-use lab::{Pod, PodSpec};
+use lab::Pod;
 use tokio::time::sleep;
 
 use super::{
     IMDS6, POD_IDENTITY, PROGRAM,
     attacker::{Act, Route},
     get,
-    scene::{Outcome, Place, Scene, ask, attacker, http, on_host_network},
+    scene::{Outcome, Place, Scene, ask, http, on_host_network},
 };
 
 /// The port that two pods with one address use one after the other.
@@ -44,7 +44,7 @@ pub(super) async fn reused_address(scene: &Scene) -> anyhow::Result<Outcome> {
     scene.lab.complete_pod(&victim)?;
     // The link of the pod that has ended goes a moment later.
     sleep(CLEARED).await;
-    let heir = scene.lab.add_pod_at(&attacker(), &victim)?;
+    let heir = scene.lab.add_pod_at(&scene.attacker_spec(), &victim)?;
     let got = scene.act(Place::In(&heir), &ask(POD_IDENTITY, &program())).await?;
     Ok(scene.loot(&got, Some(&heir)))
 }
@@ -94,9 +94,10 @@ async fn imds(scene: &Scene, to: SocketAddr) -> anyhow::Result<Outcome> {
 
 /// Two pods on the host's network: one that podgate serves, and one that it leaves alone.
 pub(super) async fn on_one_address(scene: &Scene) -> anyhow::Result<(Pod, Pod)> {
-    let victim = PodSpec::new("shop", "victim").role("victim-role");
-    let victim = scene.lab.add_pod(&on_host_network(victim, ("podgate.dev/imds", "intercept")))?;
-    let attacker = scene.lab.add_pod(&on_host_network(attacker(), ("podgate.dev/pod-identity", "off")))?;
+    let victim =
+        scene.lab.add_pod(&on_host_network(scene.victim_spec(), ("podgate.dev/imds", "intercept")))?;
+    let attacker =
+        scene.lab.add_pod(&on_host_network(scene.attacker_spec(), ("podgate.dev/pod-identity", "off")))?;
     scene.until_served(&victim).await?;
     Ok((victim, attacker))
 }

@@ -16,7 +16,7 @@ use super::{
     IMDS, POD_IDENTITY, PROGRAM, ROLES,
     attacker::{Act, Knock, Layer},
     get,
-    scene::{Outcome, Place, Scene, address, attacker, http},
+    scene::{Outcome, Place, Scene, address, http},
 };
 
 /// Longer than the node takes to be rid of a pod's link.
@@ -45,7 +45,7 @@ pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 
 pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
-    let sniffer = scene.lab.add_pod(&sniffer())?;
+    let sniffer = scene.lab.add_pod(&sniffer(scene))?;
     let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
     let request = get(POD_IDENTITY.ip(), PROGRAM, "");
     let act = Act::AskLater { to: POD_IDENTITY, request };
@@ -58,7 +58,7 @@ pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 
 pub(super) async fn stolen_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
-    let sniffer = scene.lab.add_pod(&sniffer())?;
+    let sniffer = scene.lab.add_pod(&sniffer(scene))?;
     let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
     scene.lab.netns(&victim)?.mute()?;
     let act = Act::BeginConnects { to: vec![POD_IDENTITY], count: 1 };
@@ -73,7 +73,7 @@ pub(super) async fn no_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     scene.lab.complete_pod(&victim)?;
     // The link of the pod that has ended goes a moment later.
     sleep(CLEARED).await;
-    let heir = scene.lab.add_pod_at(&attacker(), &victim)?;
+    let heir = scene.lab.add_pod_at(&scene.attacker_spec(), &victim)?;
     scene.lab.netns(&heir)?.deafen(address(&heir)?.into())?;
     forge(scene, &heir, vec![None]).await
 }
@@ -112,7 +112,7 @@ pub(super) async fn held_connections(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn held_probes(scene: &Scene) -> anyhow::Result<Outcome> {
-    let attacker = scene.lab.add_pod(&PodSpec { host_network: true, ..attacker() })?;
+    let attacker = scene.lab.add_pod(&PodSpec { host_network: true, ..scene.attacker_spec() })?;
     // Whoever asks now and then is not cut off as who is idle. More than these would not fit into the queue.
     let saying = "GET /livez HTTP/1.1\r\nHost: podgate\r\n\r\n".to_owned();
     held(scene, &attacker, &Act::HoldConnections { to: lab::agent_process::ADMIN, count: PROBES, saying })
@@ -188,8 +188,8 @@ async fn knock(scene: &Scene, how: Knock) -> anyhow::Result<Outcome> {
 }
 
 /// An accomplice on the host's network, which sees what is on the node's wires.
-fn sniffer() -> PodSpec {
-    PodSpec { host_network: true, ..PodSpec::new("evil", "sniffer") }
+fn sniffer(scene: &Scene) -> PodSpec {
+    PodSpec { host_network: true, ..PodSpec::new(&scene.attacker_spec().namespace, "sniffer") }
 }
 
 /// A pod whose own kernel does not meddle with the handshakes that it makes by hand.

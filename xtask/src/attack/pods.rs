@@ -14,7 +14,7 @@ use super::{
     IMDS, POD_IDENTITY, PROGRAM, ROLES,
     attacker::{Act, Route},
     get,
-    scene::{Outcome, Place, Scene, ask, attacker},
+    scene::{Outcome, Place, Scene, ask},
 };
 
 /// Longer than the node takes to hear of a pod.
@@ -55,25 +55,25 @@ pub(super) async fn nested_cgroup(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn unknown_pod(scene: &Scene) -> anyhow::Result<Outcome> {
-    let attacker = scene.lab.start_unannounced(&attacker())?;
+    let attacker = scene.lab.start_unannounced(&scene.attacker_spec())?;
     imds(scene, &attacker).await
 }
 
 pub(super) async fn loosening_annotation(scene: &Scene) -> anyhow::Result<Outcome> {
-    let attacker = scene.lab.add_pod(&attacker().annotation("podgate.dev/imds", "off"))?;
+    let attacker = scene.lab.add_pod(&scene.attacker_spec().annotation("podgate.dev/imds", "off"))?;
     sleep(NEWS).await;
     imds(scene, &attacker).await
 }
 
 pub(super) async fn claimed_owner(scene: &Scene) -> anyhow::Result<Outcome> {
-    let claims = PodSpec { daemon_set: Some(DAEMON_SET.to_owned()), ..attacker() };
+    let claims = PodSpec { daemon_set: Some(DAEMON_SET.to_owned()), ..scene.attacker_spec() };
     let attacker = scene.lab.add_pod(&claims)?;
     sleep(NEWS).await;
     imds(scene, &attacker).await
 }
 
 pub(super) async fn static_pod(scene: &Scene) -> anyhow::Result<Outcome> {
-    let tenant = attacker().annotation("kubernetes.io/config.hash", CONFIG_HASH);
+    let tenant = scene.attacker_spec().annotation("kubernetes.io/config.hash", CONFIG_HASH);
     let tenant = tenant.annotation("kubernetes.io/config.mirror", CONFIG_HASH);
     scene.lab.add_pod(&tenant)?;
     sleep(NEWS).await;

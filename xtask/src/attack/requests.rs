@@ -47,7 +47,8 @@ pub(super) async fn open_proxy(scene: &Scene) -> anyhow::Result<Outcome> {
 
 pub(super) async fn tricked_server(scene: &Scene) -> anyhow::Result<Outcome> {
     let victim = scene.victim().await?;
-    let request = get(IMDS.ip(), &format!("{ROLES}victim-role"), "");
+    let role = victim.role.as_deref().unwrap_or_default();
+    let request = get(IMDS.ip(), &format!("{ROLES}{role}"), "");
     let got = scene.act(Place::In(&victim), &ask(IMDS, &request)).await?;
     Ok(scene.loot(&got, None))
 }

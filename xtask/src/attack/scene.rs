@@ -2,18 +2,18 @@
 //!
 //! Owns the verdict on what an attacker holds: whose it is, by the records of who issued it. Never acts by itself.
 
+mod lifecycle;
+
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     process::Stdio,
-    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    sync::atomic::AtomicU32,
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
-use lab::{
-    AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, NODE_ROLE, Pod, PodSpec, enter,
-};
+use lab::{AgentProcess, AgentSpec, EnvKind, Lab, NODE_ACCESS_KEY_ID, NODE_ROLE, Pod, PodSpec, enter};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdout, Command},
@@ -22,15 +22,12 @@ use tokio::{
 };
 
 use super::{
-    Builds, POD_IDENTITY, PROGRAM, Without,
+    POD_IDENTITY, PROGRAM,
     attacker::{self, Act, Got},
     get,
+    plan::{self, Build},
 };
 
-/// The environment of `podgate-undefended` that switches defenses off.
-const WITHOUT: &str = "PODGATE_WITHOUT";
-/// Pods are kept from the node's role.
-const FLAGS: [&str; 2] = ["--imds", "intercept"];
 /// Longer than any attacker takes.
 const TIMEOUT: Duration = Duration::from_mins(2);
 /// How long it may take until a pod is served for the first time, on an emulated machine too.
@@ -39,9 +36,12 @@ const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// An SDK waits no longer.
 const SDK_MILLISECONDS: u64 = 1_000;
 
-/// A node under attack.
+/// A node under attack: under one attempt after the other.
 pub(super) struct Scene {
     pub(super) lab: Lab,
+    /// The attempt's number, which is in the names of its namespaces and roles.
+    number: u32,
+    build: Build,
     spec: AgentSpec,
     /// The same of another ABI, as only the undefended build can be.
     other_abi: AgentSpec,
@@ -99,107 +99,44 @@ impl Outcome {
 // === impl Scene ===
 
 impl Scene {
-    /// A node without an agent yet, which will be without these defenses.
-    pub(super) fn up(builds: &Builds, without: &[Without]) -> anyhow::Result<Self> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("attack-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
-        let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
-        let (mut switched_off, mut flags) = (Vec::new(), FLAGS.to_vec());
-        for without in without {
-            match *without {
-                Without::Defense(defense) => switched_off.push(defense.label()),
-                Without::Flags(flag, value) => flags.extend([flag, value]),
-                Without::Annotation(key, value) => {
-                    let annotations = [(key.to_owned(), value.to_owned())].into();
-                    lab.cluster.add_namespace(&attacker().namespace, annotations);
-                }
-            }
-        }
-        let mut other_abi = AgentSpec::new(&builds.undefended, &flags);
-        other_abi.env.insert(WITHOUT.to_owned(), switched_off.join(","));
-        let mut spec = other_abi.clone();
-        if switched_off.is_empty() {
-            spec = AgentSpec::new(&builds.release, &flags);
-        }
-        Ok(Self {
-            lab,
-            spec,
-            other_abi: other_abi.of_next_abi(),
-            agent: Mutex::default(),
-            successors: AtomicU32::new(0),
-        })
-    }
-
-    /// Starts the agent, in the place of its predecessor if there was one.
-    pub(super) async fn start_agent(&self) -> anyhow::Result<()> {
-        *self.agent.lock().await = Some(self.lab.start_agent(&self.spec).await?);
-        Ok(())
-    }
-
-    /// Lets another agent, in a pod of its own, take over from the one that serves, and then ends that one: as a rolling
-    /// update does.
-    pub(super) async fn succeed_agent(&self) -> anyhow::Result<()> {
-        self.succeed(&self.spec).await
-    }
-
-    /// The same with an agent of another ABI.
-    pub(super) async fn succeed_agent_by_other_abi(&self) -> anyhow::Result<()> {
-        self.succeed(&self.other_abi).await
-    }
-
-    async fn succeed(&self, spec: &AgentSpec) -> anyhow::Result<()> {
-        let number = self.successors.fetch_add(1, Relaxed);
-        let pod = self.lab.add_agent_pod(&format!("podgate-next{number}"))?;
-        let next = self.lab.start_agent_in(&pod, spec).await?;
-        let predecessor = self.agent.lock().await.replace(next).context("BUG: there is no agent")?;
-        predecessor.stop().await.map(drop)
-    }
-
-    /// Kills the agent with -9.
-    pub(super) async fn kill_agent(&self) -> anyhow::Result<()> {
-        self.agent(async |agent| agent.kill().await).await?;
-        *self.agent.lock().await = None;
-        Ok(())
-    }
-
-    /// Does something to the agent.
-    pub(super) async fn agent<T>(
-        &self,
-        work: impl AsyncFnOnce(&mut AgentProcess) -> anyhow::Result<T>,
-    ) -> anyhow::Result<T> {
-        work(self.agent.lock().await.as_mut().context("BUG: there is no agent")?).await
-    }
-
-    /// Takes everything down.
-    pub(super) async fn down(self) -> anyhow::Result<()> {
-        if let Some(mut agent) = self.agent.into_inner() {
-            agent.kill().await?;
-        }
-        self.lab.down()
-    }
-
-    /// The end of the agent's log.
-    pub(super) async fn log_tail(&self) -> String {
-        self.agent.lock().await.as_ref().map(AgentProcess::log_tail).unwrap_or_default()
-    }
-
-    /// A pod of the namespace `shop` that others are after, with a role of its own. It is served already: its credentials
-    /// are cached, and its address is known.
+    /// The pod that others are after, with a role of its own. It is served already: its credentials are cached, and its
+    /// address is known.
     pub(super) async fn victim(&self) -> anyhow::Result<Pod> {
-        let victim = self.lab.add_pod(&victim())?;
+        let victim = self.lab.add_pod(&self.victim_spec())?;
         self.until_served(&victim).await?;
         Ok(victim)
     }
 
-    /// A pod of the namespace `evil`, with a role of its own.
+    /// The attacker's pod, with a role of its own.
     pub(super) fn attacker(&self) -> anyhow::Result<Pod> {
-        self.lab.add_pod(&attacker())
+        self.lab.add_pod(&self.attacker_spec())
+    }
+
+    /// What the pod that others are after is like.
+    pub(super) fn victim_spec(&self) -> PodSpec {
+        self.pod_spec("shop", "victim")
+    }
+
+    /// What the attacker's pod is like.
+    pub(super) fn attacker_spec(&self) -> PodSpec {
+        self.pod_spec(plan::EVIL, "attacker")
+    }
+
+    /// What another pod of the attacker's is like.
+    pub(super) fn tenant_spec(&self) -> PodSpec {
+        self.pod_spec(plan::EVIL, "tenant")
+    }
+
+    /// A pod that this attempt alone knows: no other one has its namespace, its service account and its role.
+    fn pod_spec(&self, namespace: &str, name: &str) -> PodSpec {
+        let role = format!("{name}-role-{}", self.number);
+        PodSpec::new(&plan::namespace(namespace, self.number), name).role(&role)
     }
 
     /// A file that pods on this node share, as by a hostPath.
     pub(super) fn shared_file(&self, name: &str) -> PathBuf {
         let lab = self.lab.node.place.directory.file_name().unwrap_or_default();
-        std::env::temp_dir().join(format!("podgate-{}-{name}", lab.display()))
+        std::env::temp_dir().join(format!("podgate-{}-{}-{name}", lab.display(), self.number))
     }
 
     /// Lets an attacker do something to its end.
@@ -331,16 +268,6 @@ impl Running {
         };
         Ok(line)
     }
-}
-
-/// The pod that others are after.
-pub(super) fn victim() -> PodSpec {
-    PodSpec::new("shop", "victim").role("victim-role")
-}
-
-/// The attacker's pod.
-pub(super) fn attacker() -> PodSpec {
-    PodSpec::new("evil", "attacker").role("attacker-role")
 }
 
 /// A pod on the host's network with this annotation.

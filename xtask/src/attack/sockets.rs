@@ -62,7 +62,7 @@ pub(super) async fn offered_handover(scene: &Scene) -> anyhow::Result<Outcome> {
         "obtained_at": Timestamp::now(),
         "account_id": own["AccountId"],
         "partition": "aws",
-        "role": "attacker-role",
+        "role": attacker.role,
         "refresh_at": Timestamp::now() + 1.hour(),
         "asked": true,
     }]);

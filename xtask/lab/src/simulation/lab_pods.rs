@@ -103,6 +103,10 @@ impl Pods {
         self.state.pod(name).cloned()
     }
 
+    pub(super) fn running(&self) -> Vec<Pod> {
+        self.state.pods.clone()
+    }
+
     /// Records the role of a service account's pods.
     pub(super) fn set_role(
         &mut self,
