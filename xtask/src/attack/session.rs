@@ -1,6 +1,6 @@
 //! The attempts of a plan, carried out.
 //!
-//! Owns the labs, and which results count: what happened in a lab that is not as it was afterwards is tried again in a lab of
+//! Owns the labs, and which results count: what failed in a lab that is not as it was afterwards is tried again in a lab of
 //! its own. Never decides what an attacker may get.
 
 use std::time::Instant;
@@ -11,7 +11,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use super::{
     Attack, Builds, LabKind,
-    plan::{Attempt, Part, Session, parts, plan},
+    plan::{Attempt, Session, parts, plan},
     row::Row,
     scene::{Outcome, Scene},
 };
@@ -145,11 +145,15 @@ async fn end(mut scene: Scene, is_shared: bool, is_last: bool) -> anyhow::Result
 // === impl Report ===
 
 impl Report {
-    /// Whether it says something about the attack: what a lab was like that is not well afterwards nobody knows, and a
-    /// control that did not work may have been too slow.
+    /// Whether it says something about the attack. What a lab was like that is not well afterwards nobody knows; harm that
+    /// a defense should have kept off was done in any lab. A control that did not work may have been too slow.
     fn counts(&self) -> bool {
         let is_harm = self.outcome.as_ref().is_ok_and(|outcome| outcome.is_harm);
-        self.is_lab_well && (is_harm || self.attempt.part != Part::Control)
+        if self.attempt.is_harm_expected() {
+            is_harm && self.is_lab_well
+        } else {
+            is_harm || self.is_lab_well
+        }
     }
 }
 
@@ -211,16 +215,16 @@ mod tests {
     }
 
     #[test]
-    fn what_happened_in_a_lab_that_is_not_well_does_not_count() {
+    fn in_a_lab_that_is_not_well_nothing_counts_but_unexpected_harm() {
         let (_, attempts) = attempts();
         for attempt in attempts {
-            let is_control = attempt.part == Part::Control;
+            let is_control = attempt.is_harm_expected();
             for (is_harm, is_lab_well, counts) in [
                 (Some(false), true, !is_control),
                 (Some(true), true, true),
                 (None, true, !is_control),
                 (Some(false), false, false),
-                (Some(true), false, false),
+                (Some(true), false, !is_control),
                 (None, false, false),
             ] {
                 let case = format!("{:?}: {is_harm:?}, {is_lab_well}", attempt.part);
