@@ -95,7 +95,9 @@ enum LabKind {
     /// One of its own: it wears the agent out or puts another in its place, or what its control does without is looked at
     /// only when an agent starts.
     Own,
-    /// The same, in which it starts the agent itself.
+    /// The same, with nothing else on the machine meanwhile: it is about how long others must wait.
+    Quiet,
+    /// One of its own, in which it starts the agent itself.
     Bare,
 }
 

@@ -29,6 +29,7 @@ macro_rules! attacks {
     (@without $defense:ident) => { Without::Defense(Defense::$defense) };
     (@lab) => { LabKind::Shared };
     (@lab own) => { LabKind::Own };
+    (@lab quiet) => { LabKind::Quiet };
     (@lab bare) => { LabKind::Bare };
 }
 
@@ -58,13 +59,13 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "syn-flood", "thousands of handshakes begun by hand, so that the node answers with SYN cookies",
         [TicketInAck], packets::syn_flood, bare;
     "half-open-connections", "50,000 connections that never complete, to use up the room for tickets",
-        [TicketLimit], packets::half_open_connections, own;
+        [TicketLimit], packets::half_open_connections, quiet;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
-        [ConnectionLimit], packets::held_connections, own;
+        [ConnectionLimit], packets::held_connections, quiet;
     "held-probes", "520 connections to the port for probes and metrics of an agent that may have 512 files open",
-        [ProbeLimit], packets::held_probes, own;
+        [ProbeLimit], packets::held_probes, quiet;
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
-        [ConnectionLimit], packets::full_queue, own;
+        [ConnectionLimit], packets::full_queue, quiet;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
         [NO_EGRESS_FILTER], packets::raw_tcp;
     "udp-to-imds", "a datagram to the real IMDS",

@@ -4,6 +4,7 @@ use std::{fs, time::Duration};
 
 use agent_common::net::{IMDS_V4, POD_IDENTITY_V4, POD_IDENTITY_V6};
 use anyhow::Context as _;
+use futures::future::try_join_all;
 use lab::{NODE_ROLE, Pod, PodSpec};
 use rustix::{
     process::{Pid, Resource, Rlimit, prlimit},
@@ -133,10 +134,8 @@ pub(super) async fn full_queue(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     limit_files(scene).await?;
     let act = Act::ChurnConnections { to: POD_IDENTITY, count: 1_200 };
-    let mut processes = Vec::new();
-    for _ in 0..4 {
-        processes.push(scene.must_begin(Place::In(&attacker), &act).await?);
-    }
+    let processes = (0..4).map(|_| scene.must_begin(Place::In(&attacker), &act));
+    let processes = try_join_all(processes).await?;
     let outcome = scene.unharmed(&victim).await;
     let mut opened = 0;
     for process in processes {

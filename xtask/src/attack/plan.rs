@@ -65,8 +65,8 @@ impl Attempt {
     /// The same in a lab for nothing else.
     pub(super) fn alone(self) -> Session {
         let lab = match self.attack.lab {
-            LabKind::Shared | LabKind::Own => LabKind::Own,
-            LabKind::Bare => LabKind::Bare,
+            LabKind::Shared => LabKind::Own,
+            own @ (LabKind::Own | LabKind::Quiet | LabKind::Bare) => own,
         };
         Session { lab, needs: self.needs(), attempts: vec![self] }
     }
@@ -219,9 +219,12 @@ mod tests {
 
     #[test]
     fn what_is_tried_alone_gets_a_lab_that_begins_as_its_attack_wants() {
-        for (lab, alone) in
-            [(LabKind::Shared, LabKind::Own), (LabKind::Own, LabKind::Own), (LabKind::Bare, LabKind::Bare)]
-        {
+        for (lab, alone) in [
+            (LabKind::Shared, LabKind::Own),
+            (LabKind::Own, LabKind::Own),
+            (LabKind::Quiet, LabKind::Quiet),
+            (LabKind::Bare, LabKind::Bare),
+        ] {
             let attempts = attempts(&[attack(lab, &[FLAG])], false);
             let session = attempts[1].alone();
             assert_eq!((session.lab, session.attempts.len()), (alone, 1), "{lab:?}");

@@ -7,7 +7,10 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 use futures::{StreamExt as _, stream};
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::{
+    Semaphore,
+    mpsc::{UnboundedSender, unbounded_channel},
+};
 
 use super::{
     Attack, Builds, LabKind,
@@ -17,7 +20,7 @@ use super::{
 };
 
 /// How many labs are up at a time: on nodes of their own attackers do not see each other.
-const LABS: usize = 2;
+const LABS: u32 = 2;
 
 /// What came of an attempt.
 struct Report {
@@ -45,10 +48,13 @@ struct Pending {
 /// Runs attacks; the rows in their order.
 pub(super) async fn run_all(attacks: &[&'static Attack], builds: &Builds, with_layers: bool) -> Vec<Row> {
     let mut board = Board::new(attacks, with_layers);
+    let machine = Semaphore::new(LABS as usize);
     let (sender, mut reports) = unbounded_channel();
-    let run = async move {
+    let run = async {
+        let (machine, sender) = (&machine, sender);
         let sessions = stream::iter(plan(attacks, with_layers));
-        sessions.for_each_concurrent(LABS, |session| run_session(session, builds, sender.clone())).await;
+        let run = |session| run_session(session, builds, machine, sender.clone());
+        sessions.for_each_concurrent(LABS as usize, run).await;
     };
     let collect = async {
         let mut again = Vec::new();
@@ -66,7 +72,7 @@ pub(super) async fn run_all(attacks: &[&'static Attack], builds: &Builds, with_l
     for attempt in again {
         eprintln!("{}: once more, in a lab of its own", attempt.attack.name);
         let (sender, mut reports) = unbounded_channel();
-        run_session(attempt.alone(), builds, sender).await;
+        run_session(attempt.alone(), builds, &machine, sender).await;
         if let Some(report) = reports.recv().await {
             board.add(report);
         }
@@ -75,10 +81,17 @@ pub(super) async fn run_all(attacks: &[&'static Attack], builds: &Builds, with_l
 }
 
 /// Carries attempts out, in one lab as long as it is well.
-async fn run_session(session: Session, builds: &Builds, reports: UnboundedSender<Report>) {
+async fn run_session(
+    session: Session,
+    builds: &Builds,
+    machine: &Semaphore,
+    reports: UnboundedSender<Report>,
+) {
+    let share = if session.lab == LabKind::Quiet { LABS } else { 1 };
     let mut scene = None;
     let last = session.attempts.len() - 1;
     for (index, attempt) in session.attempts.iter().enumerate() {
+        let _share = machine.acquire_many(share).await;
         let began = Instant::now();
         let staged = match scene.take() {
             Some(scene) => begin_next(scene, attempt).await,
@@ -112,7 +125,7 @@ async fn begin(builds: &Builds, session: &Session, attempt: &Attempt) -> anyhow:
         scene.start_agent().await?;
     }
     scene.begin_attempt(attempt).await?;
-    if session.lab == LabKind::Own {
+    if matches!(session.lab, LabKind::Own | LabKind::Quiet) {
         scene.start_agent().await?;
     }
     Ok(scene)
