@@ -31,10 +31,7 @@ use crate::{
     accept::Accepted,
     admin::{self, Probes},
     config::Config,
-    control::{
-        kernel_events,
-        reconcile::{PolicyMap, Reconciler},
-    },
+    control::{kernel_events, policy_map::PolicyMap, reconcile::Reconciler},
     credentials::{
         aws,
         cache::{self, CredentialCache, Transferred},
@@ -211,12 +208,12 @@ where
     let reconciler = Reconciler {
         policies: known.policies.clone(),
         map: kernel.policies,
-        own: cgroups.own_pod,
+        own_pod: cgroups.own_pod,
         eks_agent: config.eks_agent.clone(),
         eks_agent_is_here: eks_agent_sender,
         pods: Arc::clone(&known.pods),
         networks: Arc::clone(&known.networks),
-        lifecycle: PodState { engine: Arc::clone(&cache), connections: server.connections.clone() },
+        lifecycle: PodState { cache: Arc::clone(&cache), connections: server.connections.clone() },
         prefetch: config.prefetch,
     };
     // Before any pod is known: inherited credentials are not prefetched again.

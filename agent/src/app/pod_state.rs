@@ -14,7 +14,7 @@ use crate::{
 /// The components that hold something for pods.
 #[derive(Debug)]
 pub(super) struct PodState<S> {
-    pub(super) engine: Arc<CredentialCache<S>>,
+    pub(super) cache: Arc<CredentialCache<S>>,
     pub(super) connections: ConnectionLimit,
 }
 
@@ -22,24 +22,24 @@ pub(super) struct PodState<S> {
 
 impl<S: CredentialSource> PodLifecycle for PodState<S> {
     fn on_pod_pending(&self, uid: PodUid) {
-        self.engine.on_pod_pending(uid);
+        self.cache.on_pod_pending(uid);
     }
 
     fn on_cgroup_created(&self, uid: PodUid) {
-        self.engine.on_cgroup_created(uid);
+        self.cache.on_cgroup_created(uid);
     }
 
     async fn on_cgroup_removed(&self, uid: PodUid) {
         self.connections.revoke(uid);
-        self.engine.on_cgroup_removed(uid).await;
+        self.cache.on_cgroup_removed(uid).await;
     }
 
     async fn on_pod_deleted(&self, uid: PodUid) {
         self.connections.revoke(uid);
-        self.engine.on_pod_deleted(uid).await;
+        self.cache.on_pod_deleted(uid).await;
     }
 
     fn prefetch(&self, pod: &Arc<Pod>) {
-        self.engine.prefetch(pod);
+        self.cache.prefetch(pod);
     }
 }

@@ -8,49 +8,25 @@ use std::{
     sync::Arc,
 };
 
-use agent_common::policy::{PodPolicy, QosClass};
+use agent_common::policy::PodPolicy;
 use futures::{Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info, warn};
 
 use crate::{
+    control::policy_map::PolicyMap,
     identity::{
         DaemonSetRef, Pod, PodUid, Pods,
         networks::Networks,
         tree::{PodCgroup, TreeEvent},
         watch::ClusterEvent,
     },
-    intercept::{self, InterceptorHandle},
     policy::lookup::Policies,
     policy::{self, AnnotationScope, ImdsMode, Policy},
 };
 
 /// When the kernel did not take a policy, it is tried again after this time.
-const REPEAT: std::time::Duration = std::time::Duration::from_secs(1);
-
-/// Where policies go. A trait because only root has the kernel's map.
-pub trait PolicyMap: Send + Sync + 'static {
-    /// Gives the pod with this cgroup a policy.
-    fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> impl Future<Output = Written> + Send;
-    /// Takes it away, and any exemption.
-    fn remove(&self, pod_cgroup_id: u64) -> impl Future<Output = Written> + Send;
-    /// Applies no policy to the pod with this cgroup, whatever it has.
-    fn exempt(&self, pod_cgroup_id: u64) -> impl Future<Output = Written> + Send;
-    /// Applies its policy again.
-    fn unexempt(&self, pod_cgroup_id: u64) -> impl Future<Output = Written> + Send;
-    /// Tells that a quality-of-service class has this cgroup, which is no pod's.
-    fn set_class(&self, class: QosClass, cgroup_id: u64) -> impl Future<Output = Written> + Send;
-    /// Gives a policy to pods that have none of their own yet: one to those in a network of their own, one to those on
-    /// the host's.
-    fn set_unknown(
-        &self,
-        in_pod_network: PodPolicy,
-        on_host_network: PodPolicy,
-    ) -> impl Future<Output = Written> + Send;
-}
-
-/// What the kernel says to a change of a map.
-type Written = Result<(), intercept::Error>;
+const RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// What pods' coming and going means to what is kept for them.
 pub trait PodLifecycle: Send + Sync + 'static {
@@ -74,7 +50,7 @@ pub struct Reconciler<M, S> {
     /// The kernel's map.
     pub map: M,
     /// The cgroup of podgate's own pod, which stays exempt.
-    pub own: Option<u64>,
+    pub own_pod: Option<u64>,
     /// Whose pods are the EKS Pod Identity Agent, which is exempt.
     pub eks_agent: Option<DaemonSetRef>,
     /// Learns whether such a pod is on this node.
@@ -98,7 +74,7 @@ struct State {
     /// Pods of the EKS Pod Identity Agent that the API server has.
     eks_agents: HashSet<PodUid>,
     /// Pods whose policy the kernel did not take.
-    to_repeat: HashSet<PodUid>,
+    to_retry: HashSet<PodUid>,
     /// Cgroups that are gone and that the kernel did not forget, with their pods.
     to_remove: HashMap<u64, PodUid>,
     /// Those that are exempt.
@@ -106,39 +82,11 @@ struct State {
     /// Pods that the API server has no more, but whose cgroup may still be there.
     deleted: HashSet<PodUid>,
     /// Pods whose cgroup is gone, but that the API server may still have.
-    gone: HashSet<PodUid>,
+    cgroup_removed: HashSet<PodUid>,
     /// What pods get that are not in the map, in a network of their own and on the host's.
     unknown: Option<(PodPolicy, PodPolicy)>,
     pods_synced: bool,
     namespaces_synced: bool,
-}
-
-// === impl InterceptorHandle ===
-
-impl PolicyMap for InterceptorHandle {
-    async fn set(&self, pod_cgroup_id: u64, policy: PodPolicy) -> Written {
-        self.set_policy(pod_cgroup_id, policy).await
-    }
-
-    async fn remove(&self, pod_cgroup_id: u64) -> Written {
-        self.remove_policy(pod_cgroup_id).await
-    }
-
-    async fn exempt(&self, pod_cgroup_id: u64) -> Written {
-        self.set_eks_agent(pod_cgroup_id, true).await
-    }
-
-    async fn unexempt(&self, pod_cgroup_id: u64) -> Written {
-        self.set_eks_agent(pod_cgroup_id, false).await
-    }
-
-    async fn set_class(&self, class: QosClass, cgroup_id: u64) -> Written {
-        InterceptorHandle::set_class(self, class, cgroup_id).await
-    }
-
-    async fn set_unknown(&self, in_pod_network: PodPolicy, on_host_network: PodPolicy) -> Written {
-        self.set_unknown_pods(in_pod_network, on_host_network).await
-    }
 }
 
 // === impl Reconciler ===
@@ -161,18 +109,19 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             tokio::select! {
                 Some(event) = tree.next() => self.on_tree(&mut state, event).await,
                 Some(event) = events.recv() => self.on_cluster(&mut state, event).await,
-                () = tokio::time::sleep(REPEAT), if !(state.to_repeat.is_empty() && state.to_remove.is_empty()) => self.repeat(&mut state).await,
+                () = tokio::time::sleep(RETRY_DELAY), if !(state.to_retry.is_empty() && state.to_remove.is_empty()) => self.retry(&mut state).await,
                 else => return,
             }
-            self.tell(&mut state).await;
+            self.publish(&mut state).await;
             if state.pods_synced && state.namespaces_synced {
                 synced.send_replace(true);
             }
         }
     }
 
-    /// Tells what all that is known of the pods amounts to.
-    async fn tell(&self, state: &mut State) {
+    /// Publishes what all that is known of the pods amounts to: what unknown pods get, and whether the EKS Pod Identity
+    /// Agent is on this node.
+    async fn publish(&self, state: &mut State) {
         self.apply_unknown(state).await;
         let is_here = !state.eks_agents.is_empty();
         self.eks_agent_is_here.send_if_modified(|known| std::mem::replace(known, is_here) != is_here);
@@ -184,7 +133,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                 state.cgroups.insert(uid, id);
                 state.effective.remove(&uid);
                 state.exempt.remove(&uid);
-                state.gone.remove(&uid);
+                state.cgroup_removed.remove(&uid);
                 self.lifecycle.on_cgroup_created(uid);
                 if let Some(pod) = self.pods.get(uid) {
                     self.apply(state, &pod).await;
@@ -197,8 +146,8 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                 }
             }
             TreeEvent::Removed(PodCgroup { uid, id }) => {
-                if Some(id) != self.own {
-                    self.remove(state, id, uid).await;
+                if Some(id) != self.own_pod {
+                    self.remove_policy(state, id, uid).await;
                 }
                 // Made anew, as when the kubelet starts over: then another cgroup is the pod's.
                 if state.cgroups.get(&uid) == Some(&id) {
@@ -207,7 +156,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                     state.exempt.remove(&uid);
                     self.networks.remove(uid);
                     if state.deleted.remove(&uid) {
-                        self.forget(uid).await;
+                        self.remove_pod(uid).await;
                     } else {
                         self.note_removed(state, uid).await;
                     }
@@ -225,7 +174,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                 } else {
                     state.eks_agents.remove(&pod.uid);
                 }
-                report(&pod.annotations, AnnotationScope::Pod, &pod.full_name());
+                report_unreadable(&pod.annotations, AnnotationScope::Pod, &pod.full_name());
                 self.note_absence(state, &pod).await;
                 self.apply(state, &pod).await;
                 self.prefetch(&pod);
@@ -237,14 +186,14 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             ClusterEvent::PodsSynced => {
                 state.pods_synced = true;
                 let never_shown: Vec<_> =
-                    state.gone.extract_if(|uid| self.pods.get(*uid).is_none()).collect();
+                    state.cgroup_removed.extract_if(|uid| self.pods.get(*uid).is_none()).collect();
                 for uid in never_shown {
-                    self.forget(uid).await;
+                    self.remove_pod(uid).await;
                 }
             }
             ClusterEvent::NamespaceChanged(name) => {
                 if let Some(annotations) = self.policies.namespaces.get(&name) {
-                    report(&annotations, AnnotationScope::Namespace, &name);
+                    report_unreadable(&annotations, AnnotationScope::Namespace, &name);
                 }
                 for pod in self.pods.of_namespace(&name) {
                     self.apply(state, &pod).await;
@@ -257,25 +206,25 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
 
     /// Fetches a pod's credentials where it is known to want them, and its policy lets it have them.
     fn prefetch(&self, pod: &Arc<Pod>) {
-        let may = |policy: Policy| policy.pod_identity || policy.imds == ImdsMode::Intercept;
-        if self.prefetch && will_ask(pod) && self.policies.of(pod).is_some_and(may) {
+        let has_credentials = |policy: Policy| policy.pod_identity || policy.imds == ImdsMode::Intercept;
+        if self.prefetch && will_ask(pod) && self.policies.of(pod).is_some_and(has_credentials) {
             self.lifecycle.prefetch(pod);
         }
     }
 
     /// Tries again what the kernel did not take.
-    async fn repeat(&self, state: &mut State) {
+    async fn retry(&self, state: &mut State) {
         for (id, uid) in std::mem::take(&mut state.to_remove) {
-            self.remove(state, id, uid).await;
+            self.remove_policy(state, id, uid).await;
         }
-        for uid in std::mem::take(&mut state.to_repeat) {
+        for uid in std::mem::take(&mut state.to_retry) {
             if let Some(pod) = self.pods.get(uid) {
                 self.apply(state, &pod).await;
             }
         }
     }
 
-    async fn remove(&self, state: &mut State, id: u64, uid: PodUid) {
+    async fn remove_policy(&self, state: &mut State, id: u64, uid: PodUid) {
         if let Err(error) = self.map.remove(id).await {
             error!(%error, pod.uid = %uid, "cannot take a pod's policy out of the kernel; trying again");
             state.to_remove.insert(id, uid);
@@ -287,8 +236,8 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             // Its containers may be terminating, and need their credentials to the end.
             state.deleted.insert(uid);
         } else {
-            state.gone.remove(&uid);
-            self.forget(uid).await;
+            state.cgroup_removed.remove(&uid);
+            self.remove_pod(uid).await;
         }
     }
 
@@ -307,12 +256,12 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
 
     /// What the API server still shows of the pod brings nothing of it back; a new cgroup would.
     async fn note_removed(&self, state: &mut State, uid: PodUid) {
-        if state.gone.insert(uid) {
+        if state.cgroup_removed.insert(uid) {
             self.lifecycle.on_cgroup_removed(uid).await;
         }
     }
 
-    async fn forget(&self, uid: PodUid) {
+    async fn remove_pod(&self, uid: PodUid) {
         self.lifecycle.on_pod_deleted(uid).await;
         self.pods.remove(uid);
         debug!(pod.uid = %uid, "forgot a pod");
@@ -324,7 +273,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
 
     /// Puts a pod's policy into force, once its cgroup and its namespace are known.
     async fn apply(&self, state: &mut State, pod: &Pod) {
-        let Some(&id) = state.cgroups.get(&pod.uid).filter(|id| Some(**id) != self.own) else { return };
+        let Some(&id) = state.cgroups.get(&pod.uid).filter(|id| Some(**id) != self.own_pod) else { return };
         self.apply_exemption(state, pod, id).await;
         if state.exempt.contains(&pod.uid) {
             return;
@@ -335,7 +284,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
         }
         match self.map.set(id, policy.kernel()).await {
             Ok(()) => {
-                state.to_repeat.remove(&pod.uid);
+                state.to_retry.remove(&pod.uid);
                 state.effective.insert(pod.uid, policy);
                 info!(pod.uid = %pod.uid, pod.name = pod.full_name(), imds = ?policy.imds, reason = ?policy.reason,
                     pod_identity = policy.pod_identity, "a pod's policy is effective");
@@ -343,7 +292,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             Err(error) => {
                 error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(),
                     "cannot put a pod's policy into the kernel; it counts as unknown until that works");
-                state.to_repeat.insert(pod.uid);
+                state.to_retry.insert(pod.uid);
             }
         }
     }
@@ -376,13 +325,14 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             let mode = self.policies.of(&pod).map_or(ImdsMode::Intercept, |policy| policy.imds);
             (mode, pod.host_network)
         });
-        let (mut strictest, mut asks) = (self.policies.strictest(), self.policies.covers_host_network());
+        let (mut strictest, mut covers_host_network) =
+            (self.policies.strictest(), self.policies.covers_host_network());
         for (mode, on_host_network) in modes {
             strictest = strictest.max(mode);
-            asks |= on_host_network && mode.is_strict();
+            covers_host_network |= on_host_network && mode.is_strict();
         }
         let unknown = policy::unknown_pod(strictest);
-        let on_host_network = if asks { unknown } else { PodPolicy::EXEMPT };
+        let on_host_network = if covers_host_network { unknown } else { PodPolicy::EXEMPT };
         if state.unknown == Some((unknown, on_host_network)) {
             return;
         }
@@ -400,9 +350,9 @@ fn will_ask(pod: &Pod) -> bool {
 }
 
 /// Says which annotations cannot be read.
-fn report(annotations: &policy::Annotations, scope: AnnotationScope, whose: &str) {
+fn report_unreadable(annotations: &policy::Annotations, scope: AnnotationScope, owner: &str) {
     for unreadable in policy::unreadable(annotations, scope) {
-        warn!(of = whose, "{unreadable}; the strictest that fits applies");
+        warn!(of = owner, "{unreadable}; the strictest that fits applies");
     }
 }
 

@@ -29,7 +29,7 @@ use crate::{
     accept,
     app::seams::{Cgroups, Kernel, Keys, Seams, Services},
     config::{Config, KubeIdentity, LogFormat, TargetMode, WhenDown},
-    control::reconcile::PolicyMap,
+    control::policy_map::PolicyMap,
     credentials::Clock,
     identity::{NodeFacts, cgroupfs, peer::ProcessCgroups, tree::TreeEvent},
     intercept::{self, HandoverKey, Standing},

@@ -1,10 +1,11 @@
 use parking_lot::Mutex;
 
-use agent_common::policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF};
+use agent_common::policy::{IMDS_AUDIT, IMDS_DENY, IMDS_INTERCEPT, IMDS_OFF, QosClass};
 
 use super::*;
 use crate::{
     identity::Namespaces,
+    intercept,
     policy::{ANNOTATION_IMDS, Defaults, ImdsMode},
     testing::pod,
 };
@@ -29,10 +30,10 @@ struct FakePodState {
 /// What is told of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Told {
-    Awaits,
-    Has,
-    Gone,
-    PodLifecycle,
+    Pending,
+    CgroupCreated,
+    CgroupRemoved,
+    Deleted,
 }
 
 impl PolicyMap for FakeMap {
@@ -83,19 +84,19 @@ impl FakePodState {
 
 impl PodLifecycle for FakePodState {
     fn on_pod_pending(&self, uid: PodUid) {
-        self.tell(Told::Awaits, uid);
+        self.tell(Told::Pending, uid);
     }
 
     fn on_cgroup_created(&self, uid: PodUid) {
-        self.tell(Told::Has, uid);
+        self.tell(Told::CgroupCreated, uid);
     }
 
     async fn on_cgroup_removed(&self, uid: PodUid) {
-        self.tell(Told::Gone, uid);
+        self.tell(Told::CgroupRemoved, uid);
     }
 
     async fn on_pod_deleted(&self, uid: PodUid) {
-        self.tell(Told::PodLifecycle, uid);
+        self.tell(Told::Deleted, uid);
     }
 
     fn prefetch(&self, pod: &Arc<Pod>) {
@@ -106,7 +107,7 @@ impl PodLifecycle for FakePodState {
 /// A node whose pods are left to the node's role by default.
 struct Node {
     map: FakeMap,
-    enforcer: Reconciler<FakeMap, FakePodState>,
+    reconciler: Reconciler<FakeMap, FakePodState>,
     state: State,
 }
 
@@ -116,10 +117,10 @@ impl Node {
         let namespaces = Arc::<Namespaces>::default();
         namespaces.insert("app", policy::Annotations::new());
         let defaults = Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false };
-        let enforcer = Reconciler {
+        let reconciler = Reconciler {
             policies: Policies { defaults, namespaces },
             map: map.clone(),
-            own: Some(1),
+            own_pod: Some(1),
             eks_agent: Some(DaemonSetRef { namespace: "aws".into(), name: "agent".into() }),
             eks_agent_is_here: watch::Sender::new(false),
             pods: Arc::default(),
@@ -127,31 +128,31 @@ impl Node {
             lifecycle: FakePodState::default(),
             prefetch: true,
         };
-        Self { map, enforcer, state: State::default() }
+        Self { map, reconciler, state: State::default() }
     }
 
     async fn cluster(&mut self, event: ClusterEvent) {
-        self.enforcer.on_cluster(&mut self.state, event).await;
-        self.enforcer.tell(&mut self.state).await;
+        self.reconciler.on_cluster(&mut self.state, event).await;
+        self.reconciler.publish(&mut self.state).await;
     }
 
     async fn pod(&mut self, pod: &Arc<Pod>) {
-        self.enforcer.pods.insert(pod);
+        self.reconciler.pods.insert(pod);
         self.cluster(ClusterEvent::PodChanged(Arc::clone(pod))).await;
     }
 
     async fn namespace(&mut self, name: &str, imds: &str) {
         let annotations = [(ANNOTATION_IMDS.to_owned(), imds.to_owned())].into();
-        self.enforcer.policies.namespaces.insert(name, annotations);
+        self.reconciler.policies.namespaces.insert(name, annotations);
         self.cluster(ClusterEvent::NamespaceChanged(name.to_owned())).await;
     }
 
     async fn appears(&mut self, uid: PodUid, id: u64) {
-        self.enforcer.on_tree(&mut self.state, TreeEvent::Created(PodCgroup { uid, id })).await;
+        self.reconciler.on_tree(&mut self.state, TreeEvent::Created(PodCgroup { uid, id })).await;
     }
 
     async fn goes(&mut self, uid: PodUid, id: u64) {
-        self.enforcer.on_tree(&mut self.state, TreeEvent::Removed(PodCgroup { uid, id })).await;
+        self.reconciler.on_tree(&mut self.state, TreeEvent::Removed(PodCgroup { uid, id })).await;
     }
 
     fn imds(&self, id: u64) -> Option<u32> {
@@ -241,36 +242,43 @@ async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
     node.pod(&pod).await;
     node.appears(pod.uid, 10).await;
     node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
-    assert!(node.enforcer.pods.get(pod.uid).is_some() && node.imds(10).is_some());
-    assert_eq!(node.enforcer.lifecycle.told(pod.uid), [Told::Awaits, Told::Has]);
+    assert!(node.reconciler.pods.get(pod.uid).is_some() && node.imds(10).is_some());
+    assert_eq!(node.reconciler.lifecycle.told(pod.uid), [Told::Pending, Told::CgroupCreated]);
     node.goes(pod.uid, 10).await;
-    assert!(node.enforcer.pods.get(pod.uid).is_none() && node.imds(10).is_none());
-    assert_eq!(node.enforcer.lifecycle.told(pod.uid), [Told::Awaits, Told::Has, Told::PodLifecycle]);
+    assert!(node.reconciler.pods.get(pod.uid).is_none() && node.imds(10).is_none());
+    assert_eq!(node.reconciler.lifecycle.told(pod.uid), [Told::Pending, Told::CgroupCreated, Told::Deleted]);
 }
 
 #[tokio::test]
 async fn a_pod_without_its_cgroup_stays_removed_until_it_has_another() {
-    use Told::{Awaits, Gone, Has, PodLifecycle};
+    use Told::{CgroupCreated, CgroupRemoved, Deleted, Pending};
     let mut node = Node::new();
     let [restarted, deleted, finished] = std::array::from_fn(|_| Arc::new(pod("app", "web")));
     for (pod, id) in [(&restarted, 10), (&deleted, 20), (&finished, 30)] {
         node.pod(pod).await;
         node.appears(pod.uid, id).await;
         node.goes(pod.uid, id).await;
-        assert_eq!(node.enforcer.lifecycle.told(pod.uid), [Awaits, Has, Gone]);
-        assert!(node.enforcer.pods.get(pod.uid).is_some());
+        assert_eq!(node.reconciler.lifecycle.told(pod.uid), [Pending, CgroupCreated, CgroupRemoved]);
+        assert!(node.reconciler.pods.get(pod.uid).is_some());
     }
     node.appears(restarted.uid, 11).await;
-    assert_eq!(node.enforcer.lifecycle.told(restarted.uid), [Awaits, Has, Gone, Has]);
+    assert_eq!(
+        node.reconciler.lifecycle.told(restarted.uid),
+        [Pending, CgroupCreated, CgroupRemoved, CgroupCreated]
+    );
     node.cluster(ClusterEvent::PodDeleted(deleted.uid)).await;
-    assert_eq!(node.enforcer.lifecycle.told(deleted.uid), [Awaits, Has, Gone, PodLifecycle]);
+    assert_eq!(node.reconciler.lifecycle.told(deleted.uid), [Pending, CgroupCreated, CgroupRemoved, Deleted]);
     node.pod(&Arc::new(Pod { finished: true, ..(*finished).clone() })).await;
-    assert_eq!(node.enforcer.lifecycle.told(finished.uid), [Awaits, Has, Gone], "once is enough");
+    assert_eq!(
+        node.reconciler.lifecycle.told(finished.uid),
+        [Pending, CgroupCreated, CgroupRemoved],
+        "once is enough"
+    );
 }
 
 #[tokio::test]
 async fn a_cgroup_that_is_made_anew_under_the_same_name_is_the_pod_s() {
-    use Told::{Awaits, Gone, Has};
+    use Told::{CgroupCreated, CgroupRemoved, Pending};
     let mut node = Node::new();
     let pod = Arc::new(pod("app", "web"));
     node.pod(&pod).await;
@@ -278,23 +286,30 @@ async fn a_cgroup_that_is_made_anew_under_the_same_name_is_the_pod_s() {
     node.goes(pod.uid, 10).await;
     node.appears(pod.uid, 11).await;
     node.goes(pod.uid, 10).await;
-    assert_eq!(node.enforcer.lifecycle.told(pod.uid), [Awaits, Has, Gone, Has]);
+    assert_eq!(
+        node.reconciler.lifecycle.told(pod.uid),
+        [Pending, CgroupCreated, CgroupRemoved, CgroupCreated]
+    );
 }
 
 #[tokio::test]
 async fn pods_that_ended_before_the_agent_started_are_removed() {
-    use Told::{Gone, Has, PodLifecycle};
+    use Told::{CgroupCreated, CgroupRemoved, Deleted};
     let mut node = Node::new();
     let finished = Arc::new(Pod { finished: true, ..pod("app", "web") });
     node.pod(&finished).await;
-    assert_eq!(node.enforcer.lifecycle.told(finished.uid), [Gone]);
+    assert_eq!(node.reconciler.lifecycle.told(finished.uid), [CgroupRemoved]);
     let unshown = pod("app", "web").uid;
     node.appears(unshown, 10).await;
     node.goes(unshown, 10).await;
-    assert_eq!(node.enforcer.lifecycle.told(unshown), [Has, Gone], "the watch may be late");
+    assert_eq!(
+        node.reconciler.lifecycle.told(unshown),
+        [CgroupCreated, CgroupRemoved],
+        "the watch may be late"
+    );
     node.cluster(ClusterEvent::PodsSynced).await;
-    assert_eq!(node.enforcer.lifecycle.told(unshown), [Has, Gone, PodLifecycle]);
-    assert_eq!(node.enforcer.lifecycle.told(finished.uid), [Gone]);
+    assert_eq!(node.reconciler.lifecycle.told(unshown), [CgroupCreated, CgroupRemoved, Deleted]);
+    assert_eq!(node.reconciler.lifecycle.told(finished.uid), [CgroupRemoved]);
 }
 
 #[tokio::test]
@@ -303,7 +318,7 @@ async fn a_pod_without_a_cgroup_is_forgotten_at_once() {
     let pod = Arc::new(pod("app", "web"));
     node.pod(&pod).await;
     node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
-    assert!(node.enforcer.pods.get(pod.uid).is_none());
+    assert!(node.reconciler.pods.get(pod.uid).is_none());
 }
 
 #[tokio::test]
@@ -319,8 +334,8 @@ async fn podgate_s_own_pod_keeps_its_exemption() {
 #[tokio::test]
 async fn aws_s_own_agent_is_exempt_and_counts_as_long_as_the_api_server_has_it() {
     let mut node = Node::new();
-    node.enforcer.policies.namespaces.insert("aws", policy::Annotations::new());
-    let is_here = |node: &Node| *node.enforcer.eks_agent_is_here.borrow();
+    node.reconciler.policies.namespaces.insert("aws", policy::Annotations::new());
+    let is_here = |node: &Node| *node.reconciler.eks_agent_is_here.borrow();
     let exempt = |node: &Node| node.map.0.lock().exempt.clone();
     let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
     let copy = Arc::new(Pod { daemon_set: Some("agent".into()), ..pod("app", "agent") });
@@ -342,12 +357,12 @@ async fn aws_s_own_agent_is_exempt_and_counts_as_long_as_the_api_server_has_it()
 #[tokio::test]
 async fn a_pod_that_its_daemon_set_has_let_go_of_is_one_like_any_other() {
     let mut node = Node::new();
-    node.enforcer.policies.namespaces.insert("aws", policy::Annotations::new());
+    node.reconciler.policies.namespaces.insert("aws", policy::Annotations::new());
     let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
     node.appears(stock.uid, 10).await;
     node.pod(&Arc::new(stock.clone())).await;
     node.pod(&Arc::new(Pod { daemon_set: None, ..stock })).await;
-    assert!(!*node.enforcer.eks_agent_is_here.borrow());
+    assert!(!*node.reconciler.eks_agent_is_here.borrow());
     assert!(node.map.0.lock().exempt.is_empty());
     assert_eq!(node.imds(10), Some(IMDS_AUDIT));
 }
@@ -370,11 +385,11 @@ async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
     ] {
         let pod = Arc::new(pod);
         node.pod(&pod).await;
-        let prefetched = node.enforcer.lifecycle.prefetched.lock().contains(&pod.uid);
+        let prefetched = node.reconciler.lifecycle.prefetched.lock().contains(&pod.uid);
         assert_eq!(prefetched, will_ask, "{pod:?}");
     }
-    node.enforcer.prefetch = false;
+    node.reconciler.prefetch = false;
     let off = Arc::new(Pod { injected: true, ..pod("app", "web") });
     node.pod(&off).await;
-    assert!(!node.enforcer.lifecycle.prefetched.lock().contains(&off.uid));
+    assert!(!node.reconciler.lifecycle.prefetched.lock().contains(&off.uid));
 }
