@@ -6,18 +6,16 @@
 //! it protects. The next agent takes over what it finds, also from a living one: GENERATION says which agent is active.
 
 use std::{
-    collections::{HashMap, HashSet},
     fmt,
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use agent_common::{
     abi::{EXEMPT_EKS_AGENT, EXEMPT_PODGATE, program},
     defense::{Defense, holds},
     net::Endpoint,
-    policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
+    policy::{PodPolicy, QosClass},
     target::Target,
 };
 
@@ -29,11 +27,16 @@ mod handle;
 mod handover_key;
 mod heartbeat;
 mod links;
+mod load_program;
 mod log;
+mod maps;
 pub(crate) mod metrics;
 mod object;
 mod origins;
 mod pins;
+mod settings;
+mod ticket_counts;
+mod wanted;
 
 #[cfg(any(test, feature = "testing"))]
 pub(crate) use self::events::decode;
@@ -47,41 +50,15 @@ pub use self::{
     heartbeat::{Heartbeat, Standing},
     log::DebugLog,
     origins::{OriginLookup, SocketOrigins},
+    settings::{Settings, TicketKey},
 };
 use self::{
     links::Hooks,
     object::Object,
     pins::{Lock, Pins},
+    wanted::Wanted,
 };
 use crate::bpf::Link;
-
-/// What the programs need to know for as long as they live.
-#[derive(Debug)]
-pub struct Settings {
-    /// Where bpffs is mounted.
-    pub bpffs: PathBuf,
-    /// Directory of the kubepods cgroup on the cgroup2 mount.
-    pub kubepods: PathBuf,
-    /// Directory of the agent's own cgroup, where its listeners are made.
-    pub agent_cgroup: PathBuf,
-    /// Ancestor level of the kubepods cgroup; the root of the hierarchy is 0.
-    pub kubepods_level: u32,
-    /// Cgroup id of the kubepods cgroup.
-    pub kubepods_id: u64,
-    /// Cookie of the host's network namespace, as [`crate::identity::netns::own_cookie`] gives it; 0 for none.
-    pub host_netns_cookie: u64,
-    /// Whether pods in `intercept` and `deny` are kept from IMDS and the target where `connect` does not see it.
-    pub egress_filter: bool,
-    /// Whether what pods in `audit` ask IMDS for is told.
-    pub audit_paths: bool,
-    /// How long a ticket may be redeemed: [`agent_common::abi::TICKET_LIFE`], or less in tests.
-    pub ticket_life: Duration,
-    /// Makes the tickets unguessable.
-    pub ticket_key: TicketKey,
-}
-
-/// The 128-bit key from which the programs derive tickets.
-pub struct TicketKey([u64; 2]);
 
 /// The loaded programs and their maps.
 pub struct Interceptor {
@@ -95,44 +72,6 @@ pub struct Interceptor {
     audit_paths: bool,
     handover_key: HandoverKey,
     _passive: Link,
-}
-
-/// What the maps must contain while this agent is active.
-#[derive(Debug, Default)]
-struct Wanted {
-    policies: HashMap<u64, PodPolicy>,
-    unknown_in_pod_network: Option<PodPolicy>,
-    unknown_on_host_network: Option<PodPolicy>,
-    /// The cgroups of the quality-of-service classes.
-    classes: HashMap<QosClass, u64>,
-    /// Pods of the EKS Pod Identity Agent.
-    eks_agents: HashSet<u64>,
-}
-
-// === impl TicketKey ===
-
-impl TicketKey {
-    /// A fresh key from the kernel's random numbers.
-    pub fn random() -> Result<Self, Error> {
-        let word = || getrandom::u64().map_err(Error::Randomness);
-        Ok(Self([word()?, word()?]))
-    }
-}
-
-impl fmt::Debug for TicketKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("TicketKey(redacted)")
-    }
-}
-
-// === impl Wanted ===
-
-impl Wanted {
-    /// Every policy that may decide a connection attempt.
-    fn all(&self) -> impl Iterator<Item = &PodPolicy> {
-        let unknown = self.unknown_in_pod_network.iter().chain(&self.unknown_on_host_network);
-        self.policies.values().chain(unknown)
-    }
 }
 
 // === impl Interceptor ===
@@ -213,11 +152,11 @@ impl Interceptor {
     /// Ends every reservation but these, if this agent is active.
     pub fn reserve_only(&mut self, addresses: &[SocketAddr]) -> Result<(), Error> {
         let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
-        let kept = |endpoint: &Endpoint| {
-            addresses.iter().any(|kept| Endpoint::new(kept.ip(), kept.port()).same(endpoint))
+        let stays_reserved = |endpoint: &Endpoint| {
+            addresses.iter().any(|address| Endpoint::new(address.ip(), address.port()).same(endpoint))
         };
         for endpoint in self.object.reservations()? {
-            if !kept(&endpoint) {
+            if !stays_reserved(&endpoint) {
                 self.object.release(endpoint)?;
             }
         }
@@ -250,14 +189,14 @@ impl Interceptor {
 
     /// Makes maps and programs those of this agent, whose generation is active already.
     fn activate(&mut self) -> Result<(), Error> {
-        self.reconcile()?;
+        self.wanted.apply(&mut self.object)?;
         // Beside programs of another ABI both send tickets, and those of the first count: its own go, and at once the
         // connections come here. What begins between the two has a ticket that the agent that gets it does not know.
         let [others @ .., lookup] = program::PERMANENT;
         for name in others {
             self.hooks.attach(&self.object, &self.pins, name)?;
         }
-        self.set_egress(self.needs_egress())?;
+        self.set_egress(self.wanted.needs_egress(self.egress_filter, self.audit_paths))?;
         self.pins.detach_others(program::ACTIVE)?;
         self.hooks.attach(&self.object, &self.pins, lookup)?;
         self.pins.remove_others()
@@ -295,7 +234,7 @@ impl Interceptor {
         self.wanted.unknown_in_pod_network = Some(in_pod_network);
         self.wanted.unknown_on_host_network = Some(on_host_network);
         let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
-        self.apply_unknown_pods()?;
+        self.wanted.apply_unknown_pods(&mut self.object)?;
         self.attach_egress_where_needed()
     }
 
@@ -349,57 +288,12 @@ impl Interceptor {
         Ok(self.heartbeat.is_active()?.then_some(lock))
     }
 
-    /// Writes to the maps what this agent wants in them.
-    fn reconcile(&mut self) -> Result<(), Error> {
-        self.apply_unknown_pods()?;
-        for (&class, &cgroup_id) in &self.wanted.classes {
-            self.object.set_class(class, cgroup_id)?;
-        }
-        for (&pod, &policy) in &self.wanted.policies {
-            self.object.set_policy(pod, policy)?;
-        }
-        for pod in self.object.policies()? {
-            if !self.wanted.policies.contains_key(&pod) {
-                self.object.remove_policy(pod)?;
-            }
-        }
-        for (pod, why) in self.object.exempted()? {
-            if why == EXEMPT_EKS_AGENT && !self.wanted.eks_agents.contains(&pod) {
-                self.object.unexempt(pod)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn apply_unknown_pods(&mut self) -> Result<(), Error> {
-        let wanted = [
-            (UNKNOWN_IN_POD_NETWORK, self.wanted.unknown_in_pod_network),
-            (UNKNOWN_ON_HOST_NETWORK, self.wanted.unknown_on_host_network),
-        ];
-        for (slot, policy) in wanted {
-            if let Some(policy) = policy {
-                self.object.set_unknown_pod(slot, policy)?;
-            }
-        }
-        Ok(())
-    }
-
     fn attach_egress_where_needed(&self) -> Result<(), Error> {
-        let is_needed = self.needs_egress();
+        let is_needed = self.wanted.needs_egress(self.egress_filter, self.audit_paths);
         if is_needed == self.hooks.is_attached(&self.pins, program::EGRESS) {
             return Ok(());
         }
         self.set_egress(is_needed)
-    }
-
-    /// Having a program on outgoing packets costs every packet of every pod some 100 ns, so it is there only while some
-    /// pod is strict or its requests are to be reported.
-    fn needs_egress(&self) -> bool {
-        self.wanted.all().any(|policy| match policy.imds {
-            IMDS_OFF => false,
-            IMDS_AUDIT => self.audit_paths,
-            _ => self.egress_filter,
-        })
     }
 
     fn set_egress(&self, is_needed: bool) -> Result<(), Error> {
@@ -473,48 +367,17 @@ pub fn unpin(path: &Path) -> Result<(), Error> {
 mod tests {
     use std::io;
 
-    use agent_common::abi::TICKET_LIFE;
-
     use super::*;
-
-    fn settings(kubepods: &str) -> Settings {
-        Settings {
-            bpffs: "/nowhere".into(),
-            kubepods: kubepods.into(),
-            agent_cgroup: "/".into(),
-            kubepods_level: 1,
-            kubepods_id: 1,
-            host_netns_cookie: 1,
-            egress_filter: true,
-            audit_paths: false,
-            ticket_life: TICKET_LIFE,
-            ticket_key: TicketKey([0x1122_3344, 0x5566_7788]),
-        }
-    }
-
-    #[test]
-    fn the_ticket_key_is_not_printed() {
-        let text = format!("{:?}", settings("/"));
-        assert!(text.contains("redacted"), "{text}");
-        for secret in ["287454020", "11223344", "1432778632", "55667788"] {
-            assert!(!text.contains(secret), "{text}");
-        }
-    }
-
-    #[test]
-    fn random_keys_differ() {
-        assert_ne!(TicketKey::random().unwrap().0, TicketKey::random().unwrap().0);
-    }
 
     #[test]
     fn a_missing_cgroup_is_named() {
-        let error = Interceptor::load(&settings("/nowhere/kubepods")).unwrap_err().to_string();
+        let error = Interceptor::load(&settings::fake("/nowhere/kubepods")).unwrap_err().to_string();
         assert!(error.contains("/nowhere/kubepods"), "{error}");
         assert!(error.contains("cgroup2"), "{error}");
     }
 
     #[test]
-    fn a_rejected_program_comes_with_the_verifier_s_last_words() {
+    fn a_rejected_program_comes_with_the_last_words_of_the_verifier() {
         let error = Error::Rejected {
             program: "connect4",
             source: Box::new(io::Error::from_raw_os_error(13)),

@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc};
 use agent_common::{abi::map, counter::Counter};
 use aya::maps::{MapData, PerCpuArray};
 
-use super::{Error, object::reading};
+use super::{Error, maps::reading};
 
 /// Reads what the programs have counted, also after they are gone. Clones share one map handle.
 #[derive(Clone)]

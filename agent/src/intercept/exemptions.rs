@@ -5,7 +5,7 @@
 use agent_common::abi::{EXEMPT_PODGATE, map};
 use aya::maps::{HashMap, MapData, MapError};
 
-use super::{Error, object::reading};
+use super::{Error, maps::reading};
 
 /// Tells which pods are podgate's.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::{
     Error,
     links::Attachment,
-    object::{is_gone, reading, writing},
+    maps::{is_gone, reading, writing},
 };
 
 /// Writes the heartbeat while this agent is active, and tells who is. Clones are the same heartbeat.

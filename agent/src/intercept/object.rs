@@ -1,16 +1,16 @@
 //! The eBPF object: embedded bytes, globals, programs and maps.
 //!
-//! Owns every use of a map and of a name in the object; never attaches anything.
+//! Owns the maps and every name in the object; never attaches anything.
 
 use std::{
-    fs, io,
+    io,
     net::TcpListener,
     os::fd::{AsFd as _, BorrowedFd},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use agent_common::{
-    abi::{self, EXEMPT_MAX, LISTENERS_MAX, POLICIES_MAX, RESERVED_MAX, TICKETS_MAX, global, map, program},
+    abi::{LISTENERS_MAX, global, map, program},
     egress::{JOB_AUDIT_PATHS, JOB_FILTER},
     net::Endpoint,
     origin::{Origin, PendingOrigin},
@@ -18,48 +18,20 @@ use agent_common::{
     target::Target,
 };
 use aya::{
-    Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage, SockMap},
-    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps},
-    sys::SyscallError,
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf, SkStorage, SockMap},
 };
 
 use super::{
     Error, Settings,
+    load_program::load_program,
     log::{self, DebugLog},
+    maps::{ImdsKey, PINNED, absent_is_fine, another, check_shape, is_gone, reading, remove, take, writing},
     pins::{self, Pins},
 };
 
 /// The object, or nothing where the build had none.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podgate.o"));
-
-/// An entry is made, and none is changed: `include/uapi/linux/bpf.h`.
-const BPF_NOEXIST: u64 = 1;
-
-/// How much of a verifier's log an error repeats; the reason is at its end.
-const LOG_TAIL_LINES: usize = 20;
-
-/// The maps that outlive the agent, with the sizes of a key and a value, and how many there are.
-const PINNED: [(&str, usize, usize, u32); 15] = [
-    (map::ORIGINS, size_of::<u32>(), size_of::<PendingOrigin>(), 0),
-    (map::TICKETS, size_of::<u64>(), size_of::<PendingOrigin>(), TICKETS_MAX),
-    (map::POD_TICKETS, size_of::<u64>(), size_of::<u64>(), POLICIES_MAX),
-    (map::POLICIES, size_of::<u64>(), size_of::<PodPolicy>(), POLICIES_MAX),
-    (map::UNKNOWN_POD, size_of::<u32>(), size_of::<PodPolicy>(), 2),
-    (map::QOS_CLASSES, size_of::<u32>(), size_of::<u64>(), 2),
-    (map::EXEMPT, size_of::<u64>(), size_of::<u64>(), EXEMPT_MAX),
-    (map::TARGETS, size_of::<u32>(), size_of::<Target>(), 2),
-    (map::TARGET_INDEX, size_of::<u32>(), size_of::<u32>(), 1),
-    (map::GENERATION, size_of::<u32>(), size_of::<u64>(), 1),
-    (map::HEARTBEAT, size_of::<u32>(), size_of::<u64>(), 1),
-    (map::LISTENERS, size_of::<u32>(), size_of::<u32>(), 2 * LISTENERS_MAX),
-    (map::RESERVED, size_of::<Endpoint>(), size_of::<u32>(), RESERVED_MAX),
-    (map::COUNTERS, size_of::<u32>(), size_of::<u64>(), abi::COUNTERS_MAX),
-    (map::IMDS_KEY, size_of::<u32>(), size_of::<ImdsKey>(), 1),
-];
-
-/// The key by which IMDS tokens are made.
-pub(super) type ImdsKey = [u8; 32];
 
 /// The object in the kernel. The programs that are attached stay when it is dropped.
 pub(super) struct Object {
@@ -67,9 +39,9 @@ pub(super) struct Object {
     /// The maps of `PINNED` once more, to pin them again, with the kernel's ids.
     pinned: Vec<(&'static str, u32, MapData)>,
     accepted: MapData,
-    tickets: HashMap<MapData, u64, PendingOrigin>,
-    pod_tickets: HashMap<MapData, u64, u64>,
-    policies: HashMap<MapData, u64, PodPolicy>,
+    pub(super) tickets: HashMap<MapData, u64, PendingOrigin>,
+    pub(super) pod_tickets: HashMap<MapData, u64, u64>,
+    pub(super) policies: HashMap<MapData, u64, PodPolicy>,
     unknown_pod: Array<MapData, PodPolicy>,
     classes: Array<MapData, u64>,
     exempt: HashMap<MapData, u64, u64>,
@@ -281,74 +253,10 @@ impl Object {
         self.make_room_for(pod_cgroup_id)
     }
 
-    /// Gives a known pod its count of tickets before it connects, so that it never depends on the room that unknown ones
-    /// leave.
-    fn make_room_for(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
-        if self.make_count(pod_cgroup_id)? {
-            return Ok(());
-        }
-        self.forget_idle_counts()?;
-        if self.make_count(pod_cgroup_id)? {
-            return Ok(());
-        }
-        // So many unknown pods have connections under way. One loses its count, or a few that connect faster than this is reported.
-        for (unknown, _) in self.counts_of_unknown()? {
-            remove(&mut self.pod_tickets, unknown).map_err(writing(map::POD_TICKETS))?;
-            if self.make_count(pod_cgroup_id)? {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// False when there is no room. A count that is there stays.
-    fn make_count(&mut self, cgroup_id: u64) -> Result<bool, Error> {
-        match self.pod_tickets.insert(cgroup_id, 0, BPF_NOEXIST) {
-            Err(error) if errno(&error) == Some(libc::E2BIG) => Ok(false),
-            Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(true),
-            result => result.map(|()| true).map_err(writing(map::POD_TICKETS)),
-        }
-    }
-
     /// Forgets a pod, if it is there.
     pub(super) fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
         remove(&mut self.policies, pod_cgroup_id).map_err(writing(map::POLICIES))?;
         self.forget_idle_counts()
-    }
-
-    /// How many tickets can be redeemed, of all pods.
-    pub(super) fn live_tickets(&self) -> Result<u64, Error> {
-        let count = self.tickets.keys().try_fold(0, |count, key| key.map(|_| count + 1));
-        count.map_err(reading(map::TICKETS))
-    }
-
-    /// How many of them count for this pod.
-    pub(super) fn live_tickets_of(&self, pod_cgroup_id: u64) -> Result<Option<u64>, Error> {
-        match self.pod_tickets.get(&pod_cgroup_id, 0) {
-            Err(MapError::KeyNotFound) => Ok(None),
-            result => result.map(Some).map_err(reading(map::POD_TICKETS)),
-        }
-    }
-
-    /// Forgets the counts of those that are no known pods and have no ticket: pods that are gone, and what was counted
-    /// while nothing was known of its pod.
-    ///
-    /// A count that is removed while its pod connects leaves that one ticket uncounted, no more.
-    fn forget_idle_counts(&mut self) -> Result<(), Error> {
-        for (cgroup_id, count) in self.counts_of_unknown()? {
-            if count == 0 {
-                remove(&mut self.pod_tickets, cgroup_id).map_err(writing(map::POD_TICKETS))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The counts of those that are no known pods, by cgroup.
-    fn counts_of_unknown(&self) -> Result<Vec<(u64, u64)>, Error> {
-        let counts = self.pod_tickets.iter().collect::<Result<Vec<_>, _>>();
-        let mut counts = counts.map_err(reading(map::POD_TICKETS))?;
-        counts.retain(|(cgroup, _)| matches!(self.policies.get(cgroup, 0), Err(MapError::KeyNotFound)));
-        Ok(counts)
     }
 
     /// The debugging log; `None` when it is off.
@@ -375,71 +283,10 @@ impl Object {
     }
 }
 
-/// Another descriptor of a map.
-fn another(map: &MapData, name: &'static str) -> Result<MapData, Error> {
-    let fd = map.fd().as_fd().try_clone_to_owned();
-    let fd = fd.map_err(|source| Error::Map { action: "opening", map: name, source: source.into() })?;
-    MapData::from_fd(fd).map_err(reading(name))
-}
-
 /// What the egress program is to do.
 fn jobs(settings: &Settings) -> u32 {
     let job = |bit, wanted| if wanted { bit } else { 0 };
     job(JOB_FILTER, settings.egress_filter) | job(JOB_AUDIT_PATHS, settings.audit_paths)
-}
-
-/// Lets the kernel verify and compile one program.
-fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Error> {
-    let program = ebpf.program_mut(name).ok_or(Error::Mismatch { what: name })?;
-    let result = match program {
-        Program::CgroupSockAddr(program) => CgroupSockAddr::load(program),
-        Program::SockOps(program) => SockOps::load(program),
-        Program::CgroupSkb(program) => CgroupSkb::load(program),
-        Program::SkLookup(program) => SkLookup::load(program),
-        _ => return Err(Error::Mismatch { what: name }),
-    };
-    result.map_err(|error| match error {
-        ProgramError::LoadError { io_error, verifier_log } => {
-            let log = verifier_log.to_string();
-            let lines: Vec<_> = log.lines().filter(|line| !line.is_empty()).collect();
-            let tail = &lines[lines.len().saturating_sub(LOG_TAIL_LINES)..];
-            Error::Rejected { program: name, source: io_error.into(), log_tail: tail.join("\n") }
-        }
-        other => Error::Rejected { program: name, source: other.into(), log_tail: String::new() },
-    })
-}
-
-/// Checks a map that is pinned already: the kernel would take it for whatever the object says.
-fn check_shape(
-    path: &Path,
-    name: &'static str,
-    (key, value, entries): (usize, usize, u32),
-) -> Result<(), Error> {
-    if !fs::exists(path).map_err(|source| Error::Pin { path: path.to_owned(), source })? {
-        return Ok(());
-    }
-    let is_so = |is: u32, wanted: usize| usize::try_from(is) == Ok(wanted);
-    let info = MapInfo::from_pin(path).map_err(reading(name))?;
-    let fits =
-        is_so(info.key_size(), key) && is_so(info.value_size(), value) && info.max_entries() == entries;
-    if fits { Ok(()) } else { Err(Error::Shape { path: path.to_owned() }) }
-}
-
-/// Whether a map's pin is gone, or another map's. One that cannot be asked is there: too many open files, which pods may
-/// bring about, remove nothing.
-pub(super) fn is_gone(path: &Path, id: u32) -> bool {
-    match MapInfo::from_pin(path) {
-        Ok(pinned) => pinned.id() != id,
-        Err(error) => errno(&error) == Some(libc::ENOENT),
-    }
-}
-
-/// Takes a map out of the object, as the type that the agent expects.
-fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, Error>
-where
-    M: TryFrom<Map, Error = MapError>,
-{
-    ebpf.take_map(name).and_then(|map| map.try_into().ok()).ok_or(Error::Mismatch { what: name })
 }
 
 /// Lets the programs be told at any time which defenses are off.
@@ -450,36 +297,4 @@ fn tell_what_is_off(ebpf: &mut Ebpf) -> Result<(), Error> {
         off.set(0, bits, 0).map_err(|error| format!("the programs cannot be told: {error}"))
     }));
     Ok(())
-}
-
-/// Removing what is not there has done its work.
-fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
-    match result {
-        Err(error) if matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
-        result => result,
-    }
-}
-
-/// Removes an entry, if it is there.
-fn remove<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, key: K) -> Result<(), MapError> {
-    match map.remove(&key) {
-        Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),
-        result => result,
-    }
-}
-
-/// What the kernel says, where it was the kernel.
-fn errno(error: &MapError) -> Option<i32> {
-    match error {
-        MapError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
-        _ => None,
-    }
-}
-
-pub(super) fn reading(map: &'static str) -> impl FnOnce(MapError) -> Error {
-    move |source| Error::Map { action: "reading", map, source: source.into() }
-}
-
-pub(super) fn writing(map: &'static str) -> impl FnOnce(MapError) -> Error {
-    move |source| Error::Map { action: "writing", map, source: source.into() }
 }
