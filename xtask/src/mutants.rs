@@ -181,7 +181,8 @@ fn build_and_test(mutant: &Mutant, copy: &Path) -> anyhow::Result<Verdict> {
         let mut cargo = workspace::cargo();
         // The workspace's own target directory: the dependencies are compiled there already.
         cargo.current_dir(copy).env("CARGO_TARGET_DIR", workspace::target_directory());
-        // The agent is compiled once a patch, and its tests run for seconds only.
+        // The agent is compiled once a patch, and its tests run for seconds only. And what is compiled here must never be
+        // taken for the workspace's own crates, which have the same names: those are optimized.
         cargo.env("CARGO_PROFILE_DEV_OPT_LEVEL", "0").env("CARGO_INCREMENTAL", "1");
         cargo.args(["test", "--quiet", "--package", "agent", "--lib", "--all-features"]);
         cargo

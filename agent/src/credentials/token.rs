@@ -10,6 +10,7 @@ pub mod jwks;
 mod provider;
 mod verifier;
 
+#[cfg(any(test, feature = "testing"))]
 pub(crate) use self::provider::read_projected;
 pub use self::{
     claims::AUDIENCE,
