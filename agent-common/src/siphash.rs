@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reference_s_vector_comes_out() {
+    fn the_reference_vector_comes_out() {
         // Key 00..0f and message 00..0f: entry 16 of `vectors_sip64` in the authors' repository.
         let words = [0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908];
         assert_eq!(siphash24(words, words), 0x3f2a_cc7f_57c2_9bdb);

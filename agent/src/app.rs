@@ -164,11 +164,7 @@ where
 {
     let Seams { clock, cgroups, kernel, services } = seams;
     let mut tasks = Tasks::default();
-    let known = Known {
-        pods: Arc::default(),
-        networks: Arc::new(Networks::new(cgroups.host_netns_cookie)),
-        policies: Policies { defaults: config.defaults(), namespaces: Arc::default() },
-    };
+    let known = Known::new(&config, &cgroups);
     let mut registry = kernel.metrics;
     let metrics = Metrics::register(&mut registry);
     let activity = Activity::new();
@@ -182,11 +178,9 @@ where
     // Jitter that differs between nodes is enough.
     let seed = RandomState::new().hash_one(&config.node_name);
     let cache = CredentialCache::start(source, cache::BUDGET, clock, seed, metrics.cache);
-    let resolver =
-        CallerResolver::new(Arc::clone(&cgroups.facts), Arc::clone(&known.pods), Arc::clone(&known.networks));
     let server = Arc::new(Server {
         policies: known.policies.clone(),
-        resolver,
+        resolver: known.resolver(&cgroups),
         credentials: Arc::clone(&cache),
         imds_tokens: ImdsTokens::new(&kernel.keys.imds),
         token_delegates: config.token_delegates.clone(),
@@ -205,17 +199,8 @@ where
     tasks.spawn("the kernel's events", kernel_events::run(kernel.events, Arc::clone(&server)));
 
     let (eks_agent_sender, eks_agent_is_here) = watch::channel(false);
-    let reconciler = Reconciler {
-        policies: known.policies.clone(),
-        map: kernel.policies,
-        own_pod: cgroups.own_pod,
-        eks_agent: config.eks_agent.clone(),
-        eks_agent_is_here: eks_agent_sender,
-        pods: Arc::clone(&known.pods),
-        networks: Arc::clone(&known.networks),
-        lifecycle: PodState { cache: Arc::clone(&cache), connections: server.connections.clone() },
-        prefetch: config.prefetch,
-    };
+    let lifecycle = PodState { cache: Arc::clone(&cache), connections: server.connections.clone() };
+    let reconciler = known.reconciler(&config, cgroups.own_pod, kernel.policies, eks_agent_sender, lifecycle);
     // Before any pod is known: inherited credentials are not prefetched again.
     inherit(&config, &kernel.keys.predecessor, &cache, &metrics.handovers).await;
     follow_cluster(reconciler, cgroups, cluster, &known, &mut tasks).await?;
@@ -248,6 +233,43 @@ impl<D: Dataplane, S> Bound<D, S> {
 impl<D, S> std::fmt::Debug for Bound<D, S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Bound").field("addresses", &self.addresses).finish_non_exhaustive()
+    }
+}
+
+// === impl Known ===
+
+impl Known {
+    fn new(config: &Config, cgroups: &Cgroups) -> Self {
+        Self {
+            pods: Arc::default(),
+            networks: Arc::new(Networks::new(cgroups.host_netns_cookie)),
+            policies: Policies { defaults: config.defaults(), namespaces: Arc::default() },
+        }
+    }
+
+    fn resolver(&self, cgroups: &Cgroups) -> CallerResolver {
+        CallerResolver::new(Arc::clone(&cgroups.facts), Arc::clone(&self.pods), Arc::clone(&self.networks))
+    }
+
+    fn reconciler<M: PolicyMap, S: CredentialSource>(
+        &self,
+        config: &Config,
+        own_pod: Option<u64>,
+        map: M,
+        eks_agent_is_here: watch::Sender<bool>,
+        lifecycle: PodState<S>,
+    ) -> Reconciler<M, PodState<S>> {
+        Reconciler {
+            policies: self.policies.clone(),
+            map,
+            own_pod,
+            eks_agent: config.eks_agent.clone(),
+            eks_agent_is_here,
+            pods: Arc::clone(&self.pods),
+            networks: Arc::clone(&self.networks),
+            lifecycle,
+            prefetch: config.prefetch,
+        }
     }
 }
 

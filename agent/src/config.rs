@@ -18,7 +18,7 @@ use crate::{
     policy::{Defaults, ImdsMode},
 };
 
-mod rules;
+mod values;
 
 /// Turns the table of settings into the flags, the parsed settings, and the step between the two, so that a setting is
 /// one row.
@@ -63,68 +63,68 @@ pub const DEFAULT_SOCKET: &str = "/run/podgate/podgate.sock";
 
 settings! {
     /// Name of the Kubernetes node this agent runs on.
-    "node-name", "PODGATE_NODE_NAME", "" => node_name: String = rules::node_name;
+    "node-name", "PODGATE_NODE_NAME", "" => node_name: String = values::node_name;
     /// Name of the EKS cluster.
-    "cluster-name", "PODGATE_CLUSTER_NAME", "" => cluster_name: String = rules::cluster_name;
+    "cluster-name", "PODGATE_CLUSTER_NAME", "" => cluster_name: String = values::cluster_name;
     /// The kubelet's --cgroup-root: where kubepods is, below the cgroup2 mount.
-    "cgroup-root", "PODGATE_CGROUP_ROOT", "/" => cgroup_root: PathBuf = rules::absolute;
+    "cgroup-root", "PODGATE_CGROUP_ROOT", "/" => cgroup_root: PathBuf = values::absolute;
     /// The kubelet's --root-dir.
-    "kubelet-root", "PODGATE_KUBELET_ROOT", "/var/lib/kubelet" => kubelet_root: PathBuf = rules::absolute;
+    "kubelet-root", "PODGATE_KUBELET_ROOT", "/var/lib/kubelet" => kubelet_root: PathBuf = values::absolute;
     /// Where bpffs is mounted.
-    "bpffs", "PODGATE_BPFFS", DEFAULT_BPFFS => bpffs: PathBuf = rules::absolute;
+    "bpffs", "PODGATE_BPFFS", DEFAULT_BPFFS => bpffs: PathBuf = values::absolute;
     /// What pods' connections to the instance metadata service get: off, audit, intercept or deny.
-    "imds", "PODGATE_IMDS", "audit" => imds: ImdsMode = rules::imds_mode;
+    "imds", "PODGATE_IMDS", "audit" => imds: ImdsMode = values::imds_mode;
     /// No annotation loosens the mode below this one: off, audit, intercept or deny.
-    "imds-floor", "PODGATE_IMDS_FLOOR", "off" => imds_floor: ImdsMode = rules::imds_mode;
+    "imds-floor", "PODGATE_IMDS_FLOOR", "off" => imds_floor: ImdsMode = values::imds_mode;
     /// Whether pods may use IMDSv1, which any server that fetches URLs can be tricked into: allow or deny.
-    "imds-v1", "PODGATE_IMDS_V1", "deny" => imds_v1: bool = rules::allow_or_deny;
+    "imds-v1", "PODGATE_IMDS_V1", "deny" => imds_v1: bool = values::allow_or_deny;
     /// Whether raw and UDP packets from pods in intercept or deny to IMDS and to podgate are dropped too: auto (while
     /// there is such a pod) or off.
-    "egress-filter", "PODGATE_EGRESS_FILTER", "auto" => egress_filter: bool = rules::auto_or_off;
+    "egress-filter", "PODGATE_EGRESS_FILTER", "auto" => egress_filter: bool = values::auto_or_off;
     /// Whether to report what pods in audit ask the instance metadata service for (credentials, user-data or something
     /// else): on or off.
-    "audit-paths", "PODGATE_AUDIT_PATHS", "off" => audit_paths: bool = rules::on_or_off;
+    "audit-paths", "PODGATE_AUDIT_PATHS", "off" => audit_paths: bool = values::on_or_off;
     /// Where connections are redirected to: pod-identity (169.254.170.23 and its IPv6 counterpart, which podgate then
     /// has for itself), own (podgate's own pair of addresses) or auto (own while the EKS Pod Identity Agent is on the
     /// node, else pod-identity).
-    "target", "PODGATE_TARGET", "auto" => target: TargetMode = rules::target_mode;
+    "target", "PODGATE_TARGET", "auto" => target: TargetMode = values::target_mode;
     /// IPv4 address and port of podgate's own pair, or "none".
-    "target-v4", "PODGATE_TARGET_V4", "169.254.175.1:80" => target_v4: Option<SocketAddrV4> = rules::target_v4;
+    "target-v4", "PODGATE_TARGET_V4", "169.254.175.1:80" => target_v4: Option<SocketAddrV4> = values::target_v4;
     /// IPv6 address and port of podgate's own pair, or "none".
     "target-v6", "PODGATE_TARGET_V6", "[fd70:6f64:6761:7465::1]:80" => target_v6: Option<SocketAddrV6> =
-        rules::target_v6;
+        values::target_v6;
     /// The EKS Pod Identity Agent: the pods of this DaemonSet, as NAMESPACE/NAME, or "none".
     "eks-agent", "PODGATE_EKS_AGENT", "kube-system/eks-pod-identity-agent" => eks_agent: Option<DaemonSetRef> =
-        rules::eks_agent;
+        values::eks_agent;
     /// What pods' connections to EKS Pod Identity get while no podgate is alive: auto (the EKS Pod Identity Agent where
     /// it answers, else a refusal) or deny. Connections to the instance metadata service are always refused then.
-    "when-down", "PODGATE_WHEN_DOWN", "auto" => when_down: WhenDown = rules::when_down;
+    "when-down", "PODGATE_WHEN_DOWN", "auto" => when_down: WhenDown = values::when_down;
     /// Service accounts, as NAMESPACE/NAME separated by commas, whose pods may present the tokens of other pods on this
     /// node, as CSI drivers do. Each use is logged (target audit) and counted.
     "token-delegate", "PODGATE_TOKEN_DELEGATE", "" => token_delegates: Vec<ServiceAccountRef> =
-        rules::service_accounts;
+        values::service_accounts;
     /// Whether the credentials of pods that are known to want them are fetched before they ask: auto or off.
-    "prefetch", "PODGATE_PREFETCH", "auto" => prefetch: bool = rules::auto_or_off;
+    "prefetch", "PODGATE_PREFETCH", "auto" => prefetch: bool = values::auto_or_off;
     /// Name of the netdev that carries podgate's addresses.
-    "netdev", "PODGATE_NETDEV", DEFAULT_NETDEV => netdev: String = rules::netdev_name;
+    "netdev", "PODGATE_NETDEV", DEFAULT_NETDEV => netdev: String = values::netdev_name;
     /// Who the agent is at the API server: associated-node (it impersonates its own node, Kubernetes 1.36 and later) or
     /// own (whoever the kubeconfig or the service account says).
     "kube-identity", "PODGATE_KUBE_IDENTITY", "associated-node" => kube_identity: KubeIdentity =
-        rules::kube_identity;
+        values::kube_identity;
     /// Address for probes and metrics.
-    "admin", "PODGATE_ADMIN", "127.0.0.1:9163" => admin: SocketAddr = rules::socket_addr;
+    "admin", "PODGATE_ADMIN", "127.0.0.1:9163" => admin: SocketAddr = values::socket_addr;
     /// Socket for podgate's other commands; its directory is made private to root.
-    "socket", "PODGATE_SOCKET", DEFAULT_SOCKET => socket: PathBuf = rules::absolute;
+    "socket", "PODGATE_SOCKET", DEFAULT_SOCKET => socket: PathBuf = values::absolute;
     /// Directory that podgate's containers on this node share, where an agent hands its credentials over to its
     /// successor; it is made private to root.
-    "handover-dir", "PODGATE_HANDOVER_DIR", DEFAULT_HANDOVER_DIR => handover_dir: PathBuf = rules::absolute;
+    "handover-dir", "PODGATE_HANDOVER_DIR", DEFAULT_HANDOVER_DIR => handover_dir: PathBuf = values::absolute;
     /// Seconds that requests in flight get to finish after SIGTERM.
-    "drain-secs", "PODGATE_DRAIN_SECS", "5" => drain: Duration = rules::seconds;
+    "drain-secs", "PODGATE_DRAIN_SECS", "5" => drain: Duration = values::seconds;
     /// Format of the log: json or text.
-    "log-format", "PODGATE_LOG_FORMAT", "json" => log_format: LogFormat = rules::log_format;
+    "log-format", "PODGATE_LOG_FORMAT", "json" => log_format: LogFormat = values::log_format;
     /// What is logged, as tracing's directives: info, debug, access=off,info, … With info,kernel=debug the programs in
     /// the kernel log what they decide about each connection attempt and ticket.
-    "log-filter", "PODGATE_LOG_FILTER", "info" => log_filter: String = rules::log_filter;
+    "log-filter", "PODGATE_LOG_FILTER", "info" => log_filter: String = values::log_filter;
 }
 
 /// Who the agent is at the API server.

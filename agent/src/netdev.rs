@@ -16,9 +16,9 @@ use rtnetlink::{
 };
 use tracing::{debug, info};
 
-mod rules;
+mod routing_rules;
 
-use self::rules::Rules;
+use self::routing_rules::Rules;
 
 /// Marks a netdev as podgate's (`ip link` shows it as `alias`).
 const ALIAS: &str = "podgate: addresses that pods' connections to credential endpoints are redirected to";
@@ -122,7 +122,7 @@ impl Netdev {
     /// Stops keeping the rules current, and removes them if podgate `is_detached` from the node. The netdev stays.
     pub async fn leave(self, is_detached: bool) -> Result<(), Error> {
         self.rules.stop().await;
-        if is_detached { rules::remove_all(&self.handle).await } else { Ok(()) }
+        if is_detached { routing_rules::remove_all(&self.handle).await } else { Ok(()) }
     }
 }
 
@@ -144,13 +144,13 @@ async fn find(handle: &Handle, name: &str) -> Option<LinkMessage> {
 pub async fn find_all(name: &str) -> Result<(Option<String>, Vec<String>), Error> {
     let handle = connect()?;
     let netdev = find(&handle, name).await.filter(is_own).map(|_| name.to_owned());
-    Ok((netdev, rules::all(&handle).await?.iter().map(ToString::to_string).collect()))
+    Ok((netdev, routing_rules::all(&handle).await?.iter().map(ToString::to_string).collect()))
 }
 
 /// Removes podgate's rules, and its netdev with its addresses. What is absent or not podgate's is left alone.
 pub async fn remove(name: &str) -> Result<(), Error> {
     let handle = connect()?;
-    rules::remove_all(&handle).await?;
+    routing_rules::remove_all(&handle).await?;
     let Some(netdev) = find(&handle, name).await.filter(is_own) else { return Ok(()) };
     let removed = handle.link().del(netdev.header.index).execute().await;
     removed.map_err(|error| refused("remove", name, &error))

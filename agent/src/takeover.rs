@@ -34,7 +34,7 @@ mod active;
 mod coexistence;
 pub mod dataplane;
 mod eks_agent;
-pub mod heartbeat;
+pub mod heartbeat_task;
 mod listeners;
 mod shutdown;
 mod standby;
@@ -185,7 +185,7 @@ impl<D: Dataplane> Takeover<D> {
     ) -> Result<(), Error> {
         self.become_active().await?;
         let dataplane = Arc::clone(&self.dataplane);
-        tasks.spawn("the heartbeat", heartbeat::run(move || dataplane.heartbeat()));
+        tasks.spawn("the heartbeat", heartbeat_task::run(move || dataplane.heartbeat()));
         self.ready.store(true, Relaxed);
         info!("pods are served");
         let end = self.serve_until(pin!(shutdown), tasks).await;

@@ -24,10 +24,10 @@ use tokio::{sync::Notify, time::Instant as TokioInstant};
 mod absent;
 mod completing;
 mod fetch;
-mod handover;
 mod in_flight;
 mod outcome;
 mod pod_lifecycle;
+mod transferred;
 mod upkeep;
 mod verified_tokens;
 

@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_that_intercepts_asks_for_its_pods_on_the_host_s_network() {
+    fn a_namespace_that_intercepts_asks_for_its_host_network_pods() {
         assert!(!policies(ImdsMode::Deny, &[("a", None), ("b", Some("audit"))]).covers_host_network());
         assert!(policies(ImdsMode::Off, &[("a", Some("intercept"))]).covers_host_network());
     }

@@ -218,7 +218,7 @@ fn a_new_target_counts_from_the_next_connection_on() {
 }
 
 #[test]
-fn a_target_on_another_port_leaves_the_service_s_port_redirected() {
+fn a_target_on_another_port_leaves_the_service_port_redirected() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let target = Target { v4: endpoint("169.254.170.23:8080"), ..own_pair() };

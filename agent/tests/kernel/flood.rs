@@ -66,7 +66,7 @@ fn cookies_sent() -> usize {
 }
 
 #[test]
-fn a_flood_of_handshakes_takes_no_pod_s_identity_and_gets_none() {
+fn a_flood_of_handshakes_takes_no_identity_and_gets_none() {
     Node::run(|node| {
         let pods = ["a", "b"].map(|name| node.pod(name, IMDS_INTERCEPT, POD_IDENTITY_ON));
         // Few may wait, so that a small flood is one.

@@ -484,7 +484,7 @@ fn connections_go_to_the_active_agent_else_to_its_predecessor() {
 }
 
 #[test]
-fn pins_that_are_not_root_s_alone_or_of_another_shape_are_refused() {
+fn pins_of_another_owner_or_shape_are_refused() {
     Node::run(|node| {
         let own = node.bpffs().join(format!("podgate/v{ABI_VERSION}"));
         fs::set_permissions(&own, fs::Permissions::from_mode(0o755)).unwrap();

@@ -4,7 +4,7 @@ use std::{fs::File, sync::Arc, time::Duration};
 
 use agent::{
     intercept::{Counters, Error, Heartbeat, Interceptor, InterceptorHandle, Standing},
-    takeover::heartbeat,
+    takeover::heartbeat_task,
 };
 use agent_common::{
     policy::{IMDS_INTERCEPT, POD_IDENTITY_ON, PodPolicy},
@@ -44,7 +44,7 @@ fn heartbeat_is_on_time_while_the_pins_are_locked_for_5_s() {
     Node::run(|node| {
         let seen = lock_pins(node, |interceptor| {
             let heartbeat = interceptor.heartbeat().clone();
-            tokio::spawn(heartbeat::run(move || heartbeat.beat()))
+            tokio::spawn(heartbeat_task::run(move || heartbeat.beat()))
         });
         assert!(seen.oldest_heartbeat < ON_TIME, "{:?}", seen.oldest_heartbeat);
         assert!(!seen.refused);

@@ -234,7 +234,7 @@ fn an_unknown_pod_gets_the_policy_of_unknown_pods_and_no_pod_cgroup() {
 }
 
 #[test]
-fn an_unknown_pod_on_the_host_s_network_gets_a_policy_of_its_own() {
+fn an_unknown_host_network_pod_gets_a_policy_of_its_own() {
     Node::run(|node| {
         let strict = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
         let pod = node.unknown_pod("new");
@@ -267,7 +267,7 @@ fn a_forgotten_pod_is_unknown() {
 }
 
 #[test]
-fn a_task_in_no_pod_is_refused_on_a_pod_s_socket() {
+fn a_task_in_no_pod_is_refused_on_the_socket_of_a_pod() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         // As deep as a container, but not below kubepods.

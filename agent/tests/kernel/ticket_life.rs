@@ -61,7 +61,7 @@ fn late_handshakes(node: &mut Node, is_alive: bool) {
 }
 
 #[test]
-fn a_ticket_s_life_begins_with_the_handshake_and_not_with_connect() {
+fn the_life_of_a_ticket_begins_with_the_handshake_not_with_connect() {
     Node::run(|node| {
         node.reload(|settings| settings.ticket_life = Duration::from_millis(200));
         // 1: as a client; 4: without a cookie, so that `connect` sends nothing.

@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_workspace_s_budget_has_every_kernel_of_the_virtual_machines() {
+    fn the_budget_has_every_kernel_of_the_virtual_machines() {
         let Budget(budget) = Budget::parse(&ebpf::read_budget().unwrap()).unwrap();
         for kernel in Kernel::ALL {
             assert!(budget.contains_key(kernel.series()), "{}", kernel.series());

@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_measured_is_found_among_the_kernel_s_messages() {
+    fn what_was_measured_is_found_among_kernel_messages() {
         let console = "[    0.1] Linux\r\nmeasured: active 12\r\nmeasured: connect4 345\r\nvm: success\r\n";
         assert_eq!(measured(console), [("active".to_owned(), 12), ("connect4".to_owned(), 345)].into());
     }

@@ -114,7 +114,7 @@ async fn assert_nobody_notices_the_next_agent(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_agent_s_pods_are_refused_at_once_and_served_by_the_next_one() -> anyhow::Result<()> {
+async fn pods_of_a_killed_agent_are_refused_at_once_and_served_by_the_next() -> anyhow::Result<()> {
     assert_nobody_notices_the_next_agent(async |node: &mut Node, _: &Pod| {
         node.agent.kill().await?;
         Ok(())

@@ -220,7 +220,7 @@ async fn successors_that_send_pods_elsewhere_lose_no_request_and_tidy_up() -> an
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tenant_s_copy_of_it_is_a_pod_like_any_other() -> anyhow::Result<()> {
+async fn a_copy_of_it_in_another_namespace_is_a_pod_like_any_other() -> anyhow::Result<()> {
     let node = Node::with_flags(&FLAGS).await?;
     let copied = pod_spec("eks-pod-identity-agent-copy");
     let elsewhere = PodSpec { namespace: "shop".to_owned(), ..copied.clone() };
@@ -242,7 +242,7 @@ async fn a_tenant_s_copy_of_it_is_a_pod_like_any_other() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_podgate_dies_pods_get_what_it_answers_and_never_the_node_s_role() -> anyhow::Result<()> {
+async fn when_podgate_dies_pods_get_what_it_answers_never_the_node_role() -> anyhow::Result<()> {
     let lab = lab_node::lab()?;
     let eks_agent_pod = lab.add_pod(&pod_spec("eks-pod-identity-agent-x7k2m"))?;
     let mut stock = lab.start_eks_agent(&eks_agent_pod).await?;

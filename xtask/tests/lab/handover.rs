@@ -116,7 +116,7 @@ async fn an_upgrade_keeps_credentials_and_does_not_ask_eks_auth() -> anyhow::Res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_crash_every_pod_s_credentials_are_fetched_once() -> anyhow::Result<()> {
+async fn after_a_crash_credentials_are_fetched_once_per_pod() -> anyhow::Result<()> {
     let mut node = Node::intercepting().await?;
     let pods = warm(&node).await?;
     let (keys, before) = (assert_served(&node, &pods).await?, node.lab.eks_auth.calls());

@@ -39,7 +39,7 @@ async fn a_pod_that_appears_while_its_first_call_waits_is_served() -> anyhow::Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_without_origin_and_token_gets_the_eks_agent_s_refusal() -> anyhow::Result<()> {
+async fn a_caller_without_origin_and_token_is_refused_as_by_the_eks_agent() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     node.curl_on_node(&[POD_IDENTITY]).await?.assert_refused(400, &[NO_TOKEN]);
     let elsewhere = "http://169.254.170.23/latest/meta-data/";

@@ -119,7 +119,7 @@ async fn what_a_killed_lab_left_behind_goes_with_the_next_lab_down() -> anyhow::
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lab_down_asks_a_lab_s_process_to_end_and_leaves_nothing() -> anyhow::Result<()> {
+async fn lab_down_asks_the_process_to_end_and_leaves_nothing() -> anyhow::Result<()> {
     let name = lab_node::lab_name();
     let mut owner = served_lab(&name).await?;
     let processes = processes(&State::load(&name)?);
@@ -154,7 +154,7 @@ async fn lab_exec_runs_in_the_pod_and_passes_the_exit_status_on() -> anyhow::Res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_host_s_network_is_as_it_was_while_a_lab_is_up_and_after() -> anyhow::Result<()> {
+async fn the_host_network_is_as_it_was_while_a_lab_is_up_and_after() -> anyhow::Result<()> {
     let before = host_network().await?;
     assert!(before.len() > 10, "{before:?}");
     let node = Node::intercepting().await?;

@@ -129,7 +129,7 @@ async fn in_audit_a_pod_that_the_webhook_has_changed_is_intercepted() -> anyhow:
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_on_the_host_s_network_is_left_alone_unless_it_is_asked_for() -> anyhow::Result<()> {
+async fn a_host_network_pod_is_left_alone_unless_it_is_asked_for() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "deny", "--imds-floor", "deny"]).await?;
     let on_host = |name| PodSpec { host_network: true, ..lab_node::spec(name) };
     let silent = node.lab.add_pod(&on_host("cni"))?;
@@ -267,7 +267,7 @@ async fn audits(node: &Node) -> anyhow::Result<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_annotation_s_change_is_in_effect_within_a_second() -> anyhow::Result<()> {
+async fn a_changed_annotation_is_in_effect_within_a_second() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
     let pod = node.pod("steady")?;
     effective(&node, &pod, "Audit", "Default").await?;

@@ -8,7 +8,7 @@ use lab::{
 use crate::lab_node::{self, HELPER, IMDS, Node, POD_IDENTITY, ROLES};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_only_knows_imdsv2_gets_its_pod_s_role() -> anyhow::Result<()> {
+async fn a_client_that_only_knows_imdsv2_gets_the_role_of_its_pod() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("orders")?;
     let answer = node.imds_v2(&pod, IMDS, &[]).await?;
@@ -31,7 +31,7 @@ async fn imdsv1_is_served_only_where_it_is_allowed_and_the_refusal_says_how() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_webhook_s_environment_and_token_file_work_as_with_the_eks_agent() -> anyhow::Result<()> {
+async fn the_webhooks_environment_and_token_file_work_as_with_the_eks_agent() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.lab.add_pod(&lab_node::spec("payments").with_token())?;
     // What the SDKs do, in the words of a shell.

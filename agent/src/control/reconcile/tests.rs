@@ -322,7 +322,7 @@ async fn a_pod_without_a_cgroup_is_forgotten_at_once() {
 }
 
 #[tokio::test]
-async fn podgate_s_own_pod_keeps_its_exemption() {
+async fn the_agents_own_pod_keeps_its_exemption() {
     let mut node = Node::new();
     node.map.set(1, PodPolicy::EXEMPT).await.unwrap();
     let own = Arc::new(pod("app", "podgate"));
@@ -332,7 +332,7 @@ async fn podgate_s_own_pod_keeps_its_exemption() {
 }
 
 #[tokio::test]
-async fn aws_s_own_agent_is_exempt_and_counts_as_long_as_the_api_server_has_it() {
+async fn the_eks_agent_is_exempt_and_counts_while_the_api_server_has_it() {
     let mut node = Node::new();
     node.reconciler.policies.namespaces.insert("aws", policy::Annotations::new());
     let is_here = |node: &Node| *node.reconciler.eks_agent_is_here.borrow();
