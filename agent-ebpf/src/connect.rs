@@ -188,16 +188,21 @@ fn redirect(
     let socket = ctx.socket().ok_or(Counter::DeniedInternal)?;
     let pending = storage::get_or_create(&ORIGINS, socket).ok_or(Counter::DeniedInternal)?;
     let redirect = (!target.same(destination)).then_some(target);
-    if pending.origin.state == STATE_MINTED && pending.origin.target.same(destination) {
-        // While one program replaces another, both run: the first has redirected the connection already.
+    // SAFETY: these helpers have no precondition.
+    let (cgroup_id, started_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
+    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    if pending.origin.state == STATE_MINTED
+        && pending.origin.target.same(destination)
+        && (pending.origin.cgroup_id, pending.origin.tgid) == (cgroup_id, tgid)
+    {
+        // While one program replaces another, both run: the first has redirected the connection already. It ran for the
+        // same task; another one's socket may have a ticket left from a connect that failed early.
         return Ok(redirect);
     }
     ticket::revoke(pending);
     if !limit::has_room(source.counts_for) {
         return Err(Counter::DeniedLimit);
     }
-    // SAFETY: these helpers have no precondition.
-    let (cgroup_id, started_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
     let previous = (pending.origin.cgroup_id, pending.origin.pod_cgroup_id);
     pending.counts_for = source.counts_for;
     pending.origin = Origin {
@@ -209,7 +214,7 @@ fn redirect(
         orig_dst: *destination,
         target: *target,
         state: STATE_MINTED,
-        tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
+        tgid,
         comm: bpf_get_current_comm().unwrap_or_default(),
     };
     if !holds(Defense::OriginOfEveryConnect) && previous.0 != 0 {

@@ -24,7 +24,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::Notify, time::timeout};
 use tracing::debug;
 
 use super::limit::ConnectionPermit;
@@ -38,6 +38,8 @@ use crate::{
 const REQUESTS_MAX: u32 = 1_000;
 /// How long a request's head may take, and how long a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection that is there when draining begins has for its first request to arrive.
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_millis(500);
 /// Longest head in bytes: a token has 1 to 2 kB, and nothing else is long.
 const HEAD_MAX: usize = 32 * 1024;
 
@@ -100,7 +102,7 @@ impl Connection {
     }
 }
 
-/// Serves a connection until it ends. Once `drain` begins, the request in flight is the last.
+/// Serves a connection until it ends. Once `drain` begins, the request in flight is the last, or the first one that arrives.
 pub(super) async fn serve<F>(
     stream: TcpStream,
     mut drain: DrainWatch,
@@ -110,7 +112,9 @@ pub(super) async fn serve<F>(
 {
     #[cfg(feature = "undefended")]
     let stream = crate::undefended::Unframed(stream);
+    let requested = Notify::new();
     let service = service_fn(|request| {
+        requested.notify_one();
         let response = respond(request);
         async move { Ok::<_, Infallible>(response.await) }
     });
@@ -118,7 +122,11 @@ pub(super) async fn serve<F>(
     let mut served = std::pin::pin!(served);
     let result = tokio::select! {
         result = served.as_mut() => result,
-        () = drain.begun() => {
+        () = async {
+            drain.begun().await;
+            // hyper closes a connection at once that has sent nothing yet: to its client, without an answer.
+            let _ = timeout(FIRST_REQUEST_TIMEOUT, requested.notified()).await;
+        } => {
             served.as_mut().graceful_shutdown();
             served.await
         }

@@ -121,3 +121,27 @@ async fn a_request_in_flight_is_finished_before_shutdown() {
     assert!(request.await.unwrap().starts_with("HTTP/1.1 200"));
     assert!(std::net::TcpStream::connect(address).is_err(), "the listener is closed");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_is_there_at_shutdown_has_its_first_request_answered() {
+    let node = Node::start(ImdsMode::Intercept).await;
+    node.connect_as(&web(&node), POD_IDENTITY);
+    let address = node.address;
+    let mut late = TcpStream::connect(address).unwrap();
+    let silent = TcpStream::connect(address).unwrap();
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let stopping = tokio::spawn(node.stop());
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let answer = tokio::task::spawn_blocking(move || {
+        late.write_all(b"GET /v1/credentials HTTP/1.1\r\nHost: 169.254.170.23\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        late.read_to_string(&mut answer).unwrap();
+        answer
+    });
+    let answer = answer.await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+    let begun = Instant::now();
+    stopping.await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(3), "who says nothing does not hold the agent");
+    drop(silent);
+}

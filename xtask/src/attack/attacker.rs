@@ -48,6 +48,8 @@ pub(super) enum Act {
     AskLater { to: SocketAddr, request: String },
     /// Connects, hangs up, stays, and gives the socket to whoever comes to `path`.
     GiveSocket { path: PathBuf, to: SocketAddr },
+    /// The same with a socket whose connect fails before a handshake begins.
+    GiveUnsent { path: PathBuf, to: SocketAddr },
     /// Fetches that socket, connects it and sends these bytes.
     TakeSocket { path: PathBuf, to: SocketAddr, request: String },
     /// Makes connections by hand, one for each ticket, and sends these bytes on each, until credentials come.
@@ -202,6 +204,10 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
         }
         Act::GiveSocket { path, to } => {
             socket::give(path, *to)?;
+            Got::default()
+        }
+        Act::GiveUnsent { path, to } => {
+            socket::give_unsent(path, *to)?;
             Got::default()
         }
         Act::TakeSocket { path, to, request } => {

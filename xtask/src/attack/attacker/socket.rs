@@ -22,6 +22,9 @@ use rustix::net::{
 
 use super::{TIMEOUT, stay};
 
+/// The port of a socket that fails to connect.
+const UNSENT_PORT: u16 = 40_321;
+
 pub(super) fn tcp(to: SocketAddr) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     Ok(socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?)
@@ -47,6 +50,25 @@ pub(super) fn give(path: &Path, to: SocketAddr) -> io::Result<()> {
     let socket = tcp(to)?;
     connect(&socket, &to)?;
     connect_unspec(&socket)?;
+    pass_on(socket, path)
+}
+
+/// Gives away a socket that has begun to connect and has sent nothing: another one has its port and its peer already.
+pub(super) fn give_unsent(path: &Path, to: SocketAddr) -> io::Result<()> {
+    let first = connect_to(tcp(to)?, Some(UNSENT_PORT), to)?;
+    let socket = tcp(to)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &SocketAddr::new(first.local_addr()?.ip(), UNSENT_PORT))?;
+    if connect(&socket, &to).is_ok() {
+        return Err(io::Error::other("two connections have the same ends"));
+    }
+    // With a reset, so that the socket can connect now.
+    drop(first);
+    pass_on(socket, path)
+}
+
+/// Gives a socket to whoever comes to `path`, and stays.
+fn pass_on(socket: OwnedFd, path: &Path) -> io::Result<()> {
     let listener = UnixListener::bind(path)?;
     let giver = thread::spawn(move || -> io::Result<()> {
         let (there, _) = listener.accept()?;
