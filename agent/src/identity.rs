@@ -10,6 +10,7 @@ use agent_common::origin::Origin;
 
 pub mod cgroup;
 pub mod cgroupfs;
+mod injection;
 pub mod namespaces;
 pub mod netns;
 pub mod networks;
@@ -19,6 +20,7 @@ pub mod tree;
 pub mod watch;
 
 pub use cgroup::PodUid;
+pub use injection::AUDIENCE;
 pub use namespaces::Namespaces;
 pub use pods::{DaemonSetRef, Pod, Pods, ServiceAccountRef};
 

@@ -31,6 +31,7 @@ pub fn pod(namespace: &str, name: &str) -> Pod {
         host_network: false,
         token_volume: false,
         injected: false,
+        has_env_from: false,
         daemon_set: None,
         finished: false,
         ips: vec![],

@@ -99,7 +99,13 @@ impl Whois {
             return "the API server has not shown its namespace yet".to_owned();
         };
         answer.imds = Some(label(&policy.imds));
-        format!("its cgroup is the pod's, and the pod runs under it; mode: {}", label(&policy.reason))
+        let may_be_injected = !pod.injected && pod.has_env_from && !policy.imds.is_strict();
+        let hint = if may_be_injected {
+            "; it may be injected: variables of its containers come from envFrom, which podgate does not read"
+        } else {
+            ""
+        };
+        format!("its cgroup is the pod's, and the pod runs under it; mode: {}{hint}", label(&policy.reason))
     }
 
     /// The pod that a cgroup is in.

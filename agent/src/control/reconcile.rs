@@ -287,7 +287,8 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                 state.to_retry.remove(&pod.uid);
                 state.effective.insert(pod.uid, policy);
                 info!(pod.uid = %pod.uid, pod.name = pod.full_name(), imds = ?policy.imds, reason = ?policy.reason,
-                    pod_identity = policy.pod_identity, "a pod's policy is effective");
+                    pod_identity = policy.pod_identity, may_be_injected = !pod.injected && pod.has_env_from,
+                    "a pod's policy is effective");
             }
             Err(error) => {
                 error!(%error, pod.uid = %pod.uid, pod.name = pod.full_name(),
@@ -346,7 +347,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
 /// Whether a pod is known to want credentials: the EKS webhook gave it what it takes, or its annotation asks for them.
 fn will_ask(pod: &Pod) -> bool {
     let is_annotated = pod.annotations.get(policy::ANNOTATION_IMDS).is_some_and(|mode| mode == "intercept");
-    !pod.finished && (pod.injected || pod.token_volume || is_annotated)
+    !pod.finished && (pod.injected || is_annotated)
 }
 
 /// Says which annotations cannot be read.

@@ -13,7 +13,6 @@ mod verifier;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) use self::provider::read_projected;
 pub use self::{
-    claims::AUDIENCE,
     provider::{Error, TokenProvider},
     verifier::{TokenVerifier, Verdict},
 };

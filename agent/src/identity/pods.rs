@@ -10,10 +10,7 @@ use std::{
     time::Instant,
 };
 
-use agent_common::{
-    defense::{Defense, holds},
-    net::{POD_IDENTITY_V4, POD_IDENTITY_V6},
-};
+use agent_common::defense::{Defense, holds};
 use futures::{StreamExt as _, pin_mut};
 use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::{
@@ -27,11 +24,10 @@ use tracing::{info, warn};
 
 use super::{
     cgroup::PodUid,
+    injection,
     watch::{ANNOTATION_PREFIX, ClusterEvent},
 };
 
-/// The variable by which the EKS webhook points SDKs at Pod Identity.
-const CREDENTIALS_URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 /// The volume that the EKS webhook adds.
 pub const TOKEN_VOLUME: &str = "eks-pod-identity-token";
 
@@ -65,10 +61,12 @@ pub struct Pod {
     pub service_account: ServiceAccountRef,
     /// Whether it is on the host's network.
     pub host_network: bool,
-    /// Whether the EKS webhook gave it a token volume.
+    /// Whether it has a token for EKS Auth mounted, as the EKS webhook does it.
     pub token_volume: bool,
-    /// Whether the EKS webhook pointed one of its containers at EKS Pod Identity.
+    /// Whether it has such a volume, or a container whose environment points SDKs at podgate's addresses.
     pub injected: bool,
+    /// Whether a container has variables that the pod's object does not show: it may be injected.
+    pub has_env_from: bool,
     /// The name of the `DaemonSet` of its namespace that controls it.
     pub daemon_set: Option<String>,
     /// Whether all its containers have exited for good.
@@ -117,6 +115,7 @@ impl Pod {
     pub fn from_api(pod: &core::Pod) -> Option<Self> {
         let metadata = &pod.metadata;
         let spec = pod.spec.as_ref()?;
+        let token_volume = injection::has_token_volume(spec);
         let annotations = metadata.annotations.iter().flatten();
         let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
         let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref()).into_iter().flatten();
@@ -128,8 +127,9 @@ impl Pod {
                 name: spec.service_account_name.clone().unwrap_or_else(|| "default".to_owned()),
             },
             host_network: spec.host_network.unwrap_or(false),
-            token_volume: spec.volumes.iter().flatten().any(|volume| volume.name == TOKEN_VOLUME),
-            injected: containers(spec).any(is_injected),
+            token_volume,
+            injected: token_volume || injection::points_at_podgate(spec),
+            has_env_from: injection::has_env_from(spec),
             daemon_set: metadata
                 .owner_references
                 .iter()
@@ -280,18 +280,6 @@ fn is_daemon_set(owner: &OwnerReference) -> bool {
     owner.controller == Some(true) && owner.kind == "DaemonSet" && owner.api_version == "apps/v1"
 }
 
-fn containers(spec: &core::PodSpec) -> impl Iterator<Item = &core::Container> {
-    spec.init_containers.iter().flatten().chain(&spec.containers)
-}
-
-/// `http://169.254.170.23/v1/credentials`, or the same over IPv6.
-fn is_injected(container: &core::Container) -> bool {
-    let uri = container.env.iter().flatten().find(|variable| variable.name == CREDENTIALS_URI);
-    let uri = uri.and_then(|variable| variable.value.as_deref()).unwrap_or_default();
-    let host = uri.strip_prefix("http://").and_then(|rest| rest.split('/').next()).unwrap_or_default();
-    host == POD_IDENTITY_V4.to_string() || host == format!("[{POD_IDENTITY_V6}]")
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -323,23 +311,9 @@ mod tests {
         let pod = Pod::from_api(&api_pod(&spec)).unwrap();
         assert_eq!(pod.service_account.to_string(), "app/web");
         assert_eq!(pod.full_name(), "app/web-0");
-        assert!(pod.host_network && pod.token_volume && !pod.injected);
+        assert!(pod.host_network && pod.token_volume && pod.injected && !pod.has_env_from);
         assert_eq!(pod.ips, ["10.0.0.7".parse::<IpAddr>().unwrap()]);
         assert_eq!(pod.annotations.keys().collect::<Vec<_>>(), ["podgate.dev/imds-v1"]);
-    }
-
-    #[test]
-    fn a_pod_with_a_container_pointed_at_pod_identity_is_injected() {
-        for (uri, injected) in [
-            ("http://169.254.170.23/v1/credentials", true),
-            ("http://[fd00:ec2::23]/v1/credentials", true),
-            ("http://127.0.0.1/v1/credentials", false),
-            ("http://169.254.170.23.evil/v1/credentials", false),
-        ] {
-            let env = json!([{"name": "X"}, {"name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": uri}]);
-            let spec = json!({"containers": [{"name": "a"}, {"name": "b", "env": env}]});
-            assert_eq!(Pod::from_api(&api_pod(&spec)).unwrap().injected, injected, "{uri}");
-        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     Fault, Faults, IMDS, ImdsMode, KubeApi, Node, POD_IDENTITY, ROLES, Service, TOKEN, TTL, TestPod,
-    WRONG_AUDIENCE, imds_credentials, injected, web,
+    WRONG_AUDIENCE, imds_credentials, injected,
 };
 
 #[tokio::test(flavor = "multi_thread")]

@@ -20,8 +20,10 @@ const HANGS: Duration = Duration::from_secs(5);
 /// Long enough for a few attempts.
 const MOMENT: Duration = Duration::from_millis(500);
 
-/// How often an agent is succeeded, by each other one: what a successor leaves open is open for a moment only.
+/// How often an agent is succeeded: what a successor leaves open is open for a moment only.
 const SUCCESSIONS: usize = 3;
+/// The same by an agent of another ABI and back.
+const ABI_SUCCESSIONS: usize = 2;
 /// Where whoever listens at every address is in the way of who listens at one.
 const HTTP: u16 = 80;
 
@@ -76,7 +78,7 @@ pub(super) async fn succeeded(scene: &Scene) -> anyhow::Result<Outcome> {
 
 pub(super) async fn succeeded_by_other_abi(scene: &Scene) -> anyhow::Result<Outcome> {
     meanwhile(scene, Sees::Nothing, async || {
-        for _ in 0..SUCCESSIONS {
+        for _ in 0..ABI_SUCCESSIONS {
             scene.succeed_agent_by_other_abi().await?;
             scene.succeed_agent().await?;
         }

@@ -13,8 +13,6 @@ use serde_json::Value;
 
 use crate::{identity::PodUid, secret::Secret};
 
-/// The audience of tokens for EKS Auth.
-pub const AUDIENCE: &str = "pods.eks.amazonaws.com";
 /// Longest token that is parsed, in bytes. Real ones have 1 to 2 kB.
 pub const MAX_LEN: usize = 16 * 1024;
 

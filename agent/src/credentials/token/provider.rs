@@ -21,12 +21,12 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tracing::{debug, warn};
 
 use super::{
-    claims::{self, AUDIENCE},
+    claims,
     verifier::{TokenVerifier, Verdict},
 };
 use crate::{
     credentials::{Clock, TokenDigest, freshness},
-    identity::{Pod, PodUid, ServiceAccountRef, pods::TOKEN_VOLUME},
+    identity::{AUDIENCE, Pod, PodUid, ServiceAccountRef, pods::TOKEN_VOLUME},
     secret::Secret,
 };
 

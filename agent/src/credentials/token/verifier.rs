@@ -14,10 +14,10 @@ use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
 
 use super::{
-    claims::{AUDIENCE, Claims},
+    claims::Claims,
     jwks::{self, KeySet},
 };
-use crate::{error::chain, secret::Secret};
+use crate::{error::chain, identity::AUDIENCE, secret::Secret};
 
 const DISCOVERY_PATH: &str = "/.well-known/openid-configuration";
 const JWKS_PATH: &str = "/openid/v1/jwks";
