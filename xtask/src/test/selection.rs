@@ -10,6 +10,8 @@ use tokio::process::Command;
 use super::Environment;
 use crate::{cmd, workspace};
 
+/// The tests of the kernel's side.
+const KERNEL: &str = "kernel";
 /// The lab tests that run alone.
 pub(super) const ALONE: &str = "upgrade::";
 
@@ -85,15 +87,17 @@ fn listed(list: &str, only: &str) -> Vec<String> {
     names.filter(|name| name.contains(only)).map(str::to_owned).collect()
 }
 
-/// Selects every integration test in a directory's files; those in directories of their own need root.
+/// Selects every integration test in a directory that needs no root.
 pub(super) fn tests_in(directory: &str) -> anyhow::Result<Vec<String>> {
     let path = workspace::root().join(directory);
     let entries = fs::read_dir(&path).with_context(|| format!("cannot list {}", path.display()))?;
     let mut selection = Vec::new();
     for entry in entries {
-        let file = entry?.path();
-        if file.extension().is_some_and(|extension| extension == "rs") {
-            let name = file.file_stem().unwrap_or_default().to_string_lossy();
+        let path = entry?.path();
+        let is_file = path.extension().is_some_and(|extension| extension == "rs");
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        // As cargo finds them. Those of the kernel are a tier of their own.
+        if name != KERNEL && (is_file || path.join("main.rs").is_file()) {
             selection.extend(["--test".to_owned(), name.into_owned()]);
         }
     }
@@ -108,6 +112,25 @@ mod tests {
     fn harness(selection: &Selection, filters: &[&str]) -> Vec<String> {
         let filters: Vec<_> = filters.iter().map(|&filter| filter.to_owned()).collect();
         selection.harness(&filters, &Environment::new()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn every_integration_test_belongs_to_a_tier() {
+        let mut metadata = workspace::cargo();
+        metadata.args(["metadata", "--no-deps", "--format-version", "1"]);
+        let metadata: serde_json::Value = serde_json::from_str(&cmd::ask(&mut metadata).unwrap()).unwrap();
+        let packages = metadata["packages"].as_array().unwrap();
+        let targets = packages.iter().flat_map(|package| package["targets"].as_array().unwrap());
+        let tests = targets.filter(|target| target["kind"][0] == "test");
+        let mut tests: Vec<_> = tests.map(|target| target["name"].as_str().unwrap()).collect();
+        let tiers = [Tier::Unit, Tier::Pipeline, Tier::Kernel, Tier::Lab];
+        let selections: Vec<_> = tiers.into_iter().flat_map(|tier| tier.selections().unwrap()).collect();
+        let is_chosen = |name: &str| {
+            let mut pairs = selections.iter().flat_map(|selection| selection.cargo.windows(2));
+            pairs.any(|pair| pair == ["--test", name])
+        };
+        tests.retain(|name| !is_chosen(name));
+        assert!(tests.is_empty(), "no tier has {tests:?}");
     }
 
     #[test]

@@ -377,7 +377,6 @@ async fn what_will_ask_is_fetched_ahead_and_nothing_else() {
     for (pod, will_ask) in [
         (pod("app", "web"), false),
         (Pod { injected: true, ..pod("app", "web") }, true),
-        (Pod { token_volume: true, ..pod("app", "web") }, true),
         (Pod { annotations: annotated("intercept"), ..pod("app", "web") }, true),
         (Pod { annotations: annotated("deny"), ..pod("app", "web") }, false),
         (Pod { injected: true, finished: true, ..pod("app", "web") }, false),
