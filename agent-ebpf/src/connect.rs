@@ -191,10 +191,9 @@ fn redirect(
     // SAFETY: these helpers have no precondition.
     let (cgroup_id, started_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    if pending.origin.state == STATE_MINTED
-        && pending.origin.target.same(destination)
-        && (pending.origin.cgroup_id, pending.origin.tgid) == (cgroup_id, tgid)
-    {
+    let is_same_task = (pending.origin.cgroup_id, pending.origin.tgid) == (cgroup_id, tgid)
+        || !holds(Defense::OriginOfEveryConnect);
+    if pending.origin.state == STATE_MINTED && pending.origin.target.same(destination) && is_same_task {
         // While one program replaces another, both run: the first has redirected the connection already. It ran for the
         // same task; another one's socket may have a ticket left from a connect that failed early.
         return Ok(redirect);

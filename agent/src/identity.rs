@@ -20,7 +20,7 @@ pub mod tree;
 pub mod watch;
 
 pub use cgroup::PodUid;
-pub use injection::AUDIENCE;
+pub use injection::{AUDIENCE, TOKEN_VOLUME};
 pub use namespaces::Namespaces;
 pub use pods::{DaemonSetRef, Pod, Pods, ServiceAccountRef};
 

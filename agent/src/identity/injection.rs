@@ -8,10 +8,10 @@ use agent_common::net::{Endpoint, HTTP_PORT};
 use k8s_openapi::api::core::v1::{Container, EnvVar, PodSpec, Volume};
 use url::{Host, Url};
 
-use super::pods::TOKEN_VOLUME;
-
 /// The audience of a service-account token that EKS Auth accepts.
 pub const AUDIENCE: &str = "pods.eks.amazonaws.com";
+/// The volume that the EKS webhook adds.
+pub const TOKEN_VOLUME: &str = "eks-pod-identity-token";
 /// The variable that holds the whole address of a credentials server.
 const FULL_URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 /// The variable that holds a path at 169.254.170.2.

@@ -28,9 +28,6 @@ use super::{
     watch::{ANNOTATION_PREFIX, ClusterEvent},
 };
 
-/// The volume that the EKS webhook adds.
-pub const TOKEN_VOLUME: &str = "eks-pod-identity-token";
-
 /// A service account.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct ServiceAccountRef {

@@ -33,7 +33,7 @@ use crate::{
         imds_token::ImdsTokens,
         is_forwarded, pod_identity,
     },
-    identity::{Pod, cgroup, pods::TOKEN_VOLUME},
+    identity::{Pod, TOKEN_VOLUME, cgroup},
     instance_metadata::Instance,
     intercept, mapdump,
     policy::{

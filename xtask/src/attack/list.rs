@@ -78,7 +78,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [Ipv6, NO_EGRESS_FILTER], network::mapped;
     "socket-passed-on", "a socket that another pod has connected is passed on and connected again",
         [OriginOfEveryConnect], pods::passed_socket;
-    "unsent-socket-passed-on", "the same with a socket whose connect has failed before its handshake, connected to podgate's own pair",
+    "unsent-socket-passed-on", "the same with a socket whose connect has failed before its handshake",
         [OriginOfEveryConnect], pods::unsent_socket;
     "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
         [NO_EGRESS_FILTER], pods::earlier_socket, bare;

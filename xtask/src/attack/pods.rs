@@ -1,7 +1,7 @@
 //! Attacks on who is taken for which pod: sockets that are older or somebody else's, cgroups of the attacker's making,
 //! pods too new to be known, annotations.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use lab::{
     NODE_ROLE, Pod, PodSpec,
@@ -11,7 +11,7 @@ use lab::{
 use tokio::time::sleep;
 
 use super::{
-    IMDS, OWN, POD_IDENTITY, PROGRAM, ROLES,
+    IMDS, POD_IDENTITY, PROGRAM, ROLES,
     attacker::{Act, Route},
     get,
     scene::{Outcome, Place, Scene, ask},
@@ -24,19 +24,19 @@ const CONFIG_HASH: &str = "fc407168c6823ed1e0a61410d6621724";
 
 pub(super) async fn passed_socket(scene: &Scene) -> anyhow::Result<Outcome> {
     let path = scene.shared_file("socket");
-    passed(scene, Act::GiveSocket { path: path.clone(), to: POD_IDENTITY }, path, POD_IDENTITY).await
+    passed(scene, Act::GiveSocket { path: path.clone(), to: POD_IDENTITY }, path).await
 }
 
 /// Where podgate redirects connections: for a program that comes second this looks like the work of the first.
 pub(super) async fn unsent_socket(scene: &Scene) -> anyhow::Result<Outcome> {
     let path = scene.shared_file("socket");
-    passed(scene, Act::GiveUnsent { path: path.clone(), to: POD_IDENTITY }, path, OWN).await
+    passed(scene, Act::GiveUnsent { path: path.clone(), to: POD_IDENTITY }, path).await
 }
 
-async fn passed(scene: &Scene, give: Act, path: PathBuf, to: SocketAddr) -> anyhow::Result<Outcome> {
+async fn passed(scene: &Scene, give: Act, path: PathBuf) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let giver = scene.must_begin(Place::In(&victim), &give).await?;
-    let take = Act::TakeSocket { path, to, request: program() };
+    let take = Act::TakeSocket { path, to: POD_IDENTITY, request: program() };
     let got = scene.act(Place::In(&attacker), &take).await?;
     giver.finish().await?;
     Ok(scene.loot(&got, Some(&attacker)))

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     credentials::{Clock, TokenDigest, freshness},
-    identity::{AUDIENCE, Pod, PodUid, ServiceAccountRef, pods::TOKEN_VOLUME},
+    identity::{AUDIENCE, Pod, PodUid, ServiceAccountRef, TOKEN_VOLUME},
     secret::Secret,
 };
 

@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::socket::{setsockopt, sockopt::DontRoute};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, bind, connect, connect_unspec, recvmsg,
@@ -21,9 +22,6 @@ use rustix::net::{
 };
 
 use super::{TIMEOUT, stay};
-
-/// The port of a socket that fails to connect.
-const UNSENT_PORT: u16 = 40_321;
 
 pub(super) fn tcp(to: SocketAddr) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -53,17 +51,14 @@ pub(super) fn give(path: &Path, to: SocketAddr) -> io::Result<()> {
     pass_on(socket, path)
 }
 
-/// Gives away a socket that has begun to connect and has sent nothing: another one has its port and its peer already.
+/// Gives away a socket whose connect has failed before it sent anything: it may use no router, and needs one.
 pub(super) fn give_unsent(path: &Path, to: SocketAddr) -> io::Result<()> {
-    let first = connect_to(tcp(to)?, Some(UNSENT_PORT), to)?;
     let socket = tcp(to)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    bind(&socket, &SocketAddr::new(first.local_addr()?.ip(), UNSENT_PORT))?;
+    setsockopt(&socket, DontRoute, &true)?;
     if connect(&socket, &to).is_ok() {
-        return Err(io::Error::other("two connections have the same ends"));
+        return Err(io::Error::other("a connection came about without a router"));
     }
-    // With a reset, so that the socket can connect now.
-    drop(first);
+    setsockopt(&socket, DontRoute, &false)?;
     pass_on(socket, path)
 }
 
