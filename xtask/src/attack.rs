@@ -112,10 +112,11 @@ struct Builds {
 
 /// Builds both agents, runs the attacks, prints the table. Fails unless every attack is withstood.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let attacks = list::select(arguments.only.as_deref().unwrap_or_default())?;
     if arguments.agents.is_none() {
         announce(&arguments.vm)?;
     }
-    let rows = if arguments.vm.is_empty() { run_here(arguments)? } else { run_in_machines(arguments)? };
+    let rows = if arguments.vm.is_empty() { run_here(arguments, &attacks)? } else { run_in_machines(arguments)? };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {
@@ -148,24 +149,18 @@ fn run_in_machines(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn run_here(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
+fn run_here(arguments: &Arguments, attacks: &[&'static Attack]) -> anyhow::Result<Vec<Row>> {
     privilege::require_root("the attacks")?;
     let builds = match arguments.agents.as_deref() {
         Some([release, undefended]) => Builds { release: release.clone(), undefended: undefended.clone() },
         _ => Builds { release: ebpf::build_agent()?, undefended: ebpf::build_undefended_agent()? },
     };
-    let only = arguments.only.as_deref().unwrap_or_default();
-    let attacks: Vec<_> = list::ATTACKS.iter().filter(|attack| attack.name.contains(only)).collect();
-    if attacks.is_empty() {
-        let names: Vec<_> = list::ATTACKS.iter().map(|attack| attack.name).collect();
-        bail!("no attack's name contains {only:?}; there are {}", names.join(", "));
-    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         tokio::select! {
             // An emulated machine is slow, and that each defense does alone is shown without it.
-            rows = session::run_all(&attacks, &builds, arguments.agents.is_none()) => Ok(rows),
+            rows = session::run_all(attacks, &builds, arguments.agents.is_none()) => Ok(rows),
             _ = tokio::signal::ctrl_c() => bail!("interrupted; the simulated nodes are gone"),
             _ = terminate.recv() => bail!("terminated; the simulated nodes are gone"),
         }

@@ -49,7 +49,7 @@ pub(crate) enum Command {
         lab: LabName,
         /// Credential environment of the command; the pod's own where it is not given.
         #[arg(long, value_enum)]
-        env: Option<Environment>,
+        env: Option<EnvKind>,
         /// The pod, as NAME or NAMESPACE/NAME.
         pod: String,
         /// The command and its arguments.
@@ -62,7 +62,7 @@ pub(crate) enum Command {
         lab: LabName,
         /// Credential environment; the pod's own where it is not given. With `none` SDKs ask the metadata service.
         #[arg(long, value_enum)]
-        env: Option<Environment>,
+        env: Option<EnvKind>,
         /// The pod, as NAME or NAMESPACE/NAME.
         pod: String,
     },
@@ -133,7 +133,7 @@ pub(crate) struct UpArguments {
     imds: ImdsMode,
     /// How the node routes its pods.
     #[arg(long, value_enum, default_value_t)]
-    routing: RoutingMode,
+    routing: Routing,
 }
 
 /// What the background process is told.
@@ -147,17 +147,6 @@ pub(crate) struct ServeArguments {
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
-pub(crate) enum Environment {
-    /// Nothing injected.
-    #[default]
-    None,
-    /// What the EKS webhook injects.
-    Webhook,
-    /// What ECS injects.
-    Ecs,
-}
-
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
 enum ImdsMode {
     Off,
     Audit,
@@ -166,76 +155,9 @@ enum ImdsMode {
     Deny,
 }
 
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum RoutingMode {
-    /// As the Amazon VPC CNI does.
-    #[default]
-    VpcCni,
-    /// As the VPC CNI's strict mode of security groups for pods does.
-    StrictSecurityGroups,
-    /// Pods have IPv6 only.
-    Ipv6Only,
-    /// A network policy lets pods send to podgate's target, port 80, and nowhere else.
-    DefaultDenyEgress,
-    /// The node's INPUT chain drops all but podgate's target, port 80.
-    DroppingInput,
-}
-
-// === impl Environment ===
-
-impl From<Environment> for EnvKind {
-    fn from(environment: Environment) -> Self {
-        match environment {
-            Environment::None => Self::None,
-            Environment::Webhook => Self::Webhook,
-            Environment::Ecs => Self::Ecs,
-        }
-    }
-}
-
-// === impl ImdsMode ===
-
-impl ImdsMode {
-    /// As the agent's flag takes it.
-    fn as_flag(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Audit => "audit",
-            Self::Intercept => "intercept",
-            Self::Deny => "deny",
-        }
-    }
-}
-
-// === impl RoutingMode ===
-
-impl RoutingMode {
-    /// As the process in the background takes it.
-    fn as_flag(self) -> &'static str {
-        match self {
-            Self::VpcCni => "vpc-cni",
-            Self::StrictSecurityGroups => "strict-security-groups",
-            Self::Ipv6Only => "ipv6-only",
-            Self::DefaultDenyEgress => "default-deny-egress",
-            Self::DroppingInput => "dropping-input",
-        }
-    }
-
-    fn needs_nftables(self) -> bool {
-        matches!(self, Self::DefaultDenyEgress | Self::DroppingInput)
-    }
-}
-
-impl From<RoutingMode> for Routing {
-    fn from(routing: RoutingMode) -> Self {
-        match routing {
-            RoutingMode::VpcCni => Self::VpcCni,
-            RoutingMode::StrictSecurityGroups => Self::StrictSecurityGroups,
-            RoutingMode::Ipv6Only => Self::Ipv6Only,
-            RoutingMode::DefaultDenyEgress => Self::DefaultDenyEgress,
-            RoutingMode::DroppingInput => Self::DroppingInput,
-        }
-    }
+/// A value as its flag takes it.
+fn flag(value: impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 /// Runs one of the commands.
@@ -259,13 +181,13 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
 }
 
 /// Turns this process into a command in a pod.
-fn exec(lab: &str, pod: &str, env: Option<Environment>, command: &[String]) -> anyhow::Result<()> {
+fn exec(lab: &str, pod: &str, env: Option<EnvKind>, command: &[String]) -> anyhow::Result<()> {
     let state = running(lab)?;
     let pod = state.pod(pod)?;
-    match enter::enter(&pod.entry(env.map_or(pod.environment, EnvKind::from)), command)? {}
+    match enter::enter(&pod.entry(env.unwrap_or(pod.environment)), command)? {}
 }
 
-fn credentials(lab: &str, pod: &str, env: Option<Environment>) -> anyhow::Result<()> {
+fn credentials(lab: &str, pod: &str, env: Option<EnvKind>) -> anyhow::Result<()> {
     let state = running(lab)?;
     let has_v4 = state.pod(pod)?.addresses.v4.is_some();
     let imds = if has_v4 { "http://169.254.169.254" } else { "http://[fd00:ec2::254]" };

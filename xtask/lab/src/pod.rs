@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -85,7 +86,7 @@ pub struct Pod {
 }
 
 /// Which of the credential environments a command in a pod gets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum EnvKind {
     /// Nothing injected.

@@ -1,6 +1,7 @@
 //! Every attack.
 
 use agent_common::defense::Defense;
+use anyhow::ensure;
 
 use super::{Attack, LabKind, Without, credentials, lifetime, network, packets, pods, requests, sockets};
 
@@ -31,6 +32,14 @@ macro_rules! attacks {
     (@lab own) => { LabKind::Own };
     (@lab quiet) => { LabKind::Quiet };
     (@lab bare) => { LabKind::Bare };
+}
+
+/// Those whose name contains this.
+pub(super) fn select(only: &str) -> anyhow::Result<Vec<&'static Attack>> {
+    let selected: Vec<_> = ATTACKS.iter().filter(|attack| attack.name.contains(only)).collect();
+    let names = || ATTACKS.iter().map(|attack| attack.name).collect::<Vec<_>>().join(", ");
+    ensure!(!selected.is_empty(), "no attack's name contains {only:?}; there are {}", names());
+    Ok(selected)
 }
 
 pub(super) const ATTACKS: &[Attack] = attacks! {

@@ -15,6 +15,7 @@ use anyhow::{Context as _, bail, ensure};
 use lab::{
     EnvKind, Lab, LabSpec, PodSpec, cgroupfs, enter,
     remote_control::{ControlServer, NewAgent},
+    simulated_network::Routing,
     state,
     state::State,
 };
@@ -24,7 +25,7 @@ use nix::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{NAMESPACE, ServeArguments, UpArguments, lab_status};
+use super::{NAMESPACE, ServeArguments, UpArguments, flag, lab_status};
 use crate::{
     clients, ebpf, privilege,
     setup::{Build, Plan},
@@ -40,8 +41,8 @@ pub(super) fn up(arguments: &UpArguments) -> anyhow::Result<()> {
     check(arguments)?;
     announce(arguments)?;
     let mut server = process::Command::new(enter::OWN_EXECUTABLE);
-    server.args(["lab-serve", "--name", &arguments.name, "--imds", arguments.imds.as_flag()]);
-    server.args(["--pods", &arguments.pods.to_string(), "--routing", arguments.routing.as_flag()]);
+    server.args(["lab-serve", "--name", &arguments.name, "--imds", &flag(arguments.imds)]);
+    server.args(["--pods", &arguments.pods.to_string(), "--routing", &flag(arguments.routing)]);
     if !arguments.no_agent {
         server.arg("--agent").arg(ebpf::build_agent()?);
     }
@@ -64,7 +65,7 @@ fn check(arguments: &UpArguments) -> anyhow::Result<()> {
 /// Says what will be installed and built, and installs the packages.
 fn announce(arguments: &UpArguments) -> anyhow::Result<()> {
     let mut plan = Plan::new(&format!("Starts the lab {}.", arguments.name), UP_TAKES);
-    if arguments.routing.needs_nftables() {
+    if matches!(arguments.routing, Routing::DefaultDenyEgress | Routing::DroppingInput) {
         plan = plan.needs(clients::missing_packet_filter());
     }
     if !arguments.no_agent {
@@ -122,7 +123,7 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
 async fn serve_lab(lab: &Lab, up: &UpArguments, agent: Option<&Path>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let flags = ["--imds", up.imds.as_flag(), "--log-format", "text"];
+    let flags = ["--imds", &flag(up.imds), "--log-format", "text"];
     let mut control = ControlServer::bind(lab, &flags)?;
     for number in 1..=up.pods {
         let name = format!("app-{number}");

@@ -12,7 +12,7 @@ use lab::{
     switches::Setting,
 };
 
-use super::{Environment, LabName, NAMESPACE, lab_status};
+use super::{LabName, NAMESPACE, lab_status};
 use crate::report;
 
 /// Stands for the list of all switches in place of a name.
@@ -87,7 +87,7 @@ pub(crate) struct AddArguments {
     annotations: Vec<String>,
     /// Credential environment of its commands; with `webhook` it has the token volume too.
     #[arg(long, value_enum, default_value_t)]
-    env: Environment,
+    env: EnvKind,
     /// Put it on the node's network.
     #[arg(long)]
     host_network: bool,
@@ -200,7 +200,7 @@ fn add(arguments: AddArguments) -> anyhow::Result<()> {
         name,
         service_account: arguments.service_account,
         role,
-        environment: EnvKind::from(arguments.env),
+        environment: arguments.env,
         host_network: arguments.host_network,
     };
     let pod: Pod = remote_control::ask(&arguments.lab.name, &Request::AddPod(pod))?;

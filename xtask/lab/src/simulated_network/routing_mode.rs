@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
+use clap::ValueEnum;
 use rtnetlink::{
     Handle, LinkBridge,
     packet_route::{
@@ -23,7 +24,7 @@ use super::{
 };
 
 /// How the node routes its pods.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Routing {
     /// As the Amazon VPC CNI does.
     #[default]
