@@ -9,6 +9,7 @@ use crate::{
     event::Event,
     net::Endpoint,
     origin::{Origin, PendingOrigin},
+    pod_listener::PodListener,
     policy::PodPolicy,
     target::Target,
 };
@@ -119,6 +120,8 @@ pub mod map {
     pub const HEARTBEAT: &str = "HEARTBEAT";
     /// Listening sockets: a half for generations with even numbers, and one for those with odd ones.
     pub const LISTENERS: &str = "LISTENERS";
+    /// Netns cookie to [`crate::pod_listener::PodListener`]: the networks of pods in which the active agent listens.
+    pub const POD_LISTENERS: &str = "POD_LISTENERS";
     /// [`crate::net::Endpoint`] to `u32`: where nobody but exempt pods may listen, and podgate's listeners alone get the
     /// connections. The value means nothing.
     pub const RESERVED: &str = "RESERVED";
@@ -177,6 +180,9 @@ const _: () = {
     assert!(offset_of!(Event, comm) == 64);
 
     assert!(size_of::<PodPolicy>() == 8 && align_of::<PodPolicy>() == 4);
+
+    assert!(size_of::<PodListener>() == 16 && align_of::<PodListener>() == 8);
+    assert!(offset_of!(PodListener, v6) == 10);
 
     assert!(size_of::<Target>() == 48 && align_of::<Target>() == 8);
     assert!(offset_of!(Target, v6) == 20 && offset_of!(Target, when_down) == 40);

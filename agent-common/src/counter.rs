@@ -83,6 +83,8 @@ counters! {
     AuditedOther = "audited_other",
     /// Events that found the ring buffer full.
     EventsDropped = "events_dropped",
+    /// Connections accepted elsewhere than their ticket was sent to: somebody, or a translation on the way, has diverted it.
+    DivertedTicket = "diverted_ticket",
 }
 
 /// How many counters there are: the size of the map.

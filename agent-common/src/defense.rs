@@ -34,6 +34,8 @@ defenses! {
     SingleUse = "single-use",
     /// A ticket is worth nothing once its connection attempt is over. Without: it can be redeemed until it is too old.
     RevokedTickets = "revoked-tickets",
+    /// A ticket is good only where its connection was redirected to. Without: at every listener of the agent.
+    TicketPath = "ticket-path",
     /// The ticket identifies the source pod. Without: whoever is known at the address.
     IdentityByTicket = "identity-by-ticket",
     /// The ticket is in the handshake's last segment too. Without: in the first alone.

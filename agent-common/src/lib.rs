@@ -15,6 +15,7 @@ pub mod egress;
 pub mod event;
 pub mod net;
 pub mod origin;
+pub mod pod_listener;
 pub mod policy;
 pub mod siphash;
 pub mod target;

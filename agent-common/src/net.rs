@@ -49,6 +49,10 @@ pub enum Service {
 
 /// The third word of a v4-mapped address, in network byte order.
 const MAPPED: u32 = 0xffff_u32.to_be();
+/// 127.0.0.1, in network byte order.
+const LOOPBACK4: u32 = u32::from_ne_bytes(Ipv4Addr::LOCALHOST.octets());
+/// The last word of `::1`, in network byte order.
+const LOOPBACK6: u32 = 1_u32.to_be();
 
 // === impl NetPort ===
 
@@ -118,6 +122,22 @@ impl Endpoint {
             IpAddr::V4(ip) => Self::from_ip4_be(u32::from_ne_bytes(ip.octets()), NetPort::new(port)),
             IpAddr::V6(ip) => Self::from_ip6_be(words(ip), NetPort::new(port)),
         }
+    }
+
+    /// 127.0.0.1 or `::1`, at this port.
+    #[inline(always)]
+    pub const fn loopback(is_ip4: bool, port: NetPort) -> Self {
+        let addr = if is_ip4 { [0, 0, MAPPED, LOOPBACK4] } else { [0, 0, 0, LOOPBACK6] };
+        Self { addr, port, _pad: 0 }
+    }
+
+    /// Whether the address is 127.0.0.1 or `::1`; the rest of 127.0.0.0/8 does not count.
+    #[inline(always)]
+    pub const fn is_loopback(&self) -> bool {
+        self.addr[0] == 0
+            && self.addr[1] == 0
+            && (self.addr[2] == MAPPED && self.addr[3] == LOOPBACK4
+                || self.addr[2] == 0 && self.addr[3] == LOOPBACK6)
     }
 
     /// Whether the address is IPv4, plain or v4-mapped.
@@ -233,6 +253,20 @@ mod tests {
         for other in ["169.254.169.253", "fd00:ec2::253", "fd00:ec2:0:1::254", "fd00:ec2::1:0:254", "::"] {
             assert_eq!(service(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn the_loopback_is_one_address_of_each_family() {
+        let is_loopback = |ip: &str| Endpoint::new(ip.parse().unwrap(), 61_000).is_loopback();
+        for ip in ["127.0.0.1", "::ffff:127.0.0.1", "::1"] {
+            assert!(is_loopback(ip), "{ip}");
+        }
+        for ip in ["127.0.0.2", "::", "::2", "::127.0.0.1", "0.0.0.0", "169.254.169.254"] {
+            assert!(!is_loopback(ip), "{ip}");
+        }
+        let port = NetPort::new(61_000);
+        assert_eq!(Endpoint::loopback(true, port), Endpoint::new("127.0.0.1".parse().unwrap(), 61_000));
+        assert_eq!(Endpoint::loopback(false, port), Endpoint::new("::1".parse().unwrap(), 61_000));
     }
 
     #[test]

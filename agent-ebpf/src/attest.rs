@@ -1,11 +1,13 @@
 //! The agent's side of the handshake: redeem the ticket and put the origin on the accepted socket.
 //!
-//! Owns the redemption; never trusts anything in the segment but the ticket. A connection without a valid ticket gets no
-//! origin, and its caller is anonymous to the agent.
+//! Owns the redemption; never trusts anything in the segment but the ticket, and that only where its connection was
+//! redirected to: whoever makes the node translate the address, or reads a ticket on its way, can use it nowhere else. A
+//! connection without a valid ticket gets no origin, and its caller is anonymous to the agent.
 
 use agent_common::{
     counter::Counter,
     defense::{Defense, holds},
+    origin::Origin,
 };
 use aya_ebpf::bindings::BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB;
 
@@ -37,6 +39,12 @@ pub(crate) fn passive(ctx: &SockOpsCtx) {
     };
     // SAFETY: the slot may be reused while it is copied, but then the removal below fails and the copy is dropped.
     let Some(pending) = (unsafe { TICKETS.get(number).copied() }) else { return refuse(ctx) };
+    if !was_sent_here(ctx, &pending.origin) && holds(Defense::TicketPath) {
+        // The ticket stays good for its own connection.
+        count(Counter::DivertedTicket);
+        log::of_ticket(Counter::DivertedTicket, &pending.origin);
+        return events::of_origin(Counter::DivertedTicket, &pending.origin, ctx.remote());
+    }
     if holds(Defense::SingleUse) && TICKETS.remove(number).is_err() {
         // Another CPU has redeemed it in between.
         return refuse(ctx);
@@ -54,6 +62,14 @@ pub(crate) fn passive(ctx: &SockOpsCtx) {
     };
     count(what);
     log::of_ticket(what, origin);
+}
+
+/// Whether the connection has arrived where its origin was redirected to: at the same address and port and, on a loopback,
+/// in the same network.
+#[inline(always)]
+fn was_sent_here(ctx: &SockOpsCtx, origin: &Origin) -> bool {
+    origin.target.same(&ctx.local())
+        && (!origin.target.is_loopback() || origin.netns_cookie == ctx.netns_cookie())
 }
 
 /// Leaves the connection anonymous: its ticket is forged, or was redeemed or dropped before.

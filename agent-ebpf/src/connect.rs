@@ -8,7 +8,7 @@ use agent_common::{
     defense::{Defense, holds},
     net::{Endpoint, HTTP_PORT, NetPort, Service},
     origin::{Origin, STATE_MINTED},
-    policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF, PodPolicy},
+    policy::{IMDS_AUDIT, IMDS_INTERCEPT, IMDS_OFF, POD_IDENTITY_OFF},
     target::{Target, WHEN_DOWN_PASS},
 };
 use aya_ebpf::helpers::{
@@ -16,8 +16,12 @@ use aya_ebpf::helpers::{
 };
 
 use crate::{
-    counters::count, ctx::SockAddrCtx, events, limit, log, maps::ORIGINS, source_pod::SourcePod, storage,
-    target, ticket,
+    counters::count,
+    ctx::{SockAddrCtx, Socket},
+    events, limit, log,
+    maps::ORIGINS,
+    source_pod::SourcePod,
+    storage, target, ticket,
 };
 
 /// The port of every service.
@@ -33,6 +37,14 @@ pub(crate) enum Verdict {
 
 /// The call fails with `EPERM`; the reason is counted and reported.
 struct Refused;
+
+/// Where a connection attempt goes that concerns podgate.
+struct Destined {
+    /// The service whose address it is.
+    service: Option<Service>,
+    /// Whether the agent listens there, on the node or in the pod's own network.
+    at_target: bool,
+}
 
 /// What the policy says about a connection attempt to one of our addresses.
 enum Mode {
@@ -60,7 +72,7 @@ impl Verdict {
 pub(crate) fn connect4(ctx: &SockAddrCtx) -> Verdict {
     let Ok(redirect) = decide(ctx, &ctx.address4()) else { return Verdict::Deny };
     if let Some(target) = redirect {
-        ctx.set_address4(target);
+        ctx.set_address4(&target);
     }
     Verdict::Allow
 }
@@ -73,24 +85,40 @@ pub(crate) fn connect6(ctx: &SockAddrCtx) -> Verdict {
     }
     let Ok(redirect) = decide(ctx, &ctx.address6()) else { return Verdict::Deny };
     if let Some(target) = redirect {
-        ctx.set_address6(target);
+        ctx.set_address6(&target);
     }
     Verdict::Allow
 }
 
 /// Where to redirect the connection, `None` to leave its address as it is.
 #[inline(always)]
-fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<&'static Endpoint>, Refused> {
+fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<Endpoint>, Refused> {
     let service = destination.service();
     let effective = target::effective();
-    let target = effective.and_then(|target| target::endpoint(target, destination.is_ip4()));
-    let at_target = target.is_some_and(|target| target.same_address(destination));
-    if service.is_none() && !at_target {
+    let on_node = effective.and_then(|target| target::endpoint(target, destination.is_ip4()));
+    let at_node = on_node.is_some_and(|target| target.same_address(destination));
+    if service.is_none() && !at_node && !destination.is_loopback() {
+        return Ok(None);
+    }
+    let in_pod = target::in_network(ctx.netns_cookie());
+    let listener = in_pod.and_then(|in_pod| in_pod.endpoint(destination.is_ip4()));
+    let at_listener = ctx.is_tcp() && listener.is_some_and(|listener| listener.same(destination));
+    if service.is_none() && !at_node && !at_listener {
         return Ok(None);
     }
 
     let source = SourcePod::current(ctx);
     let pod_cgroup_id = source.as_ref().map_or(0, |source| source.pod_cgroup_id);
+    let is_own = in_pod.is_some_and(|in_pod| in_pod.pod_cgroup_id == pod_cgroup_id);
+    let destined = Destined { service, at_target: at_node || at_listener && is_own };
+    if service.is_none() && !destined.at_target {
+        // A process of another pod in this network, as a mesh's proxy: whom it speaks for, a token may tell.
+        revoke_previous(ctx);
+        return Ok(None);
+    }
+    let fits = is_own && !ctx.socket().is_some_and(Socket::is_bound_elsewhere);
+    let target = listener.filter(|_| fits).or(on_node.copied());
+
     let mut reported = (source.is_some() && pod_cgroup_id == 0).then_some(Counter::UnknownPod);
     if let Some(unknown) = reported {
         count(unknown);
@@ -98,7 +126,7 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<&'static E
     let mut what = Counter::Redirected;
     let outcome = match source {
         None => Err(Counter::DeniedNoPod),
-        Some(source) => match mode(&source.policy, service, at_target) {
+        Some(source) => match mode(&source, &destined) {
             Mode::PassThrough(how) => {
                 revoke_previous(ctx);
                 count(how);
@@ -108,13 +136,15 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<&'static E
                 }
                 Ok(None)
             }
-            _ if !(ctx.is_tcp() && is_served(destination, service, target)) => Err(Counter::DeniedPort),
+            _ if !(ctx.is_tcp() && is_served(destination, service, on_node, at_listener)) => {
+                Err(Counter::DeniedPort)
+            }
             Mode::Deny => Err(Counter::Denied),
             Mode::Serve if !target::agent_is_alive() => {
                 what = Counter::PassedAgentDown;
-                when_down(ctx, effective, service, at_target)
+                when_down(ctx, effective, &destined)
             }
-            Mode::Serve => redirect(ctx, &source, destination, target),
+            Mode::Serve => redirect(ctx, &source, destination, target.as_ref()),
         },
     };
     if let Err(reason) = outcome {
@@ -132,8 +162,15 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<&'static E
 
 /// Whether the port is one that the agent serves.
 #[inline(always)]
-fn is_served(destination: &Endpoint, service: Option<Service>, target: Option<&Endpoint>) -> bool {
-    service.is_some() && destination.port == HTTP || target.is_some_and(|target| target.same(destination))
+fn is_served(
+    destination: &Endpoint,
+    service: Option<Service>,
+    on_node: Option<&Endpoint>,
+    at_listener: bool,
+) -> bool {
+    service.is_some() && destination.port == HTTP
+        || on_node.is_some_and(|target| target.same(destination))
+        || at_listener
 }
 
 /// What happens while no agent is alive: the EKS Pod Identity Agent may serve its own address where the target says so;
@@ -142,11 +179,10 @@ fn is_served(destination: &Endpoint, service: Option<Service>, target: Option<&E
 fn when_down(
     ctx: &SockAddrCtx,
     effective: Option<&Target>,
-    service: Option<Service>,
-    at_target: bool,
-) -> Result<Option<&'static Endpoint>, Counter> {
+    destined: &Destined,
+) -> Result<Option<Endpoint>, Counter> {
     let passes = effective.is_some_and(|target| target.when_down == WHEN_DOWN_PASS);
-    if passes && !at_target && matches!(service, Some(Service::PodIdentity))
+    if passes && !destined.at_target && matches!(destined.service, Some(Service::PodIdentity))
         || !holds(Defense::RefusalWhenDown)
     {
         revoke_previous(ctx);
@@ -156,20 +192,22 @@ fn when_down(
     Err(Counter::DeniedAgentDown)
 }
 
-/// What the policy says. The agent's own address is served to every pod that has any business with the agent.
+/// What the policy says. At its own addresses the agent attests every pod, also those that it does not serve: a switch
+/// that leaves a pod to others must not make it anonymous there.
 #[inline(always)]
-fn mode(policy: &PodPolicy, service: Option<Service>, at_target: bool) -> Mode {
-    let imds = match policy.imds {
-        IMDS_OFF => Mode::PassThrough(Counter::Untouched),
-        IMDS_AUDIT => Mode::PassThrough(Counter::Audited),
-        IMDS_INTERCEPT => Mode::Serve,
-        _ => Mode::Deny,
-    };
-    if matches!(service, Some(Service::Imds)) {
-        return imds;
+fn mode(source: &SourcePod, destined: &Destined) -> Mode {
+    if source.is_exempt {
+        return Mode::PassThrough(Counter::Untouched);
     }
-    let imds_is_ours = matches!(imds, Mode::Serve | Mode::Deny);
-    if policy.pod_identity != POD_IDENTITY_OFF || at_target && imds_is_ours {
+    if matches!(destined.service, Some(Service::Imds)) {
+        return match source.policy.imds {
+            IMDS_OFF => Mode::PassThrough(Counter::Untouched),
+            IMDS_AUDIT => Mode::PassThrough(Counter::Audited),
+            IMDS_INTERCEPT => Mode::Serve,
+            _ => Mode::Deny,
+        };
+    }
+    if source.policy.pod_identity != POD_IDENTITY_OFF || destined.at_target {
         Mode::Serve
     } else {
         Mode::PassThrough(Counter::Untouched)
@@ -182,9 +220,9 @@ fn redirect(
     ctx: &SockAddrCtx,
     source: &SourcePod,
     destination: &Endpoint,
-    target: Option<&'static Endpoint>,
-) -> Result<Option<&'static Endpoint>, Counter> {
-    let target = target.ok_or(Counter::DeniedInternal)?;
+    target: Option<&Endpoint>,
+) -> Result<Option<Endpoint>, Counter> {
+    let target = *target.ok_or(Counter::DeniedInternal)?;
     let socket = ctx.socket().ok_or(Counter::DeniedInternal)?;
     let pending = storage::get_or_create(&ORIGINS, socket).ok_or(Counter::DeniedInternal)?;
     let redirect = (!target.same(destination)).then_some(target);
@@ -211,7 +249,7 @@ fn redirect(
         ticket: ticket::mint(ctx.socket_cookie(), started_at_ns),
         started_at_ns,
         orig_dst: *destination,
-        target: *target,
+        target,
         state: STATE_MINTED,
         tgid,
         comm: bpf_get_current_comm().unwrap_or_default(),

@@ -38,6 +38,14 @@ impl Socket {
         self.0.as_ptr()
     }
 
+    /// Whether it is bound to a network interface other than the loopback, which every network numbers 1
+    /// (`LOOPBACK_IFINDEX` of `include/net/flow.h`).
+    #[inline(always)]
+    pub(crate) fn is_bound_elsewhere(self) -> bool {
+        // SAFETY: the kernel's socket lives as long as the program runs.
+        unsafe { (*self.as_ptr()).bound_dev_if > 1 }
+    }
+
     /// Whether it connects before it sends: TCP, and neither raw nor datagram.
     #[inline(always)]
     pub(crate) fn is_stream(self) -> bool {

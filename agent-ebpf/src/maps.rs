@@ -7,6 +7,7 @@ use agent_common::{
     event::Event,
     net::Endpoint,
     origin::{Origin, PendingOrigin},
+    pod_listener::PodListener,
     policy::PodPolicy,
     target::Target,
 };
@@ -58,6 +59,10 @@ pub(crate) static HEARTBEAT: Array<u64, 1> = Array::new();
 /// The listeners of the active generation and of its predecessor. The kernel removes those that are closed.
 #[btf_map]
 pub(crate) static LISTENERS: SockMap<{ 2 * LISTENERS_MAX as usize }> = SockMap::new();
+
+/// Netns cookie to the agent's listeners in that network, written by the agent once they answer.
+#[btf_map]
+pub(crate) static POD_LISTENERS: HashMap<u64, PodListener, { POLICIES_MAX as usize }> = HashMap::new();
 
 /// Addresses where only exempt pods may listen, written by the agent before it listens there.
 #[btf_map]

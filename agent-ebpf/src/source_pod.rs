@@ -23,6 +23,8 @@ const STRICTEST: PodPolicy = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDEN
 pub(crate) struct SourcePod {
     /// 0 while the agent does not know the pod.
     pub(crate) pod_cgroup_id: u64,
+    /// Whether it is podgate's own, or of the EKS Pod Identity Agent.
+    pub(crate) is_exempt: bool,
     /// The cgroup that its tickets count for.
     pub(crate) counts_for: u64,
     pub(crate) policy: PodPolicy,
@@ -48,13 +50,22 @@ impl SourcePod {
     #[inline(always)]
     pub(crate) fn current(ctx: &SockAddrCtx) -> Option<Self> {
         let lineage = Lineage::current()?;
-        if let Some((pod, policy)) = lineage.known() {
-            return Some(Self { pod_cgroup_id: pod, counts_for: pod, policy });
+        if let Some(pod) = lineage.exempt() {
+            return Some(Self {
+                pod_cgroup_id: pod,
+                is_exempt: true,
+                counts_for: pod,
+                policy: PodPolicy::EXEMPT,
+            });
+        }
+        if let Some((pod, policy)) = lineage.with_policy() {
+            return Some(Self { pod_cgroup_id: pod, is_exempt: false, counts_for: pod, policy });
         }
         let on_host_network = ctx.netns_cookie() == HOST_NETNS.load();
         let slot = if on_host_network { UNKNOWN_ON_HOST_NETWORK } else { UNKNOWN_IN_POD_NETWORK };
         Some(Self {
             pod_cgroup_id: 0,
+            is_exempt: false,
             counts_for: if lineage.is_in_class() { lineage.inner } else { lineage.outer },
             policy: unknown(slot),
         })
@@ -87,15 +98,21 @@ impl Lineage {
         is(QosClass::Burstable) || is(QosClass::BestEffort)
     }
 
-    /// The pod among the two, and its policy.
+    /// The pod among the two, and what it gets.
     #[inline(always)]
     pub(crate) fn known(&self) -> Option<(u64, PodPolicy)> {
-        if is_exempt(self.inner) {
-            return Some((self.inner, PodPolicy::EXEMPT));
-        }
-        if is_exempt(self.outer) {
-            return Some((self.outer, PodPolicy::EXEMPT));
-        }
+        self.exempt().map(|pod| (pod, PodPolicy::EXEMPT)).or_else(|| self.with_policy())
+    }
+
+    /// The one among the two that is exempt.
+    #[inline(always)]
+    fn exempt(&self) -> Option<u64> {
+        if is_exempt(self.inner) { Some(self.inner) } else { is_exempt(self.outer).then_some(self.outer) }
+    }
+
+    /// The one among the two that has a policy.
+    #[inline(always)]
+    fn with_policy(&self) -> Option<(u64, PodPolicy)> {
         // SAFETY: a policy is copied at once; entries are replaced whole.
         unsafe {
             if let Some(policy) = POLICIES.get(self.inner) {
@@ -119,7 +136,7 @@ pub(crate) fn unknown(slot: u32) -> PodPolicy {
 /// Whether the running task is podgate's own, or of the EKS Pod Identity Agent.
 #[inline(always)]
 pub(crate) fn current_task_is_exempt() -> bool {
-    Lineage::current().is_some_and(|lineage| is_exempt(lineage.inner) || is_exempt(lineage.outer))
+    Lineage::current().is_some_and(|lineage| lineage.exempt().is_some())
 }
 
 #[inline(always)]

@@ -1,14 +1,15 @@
-//! The effective target, and whether the agent behind it is alive.
+//! Where the agent listens, on the node and in a pod's network, and whether it is alive.
 //!
-//! Owns the reading of both; never decides what follows.
+//! Owns the reading of these; never decides what follows.
 
 use agent_common::{
     net::Endpoint,
+    pod_listener::PodListener,
     target::{Target, is_alive},
 };
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 
-use crate::maps::{HEARTBEAT, TARGET_INDEX, TARGETS};
+use crate::maps::{HEARTBEAT, POD_LISTENERS, TARGET_INDEX, TARGETS};
 
 /// The effective target.
 #[inline(always)]
@@ -21,6 +22,13 @@ pub(crate) fn effective() -> Option<&'static Target> {
 pub(crate) fn endpoint(target: &'static Target, is_ip4: bool) -> Option<&'static Endpoint> {
     let endpoint = if is_ip4 { &target.v4 } else { &target.v6 };
     (!endpoint.is_none()).then_some(endpoint)
+}
+
+/// The agent's listeners in the network with this cookie.
+#[inline(always)]
+pub(crate) fn in_network(netns_cookie: u64) -> Option<PodListener> {
+    // SAFETY: an entry is copied at once; entries are replaced whole.
+    unsafe { POD_LISTENERS.get(netns_cookie).copied() }
 }
 
 /// Whether the last heartbeat is recent enough. The coarse clock costs half of the exact one. Linux 5.11:

@@ -13,7 +13,10 @@ use agent_common::{
 };
 use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock_ops},
-    helpers::{bpf_load_hdr_opt, bpf_reserve_hdr_opt, bpf_sock_ops_cb_flags_set, bpf_store_hdr_opt},
+    helpers::{
+        bpf_get_netns_cookie, bpf_load_hdr_opt, bpf_reserve_hdr_opt, bpf_sock_ops_cb_flags_set,
+        bpf_store_hdr_opt,
+    },
     programs::SockOpsContext,
 };
 
@@ -86,6 +89,37 @@ impl SockOpsCtx {
         // In the upper half, in network order.
         let port = NetPort::from_be((port >> 16) as u16);
         if family == AF_INET { Endpoint::from_ip4_be(ip4, port) } else { Endpoint::from_ip6_be(words, port) }
+    }
+
+    /// This side. A v4-mapped client arrives with the IPv4 address.
+    #[inline(always)]
+    pub(crate) fn local(&self) -> Endpoint {
+        // SAFETY: see above. Volatile, as in `remote`.
+        let (family, port, ip4, words) = unsafe {
+            (
+                (*self.0).family,
+                (&raw const (*self.0).local_port).read_volatile(),
+                (&raw const (*self.0).local_ip4).read_volatile(),
+                [
+                    (&raw const (*self.0).local_ip6[0]).read_volatile(),
+                    (&raw const (*self.0).local_ip6[1]).read_volatile(),
+                    (&raw const (*self.0).local_ip6[2]).read_volatile(),
+                    (&raw const (*self.0).local_ip6[3]).read_volatile(),
+                ],
+            )
+        };
+        // In host order.
+        #[expect(clippy::cast_possible_truncation, reason = "a port")]
+        let port = NetPort::new(port as u16);
+        if family == AF_INET { Endpoint::from_ip4_be(ip4, port) } else { Endpoint::from_ip6_be(words, port) }
+    }
+
+    /// The cookie of the network namespace of its socket. Linux 5.15 for `sock_ops`:
+    /// <https://github.com/torvalds/linux/commit/6cf1770d63dd2d0d0d4048e7b3ee360336c072d9>
+    #[inline(always)]
+    pub(crate) fn netns_cookie(&self) -> u64 {
+        // SAFETY: see above.
+        unsafe { bpf_get_netns_cookie(self.0.cast()) }
     }
 
     /// The TCP state that the connection leaves at `BPF_SOCK_OPS_STATE_CB`.
