@@ -22,11 +22,11 @@ impl PodListener {
         Self { pod_cgroup_id, v4: NetPort::new(v4), v6: NetPort::new(v6), _pad: 0 }
     }
 
-    /// The listener of a family, if there is one.
+    /// The listener of a family, or [`Endpoint::NONE`].
     #[inline(always)]
-    pub const fn endpoint(&self, is_ip4: bool) -> Option<Endpoint> {
-        let endpoint = Endpoint::loopback(is_ip4, if is_ip4 { self.v4 } else { self.v6 });
-        if endpoint.is_none() { None } else { Some(endpoint) }
+    pub const fn endpoint(&self, is_ip4: bool) -> Endpoint {
+        let port = if is_ip4 { self.v4 } else { self.v6 };
+        if port.to_be() == 0 { Endpoint::NONE } else { Endpoint::loopback(is_ip4, port) }
     }
 }
 

@@ -70,8 +70,8 @@ impl Verdict {
 /// `cgroup/connect4`.
 #[inline(always)]
 pub(crate) fn connect4(ctx: &SockAddrCtx) -> Verdict {
-    let Ok(redirect) = decide(ctx, &ctx.address4()) else { return Verdict::Deny };
-    if let Some(target) = redirect {
+    let Ok(target) = decide(ctx, &ctx.address4()) else { return Verdict::Deny };
+    if !target.is_none() {
         ctx.set_address4(&target);
     }
     Verdict::Allow
@@ -83,28 +83,30 @@ pub(crate) fn connect6(ctx: &SockAddrCtx) -> Verdict {
     if !holds(Defense::Ipv6) {
         return Verdict::Allow;
     }
-    let Ok(redirect) = decide(ctx, &ctx.address6()) else { return Verdict::Deny };
-    if let Some(target) = redirect {
+    let Ok(target) = decide(ctx, &ctx.address6()) else { return Verdict::Deny };
+    if !target.is_none() {
         ctx.set_address6(&target);
     }
     Verdict::Allow
 }
 
-/// Where to redirect the connection, `None` to leave its address as it is.
+/// Where to redirect the connection, [`Endpoint::NONE`] to leave its address as it is: no `Option`, of which the compiler
+/// copies what is not there, which the verifier refuses.
 #[inline(always)]
-fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<Endpoint>, Refused> {
+fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Endpoint, Refused> {
     let service = destination.service();
     let effective = target::effective();
     let on_node = effective.and_then(|target| target::endpoint(target, destination.is_ip4()));
     let at_node = on_node.is_some_and(|target| target.same_address(destination));
     if service.is_none() && !at_node && !destination.is_loopback() {
-        return Ok(None);
+        return Ok(Endpoint::NONE);
     }
     let in_pod = target::in_network(ctx.netns_cookie());
-    let listener = in_pod.and_then(|in_pod| in_pod.endpoint(destination.is_ip4()));
-    let at_listener = ctx.is_tcp() && listener.is_some_and(|listener| listener.same(destination));
+    let listener = in_pod.map_or(Endpoint::NONE, |in_pod| in_pod.endpoint(destination.is_ip4()));
+    let is_tcp = ctx.is_tcp();
+    let at_listener = is_tcp && listener.same(destination);
     if service.is_none() && !at_node && !at_listener {
-        return Ok(None);
+        return Ok(Endpoint::NONE);
     }
 
     let source = SourcePod::current(ctx);
@@ -114,11 +116,8 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<Endpoint>,
     if service.is_none() && !destined.at_target {
         // A process of another pod in this network, as a mesh's proxy: whom it speaks for, a token may tell.
         revoke_previous(ctx);
-        return Ok(None);
+        return Ok(Endpoint::NONE);
     }
-    let fits = is_own && !ctx.socket().is_some_and(Socket::is_bound_elsewhere);
-    let target = listener.filter(|_| fits).or(on_node.copied());
-
     let mut reported = (source.is_some() && pod_cgroup_id == 0).then_some(Counter::UnknownPod);
     if let Some(unknown) = reported {
         count(unknown);
@@ -134,9 +133,9 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<Endpoint>,
                 if matches!(how, Counter::Audited) {
                     reported = Some(how);
                 }
-                Ok(None)
+                Ok(Endpoint::NONE)
             }
-            _ if !(ctx.is_tcp() && is_served(destination, service, on_node, at_listener)) => {
+            _ if !(is_tcp && is_served(destination, service, on_node, at_listener)) => {
                 Err(Counter::DeniedPort)
             }
             Mode::Deny => Err(Counter::Denied),
@@ -144,7 +143,12 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Option<Endpoint>,
                 what = Counter::PassedAgentDown;
                 when_down(ctx, effective, &destined)
             }
-            Mode::Serve => redirect(ctx, &source, destination, target.as_ref()),
+            Mode::Serve => {
+                let fits =
+                    is_own && !listener.is_none() && !ctx.socket().is_some_and(Socket::is_bound_elsewhere);
+                let target = if fits { &listener } else { on_node.unwrap_or(&Endpoint::NONE) };
+                redirect(ctx, &source, destination, target)
+            }
         },
     };
     if let Err(reason) = outcome {
@@ -180,14 +184,14 @@ fn when_down(
     ctx: &SockAddrCtx,
     effective: Option<&Target>,
     destined: &Destined,
-) -> Result<Option<Endpoint>, Counter> {
+) -> Result<Endpoint, Counter> {
     let passes = effective.is_some_and(|target| target.when_down == WHEN_DOWN_PASS);
     if passes && !destined.at_target && matches!(destined.service, Some(Service::PodIdentity))
         || !holds(Defense::RefusalWhenDown)
     {
         revoke_previous(ctx);
         count(Counter::PassedAgentDown);
-        return Ok(None);
+        return Ok(Endpoint::NONE);
     }
     Err(Counter::DeniedAgentDown)
 }
@@ -214,18 +218,19 @@ fn mode(source: &SourcePod, destined: &Destined) -> Mode {
     }
 }
 
-/// Puts the origin on the socket. Returns the new address, `None` where it is the same.
+/// Puts the origin on the socket. Returns the new address, which may be the same.
 #[inline(always)]
 fn redirect(
     ctx: &SockAddrCtx,
     source: &SourcePod,
     destination: &Endpoint,
-    target: Option<&Endpoint>,
-) -> Result<Option<Endpoint>, Counter> {
-    let target = *target.ok_or(Counter::DeniedInternal)?;
+    target: &Endpoint,
+) -> Result<Endpoint, Counter> {
+    if target.is_none() {
+        return Err(Counter::DeniedInternal);
+    }
     let socket = ctx.socket().ok_or(Counter::DeniedInternal)?;
     let pending = storage::get_or_create(&ORIGINS, socket).ok_or(Counter::DeniedInternal)?;
-    let redirect = (!target.same(destination)).then_some(target);
     // SAFETY: these helpers have no precondition.
     let (cgroup_id, started_at_ns) = unsafe { (bpf_get_current_cgroup_id(), bpf_ktime_get_boot_ns()) };
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
@@ -234,7 +239,7 @@ fn redirect(
     if pending.origin.state == STATE_MINTED && pending.origin.target.same(destination) && is_same_task {
         // While one program replaces another, both run: the first has redirected the connection already. It ran for the
         // same task; another one's socket may have a ticket left from a connect that failed early.
-        return Ok(redirect);
+        return Ok(*target);
     }
     ticket::revoke(pending);
     if !limit::has_room(source.counts_for) {
@@ -249,7 +254,7 @@ fn redirect(
         ticket: ticket::mint(ctx.socket_cookie(), started_at_ns),
         started_at_ns,
         orig_dst: *destination,
-        target,
+        target: *target,
         state: STATE_MINTED,
         tgid,
         comm: bpf_get_current_comm().unwrap_or_default(),
@@ -258,7 +263,7 @@ fn redirect(
         (pending.origin.cgroup_id, pending.origin.pod_cgroup_id) = previous;
     }
     count(Counter::Redirected);
-    Ok(redirect)
+    Ok(*target)
 }
 
 /// The socket connects to where it is left alone: its previous origin must not show in `getpeername`.

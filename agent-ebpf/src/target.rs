@@ -26,9 +26,9 @@ pub(crate) fn endpoint(target: &'static Target, is_ip4: bool) -> Option<&'static
 
 /// The agent's listeners in the network with this cookie.
 #[inline(always)]
-pub(crate) fn in_network(netns_cookie: u64) -> Option<PodListener> {
-    // SAFETY: an entry is copied at once; entries are replaced whole.
-    unsafe { POD_LISTENERS.get(netns_cookie).copied() }
+pub(crate) fn in_network(netns_cookie: u64) -> Option<&'static PodListener> {
+    // SAFETY: entries are replaced whole, and stay readable while the program runs.
+    unsafe { POD_LISTENERS.get(netns_cookie) }
 }
 
 /// Whether the last heartbeat is recent enough. The coarse clock costs half of the exact one. Linux 5.11:

@@ -48,8 +48,8 @@ impl SockAddrCtx {
     /// Whether the socket is TCP.
     #[inline(always)]
     pub(crate) fn is_tcp(&self) -> bool {
-        // SAFETY: see above.
-        unsafe { (*self.0).protocol == IPPROTO_TCP }
+        // SAFETY: see above. Volatile, or the compiler keeps the field's address, which the verifier refuses.
+        unsafe { (&raw const (*self.0).protocol).read_volatile() == IPPROTO_TCP }
     }
 
     /// Replaces the address.
