@@ -24,7 +24,9 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tracing::{error, warn};
 
-use crate::{drain::DrainWatch, intercept::OriginLookup};
+pub mod in_pod;
+
+use crate::{drain::DrainWatch, identity::PodUid, intercept::OriginLookup};
 
 /// Most connections that wait to be accepted. The kernel caps it at `net.core.somaxconn`, 4096 on Amazon Linux 2023.
 const BACKLOG: i32 = 4096;
@@ -45,6 +47,17 @@ pub struct Accepted {
     pub origin: Option<Origin>,
     /// The address that it came from.
     pub peer: IpAddr,
+    /// The pod in whose own network it was accepted; `None` on the node's addresses.
+    pub in_network_of: Option<PodUid>,
+}
+
+/// How the loop of [`accept`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to.
+    Drained,
+    /// Somebody has closed the listener: `ss -K` does so, by who may administer its network.
+    Destroyed,
 }
 
 /// Creates a listener whose accepted sockets can carry an origin.
@@ -98,7 +111,7 @@ pub async fn accept(
     origins: Arc<dyn OriginLookup>,
     mut drain: DrainWatch,
     serve: impl Fn(Accepted),
-) -> io::Result<()> {
+) -> io::Result<Ended> {
     let listener = TcpListener::from_std(listener)?;
     let mut drained = pin!(async {
         drain.begun().await;
@@ -116,6 +129,8 @@ pub async fn accept(
                 }
             }
             Err(error) if concerns_one_connection(&error) => {}
+            // It listens no more, and never will.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Ok(Ended::Destroyed),
             Err(error) => {
                 warn!(%error, "cannot accept connections; retrying");
                 tokio::time::sleep(RETRY_DELAY).await;
@@ -129,7 +144,7 @@ pub async fn accept(
             serve(accepted);
         }
     }
-    Ok(())
+    Ok(Ended::Drained)
 }
 
 /// `None`, and the connection is closed, when the origin cannot be read: a failure must not make a caller anonymous.
@@ -137,7 +152,7 @@ fn identify(stream: TcpStream, peer: IpAddr, origins: &dyn OriginLookup) -> Opti
     // Small responses to small requests.
     let _ = stream.set_nodelay(true);
     match origins.origin(stream.as_fd()) {
-        Ok(origin) => Some(Accepted { stream, origin, peer }),
+        Ok(origin) => Some(Accepted { stream, origin, peer, in_network_of: None }),
         Err(error) => {
             error!(%error, "cannot read the origin of a connection; closing it");
             None

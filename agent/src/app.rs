@@ -13,6 +13,7 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
 };
 
+use futures::FutureExt as _;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
@@ -52,6 +53,7 @@ use crate::{
     takeover::{
         self, Parts, Serve, Settings, Takeover,
         dataplane::Dataplane,
+        pod_listeners::{self, PodListenerMetrics, PodListeners},
         transfer::{self, HandoverMetrics, Predecessor},
     },
     tasks::{TaskEnded, Tasks},
@@ -133,6 +135,7 @@ struct Metrics {
     requests: RequestMetrics,
     cache: CacheMetrics,
     handovers: HandoverMetrics,
+    pod_listeners: PodListenerMetrics,
 }
 
 /// Which agent is active, as the rest of this agent learns it.
@@ -199,7 +202,20 @@ where
     tasks.spawn("the kernel's events", kernel_events::run(kernel.events, Arc::clone(&server)));
 
     let (eks_agent_sender, eks_agent_is_here) = watch::channel(false);
-    let lifecycle = PodState { cache: Arc::clone(&cache), connections: server.connections.clone() };
+    let (listeners, pod_events) = mpsc::unbounded_channel();
+    let pod_listeners = pod_listeners::Parts {
+        networks: Arc::clone(&cgroups.networks),
+        dataplane: Arc::clone(&kernel.dataplane),
+        origins: Arc::clone(&kernel.origins),
+        serve: serve(Arc::clone(&server)),
+        pods: Arc::clone(&known.pods),
+        known: Arc::clone(&known.networks),
+        metrics: metrics.pod_listeners,
+    };
+    let (pod_listeners, following) = PodListeners::follow(pod_listeners, pod_events);
+    tasks.spawn_finite("the listeners in pods' networks", async { Ok(following.await) });
+    let lifecycle =
+        PodState { cache: Arc::clone(&cache), connections: server.connections.clone(), listeners };
     let reconciler = known.reconciler(&config, cgroups.own_pod, kernel.policies, eks_agent_sender, lifecycle);
     // Before any pod is known: inherited credentials are not prefetched again.
     inherit(&config, &kernel.keys.predecessor, &cache, &metrics.handovers).await;
@@ -215,6 +231,7 @@ where
         eks_agent_is_here,
         ready: Arc::clone(&activity.ready),
         active: activity.sender,
+        pod_listeners,
     };
     let takeover = Takeover::bind(Settings::from(&config), parts, &mut tasks).await?;
     let addresses = takeover.addresses().collect();
@@ -281,6 +298,7 @@ impl Metrics {
             requests: RequestMetrics::register(registry),
             cache: CacheMetrics::register(registry),
             handovers: HandoverMetrics::register(registry),
+            pod_listeners: PodListenerMetrics::register(registry),
         }
     }
 }
@@ -389,8 +407,6 @@ fn may_be_successor(peers: Peers, is_podgate_pod: PodgatePods) -> impl Fn(i32) -
 /// What is done with an accepted connection.
 fn serve<S: CredentialSource>(server: Arc<Server<S>>) -> Serve {
     Arc::new(move |accepted: Accepted, drain: DrainWatch| {
-        if let Some(connection) = Arc::clone(&server).admit(accepted, drain) {
-            tokio::spawn(connection);
-        }
+        Arc::clone(&server).admit(accepted, drain).map(|served| served.boxed())
     })
 }

@@ -15,6 +15,7 @@ pub mod namespaces;
 pub mod netns;
 pub mod networks;
 pub mod peer;
+pub mod pod_network;
 pub mod pods;
 pub mod tree;
 pub mod watch;
@@ -144,8 +145,12 @@ impl CallerResolver {
         origin: &Origin,
         peer: IpAddr,
     ) -> Result<(), Error> {
+        // A translation on the node may have brought it here, and its ticket is another's then.
+        if self.is_address_of_another(peer, Some(pod.uid)) {
+            return Err(Error::ForeignNetwork);
+        }
         let cookie = origin.netns_cookie;
-        let verdict = match self.networks.judge(pod, cookie, peer) {
+        let verdict = match self.networks.judge(pod, cookie) {
             Verdict::Unproven => {
                 let (node, cgroup) = (Arc::clone(&self.node), source_pod.cgroup.clone());
                 let asked = tokio::task::spawn_blocking(move || node.network(&cgroup)).await;
@@ -155,6 +160,11 @@ impl CallerResolver {
             verdict => verdict,
         };
         if verdict == Verdict::Own { Ok(()) } else { Err(Error::ForeignNetwork) }
+    }
+
+    /// Whether a pod that is known, and is not `pod`, has this address for itself.
+    pub fn is_address_of_another(&self, address: IpAddr, pod: Option<PodUid>) -> bool {
+        self.pods.with_address(address).is_some_and(|other| Some(other) != pod)
     }
 }
 

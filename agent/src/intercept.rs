@@ -15,6 +15,7 @@ use agent_common::{
     abi::{EXEMPT_EKS_AGENT, EXEMPT_PODGATE, program},
     defense::{Defense, holds},
     net::Endpoint,
+    pod_listener::PodListener,
     policy::{PodPolicy, QosClass},
     target::Target,
 };
@@ -243,6 +244,20 @@ impl Interceptor {
         self.wanted.classes.insert(class, cgroup_id);
         let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
         self.object.set_class(class, cgroup_id)
+    }
+
+    /// Sends a pod that connects in the network with this cookie to the listeners that the agent has there.
+    pub fn set_pod_listener(&mut self, netns_cookie: u64, listener: PodListener) -> Result<(), Error> {
+        self.wanted.pod_listeners.insert(netns_cookie, listener);
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
+        self.object.set_pod_listener(netns_cookie, listener)
+    }
+
+    /// Sends it to the target on the node again.
+    pub fn remove_pod_listener(&mut self, netns_cookie: u64) -> Result<(), Error> {
+        self.wanted.pod_listeners.remove(&netns_cookie);
+        let Some(_lock) = self.lock_if_active()? else { return Ok(()) };
+        self.object.remove_pod_listener(netns_cookie)
     }
 
     /// Gives `policy` to the pod with this cgroup, from its next connection on.

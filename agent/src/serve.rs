@@ -27,11 +27,13 @@ mod error_response;
 mod imds;
 mod limit;
 pub mod metrics;
+mod stream;
 
 pub(crate) use self::access_log::process_label;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) use self::connection::protocol;
 pub use self::limit::ConnectionLimit;
+pub(crate) use self::stream::Stream;
 use self::{access_log::Entry, connection::Connection, limit::LimitKey, metrics::RequestMetrics};
 use crate::{
     accept::Accepted,
@@ -86,18 +88,26 @@ impl<S: CredentialSource> Server<S> {
         accepted: Accepted,
         drain: DrainWatch,
     ) -> Option<impl Future<Output = ()> + Send + use<S>> {
-        let Accepted { stream, origin, peer } = accepted;
+        let Accepted { stream, origin, peer, in_network_of } = accepted;
         let source_pod = origin.as_ref().and_then(|origin| self.resolver.source_pod(origin.cgroup_id).ok());
         #[cfg(feature = "undefended")]
         let (origin, source_pod) = crate::undefended::by_address(peer, origin, source_pod);
-        let key = source_pod.as_ref().map_or(LimitKey::Address(peer), |pod| LimitKey::Pod(pod.uid));
+        // Whoever else connects in a pod's network, as a node-wide proxy does, is anonymous there.
+        let is_foreign = |pod: &SourcePod| in_network_of.is_some_and(|own| own != pod.uid);
+        let is_foreign = source_pod.as_ref().is_some_and(is_foreign);
+        let (origin, source_pod) = if is_foreign { (None, None) } else { (origin, source_pod) };
+        let attested = source_pod.as_ref().map(|pod| pod.uid).or(in_network_of);
+        let key = attested.map_or(LimitKey::Address(peer), LimitKey::Pod);
         let Some(permit) = self.connections.permit(key) else {
             self.metrics.refused_connections.inc();
             return None;
         };
-        let connection = Connection::new(&stream, origin, peer, source_pod, permit);
+        let connection = Connection::new(&stream, origin, peer, source_pod, in_network_of, permit);
         Some(async move {
-            connection::serve(stream, drain, |request| self.respond(&connection, request)).await;
+            connection::serve(Stream::new(stream, in_network_of.is_some()), drain, |request| {
+                self.respond(&connection, request)
+            })
+            .await;
         })
     }
 
@@ -176,7 +186,11 @@ impl<S: CredentialSource> Server<S> {
             }
         };
         let Some(pod) = pod else { return Ok(None) };
-        if connection.own_network.get().is_some() || !holds(Defense::OwnNetwork) {
+        // A listener in a pod's own network proves where the connection came from.
+        if connection.in_network_of.is_some()
+            || connection.own_network.get().is_some()
+            || !holds(Defense::OwnNetwork)
+        {
             return Ok(Some(pod));
         }
         match self.resolver.own_network(&pod, &source_pod, origin, connection.peer).await {

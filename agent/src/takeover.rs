@@ -10,7 +10,7 @@
 //! Owns the order in which addresses, listeners and programs change hands, so that at every moment a pod's connection is
 //! served or refused at once; never parses a request, never decides for a pod. Called by `app` alone. The parts:
 //! `active` (becoming active, and what the active agent keeps right), `standby`, `shutdown`, `heartbeat`, `listeners`,
-//! `coexistence` with the EKS Pod Identity Agent, `transfer` of credentials, and `dataplane`, the seam to the node.
+//! `pod_listeners` (in pods' own networks), `coexistence` with the EKS Pod Identity Agent, `transfer` of credentials, and `dataplane`, the seam to the node.
 
 use std::{
     io,
@@ -36,6 +36,8 @@ pub mod dataplane;
 mod eks_agent;
 pub mod heartbeat_task;
 mod listeners;
+pub(crate) mod pod_listeners;
+pub mod pod_networks;
 mod shutdown;
 mod standby;
 pub mod transfer;
@@ -45,6 +47,7 @@ use self::{
     dataplane::Dataplane,
     eks_agent::EksAgent,
     listeners::{Acceptor, ListenerSet},
+    pod_listeners::PodListeners,
 };
 use crate::{
     config::{Config, TargetMode, WhenDown},
@@ -110,6 +113,8 @@ pub(crate) struct Takeover<D> {
     ready: Arc<AtomicBool>,
     /// Whether this agent is active, for those parts that only the active agent has.
     active: watch::Sender<bool>,
+    /// The listeners in pods' own networks.
+    pod_listeners: PodListeners,
     /// Podgate's own pair of addresses: always open, except where the settings never need it.
     own: Option<ListenerSet>,
     /// EKS Pod Identity's addresses, while the EKS Pod Identity Agent leaves them to podgate.
@@ -131,6 +136,7 @@ pub(crate) struct Parts<D> {
     pub(crate) eks_agent_is_here: watch::Receiver<bool>,
     pub(crate) ready: Arc<AtomicBool>,
     pub(crate) active: watch::Sender<bool>,
+    pub(crate) pod_listeners: PodListeners,
 }
 
 // === impl Settings ===
@@ -152,7 +158,7 @@ impl From<&Config> for Settings {
 impl<D: Dataplane> Takeover<D> {
     /// Listens wherever pods are to be served. Nothing changes for pods before [`run`](Self::run).
     pub(crate) async fn bind(settings: Settings, parts: Parts<D>, tasks: &mut Tasks) -> Result<Self, Error> {
-        let Parts { dataplane, origins, serve, eks_agent_is_here, ready, active } = parts;
+        let Parts { dataplane, origins, serve, eks_agent_is_here, ready, active, pod_listeners } = parts;
         let acceptor = Acceptor {
             dataplane: Arc::clone(&dataplane),
             origins,
@@ -166,6 +172,7 @@ impl<D: Dataplane> Takeover<D> {
             eks_agent: EksAgent::new(eks_agent_is_here, tasks),
             ready,
             active,
+            pod_listeners,
             own: None,
             pod_identity: None,
             effective: watch::Sender::default(),
@@ -183,6 +190,7 @@ impl<D: Dataplane> Takeover<D> {
         tasks: &mut Tasks,
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<(), Error> {
+        self.pod_listeners.first_round().await;
         self.become_active().await?;
         let dataplane = Arc::clone(&self.dataplane);
         tasks.spawn("the heartbeat", heartbeat_task::run(move || dataplane.heartbeat()));

@@ -35,6 +35,7 @@ pub fn pod(namespace: &str, name: &str) -> Pod {
         daemon_set: None,
         finished: false,
         ips: vec![],
+        container_ports: vec![],
         annotations: BTreeMap::new(),
     }
 }

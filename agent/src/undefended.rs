@@ -18,12 +18,9 @@ use agent_common::{
     origin::Origin,
 };
 use parking_lot::Mutex;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::identity::SourcePod;
+use crate::{identity::SourcePod, serve::Stream};
 
 /// Which defenses are off: labels, separated by commas.
 const VARIABLE: &str = "PODGATE_WITHOUT";
@@ -40,7 +37,7 @@ type Tell = Box<dyn FnMut(u64) -> Result<(), String> + Send>;
 static PROGRAMS: Mutex<Option<Tell>> = Mutex::new(None);
 
 /// A connection whose requests seem to have no bodies.
-pub(crate) struct Unframed(pub(crate) TcpStream);
+pub(crate) struct Unframed(pub(crate) Stream);
 
 /// Switches off what the environment names. An error names what is no defense.
 pub(crate) fn init() -> Result<(), String> {

@@ -38,7 +38,10 @@ use crate::{
     },
     instance_metadata::{self, Instance},
     intercept::{self, HandoverKey, Interceptor, InterceptorHandle, OriginLookup},
-    takeover::dataplane::NodeDataplane,
+    takeover::{
+        dataplane::NodeDataplane,
+        pod_networks::{NodeNetworks, PodNetworks},
+    },
 };
 
 /// Everything outside the process that an agent depends on.
@@ -67,6 +70,8 @@ pub struct Cgroups {
     pub own_pod: Option<u64>,
     /// The network namespace of the node.
     pub host_netns_cookie: u64,
+    /// The networks of pods.
+    pub networks: Arc<dyn PodNetworks>,
 }
 
 /// The programs and maps in the kernel, and the node's addresses.
@@ -150,6 +155,7 @@ impl Seams<NodeDataplane, InterceptorHandle, NodeSource> {
         let path = node.kubepods.path();
         let (existing, events) =
             tree::follow(path).map_err(|source| Error::CgroupRead { path: path.to_owned(), source })?;
+        let networks = NodeNetworks::new(Arc::clone(&node.kubepods)).map_err(Error::NetworkNamespace)?;
         let cgroups = Cgroups {
             facts: Arc::new(Arc::clone(&node.kubepods)),
             processes: Arc::<Kubepods>::clone(&node.kubepods),
@@ -157,6 +163,7 @@ impl Seams<NodeDataplane, InterceptorHandle, NodeSource> {
             events: events.boxed(),
             own_pod: node.own_pod,
             host_netns_cookie: node.host_netns_cookie,
+            networks: Arc::new(networks),
         };
         let clock: Clock = Arc::new(Timestamp::now);
         let services = Box::pin(services(config.clone(), Arc::clone(&clock)));

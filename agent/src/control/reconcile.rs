@@ -33,7 +33,7 @@ pub trait PodLifecycle: Send + Sync + 'static {
     /// The API server shows the pod, which has no cgroup yet.
     fn on_pod_pending(&self, uid: PodUid);
     /// The pod has a cgroup, for the first time or again.
-    fn on_cgroup_created(&self, uid: PodUid);
+    fn on_cgroup_created(&self, pod: PodCgroup);
     /// The pod's cgroup is gone, and the API server may go on to show it.
     fn on_cgroup_removed(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
     /// The pod has no cgroup, and the API server has it no more.
@@ -134,7 +134,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                 state.effective.remove(&uid);
                 state.exempt.remove(&uid);
                 state.cgroup_removed.remove(&uid);
-                self.lifecycle.on_cgroup_created(uid);
+                self.lifecycle.on_cgroup_created(PodCgroup { uid, id });
                 if let Some(pod) = self.pods.get(uid) {
                     self.apply(state, &pod).await;
                 }

@@ -4,22 +4,11 @@
 //! cgroup, through a socket in the application's network namespace. Its cgroup must not count as the caller then. Owns this
 //! second condition of attestation; never a source of identity by itself.
 
-use std::{
-    fs::File,
-    io,
-    net::IpAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{io, path::Path, sync::Arc};
 
 use papaya::HashMap as ConcurrentMap;
-use procfs::process::Process;
 
-use super::{
-    Pod, PodUid,
-    cgroupfs::{self, Kubepods},
-    netns,
-};
+use super::{Pod, PodUid, cgroupfs::Kubepods, netns, pod_network};
 
 /// Finds a pod's network from its processes. A trait because only a real node has them.
 pub trait PodProcesses: Send + Sync + 'static {
@@ -28,7 +17,7 @@ pub trait PodProcesses: Send + Sync + 'static {
     fn network(&self, pod: &Path) -> io::Result<Option<u64>>;
 }
 
-/// The netns cookies of pods, learned from their connections.
+/// The netns cookies of pods, learned where podgate listens in their networks, and from their processes.
 #[derive(Debug)]
 pub struct Networks {
     host: u64,
@@ -54,21 +43,12 @@ impl Networks {
         Self { host, known: ConcurrentMap::new() }
     }
 
-    /// Judges a connection from the network `cookie` that arrived from the address `peer`.
-    pub fn judge(&self, pod: &Pod, cookie: u64, peer: IpAddr) -> Verdict {
+    /// Judges a connection from the network `cookie`.
+    pub fn judge(&self, pod: &Pod, cookie: u64) -> Verdict {
         if pod.host_network {
             return if cookie == self.host { Verdict::Own } else { Verdict::Foreign };
         }
-        let known = self.known.pin().get(&pod.uid).copied();
-        if known == Some(cookie) {
-            return Verdict::Own;
-        }
-        // Only the pod has its address, and a proxy that hides its client has another.
-        if pod.ips.contains(&peer) {
-            self.learn(pod.uid, cookie);
-            return Verdict::Own;
-        }
-        Verdict::Unproven
+        if self.known.pin().get(&pod.uid) == Some(&cookie) { Verdict::Own } else { Verdict::Unproven }
     }
 
     /// Judges by the network of the pod's processes.
@@ -85,7 +65,8 @@ impl Networks {
         self.known.pin().remove(&uid);
     }
 
-    fn learn(&self, uid: PodUid, cookie: u64) {
+    /// Learns the network of a pod.
+    pub fn learn(&self, uid: PodUid, cookie: u64) {
         self.known.pin().insert(uid, cookie);
     }
 }
@@ -94,45 +75,10 @@ impl Networks {
 
 impl PodProcesses for Arc<Kubepods> {
     fn network(&self, pod: &Path) -> io::Result<Option<u64>> {
-        of_pod(&self.path().join(pod))
+        pod_network::find(&self.path().join(pod))?
+            .map(|namespace| netns::cookie_of(namespace.into()))
+            .transpose()
     }
-}
-
-/// The network of the pod whose own cgroup is this directory: that of its oldest process, which is the sandbox's. A later
-/// process may have entered another network.
-pub fn of_pod(directory: &Path) -> io::Result<Option<u64>> {
-    let mut oldest = None;
-    for pid in processes(directory)? {
-        // It has exited meanwhile, so it is not the sandbox's.
-        let Ok(stat) = Process::new(pid).and_then(|process| process.stat()) else { continue };
-        if oldest.is_none_or(|(started, _)| stat.starttime < started) {
-            oldest = Some((stat.starttime, pid));
-        }
-    }
-    let Some((_, pid)) = oldest else { return Ok(None) };
-    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-    // The PID may have been reused before the namespace was opened.
-    let cgroup = cgroupfs::cgroup_of(Some(pid)).map_err(io::Error::other)?;
-    let mount = cgroupfs::cgroup2_mount().map_err(io::Error::other)?;
-    let is_of_pod = cgroupfs::join(&mount, &cgroup).starts_with(directory);
-    if is_of_pod { netns::cookie_of(namespace).map(Some) } else { Ok(None) }
-}
-
-/// Every process in a cgroup and below it.
-fn processes(directory: &Path) -> io::Result<Vec<i32>> {
-    let mut found = Vec::new();
-    let mut directories = vec![PathBuf::from(directory)];
-    while let Some(directory) = directories.pop() {
-        let listed = std::fs::read_to_string(directory.join("cgroup.procs"))?;
-        found.extend(listed.lines().filter_map(|line| line.parse::<i32>().ok()));
-        for entry in std::fs::read_dir(&directory)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                directories.push(entry.path());
-            }
-        }
-    }
-    Ok(found)
 }
 
 #[cfg(test)]
@@ -144,37 +90,33 @@ mod tests {
     const OWN: u64 = 10;
     const OTHER: u64 = 20;
 
-    fn ip(last: u8) -> IpAddr {
-        IpAddr::from([10, 0, 0, last])
-    }
-
     #[test]
-    fn only_the_address_of_the_pod_proves_its_network() {
+    fn only_what_was_learned_proves_a_network() {
         let networks = Networks::new(HOST);
-        let pod = Pod { ips: vec![ip(7)], ..pod("app", "web") };
-        assert_eq!(networks.judge(&pod, OWN, ip(9)), Verdict::Unproven);
-        assert_eq!(networks.judge(&pod, OWN, ip(7)), Verdict::Own);
-        assert_eq!(networks.judge(&pod, OWN, ip(9)), Verdict::Own, "known by now");
-        assert_eq!(networks.judge(&pod, OTHER, ip(9)), Verdict::Unproven);
+        let pod = pod("app", "web");
+        assert_eq!(networks.judge(&pod, OWN), Verdict::Unproven);
+        networks.learn(pod.uid, OWN);
+        assert_eq!(networks.judge(&pod, OWN), Verdict::Own);
+        assert_eq!(networks.judge(&pod, OTHER), Verdict::Unproven, "its sandbox may have been made again");
         networks.remove(pod.uid);
-        assert_eq!(networks.judge(&pod, OWN, ip(9)), Verdict::Unproven);
+        assert_eq!(networks.judge(&pod, OWN), Verdict::Unproven);
     }
 
     #[test]
-    fn the_processes_of_the_pod_decide_where_its_address_does_not() {
+    fn the_processes_of_the_pod_decide_where_nothing_was_learned() {
         let networks = Networks::new(HOST);
         let pod = pod("app", "web");
         assert_eq!(networks.prove(&pod, OTHER, Some(OWN)), Verdict::Foreign);
         assert_eq!(networks.prove(&pod, OTHER, None), Verdict::Foreign);
         assert_eq!(networks.prove(&pod, OWN, Some(OWN)), Verdict::Own);
-        assert_eq!(networks.judge(&pod, OWN, ip(9)), Verdict::Own, "known by now");
+        assert_eq!(networks.judge(&pod, OWN), Verdict::Own, "known by now");
     }
 
     #[test]
     fn a_pod_on_the_host_network_connects_from_there_only() {
         let networks = Networks::new(HOST);
-        let proxy = Pod { host_network: true, ips: vec![ip(1)], ..pod("mesh", "proxy") };
-        assert_eq!(networks.judge(&proxy, HOST, ip(1)), Verdict::Own);
-        assert_eq!(networks.judge(&proxy, OTHER, ip(1)), Verdict::Foreign);
+        let proxy = Pod { host_network: true, ..pod("mesh", "proxy") };
+        assert_eq!(networks.judge(&proxy, HOST), Verdict::Own);
+        assert_eq!(networks.judge(&proxy, OTHER), Verdict::Foreign);
     }
 }

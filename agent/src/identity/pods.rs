@@ -70,6 +70,8 @@ pub struct Pod {
     pub finished: bool,
     /// Its addresses, once it has them.
     pub ips: Vec<IpAddr>,
+    /// The ports that its containers say they listen at.
+    pub container_ports: Vec<u16>,
     /// Its annotations that concern podgate.
     pub annotations: BTreeMap<String, String>,
 }
@@ -135,6 +137,7 @@ impl Pod {
                 .map(|owner| owner.name.clone()),
             finished: matches!(phase, Some("Succeeded" | "Failed")),
             ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
+            container_ports: container_ports(spec),
             annotations: annotations
                 .filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX) || !holds(Defense::StaticPods))
                 .map(|(key, value)| (key.clone(), value.clone()))
@@ -167,19 +170,21 @@ impl Pods {
         if let Some(pod) = self.get(uid) {
             return Some(pod);
         }
+        tokio::time::timeout_at(deadline.into(), self.shown(uid)).await.ok()
+    }
+
+    /// The pod with this UID, once the watch has shown it.
+    pub async fn shown(&self, uid: PodUid) -> Arc<Pod> {
         let mut changes = self.changes.subscribe();
-        let seen = async {
-            loop {
-                changes.mark_unchanged();
-                if let Some(pod) = self.get(uid) {
-                    return pod;
-                }
-                if changes.changed().await.is_err() {
-                    std::future::pending::<()>().await;
-                }
+        loop {
+            changes.mark_unchanged();
+            if let Some(pod) = self.get(uid) {
+                return pod;
             }
-        };
-        tokio::time::timeout_at(deadline.into(), seen).await.ok()
+            if changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     /// Every pod.
@@ -192,6 +197,13 @@ impl Pods {
         let table = self.table.pin();
         let own = table.values().filter(|pod| pod.service_account.namespace == namespace);
         own.map(Arc::clone).collect()
+    }
+
+    /// The pod that has this address for itself: the node's is that of all on the host's network.
+    pub fn with_address(&self, address: IpAddr) -> Option<PodUid> {
+        let table = self.table.pin();
+        let mut living = table.values().filter(|pod| !pod.host_network && !pod.finished);
+        living.find(|pod| pod.ips.contains(&address)).map(|pod| pod.uid)
     }
 
     /// The pod with this annotation.
@@ -270,6 +282,12 @@ impl Pods {
         }
         Some(uid)
     }
+}
+
+fn container_ports(spec: &core::PodSpec) -> Vec<u16> {
+    let containers = spec.init_containers.iter().flatten().chain(&spec.containers);
+    let ports = containers.flat_map(|container| container.ports.iter().flatten());
+    ports.filter_map(|port| u16::try_from(port.container_port).ok()).collect()
 }
 
 /// Whether it is the `DaemonSet` that controls the pod; an object has at most one controller.

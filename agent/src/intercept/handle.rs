@@ -10,6 +10,7 @@ use std::{
 };
 
 use agent_common::{
+    pod_listener::PodListener,
     policy::{PodPolicy, QosClass},
     target::Target,
 };
@@ -90,6 +91,16 @@ impl InterceptorHandle {
         let stopped = self.call(Interceptor::stop).await;
         self.heartbeat.silence();
         stopped
+    }
+
+    /// See [`Interceptor::set_pod_listener`].
+    pub async fn set_pod_listener(&self, netns_cookie: u64, listener: PodListener) -> Result<(), Error> {
+        self.call(move |interceptor| interceptor.set_pod_listener(netns_cookie, listener)).await
+    }
+
+    /// See [`Interceptor::remove_pod_listener`].
+    pub async fn remove_pod_listener(&self, netns_cookie: u64) -> Result<(), Error> {
+        self.call(move |interceptor| interceptor.remove_pod_listener(netns_cookie)).await
     }
 
     /// See [`Interceptor::set_policy`].

@@ -14,6 +14,7 @@ use agent_common::{
     egress::{JOB_AUDIT_PATHS, JOB_FILTER},
     net::Endpoint,
     origin::{Origin, PendingOrigin},
+    pod_listener::PodListener,
     policy::{PodPolicy, QosClass},
     target::Target,
 };
@@ -46,6 +47,7 @@ pub(super) struct Object {
     classes: Array<MapData, u64>,
     exempt: HashMap<MapData, u64, u64>,
     listeners: SockMap<MapData>,
+    pod_listeners: HashMap<MapData, u64, PodListener>,
     reserved: HashMap<MapData, Endpoint, u32>,
     imds_key: Array<MapData, ImdsKey>,
     targets: Array<MapData, Target>,
@@ -123,6 +125,7 @@ impl Object {
             classes: take(&mut ebpf, map::QOS_CLASSES)?,
             exempt: take(&mut ebpf, map::EXEMPT)?,
             listeners: take(&mut ebpf, map::LISTENERS)?,
+            pod_listeners: take(&mut ebpf, map::POD_LISTENERS)?,
             reserved: take(&mut ebpf, map::RESERVED)?,
             imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
@@ -195,6 +198,21 @@ impl Object {
     /// Reserves an address: only exempt pods may listen there, and podgate's listeners alone get its connections.
     pub(super) fn reserve(&mut self, address: Endpoint) -> Result<(), Error> {
         self.reserved.insert(address, 0, 0).map_err(writing(map::RESERVED))
+    }
+
+    /// Where the agent listens in a pod's network.
+    pub(super) fn set_pod_listener(&mut self, netns_cookie: u64, listener: PodListener) -> Result<(), Error> {
+        self.pod_listeners.insert(netns_cookie, listener, 0).map_err(writing(map::POD_LISTENERS))
+    }
+
+    /// That it listens there no more.
+    pub(super) fn remove_pod_listener(&mut self, netns_cookie: u64) -> Result<(), Error> {
+        remove(&mut self.pod_listeners, netns_cookie).map_err(writing(map::POD_LISTENERS))
+    }
+
+    /// The networks in which an agent listens.
+    pub(super) fn pod_listeners(&self) -> Result<Vec<u64>, Error> {
+        self.pod_listeners.keys().collect::<Result<_, _>>().map_err(reading(map::POD_LISTENERS))
     }
 
     /// Guards an address no more.

@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use agent_common::{
     abi::EXEMPT_EKS_AGENT,
+    pod_listener::PodListener,
     policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
 };
 
@@ -19,6 +20,8 @@ pub(super) struct Wanted {
     pub(super) unknown_on_host_network: Option<PodPolicy>,
     /// The cgroups of the quality-of-service classes.
     pub(super) classes: HashMap<QosClass, u64>,
+    /// The agent's listeners by the cookies of the networks that they are in.
+    pub(super) pod_listeners: HashMap<u64, PodListener>,
     /// Pods of the EKS Pod Identity Agent.
     pub(super) eks_agents: HashSet<u64>,
 }
@@ -44,6 +47,14 @@ impl Wanted {
         for pod in object.policies()? {
             if !self.policies.contains_key(&pod) {
                 object.remove_policy(pod)?;
+            }
+        }
+        for (&network, &listener) in &self.pod_listeners {
+            object.set_pod_listener(network, listener)?;
+        }
+        for network in object.pod_listeners()? {
+            if !self.pod_listeners.contains_key(&network) {
+                object.remove_pod_listener(network)?;
             }
         }
         for (pod, why) in object.exempted()? {

@@ -27,7 +27,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpStream, sync::Notify, time::timeout};
 use tracing::debug;
 
-use super::limit::ConnectionPermit;
+use super::{limit::ConnectionPermit, stream::Stream};
 use crate::{
     dialect::Response,
     drain::DrainWatch,
@@ -50,6 +50,8 @@ pub(super) struct Connection {
     /// The service whose own address podgate accepted it at; `None` at podgate's own addresses.
     pub(super) accepted_at: Option<Service>,
     pub(super) source_pod: Option<SourcePod>,
+    /// The pod in whose own network it was accepted.
+    pub(super) in_network_of: Option<PodUid>,
     pub(super) permit: ConnectionPermit,
     /// Set once the connection is known to come from the pod's own network.
     pub(super) own_network: OnceLock<()>,
@@ -64,6 +66,7 @@ impl Connection {
         origin: Option<Origin>,
         peer: IpAddr,
         source_pod: Option<SourcePod>,
+        in_network_of: Option<PodUid>,
         permit: ConnectionPermit,
     ) -> Self {
         let accepted_at = match &origin {
@@ -75,6 +78,7 @@ impl Connection {
             peer,
             accepted_at,
             source_pod,
+            in_network_of,
             permit,
             own_network: OnceLock::new(),
             requests: AtomicU32::new(0),
@@ -104,7 +108,7 @@ impl Connection {
 
 /// Serves a connection until it ends. Once `drain` begins, the request in flight is the last, or the first one that arrives.
 pub(super) async fn serve<F>(
-    stream: TcpStream,
+    stream: Stream,
     mut drain: DrainWatch,
     respond: impl Fn(Request<Incoming>) -> F + Send + Sync,
 ) where

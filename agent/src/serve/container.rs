@@ -63,6 +63,16 @@ impl<S: CredentialSource> Server<S> {
         sent: SentToken,
         deadline: Instant,
     ) -> Result<Arc<Credentials>, Refusal> {
+        let claimed = sent.claims.pod;
+        let is_another = match connection.in_network_of {
+            // Whoever speaks for a pod in its network has that very pod's token.
+            Some(own) => claimed != Some(own),
+            // Its own pod has the address of the caller: a mesh's proxy keeps it.
+            None => self.resolver.is_address_of_another(connection.peer, claimed),
+        };
+        if is_another {
+            return Err(error_response::mismatched_token());
+        }
         let fetched = self.credentials.for_token(sent, connection.peer, deadline).await;
         fetched.map_err(|error| error_response::credentials(&error, None))
     }

@@ -9,6 +9,7 @@ use std::{
 
 use agent_common::{
     defense::{Defense, holds},
+    pod_listener::PodListener,
     target::Target,
 };
 use tokio::sync::Mutex;
@@ -45,6 +46,15 @@ pub trait Dataplane: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), Error>> + Send;
     /// Sends intercepted connections to `target` from now on, if this agent is active.
     fn set_target(&self, target: Target) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Sends the pod in the network with this cookie to the agent's listeners there, if this agent is active, and whenever it
+    /// becomes active.
+    fn publish_pod_listener(
+        &self,
+        netns_cookie: u64,
+        listener: PodListener,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Sends nobody there any more.
+    fn withdraw_pod_listener(&self, netns_cookie: u64) -> impl Future<Output = Result<(), Error>> + Send;
     /// Tells the programs that this agent is alive, if it is active. Waits for none of the other calls.
     fn heartbeat(&self) -> Result<(), Error>;
     /// Which agent is active. Waits for none of the other calls.
@@ -120,6 +130,14 @@ impl Dataplane for NodeDataplane {
 
     async fn set_target(&self, target: Target) -> Result<(), Error> {
         Ok(self.interceptor.set_target(target).await?)
+    }
+
+    async fn publish_pod_listener(&self, netns_cookie: u64, listener: PodListener) -> Result<(), Error> {
+        Ok(self.interceptor.set_pod_listener(netns_cookie, listener).await?)
+    }
+
+    async fn withdraw_pod_listener(&self, netns_cookie: u64) -> Result<(), Error> {
+        Ok(self.interceptor.remove_pod_listener(netns_cookie).await?)
     }
 
     fn heartbeat(&self) -> Result<(), Error> {

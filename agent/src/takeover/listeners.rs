@@ -14,19 +14,20 @@ use agent_common::{
     net::Endpoint,
     target::Target,
 };
+use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::{Error, dataplane::Dataplane};
 use crate::{
-    accept::{self, Accepted},
+    accept::{self, Accepted, Ended},
     drain::{Drain, DrainWatch, drain},
     intercept::OriginLookup,
     tasks::Tasks,
 };
 
-/// Serves a connection, to its end or until the drain begins.
-pub(crate) type Serve = Arc<dyn Fn(Accepted, DrainWatch) + Send + Sync>;
+/// Serves a connection, to its end or until the drain begins; `None`, and it is closed, where its caller has too many.
+pub(crate) type Serve = Arc<dyn Fn(Accepted, DrainWatch) -> Option<BoxFuture<'static, ()>> + Send + Sync>;
 
 /// A pair of addresses at which this agent listens. Dropped, it accepts no more, and the requests in flight are the last
 /// of their connections.
@@ -81,10 +82,18 @@ impl<D: Dataplane> Acceptor<D> {
                     debug!(%accepted.peer, "closed: it has no ticket, and nothing is sent where it came");
                     return;
                 }
-                serve(accepted, drain.clone());
+                if let Some(served) = serve(accepted, drain.clone()) {
+                    tokio::spawn(served);
+                }
             };
             let origins = Arc::clone(&self.origins);
-            tasks.spawn_finite("a listener", accept::accept(listener, origins, watch.clone(), serve));
+            let accepting = accept::accept(listener, origins, watch.clone(), serve);
+            tasks.spawn_finite("a listener", async {
+                match accepting.await? {
+                    Ended::Drained => Ok(()),
+                    Ended::Destroyed => Err(io::Error::other("it was closed by somebody else")),
+                }
+            });
         }
         let set = ListenerSet { listeners, drain };
         info!(addresses = ?set.addresses().collect::<Vec<_>>(), "listening");

@@ -1,6 +1,6 @@
 //! How an agent leaves the node: at a signal, after a failure, or detached by an operator.
 
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use tracing::{error, info, warn};
 
 use super::{Takeover, dataplane::Dataplane};
@@ -22,8 +22,9 @@ impl<D: Dataplane> Takeover<D> {
         }
         info!("shutting down: finishing requests in flight");
         let sets = [self.own.take(), self.pod_identity.take()].into_iter().flatten();
-        let finished = join_all(sets.map(|set| set.close(self.settings.drain))).await;
-        if finished.contains(&false) {
+        let on_node = join_all(sets.map(|set| set.close(self.settings.drain)));
+        let (on_node, in_pods) = join(on_node, self.pod_listeners.close(self.settings.drain)).await;
+        if on_node.contains(&false) || !in_pods {
             let seconds = self.settings.drain.as_secs();
             warn!(seconds, "requests were still in flight at the end of the drain time");
         }

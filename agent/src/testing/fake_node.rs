@@ -3,6 +3,7 @@
 //! Owns the doubles of what only root on a node has. The pipeline and the golden tests bring the rest of the seams.
 
 use std::{
+    io,
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener},
     path::{Path, PathBuf},
     sync::{
@@ -13,11 +14,13 @@ use std::{
 };
 
 use agent_common::{
+    pod_listener::PodListener,
     policy::{PodPolicy, QosClass},
     target::Target,
 };
 use futures::{
     StreamExt as _,
+    future::{self, BoxFuture},
     stream::{self, BoxStream},
 };
 use parking_lot::{Mutex, MutexGuard};
@@ -34,7 +37,11 @@ use crate::{
     identity::{NodeFacts, cgroupfs, peer::ProcessCgroups, tree::TreeEvent},
     intercept::{self, HandoverKey, Standing},
     policy::ImdsMode,
-    takeover::{self, dataplane::Dataplane},
+    takeover::{
+        self,
+        dataplane::Dataplane,
+        pod_networks::{OpenNetwork, PodNetworks},
+    },
 };
 
 /// The cookie of the host's network namespace.
@@ -58,6 +65,10 @@ pub struct FakePolicies(Arc<watch::Sender<u64>>);
 /// Every process is one of the node's own.
 #[derive(Debug)]
 struct FakeProcesses;
+
+/// No pod has a network of its own: all are served on the node's addresses.
+#[derive(Debug)]
+struct NoNetworks;
 
 /// The seams of a node on which connections have `origins`, and cgroups are as `facts` and `cgroup_events` say.
 ///
@@ -89,6 +100,7 @@ where
             events: cgroup_events,
             own_pod: None,
             host_netns_cookie: HOST_NETWORK,
+            networks: Arc::new(NoNetworks),
         },
         kernel: Kernel {
             dataplane: Arc::default(),
@@ -217,6 +229,14 @@ impl Dataplane for FakeDataplane {
         Ok(())
     }
 
+    async fn publish_pod_listener(&self, _: u64, _: PodListener) -> Result<(), takeover::Error> {
+        Ok(())
+    }
+
+    async fn withdraw_pod_listener(&self, _: u64) -> Result<(), takeover::Error> {
+        Ok(())
+    }
+
     fn heartbeat(&self) -> Result<(), takeover::Error> {
         Ok(())
     }
@@ -283,6 +303,18 @@ impl ProcessCgroups for FakeProcesses {
 
     fn kubepods(&self) -> &Path {
         Path::new("/sys/fs/cgroup/kubepods")
+    }
+}
+
+// === impl NoNetworks ===
+
+impl PodNetworks for NoNetworks {
+    fn open(&self, _: u64, _: Vec<u16>) -> BoxFuture<'_, io::Result<OpenNetwork>> {
+        Box::pin(future::pending())
+    }
+
+    fn check<'a>(&'a self, _: &OpenNetwork) -> BoxFuture<'a, io::Result<Vec<IpAddr>>> {
+        Box::pin(future::pending())
     }
 }
 

@@ -1,0 +1,430 @@
+//! The listeners in pods' own networks: opened as soon as a pod has its network, published once they answer, closed with
+//! the pod's last process.
+//!
+//! Owns their life, and what becomes of a pod's connections with it; never serves a request. Where a pod has none, its
+//! connections go to the target on the node.
+
+use std::{
+    collections::HashMap,
+    fmt, io,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use agent_common::pod_listener::PodListener;
+use futures::future;
+use parking_lot::Mutex;
+use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    dataplane::Dataplane,
+    listeners::Serve,
+    pod_networks::{OpenNetwork, PodNetworks},
+};
+use crate::{
+    accept::{self, Accepted, Ended},
+    drain::{Drain, DrainWatch, drain},
+    identity::{Pod, PodUid, Pods, networks::Networks},
+    intercept::OriginLookup,
+    log_limit::LogLimit,
+};
+
+/// Between two proofs that a pod's listeners answer.
+const PROBE_INTERVAL: Duration = Duration::from_secs(30);
+/// After a failure: a pod that closes its listeners, or drops what is sent to them, makes no more work than this.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Lines about failures, of all pods together.
+const LINES_MAX: u32 = 10;
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Between two looks at whether all that accept have ended.
+const FINISH_INTERVAL: Duration = Duration::from_millis(10);
+/// How long a start waits for the listeners of the pods that are there already.
+const FIRST_ROUND_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A pod's cgroup was created, with this id, or removed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum PodEvent {
+    Created(PodUid, u64),
+    Removed(PodUid),
+}
+
+/// What the listeners are made of.
+pub(crate) struct Parts<D> {
+    pub(crate) networks: Arc<dyn PodNetworks>,
+    pub(crate) dataplane: Arc<D>,
+    pub(crate) origins: Arc<dyn OriginLookup>,
+    pub(crate) serve: Serve,
+    pub(crate) pods: Arc<Pods>,
+    /// Where the networks of pods become known.
+    pub(crate) known: Arc<Networks>,
+    pub(crate) metrics: PodListenerMetrics,
+}
+
+/// How many pods have listeners.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PodListenerMetrics {
+    published: Gauge,
+    failed: Gauge,
+}
+
+/// Ends all listeners.
+pub(crate) struct PodListeners {
+    drain: Drain,
+    first_round: watch::Sender<()>,
+}
+
+/// Follows the pods.
+struct Follower<D> {
+    parts: Parts<D>,
+    drain: DrainWatch,
+    log: Mutex<LogLimit>,
+}
+
+/// Why listeners were closed.
+enum End {
+    /// The pod's last process has ended: another one may follow, in another network.
+    Over,
+    /// This agent shuts down.
+    Drained,
+    /// They have failed.
+    Again(String),
+}
+
+/// The connections of one pod's listeners. Dropped, it resets them at once: one that is left holds the pod's network and
+/// its interface.
+#[derive(Debug)]
+struct Connections(watch::Sender<Fate>);
+
+/// Starts connections.
+#[derive(Clone, Debug)]
+struct ConnectionsWatch(watch::Receiver<Fate>);
+
+/// What becomes of connections that are open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Served,
+    Reset,
+    Finished,
+}
+
+/// One published pod, for as long as it is.
+struct Counted(Gauge);
+
+// === impl PodListenerMetrics ===
+
+impl PodListenerMetrics {
+    pub(crate) fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        registry.register(
+            "podgate_pod_listeners",
+            "Pods that are served in their own network",
+            metrics.published.clone(),
+        );
+        registry.register(
+            "podgate_pod_listeners_failed",
+            "Pods whose own network does not let podgate serve them there; they are served on the node's addresses",
+            metrics.failed.clone(),
+        );
+        metrics
+    }
+}
+
+// === impl PodListeners ===
+
+impl PodListeners {
+    /// Follows what happens to pods' cgroups until `events` ends.
+    pub(crate) fn follow<D: Dataplane>(
+        parts: Parts<D>,
+        events: mpsc::UnboundedReceiver<PodEvent>,
+    ) -> (Self, impl Future<Output = ()> + Send) {
+        let (drain, watch) = drain();
+        let (first_round, opening) = watch::channel(());
+        let log = Mutex::new(LogLimit::new(LINES_MAX, LOG_INTERVAL));
+        let follower = Arc::new(Follower { parts, drain: watch, log });
+        (Self { drain, first_round }, follower.run(events, opening))
+    }
+
+    /// Waits a moment until the pods that were there at the start have their listeners.
+    pub(crate) async fn first_round(&self) {
+        let begun = Instant::now();
+        let all = timeout(FIRST_ROUND_TIMEOUT, self.first_round.closed()).await.is_ok();
+        info!(ms = begun.elapsed().as_millis(), all, "listening in the networks of the pods that were there");
+    }
+
+    /// Accepts no more, and waits at most `limit` for requests in flight. Whether all were finished.
+    pub(crate) async fn close(self, limit: Duration) -> bool {
+        self.drain.run(limit).await
+    }
+}
+
+impl fmt::Debug for PodListeners {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PodListeners").finish_non_exhaustive()
+    }
+}
+
+// === impl Follower ===
+
+impl<D: Dataplane> Follower<D> {
+    /// `opening` is shared by the pods of the first round until each has been tried.
+    async fn run(
+        self: Arc<Self>,
+        mut events: mpsc::UnboundedReceiver<PodEvent>,
+        opening: watch::Receiver<()>,
+    ) {
+        let mut opening = Some(opening);
+        let mut drain = self.drain.clone();
+        let mut removals: HashMap<PodUid, watch::Sender<()>> = HashMap::new();
+        loop {
+            let event = tokio::select! {
+                Some(event) = events.recv() => event,
+                () = drain.begun() => break,
+            };
+            match event {
+                PodEvent::Created(uid, id) => {
+                    let (removal, removed) = watch::channel(());
+                    // Dropped, the one before ends its pod.
+                    removals.insert(uid, removal);
+                    tokio::spawn(Arc::clone(&self).follow(uid, id, removed, opening.clone()));
+                }
+                PodEvent::Removed(uid) => {
+                    removals.remove(&uid);
+                }
+            }
+            if events.is_empty() {
+                opening = None;
+            }
+        }
+        // Those that follow pods end by themselves, once their connections are accepted. Until then no pod counts as removed.
+        drop(events);
+        while removals.values().any(|removal| !removal.is_closed()) {
+            sleep(FINISH_INTERVAL).await;
+        }
+    }
+
+    /// Serves one pod in its network, until its cgroup is removed.
+    async fn follow(
+        self: Arc<Self>,
+        uid: PodUid,
+        pod_cgroup_id: u64,
+        mut removed: watch::Receiver<()>,
+        opening: Option<watch::Receiver<()>>,
+    ) {
+        tokio::select! {
+            () = self.serve_again(uid, pod_cgroup_id, opening) => {}
+            _ = removed.changed() => {}
+        }
+    }
+
+    async fn serve_again(&self, uid: PodUid, pod_cgroup_id: u64, mut opening: Option<watch::Receiver<()>>) {
+        let mut drain = self.drain.clone();
+        loop {
+            let open = async {
+                let pod = self.parts.pods.shown(uid).await;
+                if pod.host_network {
+                    return None;
+                }
+                let open = self.parts.networks.open(pod_cgroup_id, pod.container_ports.clone()).await;
+                Some((pod, open))
+            };
+            let (pod, open) = tokio::select! {
+                opened = open => match opened {
+                    Some(opened) => opened,
+                    None => return,
+                },
+                () = drain.begun() => return,
+            };
+            let end = match open {
+                Ok(open) => self.serve(&pod, pod_cgroup_id, open, &mut opening).await,
+                Err(error) => End::Again(error.to_string()),
+            };
+            opening = None;
+            match end {
+                End::Over => {}
+                End::Drained => return,
+                End::Again(reason) => {
+                    self.report(&pod, &reason);
+                    let _counted = Counted::new(&self.parts.metrics.failed);
+                    tokio::select! {
+                        () = sleep(RETRY_DELAY) => {}
+                        () = drain.begun() => return,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Serves a pod in one network of its, which it has until its last process ends.
+    async fn serve(
+        &self,
+        pod: &Pod,
+        pod_cgroup_id: u64,
+        mut open: OpenNetwork,
+        opening: &mut Option<watch::Receiver<()>>,
+    ) -> End {
+        self.parts.known.learn(pod.uid, open.cookie);
+        let (cookie, entry) = (open.cookie, entry(pod_cgroup_id, &open));
+        let connections = Connections::default();
+        let mut accepting = match self.accept(pod.uid, &open, &connections) {
+            Ok(accepting) => accepting,
+            Err(error) => return End::Again(error.to_string()),
+        };
+        let mut published = None;
+        let end = loop {
+            if let Err(error) = self.check(pod, &open).await {
+                break End::Again(error.to_string());
+            }
+            if published.is_none() {
+                if let Err(error) = self.parts.dataplane.publish_pod_listener(cookie, entry).await {
+                    break End::Again(error.to_string());
+                }
+                let port = open.sockets.port;
+                debug!(pod.uid = %pod.uid, pod.name = pod.full_name(), port, "listening in the network of a pod");
+                published = Some(Counted::new(&self.parts.metrics.published));
+            }
+            *opening = None;
+            tokio::select! {
+                ended = open.ended() => break ended.map_or_else(|error| End::Again(error.to_string()), |()| End::Over),
+                ended = accepting.join_next() => match ended {
+                    Some(Ok(Ok(Ended::Drained))) => {
+                        while accepting.join_next().await.is_some() {}
+                        connections.finish();
+                        return End::Drained;
+                    }
+                    _ => break End::Again("its listeners were closed by somebody else".to_owned()),
+                },
+                () = sleep(PROBE_INTERVAL) => {}
+            }
+        };
+        drop((accepting, connections, open));
+        if let Err(error) = self.parts.dataplane.withdraw_pod_listener(cookie).await {
+            warn!(%error, pod.uid = %pod.uid, "cannot tell the kernel that nothing listens in a pod's network any more");
+        }
+        end
+    }
+
+    /// Accepts at the listeners until the drain begins, or the result is dropped.
+    fn accept(
+        &self,
+        uid: PodUid,
+        open: &OpenNetwork,
+        connections: &Connections,
+    ) -> io::Result<JoinSet<io::Result<Ended>>> {
+        let mut accepting = JoinSet::new();
+        for listener in open.sockets.iter() {
+            let (serve, drain) = (Arc::clone(&self.parts.serve), self.drain.clone());
+            let (connections, watch) = (connections.watch(), drain.clone());
+            let serve = move |mut accepted: Accepted| {
+                accepted.in_network_of = Some(uid);
+                if let Some(served) = serve(accepted, drain.clone()) {
+                    connections.spawn(served);
+                }
+            };
+            let (listener, origins) = (listener.try_clone()?, Arc::clone(&self.parts.origins));
+            accepting.spawn(accept::accept(listener, origins, watch, serve));
+        }
+        Ok(accepting)
+    }
+
+    /// Makes sure that the pod is served by its listeners, and that they are in the pod's network.
+    async fn check(&self, pod: &Pod, open: &OpenNetwork) -> io::Result<()> {
+        let addresses = self.parts.networks.check(open).await?;
+        let current = self.parts.pods.get(pod.uid);
+        let expected = current.as_ref().map_or(&pod.ips, |current| &current.ips);
+        match missing(expected, &addresses) {
+            None => Ok(()),
+            Some(ip) => Err(io::Error::other(format!(
+                "the pod's address {ip} is not one of the network that its sandbox is in"
+            ))),
+        }
+    }
+
+    fn report(&self, pod: &Pod, reason: &str) {
+        if let Some(suppressed) = self.log.lock().admit(Instant::now()) {
+            warn!(pod.uid = %pod.uid, pod.name = pod.full_name(), reason, suppressed,
+                "cannot serve a pod in its own network; its connections go to the node's addresses until that works");
+        }
+    }
+}
+
+// === impl Connections ===
+
+impl Connections {
+    fn watch(&self) -> ConnectionsWatch {
+        ConnectionsWatch(self.0.subscribe())
+    }
+
+    /// Lets them end by themselves.
+    fn finish(self) {
+        self.0.send_replace(Fate::Finished);
+    }
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self(watch::Sender::new(Fate::Served))
+    }
+}
+
+impl Drop for Connections {
+    fn drop(&mut self) {
+        self.0.send_if_modified(|fate| {
+            *fate == Fate::Served && {
+                *fate = Fate::Reset;
+                true
+            }
+        });
+    }
+}
+
+// === impl ConnectionsWatch ===
+
+impl ConnectionsWatch {
+    fn spawn(&self, served: impl Future<Output = ()> + Send + 'static) {
+        let mut fate = self.0.clone();
+        tokio::spawn(async move {
+            let reset = async {
+                if fate.wait_for(|fate| *fate == Fate::Reset).await.is_err() {
+                    future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                () = served => {}
+                () = reset => {}
+            }
+        });
+    }
+}
+
+// === impl Counted ===
+
+impl Counted {
+    fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The listeners as the programs know them.
+fn entry(pod_cgroup_id: u64, open: &OpenNetwork) -> PodListener {
+    let port = |listens: bool| if listens { open.sockets.port } else { 0 };
+    PodListener::new(pod_cgroup_id, port(open.sockets.v4.is_some()), port(open.sockets.v6.is_some()))
+}
+
+/// An address of the pod that its network has not.
+fn missing(expected: &[IpAddr], found: &[IpAddr]) -> Option<IpAddr> {
+    expected.iter().copied().find(|ip| !found.contains(ip))
+}
