@@ -13,7 +13,7 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
 };
 
-use futures::FutureExt as _;
+use futures::FutureExt;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
@@ -213,7 +213,7 @@ where
         metrics: metrics.pod_listeners,
     };
     let (pod_listeners, following) = PodListeners::follow(pod_listeners, pod_events);
-    tasks.spawn_finite("the listeners in pods' networks", async { Ok(following.await) });
+    tasks.spawn_finite("the listeners in pods' networks", following.map(Ok));
     let lifecycle =
         PodState { cache: Arc::clone(&cache), connections: server.connections.clone(), listeners };
     let reconciler = known.reconciler(&config, cgroups.own_pod, kernel.policies, eks_agent_sender, lifecycle);
@@ -407,6 +407,6 @@ fn may_be_successor(peers: Peers, is_podgate_pod: PodgatePods) -> impl Fn(i32) -
 /// What is done with an accepted connection.
 fn serve<S: CredentialSource>(server: Arc<Server<S>>) -> Serve {
     Arc::new(move |accepted: Accepted, drain: DrainWatch| {
-        Arc::clone(&server).admit(accepted, drain).map(|served| served.boxed())
+        Arc::clone(&server).admit(accepted, drain).map(FutureExt::boxed)
     })
 }

@@ -42,7 +42,7 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(30);
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Lines about failures, of all pods together.
 const LINES_MAX: u32 = 10;
-const LOG_INTERVAL: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_mins(1);
 /// Between two looks at whether all that accept have ended.
 const FINISH_INTERVAL: Duration = Duration::from_millis(10);
 /// How long a start waits for the listeners of the pods that are there already.
@@ -149,6 +149,12 @@ impl PodListeners {
         let log = Mutex::new(LogLimit::new(LINES_MAX, LOG_INTERVAL));
         let follower = Arc::new(Follower { parts, drain: watch, log });
         (Self { drain, first_round }, follower.run(events, opening))
+    }
+
+    /// Those of a node without pods.
+    #[cfg(test)]
+    pub(super) fn none() -> Self {
+        Self { drain: drain().0, first_round: watch::Sender::default() }
     }
 
     /// Waits a moment until the pods that were there at the start have their listeners.

@@ -35,10 +35,11 @@ impl Scene {
         let parts = Parts {
             dataplane: Arc::clone(&dataplane),
             origins: Arc::new(Arc::<FakeOrigins>::default()),
-            serve: Arc::new(|_, _| {}),
+            serve: Arc::new(|_, _| None),
             eks_agent_is_here: is_here,
             ready: Arc::clone(&ready),
             active,
+            pod_listeners: PodListeners::none(),
         };
         let (shutdown, received) = oneshot::channel();
         let running = tokio::spawn(async move {

@@ -87,8 +87,8 @@ impl PodLifecycle for FakePodState {
         self.tell(Told::Pending, uid);
     }
 
-    fn on_cgroup_created(&self, uid: PodUid) {
-        self.tell(Told::CgroupCreated, uid);
+    fn on_cgroup_created(&self, pod: PodCgroup) {
+        self.tell(Told::CgroupCreated, pod.uid);
     }
 
     async fn on_cgroup_removed(&self, uid: PodUid) {
