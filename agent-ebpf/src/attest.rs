@@ -35,7 +35,11 @@ pub(crate) fn passive(ctx: &SockOpsCtx) {
     // With SYN cookies there is no saved SYN; the ACK that completes the handshake has the option as well.
     let in_segment = || ctx.ticket_in_segment().filter(|_| holds(Defense::TicketInAck));
     let Some(number) = ctx.ticket_in_saved_syn().or_else(in_segment) else {
-        return count(Counter::NoTicket);
+        // In a pod's network it is mostly the agent itself, which makes sure that its listeners answer.
+        if !ctx.local().is_loopback() {
+            count(Counter::NoTicket);
+        }
+        return;
     };
     // SAFETY: the slot may be reused while it is copied, but then the removal below fails and the copy is dropped.
     let Some(pending) = (unsafe { TICKETS.get(number).copied() }) else { return refuse(ctx) };

@@ -42,6 +42,8 @@ struct Refused;
 struct Destined {
     /// The service whose address it is.
     service: Option<Service>,
+    /// Whether it is the address of the agent's target on the node, at whatever port.
+    at_node: bool,
     /// Whether the agent listens there, on the node or in the pod's own network.
     at_target: bool,
 }
@@ -98,26 +100,31 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Endpoint, Refused
     let effective = target::effective();
     let on_node = effective.and_then(|target| target::endpoint(target, destination.is_ip4()));
     let at_node = on_node.is_some_and(|target| target.same_address(destination));
-    if service.is_none() && !at_node && !destination.is_loopback() {
-        return Ok(Endpoint::NONE);
-    }
-    let in_pod = target::in_network(ctx.netns_cookie());
-    let listener = in_pod.map_or(Endpoint::NONE, |in_pod| in_pod.endpoint(destination.is_ip4()));
     let is_tcp = ctx.is_tcp();
-    let at_listener = is_tcp && listener.same(destination);
-    if service.is_none() && !at_node && !at_listener {
-        return Ok(Endpoint::NONE);
+    let mut at_target = at_node && is_tcp && on_node.is_some_and(|target| target.same(destination));
+    let mut listens_for = 0;
+    if service.is_none() && !at_node {
+        // A look at the map for connections on the loopback only.
+        if !destination.is_loopback() || !is_tcp {
+            return Ok(Endpoint::NONE);
+        }
+        let Some(in_pod) = target::in_network(ctx.netns_cookie()) else { return Ok(Endpoint::NONE) };
+        if !in_pod.endpoint(destination.is_ip4()).same(destination) {
+            return Ok(Endpoint::NONE);
+        }
+        at_target = true;
+        listens_for = in_pod.pod_cgroup_id;
     }
 
     let source = SourcePod::current(ctx);
     let pod_cgroup_id = source.as_ref().map_or(0, |source| source.pod_cgroup_id);
-    let is_own = in_pod.is_some_and(|in_pod| in_pod.pod_cgroup_id == pod_cgroup_id);
-    let destined = Destined { service, at_target: at_node || at_listener && is_own };
-    if service.is_none() && !destined.at_target {
+    if listens_for != 0 && listens_for != pod_cgroup_id {
         // A process of another pod in this network, as a mesh's proxy: whom it speaks for, a token may tell.
         revoke_previous(ctx);
         return Ok(Endpoint::NONE);
     }
+    let destined = Destined { service, at_node, at_target };
+
     let mut reported = (source.is_some() && pod_cgroup_id == 0).then_some(Counter::UnknownPod);
     if let Some(unknown) = reported {
         count(unknown);
@@ -135,7 +142,7 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Endpoint, Refused
                 }
                 Ok(Endpoint::NONE)
             }
-            _ if !(is_tcp && is_served(destination, service, on_node, at_listener)) => {
+            _ if !(at_target || is_tcp && service.is_some() && destination.port == HTTP) => {
                 Err(Counter::DeniedPort)
             }
             Mode::Deny => Err(Counter::Denied),
@@ -144,9 +151,8 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Endpoint, Refused
                 when_down(ctx, effective, &destined)
             }
             Mode::Serve => {
-                let fits =
-                    is_own && !listener.is_none() && !ctx.socket().is_some_and(Socket::is_bound_elsewhere);
-                let target = if fits { &listener } else { on_node.unwrap_or(&Endpoint::NONE) };
+                let listener = own_listener(ctx, pod_cgroup_id, destination.is_ip4());
+                let target = if listener.is_none() { on_node.unwrap_or(&Endpoint::NONE) } else { &listener };
                 redirect(ctx, &source, destination, target)
             }
         },
@@ -164,17 +170,19 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Endpoint, Refused
     outcome.map_err(|_| Refused)
 }
 
-/// Whether the port is one that the agent serves.
+/// The agent's listener in the pod's own network, or [`Endpoint::NONE`] where the socket is in another network, or is bound
+/// to an interface that the loopback cannot be reached through.
 #[inline(always)]
-fn is_served(
-    destination: &Endpoint,
-    service: Option<Service>,
-    on_node: Option<&Endpoint>,
-    at_listener: bool,
-) -> bool {
-    service.is_some() && destination.port == HTTP
-        || on_node.is_some_and(|target| target.same(destination))
-        || at_listener
+fn own_listener(ctx: &SockAddrCtx, pod_cgroup_id: u64, is_ip4: bool) -> Endpoint {
+    match target::in_network(ctx.netns_cookie()) {
+        Some(in_pod)
+            if in_pod.pod_cgroup_id == pod_cgroup_id
+                && !ctx.socket().is_some_and(Socket::is_bound_elsewhere) =>
+        {
+            in_pod.endpoint(is_ip4)
+        }
+        _ => Endpoint::NONE,
+    }
 }
 
 /// What happens while no agent is alive: the EKS Pod Identity Agent may serve its own address where the target says so;
@@ -203,15 +211,20 @@ fn mode(source: &SourcePod, destined: &Destined) -> Mode {
     if source.is_exempt {
         return Mode::PassThrough(Counter::Untouched);
     }
+    let imds = match source.policy.imds {
+        IMDS_OFF => Mode::PassThrough(Counter::Untouched),
+        IMDS_AUDIT => Mode::PassThrough(Counter::Audited),
+        IMDS_INTERCEPT => Mode::Serve,
+        _ => Mode::Deny,
+    };
     if matches!(destined.service, Some(Service::Imds)) {
-        return match source.policy.imds {
-            IMDS_OFF => Mode::PassThrough(Counter::Untouched),
-            IMDS_AUDIT => Mode::PassThrough(Counter::Audited),
-            IMDS_INTERCEPT => Mode::Serve,
-            _ => Mode::Deny,
-        };
+        return imds;
     }
-    if source.policy.pod_identity != POD_IDENTITY_OFF || destined.at_target {
+    let imds_is_ours = matches!(imds, Mode::Serve | Mode::Deny);
+    if source.policy.pod_identity != POD_IDENTITY_OFF
+        || destined.at_target
+        || destined.at_node && imds_is_ours
+    {
         Mode::Serve
     } else {
         Mode::PassThrough(Counter::Untouched)

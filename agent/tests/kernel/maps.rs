@@ -266,7 +266,10 @@ fn what_is_not_there_is_said_with_what_is() {
         for name in ["tickets", "../maps/TICKETS", ".", ""] {
             let error = mapdump::dump(bpffs.path(), name, Format::Plain, Vec::new()).unwrap_err();
             let text = error.to_string();
-            assert!(text.contains("ORIGINS, POD_TICKETS, POLICIES") && error.exit_status() == 1, "{text}");
+            assert!(
+                text.contains("ORIGINS, POD_LISTENERS, POD_TICKETS, POLICIES") && error.exit_status() == 1,
+                "{text}"
+            );
         }
     });
 }

@@ -147,13 +147,13 @@ fn a_reconnected_socket_does_not_carry_its_ticket_elsewhere() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         // The passive program counts what arrives here, too.
-        let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
+        let elsewhere = node.agent_at(&["127.0.0.2:8080".parse().unwrap()]);
         let agent = node.agent();
         let socket = pod.run(tcp_socket);
         pod.run(|| reconnect(&socket, IMDS)).unwrap();
         agent.accept().expect("anonymous");
         connect_unspec(&socket).unwrap();
-        pod.run(|| reconnect(&socket, "127.0.0.1:8080")).unwrap();
+        pod.run(|| reconnect(&socket, "127.0.0.2:8080")).unwrap();
         assert_eq!(elsewhere.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
     });
@@ -165,7 +165,7 @@ fn an_abandoned_handshake_does_not_leave_its_ticket_in_the_next_one() {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let silent = Target { v4: endpoint(&format!("{NOBODY}:80")), ..own_pair() };
         node.interceptor.set_target(silent).unwrap();
-        let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
+        let elsewhere = node.agent_at(&["127.0.0.2:8080".parse().unwrap()]);
         let socket = pod.run(tcp_socket);
         rustix::io::ioctl_fionbio(&socket, true).unwrap();
         pod.run(|| reconnect(&socket, IMDS)).expect_err("the handshake is under way");
@@ -174,7 +174,7 @@ fn an_abandoned_handshake_does_not_leave_its_ticket_in_the_next_one() {
         assert_eq!((node.live_tickets(), node.count_of(&pod)), (0, Some(0)));
 
         rustix::io::ioctl_fionbio(&socket, false).unwrap();
-        pod.run(|| reconnect(&socket, "127.0.0.1:8080")).unwrap();
+        pod.run(|| reconnect(&socket, "127.0.0.2:8080")).unwrap();
         assert_eq!(elsewhere.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
     });
@@ -185,10 +185,10 @@ fn a_connect_without_a_route_leaves_no_ticket_for_the_next() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         node.interceptor.set_target(Target { v4: endpoint("203.0.113.1:80"), ..own_pair() }).unwrap();
-        let elsewhere = node.agent_at(&["127.0.0.1:8080".parse().unwrap()]);
+        let elsewhere = node.agent_at(&["127.0.0.2:8080".parse().unwrap()]);
         let socket = pod.run(tcp_socket);
         pod.run(|| reconnect(&socket, IMDS)).expect_err("there is no route");
-        pod.run(|| reconnect(&socket, "127.0.0.1:8080")).unwrap();
+        pod.run(|| reconnect(&socket, "127.0.0.2:8080")).unwrap();
         assert_eq!(elsewhere.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::TicketSent)), (1, 0));
     });
@@ -198,15 +198,15 @@ fn a_connect_without_a_route_leaves_no_ticket_for_the_next() {
 fn a_pod_that_is_left_alone_does_not_send_a_former_ticket() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        let agent = node.agent();
+        let (agent, elsewhere) = (node.agent(), node.agent_at(&[POD_IDENTITY.parse().unwrap()]));
         let socket = pod.run(tcp_socket);
         pod.run(|| reconnect(&socket, IMDS)).unwrap();
         agent.accept().expect("anonymous");
         connect_unspec(&socket).unwrap();
 
         node.interceptor.set_policy(pod.cgroup.id, PodPolicy { imds: IMDS_OFF, pod_identity: 0 }).unwrap();
-        pod.run(|| reconnect(&socket, &format!("{AGENT_V4}:80"))).unwrap();
-        assert_eq!(agent.accept(), None);
+        pod.run(|| reconnect(&socket, POD_IDENTITY)).unwrap();
+        assert_eq!(elsewhere.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::BadTicket)), (1, 0));
     });
 }
