@@ -25,6 +25,7 @@ mod limits;
 mod log;
 mod maps;
 mod options;
+mod pod_listeners;
 mod socket_kinds;
 mod ticket_life;
 mod tickets;

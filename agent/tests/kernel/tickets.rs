@@ -17,7 +17,7 @@ use agent_common::{
 use rustix::net::connect_unspec;
 
 use crate::{
-    IMDS, IMDS_MAPPED, IMDS_V6, endpoint,
+    IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, endpoint,
     kernel_node::{AGENT_V4, NOBODY, Node, add_address, own_pair, soon},
     options::{attach_filter, detach_filter, no_bare_acks, only_syns},
     reconnect, tcp_socket,
