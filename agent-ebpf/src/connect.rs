@@ -170,8 +170,9 @@ fn decide(ctx: &SockAddrCtx, destination: &Endpoint) -> Result<Endpoint, Refused
     outcome.map_err(|_| Refused)
 }
 
-/// The agent's listener in the pod's own network, or [`Endpoint::NONE`] where the socket is in another network, or is bound
-/// to an interface that the loopback cannot be reached through.
+/// The agent's listener in the pod's own network, or [`Endpoint::NONE`] where it has gone with its agent, where the socket is
+/// in another network, or is bound to an interface that the loopback cannot be reached through. On the node there is the
+/// predecessor's listener then.
 #[inline(always)]
 fn own_listener(ctx: &SockAddrCtx, pod_cgroup_id: u64, is_ip4: bool) -> Endpoint {
     match target::in_network(ctx.netns_cookie()) {
@@ -179,7 +180,8 @@ fn own_listener(ctx: &SockAddrCtx, pod_cgroup_id: u64, is_ip4: bool) -> Endpoint
             if in_pod.pod_cgroup_id == pod_cgroup_id
                 && !ctx.socket().is_some_and(Socket::is_bound_elsewhere) =>
         {
-            in_pod.endpoint(is_ip4)
+            let listener = in_pod.endpoint(is_ip4);
+            if ctx.is_listened_at(&listener) { listener } else { Endpoint::NONE }
         }
         _ => Endpoint::NONE,
     }

@@ -8,12 +8,22 @@ use core::ptr::NonNull;
 
 use agent_common::net::{Endpoint, NetPort};
 use aya_ebpf::{
-    bindings::bpf_sock_addr,
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    bindings::{
+        bpf_sock_addr, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+    },
+    helpers::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie,
+        generated::{bpf_sk_lookup_tcp, bpf_sk_release},
+    },
     programs::SockAddrContext,
 };
 
 use super::{IPPROTO_TCP, Socket};
+
+/// The two lengths of a `bpf_sock_tuple`.
+const IP4_TUPLE_LEN: u32 = 12;
+const IP6_TUPLE_LEN: u32 = 36;
 
 /// `bpf_sock_addr`: the call, its address and its socket.
 pub(crate) struct SockAddrCtx(*mut bpf_sock_addr);
@@ -94,6 +104,44 @@ impl SockAddrCtx {
     pub(crate) fn netns_cookie(&self) -> u64 {
         // SAFETY: see above.
         unsafe { bpf_get_netns_cookie(self.0.cast()) }
+    }
+
+    /// Whether somebody listens at this address in the network of the call's socket. For this context since Linux 5.0:
+    /// `sock_addr_func_proto` of <https://github.com/torvalds/linux/blob/v6.1/net/core/filter.c>
+    #[inline(always)]
+    pub(crate) fn is_listened_at(&self, address: &Endpoint) -> bool {
+        /// `BPF_F_CURRENT_NETNS`: -1, of which the helper looks at the lower half.
+        const CURRENT_NETNS: u64 = u64::MAX;
+        // Nobody is connected from port 0, so what is found is a listener.
+        let mut tuple = bpf_sock_tuple {
+            __bindgen_anon_1: bpf_sock_tuple__bindgen_ty_1 {
+                ipv6: bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+                    saddr: address.addr,
+                    daddr: address.addr,
+                    sport: 0,
+                    dport: address.port.to_be(),
+                },
+            },
+        };
+        let mut length = IP6_TUPLE_LEN;
+        if address.is_ip4() {
+            tuple.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+                saddr: address.addr[3],
+                daddr: address.addr[3],
+                sport: 0,
+                dport: address.port.to_be(),
+            };
+            length = IP4_TUPLE_LEN;
+        }
+        // SAFETY: see above; the tuple is as long as said, and what is found is released.
+        unsafe {
+            let found = bpf_sk_lookup_tcp(self.0.cast(), &raw mut tuple, length, CURRENT_NETNS, 0);
+            if found.is_null() {
+                return false;
+            }
+            bpf_sk_release(found.cast());
+        }
+        true
     }
 
     #[inline(always)]

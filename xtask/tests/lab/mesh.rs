@@ -16,6 +16,10 @@ use crate::lab_node::{self, IMDS, Node, POD_IDENTITY};
 const REDIRECT: &str = "add table ip mesh
 add chain ip mesh output { type nat hook output priority -100; }
 add rule ip mesh output meta skuid != 1337 ip daddr 169.254.0.0/16 meta l4proto tcp redirect to :15001";
+const REDIRECT_LOOPBACK: &str =
+    "add rule ip mesh output meta skuid != 1337 ip daddr 127.0.0.1 tcp dport != 15001 redirect to :15001";
+/// A connection that goes through the sidecar is there by then.
+const UNSEEN: Duration = Duration::from_millis(300);
 /// A sidecar: says where each connection was to go, and connects there itself. 80 is `SO_ORIGINAL_DST`.
 const SIDECAR: &str = "import os, socket, struct, threading
 os.setuid(1337)
@@ -102,9 +106,15 @@ impl Sidecar {
         let output = process.stdout.take().context("BUG: the sidecar's output is not a pipe")?;
         let mut sidecar = Self { process, connections: BufReader::new(output).lines() };
         assert_eq!(sidecar.next().await?, "ready");
-        let rules = node.lab.exec(pod, EnvKind::None, &["nft", REDIRECT])?.status().await?;
-        assert!(rules.success(), "nft: {rules}");
+        sidecar.redirect(node, pod, REDIRECT).await?;
         Ok(sidecar)
+    }
+
+    /// Sends it more of the pod's connections.
+    async fn redirect(&self, node: &Node, pod: &Pod, rules: &str) -> anyhow::Result<()> {
+        let loaded = node.lab.exec(pod, EnvKind::None, &["nft", rules])?.status().await?;
+        assert!(loaded.success(), "nft: {loaded}");
+        Ok(())
     }
 
     /// Where the next connection was to go, as the sidecar sees it.
@@ -119,13 +129,18 @@ async fn a_sidecar_gets_the_role_of_its_own_pod() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("meshed")?;
     let mut sidecar = Sidecar::start(&node, &pod).await?;
-    // The application's connection is redirected to podgate before the mesh sees it, and the sidecar goes there.
+    // The application's connection stays on the pod's loopback, of which the mesh sees nothing.
     node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
-    assert_eq!(sidecar.next().await?, "169.254.170.23:80");
+    assert!(timeout(UNSEEN, sidecar.connections.next_line()).await.is_err(), "the sidecar has a connection");
+
+    // A mesh that takes the loopback, too: the sidecar goes where the connection was redirected to.
+    sidecar.redirect(&node, &pod, REDIRECT_LOOPBACK).await?;
+    node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
+    assert!(sidecar.next().await?.starts_with("127.0.0.1:"));
     // Where it went first is lost on the way; what is asked for tells.
     node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
     for _ in 0..3 {
-        assert_eq!(sidecar.next().await?, "169.254.170.23:80");
+        assert!(sidecar.next().await?.starts_with("127.0.0.1:"));
     }
     // The control: without the sidecar nothing arrives.
     sidecar.process.kill().await?;
