@@ -196,8 +196,8 @@ where
         match answered {
             Ok(pods) => info!(pods, "credentials were handed over to the successor"),
             Err(error) => {
-                if let Some(more) = failures.admit(Instant::now()) {
-                    warn!(%error, more, "a handover was asked for and refused");
+                if let Some(suppressed) = failures.admit(Instant::now()) {
+                    warn!(%error, suppressed, "a handover was asked for and refused");
                 }
             }
         }

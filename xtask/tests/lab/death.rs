@@ -214,7 +214,7 @@ async fn an_agent_that_cannot_become_active_exits_and_serves_when_restarted() ->
     remove_link(&node.lab.node.netns)?;
     successor.kill().await?;
     assert!(!node.agent.wait().await?.success(), "the kubelet is to see it");
-    assert!(node.agent.log_text()?.contains("cannot go on"), "{}", node.agent.log_tail());
+    assert!(node.agent.log_text()?.contains("fatal error"), "{}", node.agent.log_tail());
     node.agent = node.lab.start_agent(&spec).await?;
     node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
     node.down().await
