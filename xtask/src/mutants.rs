@@ -9,15 +9,21 @@ use std::{
     io::ErrorKind,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
 
-use crate::{cmd, report, workspace};
+use crate::{
+    cmd, report,
+    setup::{Build, Plan},
+    workspace,
+};
 
 /// The patches, in the workspace.
 const PATCHES: &str = "agent/tests/mutants";
+/// What a patch takes: the agent is compiled with it, and a few tests run.
+const PATCH_TAKES: Duration = Duration::from_secs(15);
 
 /// What to show.
 #[derive(Debug, clap::Args)]
@@ -63,7 +69,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     if mutants.is_empty() {
         bail!("no patch in {PATCHES} has such a name");
     }
-    let copy = workspace::target_directory().join("xtask/mutants");
+    let count = u32::try_from(mutants.len())?;
+    Plan::new(&format!("Tests of the credential cache against {count} bugs, one by one."), PATCH_TAKES * count)
+        .builds([Build::MutantTests])
+        .begin()?;
+    let copy = copy();
     copy_workspace(workspace::root(), &copy)?;
     let mut table = report::table(&["PATCH", "BUG", "VERDICT", "SECONDS"]);
     let mut are_all_caught = true;
@@ -84,6 +94,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     }
     println!("{table}");
     Ok(are_all_caught)
+}
+
+/// Where the copy is.
+pub(crate) fn copy() -> PathBuf {
+    workspace::target_directory().join("xtask/mutants")
 }
 
 // === impl Mutant ===

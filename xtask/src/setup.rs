@@ -5,7 +5,7 @@
 
 use std::{fmt::Write as _, path::Path, thread::available_parallelism, time::Duration};
 
-use crate::{apt, cmd, disk, workspace};
+use crate::{apt, cmd, disk, mutants, workspace};
 
 /// The most that a build which is up to date but for a change of ours takes, in MiB.
 const REBUILD_MIB: u64 = 300;
@@ -73,6 +73,8 @@ pub(crate) enum Build {
     VmTests,
     Lints,
     FuzzTargets,
+    /// Those of the agent's library, without optimization.
+    MutantTests,
 }
 
 /// What a build takes on a machine where nothing is built yet.
@@ -245,6 +247,7 @@ impl Build {
             Self::VmTests => "the tests for virtual machines",
             Self::Lints => "what the lints and the documentation need",
             Self::FuzzTargets => "the fuzz targets",
+            Self::MutantTests => "the tests without optimization",
         }
     }
 
@@ -256,7 +259,7 @@ impl Build {
             Self::UndefendedAgent => &["eBPF programs (ebpf-undefended)", "podgate-undefended"],
             Self::ReleaseAgent => &["podgate (release)"],
             Self::FuzzTargets => &["fuzz targets"],
-            Self::Tests | Self::VmTests | Self::Lints => &[],
+            Self::Tests | Self::VmTests | Self::Lints | Self::MutantTests => &[],
         }
     }
 
@@ -272,6 +275,7 @@ impl Build {
             Self::VmTests => is_there("vm/6.1.cpio") || is_there("vm/6.12.cpio"),
             Self::Lints => is_there("doc/podgate"),
             Self::FuzzTargets => is_there("fuzz/corpus"),
+            Self::MutantTests => mutants::copy().exists(),
         }
     }
 
@@ -286,6 +290,7 @@ impl Build {
             Self::VmTests => (60, 400),
             Self::Lints => (300, 1500),
             Self::FuzzTargets => (600, 1500),
+            Self::MutantTests => (60, 600),
         };
         Cost { cpu_seconds, mib }
     }

@@ -203,7 +203,7 @@ fn test_files() -> anyhow::Result<Vec<File>> {
 fn attack_files() -> anyhow::Result<Vec<File>> {
     let files = [
         (guest::INIT, env::current_exe()?),
-        (guest::RELEASE, ebpf::build_agent()?),
+        (guest::PODGATE, ebpf::build_agent()?),
         (guest::UNDEFENDED, ebpf::build_undefended_agent()?),
         (AUTHORITIES, Path::new("/").join(AUTHORITIES)),
     ];
