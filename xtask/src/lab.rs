@@ -156,7 +156,7 @@ enum ImdsMode {
 }
 
 /// A value as its flag takes it.
-fn flag(value: impl ValueEnum) -> String {
+fn flag(value: &impl ValueEnum) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 

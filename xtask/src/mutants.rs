@@ -70,10 +70,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<bool> {
         bail!("no patch in {PATCHES} has such a name");
     }
     let count = u32::try_from(mutants.len())?;
-    Plan::new(&format!("Tests of the credential cache against {count} bugs, one by one."), PATCH_TAKES * count)
-        .builds([Build::MutantTests])
-        .begin()?;
-    let copy = copy();
+    Plan::new(
+        &format!("Tests of the credential cache against {count} bugs, one by one."),
+        PATCH_TAKES * count,
+    )
+    .builds([Build::MutantTests])
+    .begin()?;
+    let copy = workspace::target_directory().join("xtask/mutants");
     copy_workspace(workspace::root(), &copy)?;
     let mut table = report::table(&["PATCH", "BUG", "VERDICT", "SECONDS"]);
     let mut are_all_caught = true;
@@ -94,11 +97,6 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     }
     println!("{table}");
     Ok(are_all_caught)
-}
-
-/// Where the copy is.
-pub(crate) fn copy() -> PathBuf {
-    workspace::target_directory().join("xtask/mutants")
 }
 
 // === impl Mutant ===

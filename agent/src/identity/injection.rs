@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_counts_by_the_audience_of_its_token_or_by_the_name_that_the_webhook_gives() {
+    fn a_volume_counts_by_audience_or_by_the_name_that_the_webhook_gives() {
         let volume = |name: &str, audience: Value| {
             let token = json!({"serviceAccountToken": {"path": "t", "audience": audience}});
             spec(json!({"containers": [], "volumes": [{"name": name, "projected": {"sources": [token]}}]}))

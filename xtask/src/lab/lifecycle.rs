@@ -41,8 +41,8 @@ pub(super) fn up(arguments: &UpArguments) -> anyhow::Result<()> {
     check(arguments)?;
     announce(arguments)?;
     let mut server = process::Command::new(enter::OWN_EXECUTABLE);
-    server.args(["lab-serve", "--name", &arguments.name, "--imds", &flag(arguments.imds)]);
-    server.args(["--pods", &arguments.pods.to_string(), "--routing", &flag(arguments.routing)]);
+    server.args(["lab-serve", "--name", &arguments.name, "--imds", &flag(&arguments.imds)]);
+    server.args(["--pods", &arguments.pods.to_string(), "--routing", &flag(&arguments.routing)]);
     if !arguments.no_agent {
         server.arg("--agent").arg(ebpf::build_agent()?);
     }
@@ -111,7 +111,7 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
     runtime.block_on(async {
         let lab = Lab::up(LabSpec {
             served: true,
-            routing: arguments.up.routing.into(),
+            routing: arguments.up.routing,
             ..LabSpec::new(&arguments.up.name, enter::OWN_EXECUTABLE)
         })?;
         let served = serve_lab(&lab, &arguments.up, arguments.agent.as_deref()).await;
@@ -123,7 +123,7 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<()> {
 async fn serve_lab(lab: &Lab, up: &UpArguments, agent: Option<&Path>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let flags = ["--imds", &flag(up.imds), "--log-format", "text"];
+    let flags = ["--imds", &flag(&up.imds), "--log-format", "text"];
     let mut control = ControlServer::bind(lab, &flags)?;
     for number in 1..=up.pods {
         let name = format!("app-{number}");
