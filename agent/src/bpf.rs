@@ -17,7 +17,7 @@ use std::{
 
 use aya_obj::generated::{bpf_attach_type, bpf_cmd};
 
-pub(crate) mod kept;
+pub(crate) mod retained;
 
 /// A link of a program to a cgroup or a network namespace, in the kernel as long as it is open or pinned.
 #[derive(Debug)]

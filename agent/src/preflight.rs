@@ -56,7 +56,7 @@ const CGROUP_INIT_INO: u64 = 0xefff_fffb;
 const CAPABILITIES: [(u32, &str, &str); 5] = [
     (39, "CAP_BPF", "load the programs"),
     (38, "CAP_PERFMON", "load the programs"),
-    (12, "CAP_NET_ADMIN", "attach the programs and make podgate's network link"),
+    (12, "CAP_NET_ADMIN", "attach the programs and make podgate's network interface"),
     (10, "CAP_NET_BIND_SERVICE", "listen on port 80"),
     (2, "CAP_DAC_READ_SEARCH", "find a cgroup by its id"),
 ];

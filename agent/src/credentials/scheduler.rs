@@ -253,7 +253,7 @@ impl Scheduler {
         let Some(Entry { phase, fairness_key, .. }) = self.entries.remove(&key) else { return };
         match (key, fairness_key) {
             (Key::Token(digest), FairnessKey::Address(address)) => {
-                self.anonymous.forget_token(address, &digest);
+                self.anonymous.remove_token(address, &digest);
             }
             _ => self.circuit.remove(fairness_key),
         }

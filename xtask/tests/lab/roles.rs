@@ -94,8 +94,8 @@ async fn a_pod_without_an_association_is_refused_fast_and_by_name() -> anyhow::R
     // Where an SDK goes next, the node's role would be: not for this pod.
     let session = node.session(&pod, IMDS, &[]).await?;
     node.curl(&pod, &["-H", &session, ROLES]).await?.assert_refused(404, &["shop", "unassociated"]);
-    let node_s = format!("{ROLES}{NODE_ROLE}");
-    node.curl(&pod, &["-H", &session, &node_s]).await?.assert_refused(404, &[]);
+    let node_role = format!("{ROLES}{NODE_ROLE}");
+    node.curl(&pod, &["-H", &session, &node_role]).await?.assert_refused(404, &[]);
     assert_eq!(node.lab.imds.credential_reads(), reads);
     node.down().await
 }
