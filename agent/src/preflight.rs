@@ -53,11 +53,10 @@ pub enum OwnCgroup {
 /// The initial cgroup namespace's inode, `PROC_CGROUP_INIT_INO` of `include/linux/proc_ns.h`.
 const CGROUP_INIT_INO: u64 = 0xefff_fffb;
 /// The capabilities that are needed, with their bits in `include/uapi/linux/capability.h` and what for.
-const CAPABILITIES: [(u32, &str, &str); 5] = [
+const CAPABILITIES: [(u32, &str, &str); 4] = [
     (39, "CAP_BPF", "load the programs"),
     (38, "CAP_PERFMON", "load the programs"),
     (12, "CAP_NET_ADMIN", "attach the programs and make podgate's network interface"),
-    (10, "CAP_NET_BIND_SERVICE", "listen on port 80"),
     (2, "CAP_DAC_READ_SEARCH", "find a cgroup by its id"),
 ];
 

@@ -236,6 +236,7 @@ pub(super) const AGENT: &[Rule] = &[
             "files",
             "credentials",
             "credentials::cache",
+            "credentials::source",
             "identity",
             "identity::peer",
             "intercept",
