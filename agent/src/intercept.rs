@@ -164,8 +164,8 @@ impl Interceptor {
     }
 
     /// Takes over this node, also from another agent: its programs are replaced by this agent's, its
-    /// policies by those that were set here, and connections are redirected to `target`, and there to these listeners, at most
-    /// [`agent_common::abi::LISTENERS_MAX`].
+    /// policies by those that were set here, and connections are redirected to `target`, and there to these listeners, at
+    /// most [`agent_common::abi::LISTENERS_MAX`].
     ///
     /// Also to become active again after another agent took over. When it fails, no agent is active, and the caller must
     /// try again.

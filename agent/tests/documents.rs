@@ -70,7 +70,8 @@ impl Repository {
         for directory in ["deploy", ".github"] {
             files.extend(below(&root.join(directory)));
         }
-        files.retain(|file| file.extension().is_some_and(|extension| extension == "md"));
+        let is_form = |file: &Path| file.parent().is_some_and(|parent| parent.ends_with("ISSUE_TEMPLATE"));
+        files.retain(|file| file.extension().is_some_and(|extension| extension == "md") || is_form(file));
         let page = |file: PathBuf| {
             let name = file.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
             (name, fs::read_to_string(file).unwrap())
@@ -584,7 +585,7 @@ mod planted {
             ),
             (
                 "docs/a.md",
-                "## Two\n\n[up](../README.md#one) [licence](../LICENSE) [out](https://example.com)\n",
+                "## Two\n\n[up](../README.md#one) [license](../LICENSE) [out](https://example.com)\n",
             ),
         ];
         let dead = repository(&pages).dead_links();

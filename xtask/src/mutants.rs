@@ -1,8 +1,8 @@
-//! Shows that the tests of the credential cache notice broken promises: applies each patch in `agent/tests/mutants` to a copy
-//! of the workspace, and runs the tests that must fail.
+//! Shows that the tests of the credential cache notice broken promises: applies each patch in `agent/tests/mutants` to a
+//! copy of the workspace, and runs the tests that must fail.
 //!
-//! Owns the copy, and what counts as caught: the tests fail with one of the texts that the patch names. A patch that no longer
-//! applies or compiles is a failure. Never changes the workspace itself.
+//! Owns the copy, and what counts as caught: the tests fail with one of the texts that the patch names. A patch that no
+//! longer applies or compiles is a failure. Never changes the workspace itself.
 
 use std::{
     fs,

@@ -1,8 +1,10 @@
-//! A value that a program retains in the kernel for as long as it is loaded: in a map that no file leads to. Who wants to read
-//! it must open the program and the map by their numbers, for which the kernel wants `CAP_SYS_ADMIN`: a pinned map is
+//! A value that a program retains in the kernel for as long as it is loaded: in a map that no file leads to. Who wants to
+//! read it must open the program and the map by their numbers, for which the kernel wants `CAP_SYS_ADMIN`: a pinned map is
 //! protected by its file's mode alone.
 //!
-//! Owns how it is put there and found again; never knows what it is.
+//! Owns how it is put there and found again; never knows what it is. Maps of a program that it does not use: Linux 5.10,
+//! <https://github.com/torvalds/linux/commit/ef15314aa5de955c6afd87d512e8b00f5ac08d06>. Frozen maps: 5.2,
+//! <https://github.com/torvalds/linux/commit/87df15de441bd4add7876ef584da8cabdd9a042a>.
 
 use std::{
     error::Error,

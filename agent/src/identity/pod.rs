@@ -70,7 +70,8 @@ impl fmt::Display for ServiceAccountRef {
 // === impl DaemonSetRef ===
 
 impl DaemonSetRef {
-    /// Whether this `DaemonSet` controls the pod: by its owner reference, since another pod can have the same name or label.
+    /// Whether this `DaemonSet` controls the pod: by its owner reference, since another pod can have the same name or
+    /// label.
     pub fn controls(&self, pod: &Pod) -> bool {
         let is_in_namespace = pod.service_account.namespace == self.namespace;
         is_in_namespace && pod.daemon_set.as_ref() == Some(&self.name)

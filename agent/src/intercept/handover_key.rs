@@ -1,7 +1,8 @@
 //! The key by which two agents of a node know each other when credentials change hands.
 //!
-//! Owns where it is: with the programs effective, in a map that is pinned nowhere. So the agent whose programs are effective
-//! has it, and whoever is the node's root and loads programs; a pod that reaches the pins does not. Never on disk.
+//! Owns where it is: with the programs effective, in a map that is pinned nowhere. So the agent whose programs are
+//! effective has it, and whoever is the node's root and loads programs; a pod that reaches the pins does not. Never on
+//! disk.
 
 use std::{fmt, io, path::Path};
 

@@ -1,14 +1,14 @@
 //! The files of exchanges: how they are read, and how an answer is written in their form.
 //!
 //! A line that begins with `##` names an exchange; others with `#` are remarks. `@ POD at ADDRESS` is who connects to what,
-//! `@ anonymous` a caller without an origin, `@ again` the connection of the exchange before. Every exchange goes over each of
-//! the addresses that podgate may have; ` through ADDRESS` after the others names the only one that it goes over.
+//! `@ anonymous` a caller without an origin, `@ again` the connection of the exchange before. Every exchange goes over each
+//! of the addresses that podgate may have; ` through ADDRESS` after the others names the only one that it goes over.
 //!
 //! `~ 404` and lines of `~~` are what EKS Auth answers: status, its content type where it is not JSON, and the body.
 //! Else `~` tells that it is `silent`, that it `times out`, or that something is missing before it: `no credentials`, `no
-//! region`, `no token`. `>` is a line of the request, which ends with CR LF; `>>` is one of its body, the lines of which are
-//! joined by LF. `<` and `<<` are the same of the answer. `closed` means that the connection ends after it, `silence` that
-//! it ends without one.
+//! region`, `no token`. `>` is a line of the request, which ends with CR LF; `>>` is one of its body, the lines of which
+//! are joined by LF. `<` and `<<` are the same of the answer. `closed` means that the connection ends after it, `silence`
+//! that it ends without one.
 //!
 //! In a request `«text»` stands for the text in base64url, `{session}` for the last session token of IMDS, `{a*9}` for
 //! nine times `a`, and `\n`, `\0`, `\xff` for bytes. In an answer `{date}`, `{session}` and `{ms}` stand for a date, a

@@ -243,7 +243,7 @@ fn faults(of: (Service, &str)) -> [Switch; 5] {
 }
 
 /// What only one of the services has.
-fn settings() -> [Switch; 7] {
+fn settings() -> [Switch; 8] {
     let setting = |name: &str, about: &str, default, set| {
         Switch::new(name.to_owned(), about, default, Effect::Setting(set))
     };
@@ -273,6 +273,15 @@ fn settings() -> [Switch; 7] {
             None,
             |lab, value| {
                 lab.kube_api.allow_issuer_discovery(value.is_none());
+                Ok(())
+            },
+        ),
+        setting(
+            "kube-api-any-pod-audience",
+            "nodes get tokens for EKS Auth for pods without such a volume too, whatever RBAC says",
+            None,
+            |lab, value| {
+                lab.kube_api.allow_node_audience(value.is_some());
                 Ok(())
             },
         ),

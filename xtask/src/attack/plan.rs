@@ -1,7 +1,7 @@
 //! Which attempts share a lab, and in which order.
 //!
-//! Owns the plan; never carries it out. What an attempt may change for good in a lab, its attack says; everything else about
-//! a lab that cannot be changed while it is up, the attempt's agent says.
+//! Owns the plan; never carries it out. What an attempt may change for good in a lab, its attack says; everything else
+//! about a lab that cannot be changed while it is up, the attempt's agent says.
 
 use super::{Attack, LabKind, Without};
 

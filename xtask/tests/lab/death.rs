@@ -210,7 +210,7 @@ async fn an_agent_that_cannot_become_active_exits_and_serves_when_restarted() ->
     let other = node.lab.add_agent_pod("podgate-other")?;
     let spec = lab_node::agent(&["--imds", "intercept"])?;
     let mut successor = node.lab.start_agent_in(&other, &spec).await?;
-    // What the one before it needs is gone, and so is its successor.
+    // What the predecessor needs was removed, and its successor is dead.
     remove_netdev(&node.lab.node.netns)?;
     successor.kill().await?;
     assert!(!node.agent.wait().await?.success(), "the kubelet is to see it");

@@ -61,7 +61,7 @@ async fn a_call_without_a_token_is_known_by_its_cgroup_alone() -> anyhow::Result
 #[tokio::test(flavor = "multi_thread")]
 async fn ipv6_and_dual_stack_sockets_are_redirected_as_well() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let pod = node.pod("catalogue")?;
+    let pod = node.pod("catalog")?;
     let mapped = "169.254.169.254:80:[::ffff:169.254.169.254]:80";
     let answer = node.imds_v2(&pod, IMDS, &["--connect-to", mapped]).await?;
     node.assert_own_role(&pod, &answer);
