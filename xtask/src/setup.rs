@@ -279,7 +279,7 @@ impl Build {
         }
     }
 
-    /// Measured with two processors; this command and what it shares with the agent are built already.
+    /// Roughly, with two processors; this command and what it shares with the agent are built already.
     fn cost(self) -> Cost {
         let (cpu_seconds, mib) = match self {
             Self::KernelPrograms => (40, 400),

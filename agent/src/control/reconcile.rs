@@ -29,7 +29,7 @@ use crate::{
 const RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// What pods' coming and going means to what is cached for them.
-pub trait PodLifecycle: Send + Sync + 'static {
+pub(crate) trait PodLifecycle: Send + Sync + 'static {
     /// The API server shows the pod, which has no cgroup yet.
     fn on_pod_pending(&self, uid: PodUid);
     /// The pod has a cgroup, for the first time or again.
@@ -44,7 +44,7 @@ pub trait PodLifecycle: Send + Sync + 'static {
 
 /// Applies what happens to pods, namespaces and cgroups.
 #[derive(Debug)]
-pub struct Reconciler<M, S> {
+pub(crate) struct Reconciler<M, S> {
     /// What pods get.
     pub policies: Policies,
     /// The kernel's map.
@@ -94,7 +94,7 @@ struct State {
 impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
     /// Follows both streams forever. `first` are the cgroups that exist already; `synced` learns when every pod
     /// that was there at the beginning has its policy.
-    pub async fn run(
+    pub(crate) async fn run(
         self,
         first: Vec<TreeEvent>,
         mut tree: impl Stream<Item = TreeEvent> + Unpin,
