@@ -41,7 +41,7 @@ async fn instance_facts_are_copied_once_available_and_no_role_is() {
     tokio::spawn(instance_metadata::follow(client.unwrap().build(), copy));
 
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(*known.borrow(), Instance::in_region(Some("us-west-2".into())), "the IMDS is away");
+    assert_eq!(*known.borrow(), Instance::in_region(Some("us-west-2".into())), "the IMDS is unavailable");
     faults.clear(Service::Imds);
     timeout(TIMEOUT, known.changed()).await.unwrap().unwrap();
     let expected = Instance {
