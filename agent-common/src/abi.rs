@@ -50,14 +50,15 @@ pub const POLICIES_MAX: u32 = 4_096;
 pub const EXEMPT_PODGATE: u64 = 0;
 /// A value of `EXEMPT`: a pod of the EKS Pod Identity Agent.
 pub const EXEMPT_EKS_AGENT: u64 = 1;
-/// Most cgroups that are exempt at a time: pods of podgate and of the EKS Pod Identity Agent, those that were killed included.
+/// Most cgroups that are exempt at a time: pods of podgate and of the EKS Pod Identity Agent, those that were killed
+/// included.
 pub const EXEMPT_MAX: u32 = 64;
 /// Most listeners of one generation: an IPv4 and an IPv6 one at podgate's own pair of addresses, and at EKS Pod
 /// Identity's.
 pub const LISTENERS_MAX: u32 = 4;
 /// Most addresses that only podgate may listen at: those of one generation, and of some before it with other settings.
 pub const RESERVED_MAX: u32 = 16;
-/// Slots of `COUNTERS`: room for those to come, which go to the end, so that an agent finds those of the one before it.
+/// Slots of `COUNTERS`: room for those to come, which go to the end, so that an agent finds its predecessor's.
 pub const COUNTERS_MAX: u32 = 64;
 /// Bytes of the ring buffer, a power of two: some 2,900 events of 80 bytes and 8 of header.
 pub const EVENTS_BYTES: u32 = 256 * 1024;

@@ -73,7 +73,8 @@ counters! {
     TicketExpired = "ticket_expired",
     /// Connections accepted with a valid ticket but without room for the origin: the caller is anonymous.
     AcceptedNoRoom = "accepted_no_room",
-    /// Packets stopped on their way from a strict pod to IMDS or the agent: they belong to no connection that was let through.
+    /// Packets stopped on their way from a strict pod to IMDS or the agent: they belong to no connection that was let
+    /// through.
     EgressDropped = "egress_dropped",
     /// Connections of pods in mode `audit` that asked IMDS for the node's credentials.
     AuditedCredentials = "audited_credentials",

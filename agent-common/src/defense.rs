@@ -60,12 +60,12 @@ defenses! {
     OwnNetwork = "own-network",
     /// Nobody else listens where the agent does.
     AddressReservation = "address-reservation",
-    /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds among those who share
-    /// its port, the agent at first.
+    /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds among those who
+    /// share its port, the agent at first.
     OwnListeners = "own-listeners",
     /// The agent listens at ports of the kernel's choice. Without: at port 80 itself, where others may be first.
     OwnPorts = "own-ports",
-    /// The programs of the agent before stay until the next one's take their place. Without: it removes them first.
+    /// The predecessor's programs stay until the successor's take their place. Without: it removes them first.
     ReplacedInPlace = "replaced-in-place",
     /// Without an agent connections are refused. Without: left alone.
     RefusalWhenDown = "refusal-when-down",

@@ -40,8 +40,8 @@ pub struct PodPolicy {
 }
 
 impl PodPolicy {
-    /// Nothing of the pod is touched: of podgate's own, of the EKS Pod Identity Agent's, and, where no annotation asks for more, of
-    /// one that is not known yet and connects through the host's network.
+    /// Nothing of the pod is touched: of podgate's own, of the EKS Pod Identity Agent's, and, where no annotation asks for
+    /// more, of one that is not known yet and connects through the host's network.
     pub const EXEMPT: Self = Self { imds: IMDS_OFF, pod_identity: POD_IDENTITY_OFF };
 }
 

@@ -23,8 +23,8 @@ pub const WHEN_DOWN_PASS: u64 = 1;
 /// The agent counts as down when its last heartbeat is older, in nanoseconds.
 pub const HEARTBEAT_LIMIT_NS: i64 = 2_000_000_000;
 
-/// Whether an agent whose last heartbeat was at `heartbeat_ns` is alive at `now_ns`, both of `CLOCK_MONOTONIC`; 0 means that it
-/// has stopped.
+/// Whether an agent whose last heartbeat was at `heartbeat_ns` is alive at `now_ns`, both of `CLOCK_MONOTONIC`; 0 means
+/// that it has stopped.
 ///
 /// Signed: the programs read a coarse clock, for which a heartbeat may be a moment in the future.
 #[inline(always)]

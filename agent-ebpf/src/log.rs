@@ -1,7 +1,7 @@
 //! The programs' debugging log: what is decided about a connection attempt and about a ticket, in words.
 //!
-//! Owns the texts; never prints a ticket. Off by default, when it costs nothing: the loader sets the level, and the verifier
-//! drops code that can never run.
+//! Owns the texts; never prints a ticket. Off by default, when it costs nothing: the loader sets the level, and the
+//! verifier drops code that can never run.
 
 use agent_common::{
     counter::{self, Counter},

@@ -39,7 +39,8 @@ mod ticket;
 /// What every `sock_ops` program returns; the kernel ignores it for the callbacks used here.
 const SOCK_OPS_OK: u32 = 1;
 
-/// The only value that the verifier lets `getpeername` programs return.
+/// The only value that the verifier lets `getpeername` programs return. Linux 5.8:
+/// <https://github.com/torvalds/linux/commit/1b66d253610c7f8f257103808a9460223a087469>
 const PEERNAME_OK: i32 = 1;
 
 /// `cgroup/bind4` on kubepods.

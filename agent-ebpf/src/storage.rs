@@ -1,6 +1,7 @@
 //! The origin on a socket: `bpf_sk_storage_get` for both program types.
 //!
-//! Owns the helper call (aya's wrapper takes a `bpf_sock_addr` only); never interprets an origin. Socket storage: Linux 5.2,
+//! Owns the helper call (aya's wrapper takes a `bpf_sock_addr` only); never interprets an origin. Socket storage: Linux
+//! 5.2,
 //! <https://github.com/torvalds/linux/commit/6ac99e8f23d4b10258406ca0dd7bffca5f31da9d>.
 
 use core::ptr;

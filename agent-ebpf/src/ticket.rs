@@ -2,7 +2,8 @@
 //!
 //! Owns the ticket from its making to the peer's answer; never rewrites addresses and never asks who is running (the
 //! helpers for that are not allowed in `sock_ops` before Linux 6.4,
-//! <https://github.com/torvalds/linux/commit/c501bf55c88b834adefda870c7c092ec9052a437>).
+//! <https://github.com/torvalds/linux/commit/c501bf55c88b834adefda870c7c092ec9052a437>). Callbacks about a
+//! socket's state: Linux 4.16, <https://github.com/torvalds/linux/commit/d44874910a26f3a8f81edf873a2473363f07f660>.
 
 use agent_common::{
     abi::UNANSWERED_AFTER,
@@ -82,7 +83,8 @@ fn begin(ctx: &SockOpsCtx, pending: &mut PendingOrigin) {
         return;
     }
     pending.origin.state = STATE_SENT;
-    // With TCP_FASTOPEN_CONNECT the handshake begins with the first data, long after `connect`.
+    // With TCP_FASTOPEN_CONNECT the handshake begins with the first data, long after `connect`. Linux 4.11:
+    // <https://github.com/torvalds/linux/commit/19f6d3f3c8422d65b5e3d2162e30ef07c6e21ea2>
     pending.origin.started_at_ns = events::now();
     if !store(pending) {
         pending.origin.state = STATE_SPENT;

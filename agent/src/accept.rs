@@ -78,7 +78,8 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
-    // Inherited by accepted sockets. Linux 2.6.37: <https://github.com/torvalds/linux/commit/dca43c75e7e545694a9dd6288553f55c53e2a3a3>
+    // Inherited by accepted sockets. Linux 2.6.37:
+    // <https://github.com/torvalds/linux/commit/dca43c75e7e545694a9dd6288553f55c53e2a3a3>
     sockopt::set_tcp_user_timeout(&socket, u32::try_from(UNREAD_TIMEOUT.as_millis()).unwrap_or(u32::MAX))?;
     rustix::net::bind(&socket, &address)?;
     // The ticket is in the SYN: without the saved SYN every caller would be anonymous. Linux 4.2:

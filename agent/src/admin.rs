@@ -49,7 +49,7 @@ type Answer = Response<Full<Bytes>>;
 
 /// What the kubelet and Prometheus ask for.
 #[derive(Debug)]
-pub struct Probes {
+pub(crate) struct Probes {
     /// Whether pods are served: `/readyz`.
     pub ready: Arc<AtomicBool>,
     /// Every metric: `/metrics`.
@@ -57,7 +57,11 @@ pub struct Probes {
 }
 
 /// Answers probes at `address` whenever this agent is active.
-pub async fn serve_probes(address: SocketAddr, probes: Arc<Probes>, mut active: watch::Receiver<bool>) {
+pub(crate) async fn serve_probes(
+    address: SocketAddr,
+    probes: Arc<Probes>,
+    mut active: watch::Receiver<bool>,
+) {
     while active.wait_for(|active| *active).await.is_ok() {
         tokio::select! {
             () = serve_port(address, &probes) => {}
@@ -98,7 +102,12 @@ async fn bind(address: SocketAddr) -> TcpListener {
 
 /// Answers commands forever: those of the node's own processes and of podgate's own pod. Another pod that has mounted the
 /// socket from the host is refused.
-pub async fn serve_commands(listener: UnixListener, peers: Peers, whois: Arc<Whois>, probes: Arc<Probes>) {
+pub(crate) async fn serve_commands(
+    listener: UnixListener,
+    peers: Peers,
+    whois: Arc<Whois>,
+    probes: Arc<Probes>,
+) {
     let (permits, foreign_permits) = (permits(), permits());
     loop {
         match listener.accept().await {
@@ -121,7 +130,7 @@ pub async fn serve_commands(listener: UnixListener, peers: Peers, whois: Arc<Who
 ///
 /// # Errors
 /// When the socket cannot be made, or the directory is not the user's own and private.
-pub fn bind_commands(socket: &Path) -> io::Result<UnixListener> {
+pub(crate) fn bind_commands(socket: &Path) -> io::Result<UnixListener> {
     let directory = socket.parent().unwrap_or(Path::new("/"));
     files::private_directory(directory)?;
     files::remove_if_present(socket)?;

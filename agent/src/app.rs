@@ -4,7 +4,6 @@
 //! tests all come through [`build`]; they differ in their [`Seams`] alone.
 
 use std::{
-    future::{self, Ready},
     hash::{BuildHasher as _, RandomState},
     io,
     net::SocketAddr,
@@ -16,7 +15,6 @@ use std::{
 use futures::FutureExt;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
-use tracing::{info, warn};
 
 mod node_facts;
 mod pod_state;
@@ -25,7 +23,7 @@ mod signal;
 
 use self::{
     pod_state::PodState,
-    seams::{Cgroups, ClusterWatch, PodgatePods, PredecessorKey, Seams, Services},
+    seams::{Cgroups, ClusterWatch, Seams, Services},
     signal::Signals,
 };
 use crate::{
@@ -42,11 +40,7 @@ use crate::{
     },
     dialect::imds_token::ImdsTokens,
     drain::DrainWatch,
-    identity::{
-        CallerResolver, Pods, cgroupfs,
-        networks::Networks,
-        peer::{Peer, Peers},
-    },
+    identity::{CallerResolver, Pods, cgroupfs, networks::Networks, peer::Peers},
     intercept,
     policy::lookup::Policies,
     serve::{ConnectionLimit, Server, metrics::RequestMetrics},
@@ -195,7 +189,7 @@ where
         directory: config.handover_dir.clone(),
         key: kernel.keys.handover,
         entries: entries_of(&cache),
-        may_be_successor: may_be_successor(peers, kernel.is_podgate_pod),
+        may_be_successor: transfer::may_be_successor(peers, kernel.is_podgate_pod),
         metrics: metrics.handovers.clone(),
     };
     tasks.spawn("the handover of credentials", predecessor.serve(activity.receiver));
@@ -218,10 +212,10 @@ where
         PodState { cache: Arc::clone(&cache), connections: server.connections.clone(), listeners };
     let reconciler = known.reconciler(&config, cgroups.own_pod, kernel.policies, eks_agent_sender, lifecycle);
     // Before any pod is known: inherited credentials are not prefetched again.
-    inherit(&config, &kernel.keys.predecessor, &cache, &metrics.handovers).await;
+    transfer::inherit(&config.handover_dir, &kernel.keys.predecessor, &cache, &metrics.handovers).await;
     follow_cluster(reconciler, cgroups, cluster, &known, &mut tasks).await?;
     // Again, for what has changed meanwhile: the API server may have been unavailable for long.
-    inherit(&config, &kernel.keys.predecessor, &cache, &metrics.handovers).await;
+    transfer::inherit(&config.handover_dir, &kernel.keys.predecessor, &cache, &metrics.handovers).await;
     cache.adopt(&known.pods);
 
     let parts = Parts {
@@ -341,30 +335,6 @@ fn whois(config: &Config, cgroups: &Cgroups, known: &Known) -> Whois {
     }
 }
 
-/// Asks the active agent for its credentials, if one is alive. A failure costs no more than fetching them.
-async fn inherit<S: CredentialSource>(
-    config: &Config,
-    predecessor_key: &PredecessorKey,
-    cache: &CredentialCache<S>,
-    handovers: &HandoverMetrics,
-) {
-    let key = match predecessor_key() {
-        Ok(Some(key)) => key,
-        Ok(None) => return,
-        Err(error) => {
-            warn!(%error, "cannot find the key of the predecessor: all credentials are fetched again");
-            return;
-        }
-    };
-    match transfer::ask(&config.handover_dir, &key, handovers).await {
-        Ok(entries) => cache.stage(entries),
-        Err(transfer::Error::NoPredecessor) => info!("no predecessor is alive: credentials are fetched"),
-        Err(error) => {
-            warn!(directory = %config.handover_dir.display(), %error, "no credentials were handed over: they are fetched again");
-        }
-    }
-}
-
 /// Follows pods, namespaces and cgroups from now on. Returns once those that exist have been applied.
 async fn follow_cluster<M: PolicyMap, S: CredentialSource>(
     reconciler: Reconciler<M, PodState<S>>,
@@ -391,17 +361,6 @@ fn entries_of<S: CredentialSource>(
 ) -> impl Fn() -> Vec<Transferred> + use<S> {
     let cache = Arc::clone(cache);
     move || cache.to_transfer()
-}
-
-/// A successor is one of the node's own processes, or in a pod of podgate's.
-fn may_be_successor(peers: Peers, is_podgate_pod: PodgatePods) -> impl Fn(i32) -> Ready<bool> {
-    move |pid| {
-        future::ready(match peers.of_process(pid) {
-            Peer::Node => true,
-            Peer::Pod(id) => is_podgate_pod(id),
-            Peer::Unknown => false,
-        })
-    }
 }
 
 /// What is done with an accepted connection.

@@ -1,6 +1,8 @@
 //! What `bpf(2)` does that aya does not: links that are pinned, found again and given another program.
 //!
-//! Owns the system calls; never decides which link is whose. Links to cgroups: Linux 5.7,
+//! Owns the system calls; never decides which link is whose. Links to network namespaces: Linux 5.8,
+//! <https://github.com/torvalds/linux/commit/7f045a49fee04b5662cbdeaf0838f9322ae8c63a>; detaching: 5.9,
+//! <https://github.com/torvalds/linux/commit/73b11c2ab072d5b0599d1e12cc126f55ee306daf>. Links to cgroups: 5.7,
 //! <https://github.com/torvalds/linux/commit/af6eea57437a830293eab56246b6025cc7d46ee7>, and their update:
 //! <https://github.com/torvalds/linux/commit/0c991ebc8c69d29b7fc44db17075c5aa5253e2ab>.
 #![expect(unsafe_code, reason = "bpf(2) is no safe function")]
@@ -17,7 +19,7 @@ use std::{
 
 use aya_obj::generated::{bpf_attach_type, bpf_cmd};
 
-pub(crate) mod kept;
+pub(crate) mod retained;
 
 /// A link of a program to a cgroup or a network namespace, in the kernel as long as it is open or pinned.
 #[derive(Debug)]

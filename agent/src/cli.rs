@@ -25,7 +25,7 @@ pub struct Cli {
 enum Command {
     /// Run the agent of this node.
     Run(Box<Flags>),
-    /// Remove everything that podgate has made on this node: programs, maps, addresses, rules and the link.
+    /// Remove everything that podgate has made on this node: programs, maps, addresses, rules and the network interface.
     Detach(detach::Args),
     /// Ask this container's agent whether it lives or serves, as the kubelet does. 0 for yes.
     Probe(probe::Args),

@@ -154,9 +154,9 @@ pub enum TargetMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WhenDown {
-    /// the EKS Pod Identity Agent, where it answers; else `EPERM`.
+    /// They go to the EKS Pod Identity Agent, where it answers; else they get `EPERM`.
     Auto,
-    /// `EPERM`.
+    /// They get `EPERM`.
     Deny,
 }
 

@@ -1,5 +1,5 @@
 //! The control flow: what happens on the node and in the cluster becomes what the kernel holds and what operators read.
 
-pub mod kernel_events;
-pub mod policy_map;
-pub mod reconcile;
+pub(crate) mod kernel_events;
+pub(crate) mod policy_map;
+pub(crate) mod reconcile;

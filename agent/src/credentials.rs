@@ -186,7 +186,8 @@ impl ServiceError {
         self.status == 429 || self.code == "ThrottlingException" || asks_to_wait
     }
 
-    /// Whose fault it is by the service's model: `client` or `server`, or `unknown` for a code that the model does not have.
+    /// Whose fault it is by the service's model: `client` or `server`, or `unknown` for a code that the model does not
+    /// have.
     pub(crate) fn fault(&self) -> &'static str {
         match self.code.as_str() {
             "AccessDeniedException"

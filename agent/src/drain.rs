@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 /// Begins the shutdown and waits for it. Dropping it begins it too.
 #[derive(Debug)]
-pub struct Drain {
+pub(crate) struct Drain {
     begun: watch::Sender<bool>,
 }
 
@@ -19,7 +19,7 @@ pub struct DrainWatch {
 }
 
 /// A drain that has not begun, and its first watcher.
-pub fn drain() -> (Drain, DrainWatch) {
+pub(crate) fn drain() -> (Drain, DrainWatch) {
     let (sender, begun) = watch::channel(false);
     (Drain { begun: sender }, DrainWatch { begun })
 }
@@ -28,7 +28,7 @@ pub fn drain() -> (Drain, DrainWatch) {
 
 impl Drain {
     /// Begins, and waits at most `limit` until every watcher is dropped. Whether all were.
-    pub async fn run(self, limit: Duration) -> bool {
+    pub(crate) async fn run(self, limit: Duration) -> bool {
         self.begun.send_replace(true);
         tokio::time::timeout(limit, self.begun.closed()).await.is_ok()
     }

@@ -15,6 +15,7 @@ pub mod namespaces;
 pub mod netns;
 pub mod networks;
 pub mod peer;
+pub mod pod;
 pub mod pod_network;
 pub mod pods;
 pub mod tree;
@@ -23,7 +24,8 @@ pub mod watch;
 pub use cgroup::PodUid;
 pub use injection::{AUDIENCE, TOKEN_VOLUME};
 pub use namespaces::Namespaces;
-pub use pods::{DaemonSetRef, Pod, Pods, ServiceAccountRef};
+pub use pod::{DaemonSetRef, Pod, ServiceAccountRef};
+pub use pods::Pods;
 
 use self::{
     cgroup::Owner,

@@ -90,7 +90,7 @@ impl Interceptor {
         let connect4 = hooks.attachment(&pins, program::CONNECT4);
         let heartbeat = Heartbeat::new(maps.heartbeat, maps.generation, object.shared_pins(&pins), connect4);
         let handover_key = HandoverKey::random()?;
-        handover_key.keep(&object)?;
+        handover_key.retain(&object)?;
         let passive = hooks.attach_passive(&object)?;
         Ok(Self {
             object,
@@ -129,9 +129,9 @@ impl Interceptor {
     }
 
     /// Ends the exemptions of cgroups that no longer exist.
-    pub fn forget_exempt(&mut self, is_gone: impl Fn(u64) -> bool) -> Result<(), Error> {
+    pub fn unexempt_removed(&mut self, is_removed: impl Fn(u64) -> bool) -> Result<(), Error> {
         for (pod, _) in self.object.exempted()? {
-            if is_gone(pod) {
+            if is_removed(pod) {
                 self.object.unexempt(pod)?;
             }
         }
@@ -165,8 +165,8 @@ impl Interceptor {
     }
 
     /// Takes over this node, also from another agent: its programs are replaced by this agent's, its
-    /// policies by those that were set here, and connections are redirected to `target`, and there to these listeners, at most
-    /// [`agent_common::abi::LISTENERS_MAX`].
+    /// policies by those that were set here, and connections are redirected to `target`, and there to these listeners, at
+    /// most [`agent_common::abi::LISTENERS_MAX`].
     ///
     /// Also to become active again after another agent took over. When it fails, no agent is active, and the caller must
     /// try again.
@@ -268,7 +268,7 @@ impl Interceptor {
         self.attach_egress_where_needed()
     }
 
-    /// Forgets the pod with this cgroup, which is gone. One that is not known is fine.
+    /// Removes the policy of the pod with this cgroup, which no longer exists. One that is not known is fine.
     pub fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
         self.wanted.policies.remove(&pod_cgroup_id);
         self.wanted.eks_agents.remove(&pod_cgroup_id);
@@ -373,7 +373,7 @@ pub fn pinned(bpffs: &Path) -> Result<Vec<PathBuf>, Error> {
     pins::all(bpffs).map_err(|source| Error::Pin { path: bpffs.to_owned(), source })
 }
 
-/// Removes one of those; what is gone already is fine.
+/// Removes one of those; what was removed already is fine.
 pub fn unpin(path: &Path) -> Result<(), Error> {
     pins::remove(path).map_err(|source| Error::Pin { path: path.to_owned(), source })
 }

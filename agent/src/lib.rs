@@ -77,22 +77,22 @@ pub mod policy;
 pub mod serve;
 
 // Control.
-pub mod control;
+pub(crate) mod control;
 pub mod instance_metadata;
 
 // Takeover.
 pub mod takeover;
 
 // Around the flows.
-pub mod admin;
+pub(crate) mod admin;
 pub mod app;
 pub mod cli;
 pub mod config;
-pub mod drain;
-pub mod preflight;
-pub mod tasks;
-pub mod telemetry;
-pub mod whois;
+pub(crate) mod drain;
+pub(crate) mod preflight;
+pub(crate) mod tasks;
+pub(crate) mod telemetry;
+pub(crate) mod whois;
 
 // Low level.
 mod bpf;

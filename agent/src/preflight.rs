@@ -15,7 +15,7 @@ mod kernel;
 
 /// A precondition that does not hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
+pub(crate) struct Finding {
     /// What is wrong.
     pub problem: String,
     /// What to do.
@@ -24,7 +24,7 @@ pub struct Finding {
 
 /// What was found on the node.
 #[derive(Clone, Debug)]
-pub struct Facts {
+pub(crate) struct Facts {
     /// Effective user id.
     pub euid: u32,
     /// Effective capabilities, a bit each.
@@ -41,7 +41,7 @@ pub struct Facts {
 
 /// Where the agent itself is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OwnCgroup {
+pub(crate) enum OwnCgroup {
     /// In a cgroup of its own.
     Own,
     /// In the root of the hierarchy.
@@ -53,11 +53,10 @@ pub enum OwnCgroup {
 /// The initial cgroup namespace's inode, `PROC_CGROUP_INIT_INO` of `include/linux/proc_ns.h`.
 const CGROUP_INIT_INO: u64 = 0xefff_fffb;
 /// The capabilities that are needed, with their bits in `include/uapi/linux/capability.h` and what for.
-const CAPABILITIES: [(u32, &str, &str); 5] = [
+const CAPABILITIES: [(u32, &str, &str); 4] = [
     (39, "CAP_BPF", "load the programs"),
     (38, "CAP_PERFMON", "load the programs"),
-    (12, "CAP_NET_ADMIN", "attach the programs and make podgate's network link"),
-    (10, "CAP_NET_BIND_SERVICE", "listen on port 80"),
+    (12, "CAP_NET_ADMIN", "attach the programs and make podgate's network interface"),
     (2, "CAP_DAC_READ_SEARCH", "find a cgroup by its id"),
 ];
 
@@ -65,7 +64,7 @@ const CAPABILITIES: [(u32, &str, &str); 5] = [
 
 impl Facts {
     /// Looks at the node.
-    pub fn gather(config: &Config) -> Self {
+    pub(crate) fn gather(config: &Config) -> Self {
         let status = Process::myself().and_then(|me| me.status()).ok();
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         Self {
@@ -79,7 +78,7 @@ impl Facts {
     }
 
     /// Everything that is wrong, each with its remedy.
-    pub fn findings(&self) -> Vec<Finding> {
+    pub(crate) fn findings(&self) -> Vec<Finding> {
         let mut findings = Vec::new();
         let mut find = |problem: String, remedy| findings.push(Finding { problem, remedy });
         if self.euid != 0 {

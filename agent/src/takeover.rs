@@ -9,8 +9,9 @@
 //!
 //! Owns the order in which addresses, listeners and programs change hands, so that at every moment a pod's connection is
 //! served or refused at once; never parses a request, never decides for a pod. Called by `app` alone. The parts:
-//! `active` (becoming active, and what the active agent keeps right), `standby`, `shutdown`, `heartbeat`, `listeners`,
-//! `pod_listeners` (in pods' own networks), `coexistence` with the EKS Pod Identity Agent, `transfer` of credentials, and `dataplane`, the seam to the node.
+//! `active` (becoming active, and what the active agent keeps right), `standby`, `shutdown`, `heartbeat_task`, `listeners` (on
+//! the node), `pod_listeners` (in pods' own networks, which `pod_networks` enters), `eks_agent` (whether the EKS Pod Identity
+//! Agent answers), `coexistence` with it, `transfer` of credentials, and `dataplane`, the seam to the node.
 
 use std::{
     io,

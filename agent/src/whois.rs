@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Answers for processes of this node.
-pub struct Whois {
+pub(crate) struct Whois {
     /// The cgroups of processes.
     pub cgroups: Arc<dyn ProcessCgroups>,
     /// The pods of this node.
@@ -33,7 +33,7 @@ pub struct Whois {
 
 /// What is known of a process.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// The process.
     pub pid: i32,
     /// Its cgroup.
@@ -59,7 +59,7 @@ impl Whois {
     ///
     /// # Errors
     /// When there is no such process, in a sentence.
-    pub fn of_process(&self, pid: i32) -> Result<Answer, String> {
+    pub(crate) fn of_process(&self, pid: i32) -> Result<Answer, String> {
         let cgroup = self.cgroups.of_process(pid).map_err(|error| chain(&error))?;
         let mut answer = Answer {
             pid,

@@ -3,6 +3,8 @@
 
 #[path = "documents/commands.rs"]
 mod commands;
+#[path = "documents/fields.rs"]
+mod fields;
 #[path = "documents/markdown.rs"]
 mod markdown;
 #[path = "documents/names.rs"]
@@ -68,7 +70,8 @@ impl Repository {
         for directory in ["deploy", ".github"] {
             files.extend(below(&root.join(directory)));
         }
-        files.retain(|file| file.extension().is_some_and(|extension| extension == "md"));
+        let is_form = |file: &Path| file.parent().is_some_and(|parent| parent.ends_with("ISSUE_TEMPLATE"));
+        files.retain(|file| file.extension().is_some_and(|extension| extension == "md") || is_form(file));
         let page = |file: PathBuf| {
             let name = file.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
             (name, fs::read_to_string(file).unwrap())
@@ -222,6 +225,48 @@ impl Program {
         problems
     }
 
+    /// What a changelog calls renamed and is not.
+    fn wrong_renames(&self, changelog: &str) -> Vec<String> {
+        let mut problems = Vec::new();
+        for table in tables(changelog) {
+            if !table.header.iter().any(|cell| cell.ends_with("old")) {
+                continue;
+            }
+            let names = self.names_of(&table.header[0]);
+            let has = |span: &str| self.has(span) || names.contains(span);
+            for (line, cells) in table.rows {
+                let still = spans(&cells[0]).into_iter().filter(|span| has(span));
+                problems
+                    .extend(still.map(|span| format!("{CHANGELOG}:{line}: {span} is still in the program")));
+                let [_, new] = &cells[..] else { panic!("{CHANGELOG}:{line}: old and new") };
+                let lacks = spans(new).into_iter().filter(|span| !has(span));
+                problems
+                    .extend(lacks.map(|span| format!("{CHANGELOG}:{line}: {span} is not in the program")));
+            }
+        }
+        problems
+    }
+
+    /// What else a table of the changelog says was renamed: the names of that kind which the program has.
+    fn names_of(&self, header: &str) -> BTreeSet<String> {
+        if header.starts_with("fields of the log") {
+            fields::of_log_lines(&self.sources)
+        } else if header.starts_with("labels of") {
+            let mut labels = fields::of_structs(&self.sources, "EncodeLabelSet");
+            labels.extend(self.sources.split('"').map(str::to_owned));
+            labels
+        } else if header.starts_with("settings in") {
+            let run = self.command.find_subcommand("run").unwrap();
+            run.get_arguments().map(|argument| argument.get_id().to_string()).collect()
+        } else if header.starts_with("fields of") {
+            fields::of_structs(&self.sources, "Serialize")
+        } else if header.starts_with("fields in") {
+            fields::of_structs(&self.sources, "repr(C)")
+        } else {
+            BTreeSet::new()
+        }
+    }
+
     /// Whether a name is still in use.
     fn has(&self, span: &str) -> bool {
         let is_flag = names::flag(span).is_some_and(|flag| self.knows_flag(flag));
@@ -363,21 +408,7 @@ fn pages_name_only_what_the_program_has() {
 #[test]
 fn renamed_names_are_gone_and_their_successors_are_there() {
     let (repository, program) = read();
-    let mut problems = Vec::new();
-    for table in tables(repository.page(CHANGELOG)) {
-        if !table.header.iter().any(|cell| cell.ends_with("old")) {
-            continue;
-        }
-        for (line, cells) in table.rows {
-            let still = spans(&cells[0]).into_iter().filter(|span| program.has(span));
-            problems.extend(still.map(|span| format!("{CHANGELOG}:{line}: {span} is still in the program")));
-            let [_, new] = &cells[..] else { panic!("{CHANGELOG}:{line}: old and new") };
-            let lacks =
-                spans(new).into_iter().filter(|span| !program.has(span) && !program.sources.contains(*span));
-            problems.extend(lacks.map(|span| format!("{CHANGELOG}:{line}: {span} is not in the program")));
-        }
-    }
-    assert_none(&problems);
+    assert_none(&program.wrong_renames(repository.page(CHANGELOG)));
 }
 
 #[test]
@@ -554,7 +585,7 @@ mod planted {
             ),
             (
                 "docs/a.md",
-                "## Two\n\n[up](../README.md#one) [licence](../LICENSE) [out](https://example.com)\n",
+                "## Two\n\n[up](../README.md#one) [license](../LICENSE) [out](https://example.com)\n",
             ),
         ];
         let dead = repository(&pages).dead_links();
@@ -585,6 +616,28 @@ mod planted {
             ("`x{event=\"guard_dropped\"}`", "guard_dropped is not in the program"),
         ] {
             assert_eq!(program.problems("page.md", text), [format!("page.md:1: {problem}")], "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_was_not_renamed_is_found() {
+        let program = Program::read(&Repository::read().root);
+        for (table, old, new) in [
+            ("flags: old", "--imds", "--imds"),
+            ("settings in the log's first line (`config`): old", "imds_floor", "imds_floor"),
+            ("fields of `podgate detach --json`: old", "netdev", "netdev"),
+            ("fields in `podgate maps dump TICKETS`: old", "started_at_ns", "started_at_ns"),
+            ("metrics: old", "podgate_requests_total", "podgate_requests_total"),
+            ("maps: old", "TICKETS", "TICKETS"),
+            ("labels of `podgate_credentials_fetches_total`: old", "priority", "priority"),
+            ("labels of `podgate_handovers_total`: old", "successor", "successor"),
+            ("fields of the log: old", "suppressed", "suppressed"),
+        ] {
+            let page = |old, new| format!("| {table} | new |\n|---|---|\n| `{old}` | `{new}` |\n");
+            let still = format!("{CHANGELOG}:3: {old} is still in the program");
+            assert_eq!(program.wrong_renames(&page(old, new)), [still], "{table}");
+            let lacks = format!("{CHANGELOG}:3: no_such_name is not in the program");
+            assert_eq!(program.wrong_renames(&page("no_old_name", "no_such_name")), [lacks], "{table}");
         }
     }
 

@@ -14,18 +14,17 @@ use tokio::{sync::watch, time::timeout};
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn serve(faults: &Faults) -> Imds {
+    let credentials = NodeCredentials {
+        access_key_id: "ASIANODE".into(),
+        secret_access_key: "secret".into(),
+        session_token: "token".into(),
+    };
     let config = ImdsConfig {
         region: "eu-west-1".into(),
         zone: "eu-west-1b".into(),
         zone_id: "euw1-az2".into(),
         instance_id: "i-0".into(),
-        role_name: "node-role".into(),
-        credentials: NodeCredentials {
-            access_key_id: "ASIANODE".into(),
-            secret_access_key: "secret".into(),
-            session_token: "token".into(),
-        },
-        account: "111122223333".into(),
+        ..ImdsConfig::new(credentials)
     };
     let imds = Imds::serve(vec![TcpListener::bind("127.0.0.1:0").unwrap()], config, faults.clone()).unwrap();
     imds.v2_required(true);
@@ -42,7 +41,7 @@ async fn instance_facts_are_copied_once_available_and_no_role_is() {
     tokio::spawn(instance_metadata::follow(client.unwrap().build(), copy));
 
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(*known.borrow(), Instance::in_region(Some("us-west-2".into())), "the IMDS is away");
+    assert_eq!(*known.borrow(), Instance::in_region(Some("us-west-2".into())), "the IMDS is unavailable");
     faults.clear(Service::Imds);
     timeout(TIMEOUT, known.changed()).await.unwrap().unwrap();
     let expected = Instance {

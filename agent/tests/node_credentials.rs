@@ -236,13 +236,9 @@ fn imds(faults: &Faults) -> Imds {
         session_token: "session".into(),
     };
     let config = ImdsConfig {
-        region: "us-west-2".into(),
-        zone: "us-west-2a".into(),
-        zone_id: "usw2-az1".into(),
-        instance_id: "i-0123456789abcdef0".into(),
         role_name: "node".into(),
-        credentials,
         account: "123456789012".into(),
+        ..ImdsConfig::new(credentials)
     };
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let imds = Imds::serve(vec![listener], config, faults.clone()).unwrap();

@@ -1,6 +1,6 @@
 //! `cargo xtask attack`: attacks on podgate, each of them shown to work where podgate's defense is missing.
 //!
-//! Owns what is asked for and what is built. Every attack is run against the release agent and against a build in which
+//! Owns what is asked for and what is built. Every attack is run against podgate and against a build of it in which
 //! the defense is switched off, on simulated nodes that attacks share as the plan says. What an attack is, its module
 //! knows; whether it got something, the simulated AWS side.
 
@@ -61,7 +61,7 @@ pub(crate) struct Arguments {
     /// Print the rows as JSON instead of a table.
     #[arg(long)]
     json: bool,
-    /// The two builds of podgate: the release, and the one in which defenses can be switched off.
+    /// The two builds: podgate, and the one of it in which defenses can be switched off.
     #[arg(long, num_args = 2, hide = true)]
     agents: Option<Vec<PathBuf>>,
 }
@@ -106,7 +106,7 @@ type Running<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Outcome>> + Send +
 
 /// The two builds of podgate.
 struct Builds {
-    release: PathBuf,
+    podgate: PathBuf,
     undefended: PathBuf,
 }
 
@@ -153,8 +153,8 @@ fn run_in_machines(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
 fn run_here(arguments: &Arguments, attacks: &[&'static Attack]) -> anyhow::Result<Vec<Row>> {
     privilege::require_root("the attacks")?;
     let builds = match arguments.agents.as_deref() {
-        Some([release, undefended]) => Builds { release: release.clone(), undefended: undefended.clone() },
-        _ => Builds { release: ebpf::build_agent()?, undefended: ebpf::build_undefended_agent()? },
+        Some([podgate, undefended]) => Builds { podgate: podgate.clone(), undefended: undefended.clone() },
+        _ => Builds { podgate: ebpf::build_agent()?, undefended: ebpf::build_undefended_agent()? },
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

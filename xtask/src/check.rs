@@ -6,6 +6,7 @@
 mod features;
 mod import_rules;
 mod imports;
+mod test_names;
 
 use std::{
     path::PathBuf,
@@ -27,7 +28,7 @@ const RUNS: Duration = Duration::from_secs(30);
 const DENY_VERSION: &str = "0.20.2";
 
 /// Every check: what it is called, and how it is run under that name.
-const CHECKS: [(&str, Check); 9] = [
+const CHECKS: [(&str, Check); 10] = [
     ("formatting", formatting),
     ("lints (agent and tools)", lints),
     // Stable's clippy on the host's target: the BPF toolchains have none. The code is the same but for aya's assembly.
@@ -37,6 +38,7 @@ const CHECKS: [(&str, Check); 9] = [
     ("bans, licenses and sources", dependencies),
     ("security advisories", advisories),
     ("import rules", import_rules),
+    ("names of tests", test_names),
     ("one build of each dependency", one_build),
 ];
 
@@ -143,6 +145,14 @@ fn import_rules(_: &str) -> anyhow::Result<Outcome> {
     }
     if !violations.is_empty() {
         bail!("the import rules are broken:\n{}", violations.join("\n"));
+    }
+    Ok(Outcome::Passed)
+}
+
+fn test_names(_: &str) -> anyhow::Result<Outcome> {
+    let too_long = test_names::too_long()?;
+    if !too_long.is_empty() {
+        bail!("these names are longer than 70 characters:\n{}", too_long.join("\n"));
     }
     Ok(Outcome::Passed)
 }

@@ -1,10 +1,10 @@
 //! `cargo xtask conformance`: real, unmodified SDKs and tools, old and new, in every situation that podgate puts them in.
 //!
-//! Owns the command and its result. Which clients there are, and what each can do, is the catalogue's; whose role a client
+//! Owns the command and its result. Which clients there are, and what each can do, is the catalog's; whose role a client
 //! ended up with, the simulated AWS side's.
 
 mod build;
-mod catalogue;
+mod catalog;
 mod cell;
 mod column;
 mod matrix;
@@ -26,7 +26,7 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::{
-    catalogue::{CLIENTS, Client},
+    catalog::{CLIENTS, Client},
     cell::{Cell, Verdict},
     progress::Progress,
 };

@@ -169,7 +169,7 @@ impl Demo<'_> {
 
     /// 5. A dual-stack socket that connects to the v4-mapped address, as the JVM's do.
     async fn dual_stack(&self) -> anyhow::Result<Row> {
-        let pod = self.pod_with_role("catalogue")?;
+        let pod = self.pod_with_role("catalog")?;
         let case = Case::new("5", Source::Pod(&pod), MAPPED_ADDRESS, "IMDSv2", Expected::OwnRole);
         let reads = self.lab.imds.credential_reads();
         // The URL, and with it the Host header, stays as the SDKs have it; the socket is AF_INET6.

@@ -1,23 +1,29 @@
-//! Shows that the tests of the credential cache notice broken promises: applies each patch in `agent/tests/mutants` to a copy
-//! of the workspace, and runs the tests that must fail.
+//! Shows that the tests of the credential cache notice broken promises: applies each patch in `agent/tests/mutants` to a
+//! copy of the workspace, and runs the tests that must fail.
 //!
-//! Owns the copy, and what counts as caught: the tests fail with one of the texts that the patch names. A patch that no longer
-//! applies or compiles is a failure. Never changes the workspace itself.
+//! Owns the copy, and what counts as caught: the tests fail with one of the texts that the patch names. A patch that no
+//! longer applies or compiles is a failure. Never changes the workspace itself.
 
 use std::{
     fs,
     io::ErrorKind,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
 
-use crate::{cmd, report, workspace};
+use crate::{
+    cmd, report,
+    setup::{Build, Plan},
+    workspace,
+};
 
 /// The patches, in the workspace.
 const PATCHES: &str = "agent/tests/mutants";
+/// What a patch takes: the agent is compiled with it, and a few tests run.
+const PATCH_TAKES: Duration = Duration::from_secs(15);
 
 /// What to show.
 #[derive(Debug, clap::Args)]
@@ -63,6 +69,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     if mutants.is_empty() {
         bail!("no patch in {PATCHES} has such a name");
     }
+    let count = u32::try_from(mutants.len())?;
+    Plan::new(
+        &format!("Tests of the credential cache against {count} bugs, one by one."),
+        PATCH_TAKES * count,
+    )
+    .builds([Build::MutantTests])
+    .begin()?;
     let copy = workspace::target_directory().join("xtask/mutants");
     copy_workspace(workspace::root(), &copy)?;
     let mut table = report::table(&["PATCH", "BUG", "VERDICT", "SECONDS"]);

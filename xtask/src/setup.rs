@@ -73,6 +73,8 @@ pub(crate) enum Build {
     VmTests,
     Lints,
     FuzzTargets,
+    /// Those of the agent's library, without optimization.
+    MutantTests,
 }
 
 /// What a build takes on a machine where nothing is built yet.
@@ -245,6 +247,7 @@ impl Build {
             Self::VmTests => "the tests for virtual machines",
             Self::Lints => "what the lints and the documentation need",
             Self::FuzzTargets => "the fuzz targets",
+            Self::MutantTests => "the tests without optimization",
         }
     }
 
@@ -256,7 +259,7 @@ impl Build {
             Self::UndefendedAgent => &["eBPF programs (ebpf-undefended)", "podgate-undefended"],
             Self::ReleaseAgent => &["podgate (release)"],
             Self::FuzzTargets => &["fuzz targets"],
-            Self::Tests | Self::VmTests | Self::Lints => &[],
+            Self::Tests | Self::VmTests | Self::Lints | Self::MutantTests => &[],
         }
     }
 
@@ -272,10 +275,11 @@ impl Build {
             Self::VmTests => is_there("vm/6.1.cpio") || is_there("vm/6.12.cpio"),
             Self::Lints => is_there("doc/podgate"),
             Self::FuzzTargets => is_there("fuzz/corpus"),
+            Self::MutantTests => is_there("xtask/mutants"),
         }
     }
 
-    /// Measured with two processors; this command and what it shares with the agent are built already.
+    /// Roughly, with two processors; this command and what it shares with the agent are built already.
     fn cost(self) -> Cost {
         let (cpu_seconds, mib) = match self {
             Self::KernelPrograms => (40, 400),
@@ -286,6 +290,7 @@ impl Build {
             Self::VmTests => (60, 400),
             Self::Lints => (300, 1500),
             Self::FuzzTargets => (600, 1500),
+            Self::MutantTests => (60, 600),
         };
         Cost { cpu_seconds, mib }
     }

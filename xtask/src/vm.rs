@@ -42,7 +42,7 @@ const MEASURE_SECONDS: &str = "60";
 const ATTACK_SECONDS: &str = "1800";
 /// The system's authorities, without which the agent does not call AWS.
 const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
-/// What Debian's kernels have no link of a simulated node without.
+/// What Debian's kernels have no netdev of a simulated node without.
 const MODULES: [&str; 2] = ["drivers/net/veth", "drivers/net/dummy"];
 
 /// A kernel to test on: Amazon Linux 2023 has both.
@@ -203,7 +203,7 @@ fn test_files() -> anyhow::Result<Vec<File>> {
 fn attack_files() -> anyhow::Result<Vec<File>> {
     let files = [
         (guest::INIT, env::current_exe()?),
-        (guest::RELEASE, ebpf::build_agent()?),
+        (guest::PODGATE, ebpf::build_agent()?),
         (guest::UNDEFENDED, ebpf::build_undefended_agent()?),
         (AUTHORITIES, Path::new("/").join(AUTHORITIES)),
     ];

@@ -8,7 +8,7 @@ use aya_ebpf::{btf_maps::SockMap, programs::SkLookupContext};
 
 use super::{AF_INET, IPPROTO_TCP};
 
-/// `BPF_SK_LOOKUP_F_NO_REUSEPORT`.
+/// `BPF_SK_LOOKUP_F_NO_REUSEPORT`, which is as old as these programs.
 const NO_REUSEPORT: u64 = 1 << 1;
 
 /// `bpf_sk_lookup`: the connection whose socket is searched.

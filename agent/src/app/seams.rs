@@ -192,7 +192,7 @@ impl ClusterWatch for ApiServer {
 /// Loads the programs, and gives them to their owner.
 fn kernel(config: &Config, node: &Node) -> Result<Kernel<NodeDataplane, InterceptorHandle>, Error> {
     let mut interceptor = Interceptor::load(&node.settings(config)?)?;
-    interceptor.forget_exempt(|pod| node.kubepods.below_kubepods(pod).is_err())?;
+    interceptor.unexempt_removed(|pod| node.kubepods.below_kubepods(pod).is_err())?;
     // Before anything is attached: the agent's own connections must never meet its own programs.
     if let Some(own) = node.own_pod {
         interceptor.exempt(own)?;

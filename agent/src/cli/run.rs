@@ -51,11 +51,11 @@ pub fn run(flags: &Flags) -> ExitCode {
     };
     match runtime.block_on(app::run(config)) {
         Ok(()) => {
-            info!("podgate ends");
+            info!("podgate is shutting down");
             ExitCode::SUCCESS
         }
         Err(error) => {
-            error!(error = chain(&error), "podgate cannot go on");
+            error!(error = chain(&error), "fatal error");
             ExitCode::FAILURE
         }
     }

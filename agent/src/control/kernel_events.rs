@@ -34,7 +34,7 @@ const RETRY_DELAY: Duration = Duration::from_secs(1);
 struct EventLimits(HashMap<(u64, u32), LogLimit>);
 
 /// Logs the kernel's events until shutdown.
-pub async fn run<S: CredentialSource>(
+pub(crate) async fn run<S: CredentialSource>(
     mut events: impl Stream<Item = Result<(Counter, Event), intercept::Error>> + Unpin,
     server: Arc<Server<S>>,
 ) {
@@ -56,7 +56,7 @@ pub async fn run<S: CredentialSource>(
 
 /// Copies the programs' debug log into the agent's until shutdown, on a thread of its own: pods decide how much of it
 /// there is.
-pub fn copy_debug_log(log: DebugLog) {
+pub(crate) fn copy_debug_log(log: DebugLog) {
     thread::spawn(move || {
         let error = log.run();
         error!(%error, "cannot read the programs' debug log any more");

@@ -1,5 +1,5 @@
-//! Keeps the kernel's policies equal to what `policy` decides for the pods of this node, and forgets pods that
-//! are gone.
+//! Keeps the kernel's policies equal to what `policy` decides for the pods of this node, and removes what is
+//! cached of pods that no longer exist.
 //!
 //! Owns the join of what is known of a pod, its object, its namespace and its cgroup; never decides.
 
@@ -28,13 +28,13 @@ use crate::{
 /// When the kernel did not take a policy, it is tried again after this time.
 const RETRY_DELAY: std::time::Duration = std::time::Duration::from_secs(1);
 
-/// What pods' coming and going means to what is kept for them.
-pub trait PodLifecycle: Send + Sync + 'static {
+/// What pods' coming and going means to what is cached for them.
+pub(crate) trait PodLifecycle: Send + Sync + 'static {
     /// The API server shows the pod, which has no cgroup yet.
     fn on_pod_pending(&self, uid: PodUid);
     /// The pod has a cgroup, for the first time or again.
     fn on_cgroup_created(&self, pod: PodCgroup);
-    /// The pod's cgroup is gone, and the API server may go on to show it.
+    /// The pod's cgroup was removed, and the API server may go on to show it.
     fn on_cgroup_removed(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
     /// The pod has no cgroup, and the API server has it no more.
     fn on_pod_deleted(&self, uid: PodUid) -> impl Future<Output = ()> + Send;
@@ -44,7 +44,7 @@ pub trait PodLifecycle: Send + Sync + 'static {
 
 /// Applies what happens to pods, namespaces and cgroups.
 #[derive(Debug)]
-pub struct Reconciler<M, S> {
+pub(crate) struct Reconciler<M, S> {
     /// What pods get.
     pub policies: Policies,
     /// The kernel's map.
@@ -59,7 +59,7 @@ pub struct Reconciler<M, S> {
     pub pods: Arc<Pods>,
     /// Their networks.
     pub networks: Arc<Networks>,
-    /// What is kept for them.
+    /// What is cached for them.
     pub lifecycle: S,
     /// Whether those are fetched before the pods ask.
     pub prefetch: bool,
@@ -75,13 +75,13 @@ struct State {
     eks_agents: HashSet<PodUid>,
     /// Pods whose policy the kernel did not take.
     to_retry: HashSet<PodUid>,
-    /// Cgroups that are gone and that the kernel did not forget, with their pods.
+    /// Cgroups that were removed and that the kernel still has, with their pods.
     to_remove: HashMap<u64, PodUid>,
     /// Those that are exempt.
     exempt: HashSet<PodUid>,
     /// Pods that the API server has no more, but whose cgroup may still be there.
     deleted: HashSet<PodUid>,
-    /// Pods whose cgroup is gone, but that the API server may still have.
+    /// Pods whose cgroup was removed, but that the API server may still have.
     cgroup_removed: HashSet<PodUid>,
     /// What pods get that are not in the map, in a network of their own and on the host's.
     unknown: Option<(PodPolicy, PodPolicy)>,
@@ -94,7 +94,7 @@ struct State {
 impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
     /// Follows both streams forever. `first` are the cgroups that exist already; `synced` learns when every pod
     /// that was there at the beginning has its policy.
-    pub async fn run(
+    pub(crate) async fn run(
         self,
         first: Vec<TreeEvent>,
         mut tree: impl Stream<Item = TreeEvent> + Unpin,
@@ -264,14 +264,14 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
     async fn remove_pod(&self, uid: PodUid) {
         self.lifecycle.on_pod_deleted(uid).await;
         self.pods.remove(uid);
-        debug!(pod.uid = %uid, "forgot a pod");
+        debug!(pod.uid = %uid, "removed a pod");
     }
 
     fn is_eks_agent(&self, pod: &Pod) -> bool {
         self.eks_agent.as_ref().is_some_and(|eks_agent| eks_agent.controls(pod))
     }
 
-    /// Puts a pod's policy into force, once its cgroup and its namespace are known.
+    /// Makes a pod's policy effective, once its cgroup and its namespace are known.
     async fn apply(&self, state: &mut State, pod: &Pod) {
         let Some(&id) = state.cgroups.get(&pod.uid).filter(|id| Some(**id) != self.own_pod) else { return };
         self.apply_exemption(state, pod, id).await;

@@ -105,7 +105,8 @@ async fn region() -> Option<Region> {
     chain.region().await.filter(|region| !region.as_ref().is_empty())
 }
 
-/// Connects through `HTTPS_PROXY`, except for `NO_PROXY`; trusts the system's root certificates or those in `AWS_CA_BUNDLE`.
+/// Connects through `HTTPS_PROXY`, except for `NO_PROXY`; trusts the system's root certificates or those in
+/// `AWS_CA_BUNDLE`.
 fn http_client(open: watch::Sender<usize>) -> Result<Client, Error> {
     let roots = match env::var_os(CA_BUNDLE).filter(|path| !path.is_empty()) {
         // The SDK panics without any.

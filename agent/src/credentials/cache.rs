@@ -1,9 +1,9 @@
 //! Each pod's credentials: cached, or fetched once however many callers ask.
 //!
-//! Owns the credentials and the fetches; when something is fetched is up to `scheduler`. A fetch belongs to the cache, not to
-//! its callers: they may hang up, and its result is still cached. The key is the pod, so a caller gets a pod's credentials by
-//! kernel attestation alone, or with a token that was verified here or accepted by EKS Auth for that very pod. Never knows a
-//! request or a dialect.
+//! Owns the credentials and the fetches; when something is fetched is up to `scheduler`. A fetch belongs to the cache, not
+//! to its callers: they may hang up, and its result is still cached. The key is the pod, so a caller gets a pod's
+//! credentials by kernel attestation alone, or with a token that was verified here or accepted by EKS Auth for that very
+//! pod. Never knows a request or a dialect.
 
 use std::{
     collections::HashMap,

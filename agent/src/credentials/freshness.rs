@@ -53,8 +53,8 @@ impl Life {
         self.expiration.duration_since(now) < floor.life()
     }
 
-    /// When to fetch the next ones: between one half and three quarters of the time until the higher floor, so that what was
-    /// obtained together is not due together.
+    /// When to fetch the next ones: between one half and three quarters of the time until the higher floor, so that what
+    /// was obtained together is not due together.
     pub(super) fn refresh_at(self, jitter: Jitter) -> Timestamp {
         let span = self.fresh_until(Floor::Imds).duration_since(self.obtained_at);
         self.obtained_at + span.mul_f64(0.5 + 0.25 * jitter)

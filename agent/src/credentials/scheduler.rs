@@ -1,7 +1,7 @@
 //! Decides what is fetched when, and in which order.
 //!
-//! Owns the schedule of every key. Pure: it is told what happened and what time it is; it never waits, makes no calls, reads
-//! no clock, and draws jitter from a seed. Knows neither the cache nor where tokens come from.
+//! Owns the schedule of every key. Pure: it is told what happened and what time it is; it never waits, makes no calls,
+//! reads no clock, and draws jitter from a seed. Knows neither the cache nor where tokens come from.
 
 use std::{
     collections::{HashMap, hash_map},
@@ -178,8 +178,8 @@ impl Scheduler {
         }
     }
 
-    /// A pod's credentials were obtained in another way: with a token that EKS Auth has accepted. A fetch that has not started
-    /// is no longer needed.
+    /// A pod's credentials were obtained in another way: with a token that EKS Auth has accepted. A fetch that has not
+    /// started is no longer needed.
     pub(crate) fn on_credentials(&mut self, uid: PodUid, life: Life, now: Timestamp) {
         let now = self.tick(now);
         let key = Key::Pod(uid);
@@ -253,7 +253,7 @@ impl Scheduler {
         let Some(Entry { phase, fairness_key, .. }) = self.entries.remove(&key) else { return };
         match (key, fairness_key) {
             (Key::Token(digest), FairnessKey::Address(address)) => {
-                self.anonymous.forget_token(address, &digest);
+                self.anonymous.remove_token(address, &digest);
             }
             _ => self.circuit.remove(fairness_key),
         }

@@ -116,8 +116,8 @@ impl CgroupPaths for std::sync::Arc<Kubepods> {
     }
 }
 
-/// The cgroup id of a directory: its inode number, which is 64 bits wide since Linux 5.5:
-/// <https://github.com/torvalds/linux/commit/40430452fd5d>
+/// The cgroup id of a directory: its inode number, which is 64 bits wide since Linux 5.5: `kernfs_id_ino` of
+/// <https://github.com/torvalds/linux/blob/v5.5/include/linux/kernfs.h>
 pub fn cgroup_id(path: &Path) -> io::Result<u64> {
     std::fs::metadata(path).map(|metadata| metadata.ino())
 }

@@ -17,13 +17,14 @@ const FULL_URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 /// The variable that holds a path at 169.254.170.2.
 const RELATIVE_URI: &str = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI";
 
-/// Whether the pod has a token for EKS Auth mounted: the EKS webhook's volume, or another with a token of the same audience.
+/// Whether the pod has a token for EKS Auth mounted: the EKS webhook's volume, or another with a token of the same
+/// audience.
 pub(super) fn has_token_volume(spec: &PodSpec) -> bool {
     spec.volumes.iter().flatten().any(|volume| volume.name == TOKEN_VOLUME || has_token(volume))
 }
 
-/// Whether a container's environment points SDKs at podgate's addresses. A value from elsewhere counts: who sets one of these
-/// variables means credentials.
+/// Whether a container's environment points SDKs at podgate's addresses. A value from elsewhere counts: who sets one of
+/// these variables means credentials.
 pub(super) fn points_at_podgate(spec: &PodSpec) -> bool {
     containers(spec).flat_map(|container| container.env.iter().flatten()).any(is_ours)
 }
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_counts_by_the_audience_of_its_token_or_by_the_name_that_the_webhook_gives() {
+    fn a_volume_counts_by_audience_or_by_the_name_that_the_webhook_gives() {
         let volume = |name: &str, audience: Value| {
             let token = json!({"serviceAccountToken": {"path": "t", "audience": audience}});
             spec(json!({"containers": [], "volumes": [{"name": name, "projected": {"sources": [token]}}]}))

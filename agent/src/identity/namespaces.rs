@@ -18,7 +18,7 @@ use papaya::HashMap as ConcurrentMap;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use super::watch::{ANNOTATION_PREFIX, ClusterEvent};
+use super::{pod::ANNOTATION_PREFIX, watch::ClusterEvent};
 
 /// The annotations that concern podgate, by namespace.
 #[derive(Debug, Default)]

@@ -4,9 +4,6 @@ use std::sync::Arc;
 
 use super::{Pod, PodUid};
 
-/// The prefix of the annotations that podgate reads; others are not cached.
-pub(super) const ANNOTATION_PREFIX: &str = "podgate.dev/";
-
 /// A change of the cluster that concerns this node.
 #[derive(Clone, Debug)]
 pub enum ClusterEvent {

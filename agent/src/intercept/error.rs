@@ -10,8 +10,9 @@ use crate::error::chain;
 pub enum Error {
     /// The build had no eBPF toolchain.
     #[error(
-        "this podgate was built without the eBPF object and cannot run: build it with `cargo xtask build-ebpf`, or \
-         with PODGATE_EBPF_OBJECT naming the object"
+        "this podgate was built without the eBPF object and cannot run: `cargo xtask build-ebpf` prints where the object \
+         is, and `PODGATE_EBPF_OBJECT=/path/to/that/object cargo build --release -p agent --bin podgate` builds podgate \
+         with it"
     )]
     NoObject,
     /// No randomness for a key.

@@ -27,7 +27,7 @@ impl Events {
         Ok(Self { ring: ring.map_err(|error| failed(error.into()))?, skipped: 0 })
     }
 
-    /// The next event and the branch it is about. Loses nothing when it is cancelled.
+    /// The next event and the branch it is about. Loses nothing when it is canceled.
     pub async fn next(&mut self) -> Result<(Counter, Event), Error> {
         loop {
             while let Some(record) = self.ring.get_mut().next() {

@@ -1,7 +1,8 @@
 //! The key by which two agents of a node know each other when credentials change hands.
 //!
-//! Owns where it is: with the programs effective, in a map that is pinned nowhere. So the agent whose programs are effective
-//! has it, and whoever is the node's root and loads programs; a pod that reaches the pins does not. Never on disk.
+//! Owns where it is: with the programs effective, in a map that is pinned nowhere. So the agent whose programs are
+//! effective has it, and whoever is the node's root and loads programs; a pod that reaches the pins does not. Never on
+//! disk.
 
 use std::{fmt, io, path::Path};
 
@@ -10,7 +11,7 @@ use aws_lc_rs::hmac;
 use zeroize::Zeroizing;
 
 use super::{Error, object::Object, pins};
-use crate::bpf::{Link, kept};
+use crate::bpf::{Link, retained};
 
 /// Name of the map with the key, the same for every ABI.
 const MAP: &str = "HANDOVER_KEY";
@@ -35,10 +36,10 @@ impl HandoverKey {
         hmac::Key::new(hmac::HMAC_SHA256, &*self.0)
     }
 
-    /// Gives it to a program to keep that stays with the pins.
-    pub(super) fn keep(&self, object: &Object) -> Result<(), Error> {
-        let kept = kept::keep(object.program(program::CONNECT4)?, MAP, *self.0);
-        kept.map_err(|source| Error::Map { action: "making", map: MAP, source: source.into() })
+    /// Has it retained by a program that stays with the pins.
+    pub(super) fn retain(&self, object: &Object) -> Result<(), Error> {
+        let retained = retained::retain(object.program(program::CONNECT4)?, MAP, *self.0);
+        retained.map_err(|source| Error::Map { action: "making", map: MAP, source: source.into() })
     }
 }
 
@@ -52,7 +53,7 @@ impl fmt::Debug for HandoverKey {
 pub fn handover_key(bpffs: &Path) -> Result<Option<HandoverKey>, Error> {
     let pins = pins::all(bpffs).map_err(|source| Error::Pin { path: bpffs.to_owned(), source })?;
     for pin in pins.iter().filter(|pin| pin.ends_with(Path::new(pins::LINKS).join(program::CONNECT4))) {
-        let found = Link::open(pin).and_then(|link| kept::kept(&link, MAP));
+        let found = Link::open(pin).and_then(|link| retained::retained(&link, MAP));
         let failed = |source: io::Error| Error::Map { action: "reading", map: MAP, source: source.into() };
         if let Some(key) = found.map_err(failed)? {
             return Ok(Some(HandoverKey(Zeroizing::new(key))));

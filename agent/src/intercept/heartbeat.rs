@@ -13,7 +13,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::{
     Error,
     links::Attachment,
-    maps::{is_gone, reading, writing},
+    maps::{is_removed, reading, writing},
 };
 
 /// Writes the heartbeat while this agent is active, and tells who is. Clones are the same heartbeat.
@@ -66,7 +66,7 @@ impl Heartbeat {
 
     /// Says that this agent is alive, if it is active. Due several times in
     /// [`HEARTBEAT_LIMIT_NS`](agent_common::target::HEARTBEAT_LIMIT_NS).
-    pub fn beat(&self) -> Result<Standing, Error> {
+    pub fn write(&self) -> Result<Standing, Error> {
         self.look(State::set_heartbeat)
     }
 
@@ -75,7 +75,7 @@ impl Heartbeat {
         self.look(|_, _| Ok(()))
     }
 
-    /// Makes [`beat`](Self::beat) write nothing more, until this agent takes over again.
+    /// Makes [`write`](Self::write) write nothing more, until this agent takes over again.
     pub fn silence(&self) {
         self.state().own = 0;
     }
@@ -100,7 +100,7 @@ impl Heartbeat {
         self.state().active.set(0, generation, 0).map_err(writing(map::GENERATION))
     }
 
-    /// Makes this agent a generation, which may beat from now on.
+    /// Makes this agent a generation, which may write the heartbeat from now on.
     pub(super) fn start(&self, generation: u64) {
         self.state().own = generation;
     }
@@ -112,7 +112,7 @@ impl Heartbeat {
 
     /// Says that no agent is alive: pods are refused at once. The pins must be locked.
     ///
-    /// No beat that is under way can undo it: it is written and silenced under one lock.
+    /// No heartbeat that is under way can undo it: it is written and silenced under one lock.
     pub(super) fn stop(&self) -> Result<(), Error> {
         let mut state = self.state();
         state.own = 0;
@@ -123,7 +123,7 @@ impl Heartbeat {
         // First of all: an agent that is suspended between here and its write, and superseded meanwhile, claims no
         // moment at which it was not active.
         let now = now()?;
-        if self.0.pins.iter().any(|(path, id)| is_gone(path, *id)) {
+        if self.0.pins.iter().any(|(path, id)| is_removed(path, *id)) {
             return Ok(Standing::Detached);
         }
         let mut state = self.state();

@@ -63,7 +63,7 @@ impl Hooks {
         Link::create(program, &self.agent.file, attach_type(name)).map_err(cannot_attach(name, &self.agent))
     }
 
-    /// Attaches a program for good, or puts it in the place of the one that an agent before has left: at once, there is
+    /// Attaches a program for good, or puts it in the place of the one that the predecessor has left: at once, there is
     /// no moment in which neither runs.
     pub(super) fn attach(&self, object: &Object, pins: &Pins, name: &'static str) -> Result<(), Error> {
         let program = object.program(name)?;

@@ -59,9 +59,9 @@ pub(super) fn check_shape(
     if fits { Ok(()) } else { Err(Error::Shape { path: path.to_owned() }) }
 }
 
-/// Whether a map's pin is gone, or another map's. One that cannot be asked is there: too many open files, which pods may
+/// Whether a map's pin was removed, or is another map's. One that cannot be asked is there: too many open files, which pods may
 /// bring about, remove nothing.
-pub(super) fn is_gone(path: &Path, id: u32) -> bool {
+pub(super) fn is_removed(path: &Path, id: u32) -> bool {
     match MapInfo::from_pin(path) {
         Ok(pinned) => pinned.id() != id,
         Err(error) => errno(&error) == Some(libc::ENOENT),

@@ -27,7 +27,9 @@ use super::{
     Error, Settings,
     load_program::load_program,
     log::{self, DebugLog},
-    maps::{ImdsKey, PINNED, absent_is_fine, another, check_shape, is_gone, reading, remove, take, writing},
+    maps::{
+        ImdsKey, PINNED, absent_is_fine, another, check_shape, is_removed, reading, remove, take, writing,
+    },
     pins::{self, Pins},
 };
 
@@ -142,7 +144,7 @@ impl Object {
         let mut gone = Vec::new();
         for (name, id, data) in &self.pinned {
             let path = pins.map(name);
-            if is_gone(&path, *id) {
+            if is_removed(&path, *id) {
                 if pins::is_shared(name) {
                     return Err(Error::Orphaned { path });
                 }
@@ -170,7 +172,7 @@ impl Object {
         Ok(fd.ok_or(Error::Mismatch { what: name })?.as_fd())
     }
 
-    /// Puts a target into force. Programs see the former one or this one, never a mixture.
+    /// Makes a target effective. Programs see the earlier one or this one, never a mixture.
     pub(super) fn set_target(&mut self, target: Target) -> Result<(), Error> {
         let slot = 1 - self.target_index()?.min(1);
         self.targets.set(slot, target, 0).map_err(writing(map::TARGETS))?;
@@ -215,7 +217,7 @@ impl Object {
         self.pod_listeners.keys().collect::<Result<_, _>>().map_err(reading(map::POD_LISTENERS))
     }
 
-    /// Guards an address no more.
+    /// Releases a reserved address.
     pub(super) fn release(&mut self, address: Endpoint) -> Result<(), Error> {
         remove(&mut self.reserved, address).map_err(writing(map::RESERVED))
     }
@@ -271,10 +273,10 @@ impl Object {
         self.make_room_for(pod_cgroup_id)
     }
 
-    /// Forgets a pod, if it is there.
+    /// Removes a pod, if it is there.
     pub(super) fn remove_policy(&mut self, pod_cgroup_id: u64) -> Result<(), Error> {
         remove(&mut self.policies, pod_cgroup_id).map_err(writing(map::POLICIES))?;
-        self.forget_idle_counts()
+        self.remove_idle_counts()
     }
 
     /// The debugging log; `None` when it is off.

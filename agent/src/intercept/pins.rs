@@ -27,8 +27,8 @@ const LOCK_RETRY_DELAY: Duration = Duration::from_millis(20);
 pub(super) const LINKS: &str = "links";
 /// The directory of its maps.
 const MAPS: &str = "maps";
-/// Maps that agents of all ABIs share: which is active, which pods the programs of none of them touch, and the key of sessions
-/// that clients keep. Their shape never changes.
+/// Maps that agents of all ABIs share: which is active, which pods the programs of none of them touch, and the key of
+/// sessions that clients have. Their shape never changes.
 const SHARED: [&str; 4] = [map::GENERATION, map::HEARTBEAT, map::EXEMPT, map::IMDS_KEY];
 
 /// This ABI's pins.

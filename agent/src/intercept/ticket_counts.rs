@@ -23,11 +23,12 @@ impl Object {
         if self.make_count(pod_cgroup_id)? {
             return Ok(());
         }
-        self.forget_idle_counts()?;
+        self.remove_idle_counts()?;
         if self.make_count(pod_cgroup_id)? {
             return Ok(());
         }
-        // So many unknown pods have connections under way. One loses its count, or a few that connect faster than this is reported.
+        // So many unknown pods have connections under way. One loses its count, or a few that connect faster than this is
+        // reported.
         for (unknown, _) in self.counts_of_unknown()? {
             remove(&mut self.pod_tickets, unknown).map_err(writing(map::POD_TICKETS))?;
             if self.make_count(pod_cgroup_id)? {
@@ -60,11 +61,11 @@ impl Object {
         }
     }
 
-    /// Forgets the counts of those that are no known pods and have no ticket: pods that are gone, and what was counted
+    /// Removes the counts of those that are no known pods and have no ticket: removed pods, and what was counted
     /// while nothing was known of its pod.
     ///
     /// A count that is removed while its pod connects leaves that one ticket uncounted, no more.
-    pub(super) fn forget_idle_counts(&mut self) -> Result<(), Error> {
+    pub(super) fn remove_idle_counts(&mut self) -> Result<(), Error> {
         for (cgroup_id, count) in self.counts_of_unknown()? {
             if count == 0 {
                 remove(&mut self.pod_tickets, cgroup_id).map_err(writing(map::POD_TICKETS))?;

@@ -106,7 +106,8 @@ impl Connection {
     }
 }
 
-/// Serves a connection until it ends. Once `drain` begins, the request in flight is the last, or the first one that arrives.
+/// Serves a connection until it ends. Once `drain` begins, the request in flight is the last, or the first one that
+/// arrives.
 pub(super) async fn serve<F>(
     stream: Stream,
     mut drain: DrainWatch,

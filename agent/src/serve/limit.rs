@@ -35,6 +35,9 @@ pub(super) enum LimitKey {
 }
 
 /// Counts what callers take. Clones share the counts.
+///
+/// Behind one lock, unlike the tables of pods: a permit looks at the count and takes from it in one step, and the eviction
+/// looks at every caller.
 #[derive(Clone, Debug, Default)]
 pub struct ConnectionLimit(Arc<Mutex<HashMap<LimitKey, Arc<Caller>>>>);
 

@@ -71,7 +71,7 @@ impl RequestMetrics {
         );
         registry.register(
             "podgate_abandoned_requests",
-            "Requests account caller hung up before the answer (unstable)",
+            "Requests whose caller hung up before the answer (unstable)",
             metrics.abandoned.clone(),
         );
         registry.register(

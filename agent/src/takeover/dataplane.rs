@@ -141,7 +141,7 @@ impl Dataplane for NodeDataplane {
     }
 
     fn heartbeat(&self) -> Result<(), Error> {
-        self.interceptor.heartbeat().beat()?;
+        self.interceptor.heartbeat().write()?;
         Ok(())
     }
 

@@ -13,14 +13,14 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
 /// For how long the kernel may refuse a heartbeat: longer than any shortage that passes. Then the agent is restarted.
 const FAILING_MAX: Duration = Duration::from_secs(10);
 
-/// Calls `beat` until it has failed for too long.
-pub async fn run<T, E: Display>(beat: impl Fn() -> Result<T, E> + Send) {
+/// Calls `write` until it has failed for too long.
+pub async fn run<T, E: Display>(write: impl Fn() -> Result<T, E> + Send) {
     let mut ticks = interval(HEARTBEAT_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing_since = None;
     loop {
         ticks.tick().await;
-        let Err(error) = beat() else {
+        let Err(error) = write() else {
             failing_since = None;
             continue;
         };

@@ -55,11 +55,12 @@ impl Scene {
             shutdown: Some(shutdown),
             running,
         };
-        scene.is_active(true).await;
+        scene.expect_active(true).await;
         scene
     }
 
-    async fn is_active(&mut self, expected: bool) {
+    /// Waits until it is active, or is not.
+    async fn expect_active(&mut self, expected: bool) {
         let active = self.active.wait_for(|active| *active == expected);
         timeout(Duration::from_secs(5), active).await.unwrap().unwrap();
     }
@@ -81,11 +82,11 @@ async fn a_superseded_agent_stands_by_and_takes_back_when_it_is_silent() {
     let mut scene = Scene::start(TargetMode::Own).await;
     assert_eq!(scene.dataplane.take_overs(), 1);
     scene.dataplane.set_standing(Standing::Superseded { silent: Duration::from_millis(900) });
-    scene.is_active(false).await;
+    scene.expect_active(false).await;
     assert_eq!(scene.dataplane.take_overs(), 1);
     assert!(scene.ready.load(Relaxed), "it serves what reaches it");
     scene.dataplane.set_standing(Standing::Superseded { silent: Duration::from_secs(1) });
-    scene.is_active(true).await;
+    scene.expect_active(true).await;
     assert!(scene.dataplane.take_overs() > 1);
 }
 

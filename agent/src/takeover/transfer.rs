@@ -17,6 +17,7 @@
 
 use std::{
     fs::{self, DirEntry},
+    future::{self, Ready},
     io,
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     path::{Path, PathBuf},
@@ -42,7 +43,16 @@ mod session;
 pub(crate) mod wire;
 
 use self::session::{NONCE, Nonce, PROOF, Session};
-use crate::{credentials::cache::Transferred, files, intercept::HandoverKey, log_limit::LogLimit};
+use crate::{
+    credentials::{
+        cache::{CredentialCache, Transferred},
+        source::CredentialSource,
+    },
+    files,
+    identity::peer::{Peer, Peers},
+    intercept::{self, HandoverKey},
+    log_limit::LogLimit,
+};
 
 /// Name of the socket.
 pub const SOCKET: &str = "handover.sock";
@@ -176,7 +186,7 @@ where
             Err(error) => {
                 warn!(directory = %self.directory.display(), %error,
                     "cannot make the socket on which a successor asks for credentials: it will fetch all of them");
-                return std::future::pending().await;
+                return future::pending().await;
             }
         };
         let (mut handovers, mut failures) = (FuturesUnordered::new(), LogLimit::new(1, LOG_INTERVAL));
@@ -196,8 +206,8 @@ where
         match answered {
             Ok(pods) => info!(pods, "credentials were handed over to the successor"),
             Err(error) => {
-                if let Some(more) = failures.admit(Instant::now()) {
-                    warn!(%error, more, "a handover was asked for and refused");
+                if let Some(suppressed) = failures.admit(Instant::now()) {
+                    warn!(%error, suppressed, "a handover was asked for and refused");
                 }
             }
         }
@@ -281,6 +291,44 @@ fn listen(directory: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// Asks the active agent for its credentials, if one is alive. A failure costs no more than fetching them.
+pub(crate) async fn inherit<S: CredentialSource>(
+    directory: &Path,
+    predecessor_key: impl Fn() -> Result<Option<HandoverKey>, intercept::Error>,
+    cache: &CredentialCache<S>,
+    metrics: &HandoverMetrics,
+) {
+    let key = match predecessor_key() {
+        Ok(Some(key)) => key,
+        Ok(None) => return,
+        Err(error) => {
+            warn!(%error, "cannot find the key of the predecessor: all credentials are fetched again");
+            return;
+        }
+    };
+    match ask(directory, &key, metrics).await {
+        Ok(entries) => cache.stage(entries),
+        Err(Error::NoPredecessor) => info!("no predecessor is alive: credentials are fetched"),
+        Err(error) => {
+            warn!(directory = %directory.display(), %error, "no credentials were handed over: they are fetched again");
+        }
+    }
+}
+
+/// A successor is one of the node's own processes, or in a pod of podgate's.
+pub(crate) fn may_be_successor(
+    peers: Peers,
+    is_podgate_pod: impl Fn(u64) -> bool,
+) -> impl Fn(i32) -> Ready<bool> {
+    move |pid| {
+        future::ready(match peers.of_process(pid) {
+            Peer::Node => true,
+            Peer::Pod(id) => is_podgate_pod(id),
+            Peer::Unknown => false,
+        })
+    }
+}
+
 /// What agents have left in the directory, then the directory itself, unless something else is in it, or it is a volume of
 /// the container that this runs in, which cannot be removed from inside.
 pub fn left(directory: &Path) -> io::Result<Vec<PathBuf>> {
@@ -305,7 +353,7 @@ fn nonce() -> io::Result<Nonce> {
 /// Waits until it is so. When the sender is gone, which is while the agent shuts down, that is never.
 async fn becomes(active: &mut watch::Receiver<bool>, value: bool) {
     if active.wait_for(|is| *is == value).await.is_err() {
-        std::future::pending::<()>().await;
+        future::pending::<()>().await;
     }
 }
 

@@ -1,14 +1,14 @@
 //! The files of exchanges: how they are read, and how an answer is written in their form.
 //!
 //! A line that begins with `##` names an exchange; others with `#` are remarks. `@ POD at ADDRESS` is who connects to what,
-//! `@ nobody` a caller without an origin, `@ again` the connection of the exchange before. Every exchange goes over each of
-//! the addresses that podgate may have; ` through ADDRESS` after the others names the only one that it goes over.
+//! `@ anonymous` a caller without an origin, `@ again` the connection of the exchange before. Every exchange goes over each
+//! of the addresses that podgate may have; ` through ADDRESS` after the others names the only one that it goes over.
 //!
 //! `~ 404` and lines of `~~` are what EKS Auth answers: status, its content type where it is not JSON, and the body.
 //! Else `~` tells that it is `silent`, that it `times out`, or that something is missing before it: `no credentials`, `no
-//! region`, `no token`. `>` is a line of the request, which ends with CR LF; `>>` is one of its body, the lines of which are
-//! joined by LF. `<` and `<<` are the same of the answer. `closed` means that the connection ends after it, `silence` that
-//! it ends without one.
+//! region`, `no token`. `>` is a line of the request, which ends with CR LF; `>>` is one of its body, the lines of which
+//! are joined by LF. `<` and `<<` are the same of the answer. `closed` means that the connection ends after it, `silence`
+//! that it ends without one.
 //!
 //! In a request `«text»` stands for the text in base64url, `{session}` for the last session token of IMDS, `{a*9}` for
 //! nine times `a`, and `\n`, `\0`, `\xff` for bytes. In an answer `{date}`, `{session}` and `{ms}` stand for a date, a
@@ -44,7 +44,7 @@ pub(crate) enum Caller {
         /// The one address of podgate's that counts here.
         through: Option<IpAddr>,
     },
-    Nobody,
+    Anonymous,
     Again,
 }
 
@@ -66,7 +66,7 @@ impl Exchange {
     pub(crate) fn goes_through(&self, address: IpAddr) -> Option<bool> {
         match self.caller {
             Caller::Pod { through, .. } => Some(through.is_none_or(|only| only == address)),
-            Caller::Nobody => Some(true),
+            Caller::Anonymous => Some(true),
             Caller::Again => None,
         }
     }
@@ -85,7 +85,7 @@ pub(crate) fn parse(text: &str) -> Vec<Exchange> {
             exchanges.push(Exchange {
                 line: place + 1,
                 name: name.to_owned(),
-                caller: Caller::Nobody,
+                caller: Caller::Anonymous,
                 upstream: Upstream::Fair,
                 request: vec![],
                 body: vec![],
@@ -122,7 +122,7 @@ fn caller(text: &str) -> Caller {
                 rest.split_once(" through ").map_or((rest, None), |(a, b)| (a, Some(b)));
             Caller::Pod { name: name.into(), address: address(orig_dst), through: through.map(address) }
         }
-        None if text == "nobody" => Caller::Nobody,
+        None if text == "anonymous" => Caller::Anonymous,
         None if text == "again" => Caller::Again,
         None => panic!("there is no caller {text:?}"),
     }

@@ -219,7 +219,7 @@ fn set_imds(node: &mut Node, pod: &Pod, imds: u32) {
     node.interceptor.set_policy(pod.cgroup.id, policy).unwrap();
 }
 
-/// Tries every way from a pod to every guarded address. Each is stopped, or none is.
+/// Tries every way from a pod to every reserved address. Each is stopped, or none is.
 fn try_all(node: &Node, pod: &Pod, stopped: bool, case: &str) {
     let wire = Wire::watch();
     for to in RESERVED {
@@ -255,7 +255,7 @@ fn an_intercepted_pod_reaches_imds_and_the_agent_by_connect_alone() {
 }
 
 #[test]
-fn without_the_guard_everything_goes_as_before() {
+fn without_the_egress_filter_every_packet_leaves() {
     Node::run(|node| {
         node.reload(|settings| settings.egress_filter = false);
         for imds in [IMDS_INTERCEPT, IMDS_DENY] {
@@ -266,7 +266,7 @@ fn without_the_guard_everything_goes_as_before() {
 }
 
 #[test]
-fn a_pod_that_is_not_known_yet_is_guarded_as_unknown_pods_are() {
+fn a_pod_that_is_not_known_yet_is_filtered_as_unknown_pods_are() {
     Node::run(|node| {
         let pod = node.unknown_pod("new");
         for (imds, stopped) in [(IMDS_OFF, false), (IMDS_INTERCEPT, true), (IMDS_DENY, true)] {

@@ -64,8 +64,8 @@ fn a_silent_agent_means_refusals_for_its_destinations_alone() {
         let elsewhere = RealService::listen("127.0.0.1:8080");
         let real = RealService::listen(IMDS);
         let now = now_ns();
-        // A beat may be a moment in the future.
-        for (beat, is_alive) in [
+        // A heartbeat may be a moment in the future.
+        for (heartbeat, is_alive) in [
             (now, true),
             (now + SECOND, true),
             (now - SECOND, true),
@@ -73,7 +73,7 @@ fn a_silent_agent_means_refusals_for_its_destinations_alone() {
             (0, false),
             (now, true),
         ] {
-            node.set_heartbeat(beat);
+            node.set_heartbeat(heartbeat);
             for address in [IMDS, IMDS_MAPPED, IMDS_V6, POD_IDENTITY, crate::POD_IDENTITY_V6, ECS] {
                 let connected = pod.connect(address);
                 assert_eq!(is_eperm(&connected), !is_alive, "{address}: {connected:?}");
@@ -95,11 +95,11 @@ fn a_silent_agent_means_refusals_for_its_destinations_alone() {
 fn while_the_agent_is_down_pod_identity_may_pass_and_imds_never() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
-        let stock = RealService::listen(POD_IDENTITY);
+        let eks_agent_v4 = RealService::listen(POD_IDENTITY);
         let eks_agent_v6 = RealService::listen(crate::POD_IDENTITY_V6);
         node.interceptor.set_target(with_eks_agent()).unwrap();
         node.set_heartbeat(0);
-        for (address, service) in [(POD_IDENTITY, &stock), (crate::POD_IDENTITY_V6, &eks_agent_v6)] {
+        for (address, service) in [(POD_IDENTITY, &eks_agent_v4), (crate::POD_IDENTITY_V6, &eks_agent_v6)] {
             pod.connect(address).unwrap();
             service.accept();
         }
@@ -111,14 +111,14 @@ fn while_the_agent_is_down_pod_identity_may_pass_and_imds_never() {
 }
 
 #[test]
-fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
+fn what_an_agent_leaves_is_effective_until_the_next_one_takes_over() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let real = RealService::listen(IMDS);
         // Its programs and maps stay, but nobody redeems tickets any more.
         let settings = of_successor(node);
-        let former = std::mem::replace(&mut node.interceptor, Interceptor::load(&settings).unwrap());
-        drop(former);
+        let predecessor = std::mem::replace(&mut node.interceptor, Interceptor::load(&settings).unwrap());
+        drop(predecessor);
         node.set_heartbeat(0);
         assert!(is_eperm(&pod.connect(IMDS)));
         assert_eq!(links(node), 9, "eight programs, and the one on outgoing packets");
@@ -129,19 +129,19 @@ fn what_an_agent_leaves_is_in_force_until_the_next_one_takes_over() {
             .unwrap();
         node.interceptor.set_target(with_eks_agent()).unwrap();
         node.interceptor.stop().unwrap();
-        assert!(matches!(node.interceptor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(node.interceptor.heartbeat().write().unwrap(), Standing::Superseded { .. }));
         assert!(is_eperm(&pod.connect(IMDS)));
 
         node.interceptor.take_over(own_pair(), &[]).unwrap();
-        assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Active);
+        assert_eq!(node.interceptor.heartbeat().write().unwrap(), Standing::Active);
         pod.connect(IMDS).unwrap();
         real.accept();
-        assert_eq!(links(node), 8, "no pod is guarded any more");
+        assert_eq!(links(node), 8, "no pod has an egress filter any more");
     });
 }
 
 #[test]
-fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
+fn a_superseded_agent_writes_nothing_and_can_become_active_again() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let mut successor = successor(node);
@@ -152,7 +152,7 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
         real.accept();
 
         node.set_heartbeat(now_ns() - SECOND);
-        let Standing::Superseded { silent } = node.interceptor.heartbeat().beat().unwrap() else {
+        let Standing::Superseded { silent } = node.interceptor.heartbeat().write().unwrap() else {
             panic!("it was")
         };
         assert!(silent >= Duration::from_secs(1), "{silent:?}");
@@ -162,7 +162,7 @@ fn who_was_succeeded_says_nothing_and_can_take_charge_again() {
 
         let agent = node.agent();
         node.interceptor.take_over(own_pair(), &[]).unwrap();
-        assert!(matches!(successor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(successor.heartbeat().write().unwrap(), Standing::Superseded { .. }));
         pod.connect(IMDS).unwrap();
         assert!(agent.accept().is_some(), "its own policies are effective again");
     });
@@ -213,11 +213,11 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
         let (own, other) = (root.join(format!("v{ABI_VERSION}")), root.join("v0"));
         node.interceptor.reserve((AGENT_V4, 80).into()).unwrap();
         fs::rename(&own, &other).unwrap();
-        let former_links = fs::read_dir(other.join("links")).unwrap().count();
-        assert_eq!(former_links, 9);
+        let links_of_other_abi = fs::read_dir(other.join("links")).unwrap().count();
+        assert_eq!(links_of_other_abi, 9);
 
         let mut successor = successor(node);
-        assert!(is_eperm_at_target(node), "its address is still guarded, by the other's programs");
+        assert!(is_eperm_at_target(node), "its address is still reserved, by the other's programs");
         successor.set_policy(pod.cgroup.id, INTERCEPT).unwrap();
         successor.take_over(own_pair(), &[]).unwrap();
         assert!(!other.exists() && own.join("links/connect4").exists());
@@ -234,12 +234,12 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
 
         // It knows that it was succeeded, and when its successor falls silent.
         node.set_heartbeat(now_ns() - SECOND);
-        let Standing::Superseded { silent } = node.interceptor.heartbeat().beat().unwrap() else {
+        let Standing::Superseded { silent } = node.interceptor.heartbeat().write().unwrap() else {
             panic!("it was")
         };
         assert!(silent >= Duration::from_secs(1));
         node.interceptor.take_over(own_pair(), &[&listener]).unwrap();
-        assert!(matches!(successor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(successor.heartbeat().write().unwrap(), Standing::Superseded { .. }));
         pod.connect(IMDS).unwrap();
         accept(&listener);
         assert_eq!(node.count(Counter::Redirected), 1);
@@ -247,8 +247,8 @@ fn what_programs_of_another_abi_have_left_is_replaced_and_removed() {
 }
 
 fn is_eperm_at_target(node: &Node) -> bool {
-    let stranger = node.unknown_pod("stranger");
-    is_eperm(&stranger.run(|| TcpListener::bind((AGENT_V4, 80))))
+    let squatter = node.unknown_pod("squatter");
+    is_eperm(&squatter.run(|| TcpListener::bind((AGENT_V4, 80))))
 }
 
 /// As the agent has them: at ports of the kernel's choice.
@@ -370,7 +370,7 @@ fn a_wildcard_listener_gets_none_of_podgates_connections() {
 }
 
 #[test]
-fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
+fn an_agent_whose_pins_were_removed_pins_again_when_it_becomes_active() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let own = node.bpffs().join(format!("podgate/v{ABI_VERSION}"));
@@ -385,7 +385,7 @@ fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
             }
             let agent = node.agent();
             node.interceptor.take_over(own_pair(), &[]).unwrap();
-            assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Active);
+            assert_eq!(node.interceptor.heartbeat().write().unwrap(), Standing::Active);
             pod.connect(IMDS).unwrap();
             assert!(agent.accept().is_some());
             // The next one finds what this one knows.
@@ -393,7 +393,7 @@ fn an_agent_whose_pins_were_removed_pins_again_when_it_takes_charge() {
             assert_eq!(count(&successor(node), Counter::Redirected), counted);
         }
 
-        // Without what all agents share, nobody's word counts.
+        // Without what all agents share, no agent's generation counts.
         let shared = node.bpffs().join("podgate/shared/maps");
         fs::remove_file(shared.join("GENERATION")).unwrap();
         let error = node.interceptor.take_over(own_pair(), &[]).unwrap_err().to_string();
@@ -406,17 +406,17 @@ fn every_agent_notices_a_detach() {
     Node::run(|node| {
         let mut active = successor(node);
         active.take_over(own_pair(), &[]).unwrap();
-        assert!(matches!(node.interceptor.heartbeat().beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(node.interceptor.heartbeat().write().unwrap(), Standing::Superseded { .. }));
         for pin in pinned(node.bpffs()).unwrap() {
             unpin(&pin).unwrap();
         }
-        assert_eq!(active.heartbeat().beat().unwrap(), Standing::Detached);
-        assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Detached);
+        assert_eq!(active.heartbeat().write().unwrap(), Standing::Detached);
+        assert_eq!(node.interceptor.heartbeat().write().unwrap(), Standing::Detached);
         let mut later = successor(node);
         later.take_over(own_pair(), &[]).unwrap();
-        assert_eq!(later.heartbeat().beat().unwrap(), Standing::Active);
-        assert_eq!(active.heartbeat().beat().unwrap(), Standing::Detached);
-        assert_eq!(node.interceptor.heartbeat().beat().unwrap(), Standing::Detached);
+        assert_eq!(later.heartbeat().write().unwrap(), Standing::Active);
+        assert_eq!(active.heartbeat().write().unwrap(), Standing::Detached);
+        assert_eq!(node.interceptor.heartbeat().write().unwrap(), Standing::Detached);
     });
 }
 
@@ -442,7 +442,7 @@ fn addresses_are_reserved_until_they_are_released() {
         }
         node.as_agent(|| pod_identity.map(|address| drop(listen(address).unwrap())));
 
-        // Who is not in charge decides nothing.
+        // Who is not active decides nothing.
         let mut other = successor(node);
         other.reserve_only(&[]).unwrap();
         assert!(own.iter().chain(&pod_identity).all(refused));
@@ -464,19 +464,19 @@ fn connections_go_to_the_active_agent_else_to_its_predecessor() {
             listeners.each_ref().map(|listener| std::iter::from_fn(|| listener.accept().ok()).count())
         };
         let connect_20 = |address: &str| (0..20).for_each(|_| drop(pod.connect(address).unwrap()));
-        // One takes over from the other, and charge back, as often as they like.
+        // One takes over from the other, and back, as often as they like.
         for active in [0, 1, 0, 1, 2] {
             node.interceptor.take_over(own_pair(), &agents[active].each_ref()).unwrap();
             connect_20(IMDS);
             connect_20(IMDS_V6);
             for (number, listeners) in agents.iter().enumerate() {
                 let expected = if number == active { [20, 20] } else { [0, 0] };
-                assert_eq!(waiting(listeners), expected, "agent {number} while {active} is in charge");
+                assert_eq!(waiting(listeners), expected, "agent {number} while {active} is active");
             }
         }
         drop(agents.pop());
         connect_20(IMDS);
-        assert_eq!(waiting(&agents[1]), [20, 0], "the one before stands by");
+        assert_eq!(waiting(&agents[1]), [20, 0], "the predecessor stands by");
         agents.pop();
         assert_eq!(pod.connect(IMDS).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         assert_eq!(waiting(&agents[0]), [0, 0]);
@@ -514,13 +514,13 @@ fn the_key_of_imds_tokens_outlives_the_agent() {
 #[test]
 fn a_kubepods_cgroup_that_was_made_anew_gets_programs_of_its_own() {
     Node::run(|node| {
-        let former = node.settings();
+        let settings = node.settings();
         let kubepods = Cgroup::create(node.kubepods.path.with_file_name("kubepods"));
         let settings = Settings {
             kubepods: kubepods.path.clone(),
             kubepods_id: kubepods.id,
             agent_cgroup: other_agent(node).path,
-            ..former
+            ..settings
         };
         node.interceptor = Interceptor::load(&settings).unwrap();
         let pod = kubepods.path.join("burstable/podc/container");

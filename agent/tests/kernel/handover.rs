@@ -109,7 +109,8 @@ fn no_pin_holds_the_key_of_the_tickets() {
         let pins = pinned(node.bpffs()).unwrap();
         let path = |pin: &Path| pin.to_str().unwrap().to_owned();
 
-        // Those who may go from a program to its maps find the key among its constants: whatever of them is no small number.
+        // Those who may go from a program to its maps find the key among its constants: whatever of them is no small
+        // number.
         let link = pins.iter().find(|pin| pin.ends_with("links/connect4")).unwrap();
         let program = bpftool(&["link", "show", "pinned", &path(link)])["prog_id"].to_string();
         let maps = bpftool(&["prog", "show", "id", &program])["map_ids"].as_array().unwrap().clone();

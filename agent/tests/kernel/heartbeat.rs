@@ -44,7 +44,7 @@ fn heartbeat_is_on_time_while_the_pins_are_locked_for_5_s() {
     Node::run(|node| {
         let seen = lock_pins(node, |interceptor| {
             let heartbeat = interceptor.heartbeat().clone();
-            tokio::spawn(heartbeat_task::run(move || heartbeat.beat()))
+            tokio::spawn(heartbeat_task::run(move || heartbeat.write()))
         });
         assert!(seen.oldest_heartbeat < ON_TIME, "{:?}", seen.oldest_heartbeat);
         assert!(!seen.refused);
@@ -65,7 +65,7 @@ fn heartbeat_that_were_a_command_would_be_late() {
                 loop {
                     // Any command, which takes no lock itself.
                     interceptor.set_eks_agent(1, true).await.unwrap();
-                    interceptor.heartbeat().beat().unwrap();
+                    interceptor.heartbeat().write().unwrap();
                     sleep(Duration::from_millis(250)).await;
                 }
             })
@@ -76,7 +76,10 @@ fn heartbeat_that_were_a_command_would_be_late() {
 }
 
 /// Gives the owner commands of four callers at a time, while somebody else has locked the pins.
-fn lock_pins(node: &mut Node, beat: impl FnOnce(Arc<InterceptorHandle>) -> JoinHandle<()>) -> Seen {
+fn lock_pins(
+    node: &mut Node,
+    write_heartbeats: impl FnOnce(Arc<InterceptorHandle>) -> JoinHandle<()>,
+) -> Seen {
     let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
     let _agent = node.agent();
     let interceptor = Interceptor::load(&node.settings()).unwrap();
@@ -85,7 +88,7 @@ fn lock_pins(node: &mut Node, beat: impl FnOnce(Arc<InterceptorHandle>) -> JoinH
         let interceptor = Arc::new(InterceptorHandle::spawn(interceptor).unwrap());
         interceptor.set_policy(pod.cgroup.id, INTERCEPT).await.unwrap();
         interceptor.take_over(own_pair(), Vec::new()).await.unwrap();
-        let beating = beat(Arc::clone(&interceptor));
+        let writing = write_heartbeats(Arc::clone(&interceptor));
         sleep(Duration::from_millis(300)).await;
 
         let pins = File::open(node.bpffs().join("podgate")).unwrap();
@@ -105,7 +108,7 @@ fn lock_pins(node: &mut Node, beat: impl FnOnce(Arc<InterceptorHandle>) -> JoinH
         }
         drop(pins);
         let answers = callers.join_all().await;
-        beating.abort();
+        writing.abort();
         Seen { oldest_heartbeat, slowest_counters, refused, answers }
     })
 }
@@ -126,50 +129,50 @@ fn time_of(counters: &Counters) -> Duration {
 }
 
 #[test]
-fn agent_that_has_stopped_or_is_superseded_never_beats() {
+fn agent_that_has_stopped_or_is_superseded_writes_no_heartbeat() {
     Node::run(|node| {
         let own = node.interceptor.heartbeat();
         node.set_heartbeat(1);
         assert_eq!(own.standing().unwrap(), Standing::Active, "a look");
         assert_eq!(node.heartbeat(), 1, "writes nothing");
-        assert_eq!(own.beat().unwrap(), Standing::Active);
+        assert_eq!(own.write().unwrap(), Standing::Active);
         assert!(node.heartbeat() > 1);
 
         let mut successor = Interceptor::load(&node.settings()).unwrap();
         successor.take_over(own_pair(), &[]).unwrap();
         node.set_heartbeat(1);
-        assert!(matches!(own.beat().unwrap(), Standing::Superseded { .. }));
+        assert!(matches!(own.write().unwrap(), Standing::Superseded { .. }));
         assert_eq!(node.heartbeat(), 1, "it is another's");
 
         let others = successor.heartbeat();
-        let beats = beating(&others, || successor.stop().unwrap());
-        assert!(beats > 0);
-        assert_eq!(node.heartbeat(), 0, "no beat that was under way undoes the stop");
-        assert!(matches!(others.beat().unwrap(), Standing::Superseded { .. }));
+        let written = heartbeats_written(&others, || successor.stop().unwrap());
+        assert!(written > 0);
+        assert_eq!(node.heartbeat(), 0, "no heartbeat that was under way undoes the stop");
+        assert!(matches!(others.write().unwrap(), Standing::Superseded { .. }));
         assert_eq!(node.heartbeat(), 0);
         node.interceptor.take_over(own_pair(), &[]).unwrap();
-        assert_eq!(own.beat().unwrap(), Standing::Active);
+        assert_eq!(own.write().unwrap(), Standing::Active);
         assert!(now_ns() - node.heartbeat() < 1_000_000_000);
     });
 }
 
-/// Beats as fast as it can while `work` is done, and a moment longer; how often it could.
-fn beating(heartbeat: &Heartbeat, work: impl FnOnce()) -> u32 {
+/// Writes the heartbeat as fast as it can while `work` is done, and a moment longer; how often it could.
+fn heartbeats_written(heartbeat: &Heartbeat, work: impl FnOnce()) -> u32 {
     use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let beats = scope.spawn(|| {
-            let mut beats = 0;
+        let written = scope.spawn(|| {
+            let mut written = 0;
             while !done.load(Relaxed) {
-                beats += u32::from(heartbeat.beat().unwrap() == Standing::Active);
+                written += u32::from(heartbeat.write().unwrap() == Standing::Active);
             }
-            beats
+            written
         });
         std::thread::sleep(Duration::from_millis(50));
         work();
         std::thread::sleep(Duration::from_millis(50));
         done.store(true, Relaxed);
-        beats.join().unwrap()
+        written.join().unwrap()
     })
 }

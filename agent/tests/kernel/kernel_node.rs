@@ -47,7 +47,7 @@ pub(crate) const NOBODY: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 9);
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// The network namespace that this thread is in.
 const OWN_NETWORK: &str = "/proc/thread-self/ns/net";
-/// `lo` is the first link of every namespace.
+/// `lo` is the first netdev of every namespace.
 const LO: u32 = 1;
 
 /// The test process is in one cgroup at a time.
@@ -186,7 +186,7 @@ impl Node {
         result
     }
 
-    /// Attaches the programs, as the agent does when it starts, with one beat that lasts for the whole test.
+    /// Attaches the programs, as the agent does when it starts, with one heartbeat that lasts for the whole test.
     pub(crate) fn attach(&mut self) {
         self.interceptor.exempt(self.agent.id).unwrap();
         self.interceptor.take_over(own_pair(), &[]).unwrap();

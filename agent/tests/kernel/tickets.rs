@@ -195,7 +195,7 @@ fn a_connect_without_a_route_leaves_no_ticket_for_the_next() {
 }
 
 #[test]
-fn a_pod_that_is_left_alone_does_not_send_a_former_ticket() {
+fn a_pod_that_is_left_alone_does_not_send_an_earlier_ticket() {
     Node::run(|node| {
         let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
         let (agent, elsewhere) = (node.agent(), node.agent_at(&[POD_IDENTITY.parse().unwrap()]));

@@ -48,8 +48,8 @@ fn cached(node: &Node, pod: &TestPod, minutes_left: i64) -> String {
     cached
 }
 
-/// Which of the callers at each of these addresses get cached credentials without a fetch of fresher ones. A caller for whom
-/// they are not fresh enough is counted, since EKS Auth hangs.
+/// Which of the callers at each of these addresses get cached credentials without a fetch of fresher ones. A caller for
+/// whom they are not fresh enough is counted, since EKS Auth hangs.
 async fn content(minutes_left: i64) -> Vec<&'static str> {
     let faults = Faults::default();
     faults.set(Service::EksAuth, Fault::Hang);

@@ -16,7 +16,7 @@ async fn a_hung_api_server_does_not_block_a_pod_forever() {
     node.faults.clear(Service::KubeApi);
     let begun = Instant::now();
     while node.get("/v1/credentials", &[]).await.status != 200 {
-        assert!(begun.elapsed() < Duration::from_secs(15), "the hung call is never cancelled");
+        assert!(begun.elapsed() < Duration::from_secs(15), "the hung call is never canceled");
     }
 }
 

@@ -1,4 +1,4 @@
-//! The agent under test: the release binary in its own pod, configured by its public flags only.
+//! The agent under test: podgate's binary in its own pod, configured by its public flags only.
 //!
 //! Owns one process from start to exit. It is observed by its ports, its log and its exit status only.
 

@@ -44,7 +44,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expiration = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 6 * 3600))
         self.answer(200, json.dumps({
             "AccessKeyId": sys.argv[1],
-            "SecretAccessKey": "stock",
+            "SecretAccessKey": "eks-agent",
             "Token": claims["sub"],
             "AccountId": "111122223333",
             "Expiration": expiration,

@@ -96,6 +96,23 @@ struct State {
     v2_required: AtomicBool,
 }
 
+// === impl ImdsConfig ===
+
+impl ImdsConfig {
+    /// An instance like many, whose role has these credentials.
+    pub fn new(credentials: NodeCredentials) -> Self {
+        Self {
+            region: "us-west-2".to_owned(),
+            zone: "us-west-2a".to_owned(),
+            zone_id: "usw2-az1".to_owned(),
+            instance_id: "i-0123456789abcdef0".to_owned(),
+            role_name: "node-role".to_owned(),
+            credentials,
+            account: "111122223333".to_owned(),
+        }
+    }
+}
+
 // === impl NodeCredentials ===
 
 impl fmt::Debug for NodeCredentials {

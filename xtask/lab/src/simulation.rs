@@ -316,10 +316,8 @@ fn imds_config(credentials: NodeCredentials) -> ImdsConfig {
     ImdsConfig {
         region: REGION.to_owned(),
         zone: format!("{REGION}a"),
-        zone_id: "usw2-az1".to_owned(),
-        instance_id: "i-0123456789abcdef0".to_owned(),
         role_name: NODE_ROLE.to_owned(),
-        credentials,
         account: ACCOUNT.to_owned(),
+        ..ImdsConfig::new(credentials)
     }
 }

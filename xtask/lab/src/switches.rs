@@ -95,7 +95,7 @@ enum Effect {
     /// Something of one simulator; called without a value to turn it off.
     Setting(fn(&Lab, Option<&str>) -> anyhow::Result<()>),
     /// Happens at once and cannot be undone.
-    Event(fn(&Lab)),
+    Event(fn(&Lab) -> anyhow::Result<()>),
 }
 
 // === impl Switchboard ===
@@ -141,7 +141,7 @@ impl Switchboard {
                 set(lab, Some(value)).with_context(|| format!("{name}: {value:?}"))?;
             }
             Effect::Event(happen) => {
-                happen(lab);
+                happen(lab)?;
                 return Ok(setting);
             }
         }
@@ -243,7 +243,7 @@ fn faults(of: (Service, &str)) -> [Switch; 5] {
 }
 
 /// What only one of the services has.
-fn settings() -> [Switch; 7] {
+fn settings() -> [Switch; 9] {
     let setting = |name: &str, about: &str, default, set| {
         Switch::new(name.to_owned(), about, default, Effect::Setting(set))
     };
@@ -276,14 +276,29 @@ fn settings() -> [Switch; 7] {
                 Ok(())
             },
         ),
+        setting(
+            "kube-api-any-pod-audience",
+            "nodes get tokens for EKS Auth for pods without such a volume too, whatever RBAC says",
+            None,
+            |lab, value| {
+                lab.kube_api.allow_node_audience(value.is_some());
+                Ok(())
+            },
+        ),
         event("kube-api-compact", "drops past changes: older watches get 410 (once)", |lab| {
             lab.cluster.compact();
+            Ok(())
         }),
         event("kube-api-rotate-key", "signs tokens with a new key (once)", |lab| {
             lab.cluster.rotate_signing_key();
+            Ok(())
         }),
         event("kube-api-retire-keys", "accepts only tokens of its newest key (once)", |lab| {
             lab.cluster.retire_old_keys();
+            Ok(())
+        }),
+        event("kubelet-rotate-tokens", "gives every pod with a token volume a new token (once)", |lab| {
+            lab.running_pods().iter().try_for_each(|pod| lab.rotate_token(pod))
         }),
     ]
 }

@@ -17,19 +17,11 @@ const DOCUMENT: &str = "/latest/meta-data/iam/security-credentials/node-role";
 const TOKEN: &str = "/latest/api/token";
 
 fn start(faults: &Faults) -> Imds {
-    let config = ImdsConfig {
-        region: "eu-west-1".into(),
-        zone: "eu-west-1b".into(),
-        zone_id: "euw1-az2".into(),
-        instance_id: "i-0123456789abcdef0".into(),
-        role_name: "node-role".into(),
-        credentials: NodeCredentials {
-            access_key_id: "ASIANODE".into(),
-            secret_access_key: "node-secret".into(),
-            session_token: "node-session".into(),
-        },
-        account: "111122223333".into(),
-    };
+    let config = ImdsConfig::new(NodeCredentials {
+        access_key_id: "ASIANODE".into(),
+        secret_access_key: "node-secret".into(),
+        session_token: "node-session".into(),
+    });
     let listeners = ["127.0.0.1:0", "127.0.0.2:0"].map(|address| TcpListener::bind(address).unwrap());
     Imds::serve(listeners.into(), config, faults.clone()).unwrap()
 }

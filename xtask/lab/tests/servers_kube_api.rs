@@ -381,7 +381,7 @@ async fn a_fresh_pod_has_no_relation_to_its_node_while_the_authorizer_lags() {
 }
 
 #[tokio::test]
-async fn a_resource_version_is_honoured_or_refused() {
+async fn a_resource_version_is_honored_or_refused() {
     let fixture = Fixture::start();
     let list = |query: &str| format!("GET /api/v1/pods?{query}");
     let (_, answer) = fixture.send(As::Admin, "GET /api/v1/pods", None).await;

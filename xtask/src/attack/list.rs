@@ -95,7 +95,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [BelowKubepods, OwnNetwork], pods::lookalike_cgroup;
     "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
         [OutermostPod, OwnNetwork], pods::nested_cgroup;
-    "static-pod-s-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
+    "static-pod-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
         [StaticPods], pods::static_pod;
     "claimed-owner", "a tenant's pod that says to be of the EKS Pod Identity Agent, which is left alone",
         [EVIL_EKS_AGENT], pods::claimed_owner;
@@ -144,7 +144,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [Forwarding], requests::open_proxy;
     "tricked-server", "a server in a pod that can be made to fetch a URL with GET",
         [IMDS_V1], requests::tricked_server;
-    "another-dialect-s-host", "the same with the path and the Host of EKS Pod Identity, at IMDS's address",
+    "host-of-another-dialect", "the same with the path and the Host of EKS Pod Identity, at IMDS's address",
         [DialectByAddress], requests::other_dialect;
     "smuggled-request", "two requests in one segment: a proxy's, with another one in its body",
         [Framing], requests::smuggled_request;

@@ -19,7 +19,7 @@ use super::{
 
 /// The port that two pods with one address use one after the other.
 const PORT: u16 = 40_000;
-/// Longer than the node takes to be rid of a pod's link.
+/// Longer than the node takes to be rid of a pod's netdev.
 const CLEARED: Duration = Duration::from_millis(500);
 
 pub(super) async fn absent_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
@@ -42,7 +42,7 @@ pub(super) async fn reused_port(scene: &Scene) -> anyhow::Result<Outcome> {
 pub(super) async fn reused_address(scene: &Scene) -> anyhow::Result<Outcome> {
     let victim = scene.victim().await?;
     scene.lab.complete_pod(&victim)?;
-    // The link of the pod that has ended goes a moment later.
+    // The netdev of the pod that has ended goes a moment later.
     sleep(CLEARED).await;
     let heir = scene.lab.add_pod_at(&scene.attacker_spec(), &victim)?;
     let got = scene.act(Place::In(&heir), &ask(POD_IDENTITY, &program())).await?;

@@ -20,7 +20,7 @@ use super::{
     scene::{Outcome, Place, Scene, address, http},
 };
 
-/// Longer than the node takes to be rid of a pod's link.
+/// Longer than the node takes to be rid of a pod's netdev.
 const CLEARED: Duration = Duration::from_millis(500);
 /// Nanoseconds of one tick of the tickets that can be guessed: 2 to the power of this.
 const TICK: u32 = 26;
@@ -72,7 +72,7 @@ pub(super) async fn stolen_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 pub(super) async fn no_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     let victim = scene.victim().await?;
     scene.lab.complete_pod(&victim)?;
-    // The link of the pod that has ended goes a moment later.
+    // The netdev of the pod that has ended goes a moment later.
     sleep(CLEARED).await;
     let heir = scene.lab.add_pod_at(&scene.attacker_spec(), &victim)?;
     scene.lab.netns(&heir)?.deafen(address(&heir)?.into())?;

@@ -1,7 +1,7 @@
 //! Which attempts share a lab, and in which order.
 //!
-//! Owns the plan; never carries it out. What an attempt may change for good in a lab, its attack says; everything else about
-//! a lab that cannot be changed while it is up, the attempt's agent says.
+//! Owns the plan; never carries it out. What an attempt may change for good in a lab, its attack says; everything else
+//! about a lab that cannot be changed while it is up, the attempt's agent says.
 
 use super::{Attack, LabKind, Without};
 
@@ -50,7 +50,7 @@ pub(super) struct Needs {
 /// One of the two builds of podgate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Build {
-    Release,
+    Podgate,
     Undefended,
 }
 
@@ -72,7 +72,7 @@ impl Attempt {
     }
 
     fn needs(&self) -> Needs {
-        let mut needs = Needs { build: Build::Release, flags: Vec::new() };
+        let mut needs = Needs { build: Build::Podgate, flags: Vec::new() };
         for without in self.without {
             match *without {
                 Without::Defense(_) => needs.build = Build::Undefended,
@@ -175,9 +175,9 @@ mod tests {
         assert_eq!(
             planned(&attacks, true),
             [
-                row(Shared, Release, "", "0 Defended, 1 Defended, 2 Defended, 2 Control, 3 Defended"),
+                row(Shared, Podgate, "", "0 Defended, 1 Defended, 2 Defended, 2 Control, 3 Defended"),
                 row(Shared, Undefended, "", "0 Control, 3 Layer(0)"),
-                row(Shared, Release, "--egress-filter off", "1 Control, 3 Layer(1)"),
+                row(Shared, Podgate, "--egress-filter off", "1 Control, 3 Layer(1)"),
                 row(Shared, Undefended, "--egress-filter off", "3 Control"),
             ]
         );
@@ -190,11 +190,11 @@ mod tests {
         assert_eq!(
             planned(&attacks, false),
             [
-                row(Own, Release, "", "0 Defended"),
+                row(Own, Podgate, "", "0 Defended"),
                 row(Own, Undefended, "", "0 Control"),
-                row(Shared, Release, "", "1 Defended"),
+                row(Shared, Podgate, "", "1 Defended"),
                 row(Shared, Undefended, "", "1 Control"),
-                row(Bare, Release, "", "2 Defended"),
+                row(Bare, Podgate, "", "2 Defended"),
                 row(Bare, Undefended, "", "2 Control"),
             ]
         );

@@ -2,6 +2,7 @@
 //!
 //! Owns the reading of paths and the search for circles; never decides what is allowed. Tests may import anything, and
 //! so they are left out. A parent may use its own children; a child that uses its parent, or a sibling, is an import.
+//! In circles, who names a child's item by way of its parent, which uses it or offers it (`pub use`), imports the child.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,6 +23,8 @@ type Module = Vec<String>;
 #[derive(Debug, Default)]
 pub(super) struct Crate {
     modules: BTreeMap<Module, BTreeSet<Vec<String>>>,
+    /// The paths that others can name as if they were the module's own.
+    uses: BTreeMap<Module, BTreeSet<Vec<String>>>,
 }
 
 /// One module uses another.
@@ -36,19 +39,21 @@ struct Import {
 impl Crate {
     /// Reads every source file below `sources` but those of tests.
     pub(super) fn read(sources: &Path) -> anyhow::Result<Self> {
-        let mut modules = BTreeMap::new();
+        let (mut modules, mut uses) = (BTreeMap::new(), BTreeMap::new());
         for file in files(sources)? {
             let text =
                 fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
             let tokens = TokenStream::from_str(&text)
                 .map_err(|error| anyhow!("cannot read {} as Rust: {error}", file.display()))?;
-            let mut paths = BTreeSet::new();
-            collect(tokens, &[], &mut paths);
             let module = module_of(file.strip_prefix(sources).unwrap_or(&file));
+            let mut paths = BTreeSet::new();
+            collect(use_items(&tokens), &[], &mut paths);
+            uses.entry(module.clone()).or_insert_with(BTreeSet::new).append(&mut paths);
+            collect(tokens, &[], &mut paths);
             // `lib.rs` and `main.rs` are one root.
             modules.entry(module).or_insert_with(BTreeSet::new).append(&mut paths);
         }
-        Ok(Self { modules })
+        Ok(Self { modules, uses })
     }
 
     /// Every circle of modules, as a line for a person.
@@ -112,11 +117,22 @@ impl Crate {
     fn imports(&self) -> BTreeSet<Import> {
         let mut imports = BTreeSet::new();
         for (from, paths) in &self.modules {
-            for to in paths.iter().filter_map(|path| self.resolve(from, path)) {
+            for to in paths.iter().filter_map(|path| self.origin(from, path)) {
                 imports.insert(Import { from: from.clone(), to });
             }
         }
         imports
+    }
+
+    /// The other module of this crate that has what a path in `module` names, whoever offers it under its own name.
+    fn origin(&self, module: &Module, path: &[String]) -> Option<Module> {
+        let offers = self.resolve(module, path)?;
+        let uses = self.uses.get(&offers).into_iter().flatten();
+        let origins = uses.filter(|used| used.last() == path.last());
+        let origin =
+            origins.filter_map(|used| self.resolve(&offers, used)).find(|origin| origin.len() > offers.len());
+        let origin = origin.unwrap_or(offers);
+        (origin != *module).then_some(origin)
     }
 
     /// The other module of this crate that a path in `module` leads to: the deepest one on its way.
@@ -162,6 +178,22 @@ fn collect(tokens: TokenStream, prefix: &[String], paths: &mut BTreeSet<Vec<Stri
             _ => at += 1,
         }
     }
+}
+
+/// The `use` items of a module, by which others name what is not its own: its children whether they are public or not.
+fn use_items(tokens: &TokenStream) -> TokenStream {
+    let tokens: Vec<_> = tokens.clone().into_iter().collect();
+    let mut uses = Vec::new();
+    let mut at = 0;
+    while at < tokens.len() {
+        let is_use = matches!(&tokens[at], TokenTree::Ident(ident) if ident == "use");
+        let len = if is_use || is_test_only(&tokens[at..]) { item_len(&tokens[at..]) } else { 1 };
+        if is_use {
+            uses.extend_from_slice(&tokens[at..at + len]);
+        }
+        at += len;
+    }
+    uses.into_iter().collect()
 }
 
 /// Reads one path whose first segment is known, and whatever its braces hold. Where the tokens go on behind it.
@@ -340,6 +372,21 @@ mod tests {
             ("b.rs", "use crate::a::one::One;"),
         ]);
         assert_eq!(found.circles(), ["a circle of imports: a::one, b"]);
+    }
+
+    #[test]
+    fn a_circle_is_found_through_what_a_parent_offers() {
+        let text = |one| {
+            sources(&[
+                ("a.rs", one),
+                ("a/one.rs", "use super::two::Two;"),
+                ("a/two.rs", "use super::{A, One};"),
+            ])
+        };
+        for offered in ["pub use self::one::One;", "pub(crate) use one::{One};", "use self::one::One;"] {
+            assert_eq!(text(offered).circles(), ["a circle of imports: a::one, a::two"], "{offered}");
+        }
+        assert_eq!(text("#[cfg(test)]\nuse self::one::One;").circles(), [""; 0], "in tests alone");
     }
 
     #[test]

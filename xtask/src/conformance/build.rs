@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::Context as _;
 
-use super::catalogue::{Client, Language};
+use super::catalog::{Client, Language};
 use crate::{
     apt, cmd,
     setup::{Need, Source},
@@ -285,7 +285,7 @@ fn read_files(root: &Path, below: &Path, files: &mut BTreeMap<PathBuf, String>) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conformance::catalogue::CLIENTS;
+    use crate::conformance::catalog::CLIENTS;
 
     #[test]
     fn every_client_has_a_program_and_a_manifest() {

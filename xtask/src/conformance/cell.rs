@@ -5,7 +5,7 @@
 use serde::Serialize;
 
 use super::{
-    catalogue::Client,
+    catalog::Client,
     column::{Best, Column},
     process::Answer,
 };
@@ -161,7 +161,7 @@ fn judge(
         (Best::Untouched, Some(Owner::Node)) => (Verdict::FallsThrough, None),
         (_, Some(Owner::Node)) => wrong("has the node's role".to_owned()),
         (Best::OwnRole, Some(Owner::Pod)) => {
-            (Verdict::OwnRole, cannot.map(|why| format!("can, although the catalogue says: {why}")))
+            (Verdict::OwnRole, cannot.map(|why| format!("can, although the catalog says: {why}")))
         }
         (_, Some(Owner::Pod)) => wrong("has credentials that nobody can have given it now".to_owned()),
         (Best::OwnRole, None) => match cannot {
@@ -201,7 +201,7 @@ fn title<S: serde::Serializer>(column: &Column, serializer: S) -> Result<S::Ok, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conformance::catalogue::CLIENTS;
+    use crate::conformance::catalog::CLIENTS;
 
     fn client(name: &str) -> &'static Client {
         CLIENTS.iter().find(|client| client.name == name).unwrap()

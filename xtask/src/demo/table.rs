@@ -112,14 +112,14 @@ mod tests {
             client: "boto3 1.28.85".to_owned(),
             original_destination: destination,
             dialect,
-            role: Some("catalogue-role".to_owned()),
+            role: Some("catalog-role".to_owned()),
             access_key_id: Some("ASIAPODGATE000000012".to_owned()),
             milliseconds: 1234.5,
             expected: true,
             verdict: verdict.to_owned(),
         };
         vec![
-            row("5", "shop/catalogue", "Pod Identity, token", "::ffff:169.254.169.254", "its own role"),
+            row("5", "shop/catalog", "Pod Identity, token", "::ffff:169.254.169.254", "its own role"),
             row(
                 "7a",
                 "shop/unassociated",

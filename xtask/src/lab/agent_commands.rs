@@ -19,10 +19,15 @@ use lab::{
 };
 
 use super::{LabName, running};
-use crate::ebpf;
+use crate::{
+    ebpf,
+    setup::{Build, Plan},
+};
 
 /// How often a followed log is read.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
+/// What starting an agent takes.
+const START_TAKES: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum AgentCommand {
@@ -75,11 +80,20 @@ pub(super) fn agent(command: AgentCommand) -> anyhow::Result<()> {
 fn start(arguments: StartArguments, request: fn(NewAgent) -> Request) -> anyhow::Result<()> {
     // Before anything is built.
     running(&arguments.lab.name)?;
-    let binary = arguments.build.then(ebpf::build_agent).transpose()?;
+    let binary = arguments.build.then(|| build(&arguments.lab.name)).transpose()?;
     let flags = (!arguments.flags.is_empty()).then_some(arguments.flags);
     let pid: u32 = remote_control::ask(&arguments.lab.name, &request(NewAgent { binary, flags }))?;
     println!("the agent serves, process {pid}");
     Ok(())
+}
+
+/// Says what will be installed and built, and builds the agent.
+fn build(lab: &str) -> anyhow::Result<PathBuf> {
+    Plan::new(&format!("Builds podgate and starts it in the lab {lab}."), START_TAKES)
+        .needs(ebpf::missing_tools()?)
+        .builds([Build::KernelPrograms, Build::Agent])
+        .begin()?;
+    ebpf::build_agent()
 }
 
 /// Turns this process into a command of the agent's binary.
@@ -101,7 +115,7 @@ pub(super) fn logs(lab: &str, follow: bool) -> anyhow::Result<()> {
     let mut shown: Option<(PathBuf, File)> = None;
     loop {
         let is_up = state.is_alive();
-        // What the agent before has written is read to its end first.
+        // What the predecessor has written is read to its end first.
         if let Some((_, log)) = &mut shown {
             copy(log)?;
         }

@@ -31,7 +31,7 @@ pub(super) const TESTS: &str = "kernel-tests";
 pub(super) const OBJECT: &str = "podgate-ebpf";
 pub(super) const BUDGET: &str = "ebpf-budget.toml";
 /// And for attacks: both builds of the agent, and the directory of the kernel's modules, in the order of their names.
-pub(super) const RELEASE: &str = "podgate";
+pub(super) const PODGATE: &str = "podgate";
 pub(super) const UNDEFENDED: &str = "podgate-undefended";
 pub(super) const MODULES: &str = "modules";
 
@@ -128,9 +128,9 @@ fn attack(only: &str) -> anyhow::Result<()> {
         let loaded = fs::File::open(&path).map(|file| rustix::system::finit_module(file, c"", flags));
         loaded?.with_context(|| format!("cannot load {}", path.display()))?;
     }
-    let [release, undefended] = [RELEASE, UNDEFENDED].map(|name| format!("/{name}"));
+    let [podgate, undefended] = [PODGATE, UNDEFENDED].map(|name| format!("/{name}"));
     let mut attacks = Command::new(format!("/{INIT}"));
-    attacks.args(["attack", "--json", "--only", only, "--agents", &release, &undefended]);
+    attacks.args(["attack", "--json", "--only", only, "--agents", &podgate, &undefended]);
     let output =
         attacks.env("PATH", PATH).stderr(Stdio::inherit()).output().context("cannot run the attacks")?;
     let rows: serde_json::Value =

@@ -14,14 +14,14 @@ use tokio::time::sleep;
 
 use crate::lab_node::{self, IMDS, Node, POD_IDENTITY, ROLES};
 
-/// More than the programs wait for a beat.
+/// More than the programs wait for a heartbeat.
 const STALE: Duration = Duration::from_millis(2300);
 /// Less than any request takes that is not the first.
 const MEMORY: u64 = 16 * 1024;
 /// For so long clients ask an agent that has no more.
 const CLIENTS: Duration = Duration::from_secs(30);
-/// The link and both addresses of the agent's target, as `/proc/net` shows them.
-const LINK: &str = "podgate0";
+/// The netdev and both addresses of the agent's target, as `/proc/net` shows them.
+const NETDEV: &str = "podgate0";
 const TARGET_V4: &str = "169.254.170.23";
 const TARGET_V6: &str = "fd000ec2000000000000000000000023";
 
@@ -59,7 +59,7 @@ fn target_is_up(netns: &NetNs) -> anyhow::Result<[bool; 3]> {
                 .with_context(|| format!("cannot read {file}"))
         };
         Ok([
-            read("dev")?.contains(LINK),
+            read("dev")?.contains(NETDEV),
             read("fib_trie")?.contains(TARGET_V4),
             read("if_inet6")?.contains(TARGET_V6),
         ])
@@ -77,15 +77,15 @@ pub(crate) async fn detach(lab: &Lab, more: &[&str]) -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-fn remove_link(netns: &NetNs) -> anyhow::Result<()> {
+fn remove_netdev(netns: &NetNs) -> anyhow::Result<()> {
     netns.run(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         runtime.block_on(async {
             let (connection, handle, _) = rtnetlink::new_connection()?;
             tokio::spawn(connection);
-            let mut links = handle.link().get().match_name(LINK.to_owned()).execute();
-            let link = links.try_next().await?.context("there is no link")?;
-            Ok(handle.link().del(link.header.index).execute().await?)
+            let mut netdevs = handle.link().get().match_name(NETDEV.to_owned()).execute();
+            let netdev = netdevs.try_next().await?.context("there is no netdev")?;
+            Ok(handle.link().del(netdev.header.index).execute().await?)
         })
     })
 }
@@ -160,7 +160,7 @@ async fn a_stopped_agent_leaves_its_pods_refused_and_others_alone() -> anyhow::R
     assert_eq!(target_is_up(&lab.node.netns)?, [true; 3], "connections to it are refused, and not lost");
     let agent = lab.start_agent(&lab_node::agent(&["--imds", "audit"])?).await?;
     let mut node = Node { lab, agent };
-    // The default of the agent that is in charge now.
+    // The default of the agent that is active now.
     assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE));
     node.agent.kill().await?;
     sleep(STALE).await;
@@ -179,7 +179,7 @@ async fn detach_leaves_the_node_as_it_was_with_and_without_an_agent() -> anyhow:
 
     let listed = detach(&node.lab, &["--dry-run"]).await?;
     let socket = handover.join("handover.sock");
-    for thing in ["links/connect4", "maps/POLICIES", "podgate/v1", LINK, &socket.display().to_string()] {
+    for thing in ["links/connect4", "maps/POLICIES", "podgate/v1", NETDEV, &socket.display().to_string()] {
         assert!(listed.contains("would remove") && listed.contains(thing), "{thing}: {listed}");
     }
     assert_refused(&node, &pod, "ECONNREFUSED").await?;
@@ -210,11 +210,11 @@ async fn an_agent_that_cannot_become_active_exits_and_serves_when_restarted() ->
     let other = node.lab.add_agent_pod("podgate-other")?;
     let spec = lab_node::agent(&["--imds", "intercept"])?;
     let mut successor = node.lab.start_agent_in(&other, &spec).await?;
-    // What the one before it needs is gone, and so is its successor.
-    remove_link(&node.lab.node.netns)?;
+    // What the predecessor needs was removed, and its successor is dead.
+    remove_netdev(&node.lab.node.netns)?;
     successor.kill().await?;
     assert!(!node.agent.wait().await?.success(), "the kubelet is to see it");
-    assert!(node.agent.log_text()?.contains("cannot go on"), "{}", node.agent.log_tail());
+    assert!(node.agent.log_text()?.contains("fatal error"), "{}", node.agent.log_tail());
     node.agent = node.lab.start_agent(&spec).await?;
     node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
     node.down().await

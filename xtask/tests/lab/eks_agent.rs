@@ -20,7 +20,7 @@ use crate::{
     load::Load,
 };
 
-/// More than the programs wait for a beat.
+/// More than the programs wait for a heartbeat.
 const STALE: Duration = Duration::from_millis(2300);
 /// Pods appear, listeners close, and what is under way ends, in far less.
 const SOON: Duration = Duration::from_secs(10);
@@ -44,16 +44,16 @@ async fn start(node: &Node, pod: &Pod) -> anyhow::Result<(EksAgent, usize)> {
     }
 }
 
-/// The addresses of podgate's link.
-fn podgate_s(node: &Node) -> anyhow::Result<BTreeSet<IpAddr>> {
+/// The addresses of podgate's netdev.
+fn netdev_addresses(node: &Node) -> anyhow::Result<BTreeSet<IpAddr>> {
     node.lab.node.netns.run(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let (connection, handle, _) = rtnetlink::new_connection()?;
             tokio::spawn(connection);
             let links = handle.link().get().match_name("podgate0".to_owned()).execute();
-            let link = links.try_collect::<Vec<_>>().await?.remove(0).header.index;
-            let messages = handle.address().get().set_link_index_filter(link).execute();
+            let index = links.try_collect::<Vec<_>>().await?.remove(0).header.index;
+            let messages = handle.address().get().set_link_index_filter(index).execute();
             let messages: Vec<_> = messages.try_collect().await?;
             let attributes = messages.into_iter().flat_map(|message| message.attributes);
             Ok(attributes
@@ -66,9 +66,9 @@ fn podgate_s(node: &Node) -> anyhow::Result<BTreeSet<IpAddr>> {
     })
 }
 
-/// Whether podgate's link has EKS Pod Identity's addresses: both or neither.
+/// Whether podgate's netdev has EKS Pod Identity's addresses: both or neither.
 fn has_pod_identity(node: &Node) -> anyhow::Result<bool> {
-    let addresses = podgate_s(node)?;
+    let addresses = netdev_addresses(node)?;
     let has = POD_IDENTITY_ADDRESSES.map(|address| address.parse().is_ok_and(|a| addresses.contains(&a)));
     anyhow::ensure!(has[0] == has[1] || has[1], "{addresses:?}");
     Ok(has[0] && has[1])
@@ -119,20 +119,20 @@ async fn it_comes_and_goes_under_load_and_no_request_fails() -> anyhow::Result<(
     let load = Load::of_pod_identity(&node, &busy).await?;
     for round in 0..3 {
         let pod = node.lab.add_pod(&pod_spec(&format!("{DAEMON_SET}-{round}")))?;
-        let (mut stock, attempts) = start(&node, &pod).await?;
+        let (mut eks_agent, attempts) = start(&node, &pod).await?;
         assert!(attempts <= 2, "{attempts} attempts to listen\n{}", node.agent.log_tail());
         soon(&node, "its addresses are its own", || Ok(!has_pod_identity(&node)?)).await?;
         node.assert_own_role(&busy, &node.curl(&busy, &[POD_IDENTITY]).await?);
         node.assert_own_role(&busy, &node.imds_v2(&busy, IMDS, &[]).await?);
         assert_eq!(with_token(&node, &unmoved).await?, ACCESS_KEY_ID);
-        assert!(stock.is_running()?, "its own probe reaches it");
+        assert!(eks_agent.is_running()?, "its own probe reaches it");
 
         // While it terminates, its process may hold the addresses for longer than its pod is to be seen.
         node.lab.cluster.delete_pod(&pod.namespace, &pod.name);
         said(&node, &["cannot have EKS Pod Identity's addresses yet"]).await?;
         node.assert_own_role(&busy, &node.curl(&busy, &[POD_IDENTITY]).await?);
         assert_eq!(with_token(&node, &unmoved).await?, ACCESS_KEY_ID);
-        stock.kill().await?;
+        eks_agent.kill().await?;
         node.lab.delete_pod(&pod)?;
         soon(&node, "podgate listens there", || {
             let taken = "podgate has EKS Pod Identity's addresses";
@@ -159,7 +159,7 @@ async fn it_comes_and_goes_under_load_and_no_request_fails() -> anyhow::Result<(
 async fn an_upgrade_alongside_the_eks_agent_loses_no_request() -> anyhow::Result<()> {
     let lab = lab_node::lab()?;
     let eks_agent_pod = lab.add_pod(&pod_spec("eks-pod-identity-agent-x7k2m"))?;
-    let mut stock = lab.start_eks_agent(&eks_agent_pod).await?;
+    let mut eks_agent = lab.start_eks_agent(&eks_agent_pod).await?;
     let spec = lab_node::agent(&FLAGS)?;
     let agent = lab.start_agent(&spec).await?;
     let mut node = Node { lab, agent };
@@ -176,7 +176,7 @@ async fn an_upgrade_alongside_the_eks_agent_loses_no_request() -> anyhow::Result
         let successor = node.lab.start_agent_in(pod, &spec).await?;
         assert!(std::mem::replace(&mut node.agent, successor).stop().await?.success());
     }
-    assert!(stock.is_running()?);
+    assert!(eks_agent.is_running()?);
     assert!(!has_pod_identity(&node)?, "they were never podgate's");
     let requests = load.end().await?;
     assert!(requests.failed().is_empty(), "{:?}", requests.failed());
@@ -206,7 +206,7 @@ async fn successors_that_send_pods_elsewhere_lose_no_request_and_tidy_up() -> an
         assert!(std::mem::replace(&mut node.agent, successor).stop().await?.success());
         node.assert_own_role(&busy, &node.curl(&busy, &[POD_IDENTITY]).await?);
         soon(&node, &format!("{flags:?}: {addresses:?}"), || {
-            let mut found = podgate_s(&node)?;
+            let mut found = netdev_addresses(&node)?;
             // The kernel's own.
             found.retain(|address| !matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()));
             Ok(found == addresses)
@@ -245,14 +245,14 @@ async fn a_copy_of_it_in_another_namespace_is_a_pod_like_any_other() -> anyhow::
 async fn when_podgate_dies_pods_get_what_it_answers_never_the_node_role() -> anyhow::Result<()> {
     let lab = lab_node::lab()?;
     let eks_agent_pod = lab.add_pod(&pod_spec("eks-pod-identity-agent-x7k2m"))?;
-    let mut stock = lab.start_eks_agent(&eks_agent_pod).await?;
+    let mut eks_agent = lab.start_eks_agent(&eks_agent_pod).await?;
     let agent = lab.start_agent(&lab_node::agent(&FLAGS)?).await?;
     let mut node = Node { lab, agent };
     let (plain, injected) = (node.pod("web")?, node.lab.add_pod(&lab_node::spec("injected").with_token())?);
     said(&node, &["the EKS Pod Identity Agent answers", "\"answers\":true"]).await?;
     node.assert_own_role(&plain, &node.curl(&plain, &[POD_IDENTITY]).await?);
     assert_ne!(with_token(&node, &injected).await?, ACCESS_KEY_ID);
-    let pid = stock.pid().context("it runs")?.to_string();
+    let pid = eks_agent.pid().context("it runs")?.to_string();
     let whois =
         lab_node::text(node.lab.agent_tool(&lab_node::agent_binary()?, &["whois", "--pid", &pid])?).await?;
     assert!(whois.contains("it is the EKS Pod Identity Agent"), "{whois}");
@@ -270,7 +270,7 @@ async fn when_podgate_dies_pods_get_what_it_answers_never_the_node_role() -> any
     // It crashes as well, with podgate alive: podgate's pods do not notice.
     node.agent = node.lab.start_agent(&lab_node::agent(&FLAGS)?).await?;
     said(&node, &["the EKS Pod Identity Agent answers", "\"answers\":true"]).await?;
-    stock.kill().await?;
+    eks_agent.kill().await?;
     node.assert_own_role(&plain, &node.curl(&plain, &[POD_IDENTITY]).await?);
     assert_ne!(with_token(&node, &injected).await?, ACCESS_KEY_ID);
     said(&node, &["the EKS Pod Identity Agent answers", "\"answers\":false"]).await?;
@@ -281,13 +281,13 @@ async fn when_podgate_dies_pods_get_what_it_answers_never_the_node_role() -> any
         assert_eq!(try_connect(&node, &plain, address).await?, "EPERM", "{address}");
     }
     // With --when-down deny whatever it answers.
-    let stock = node.lab.start_eks_agent(&eks_agent_pod).await?;
+    let eks_agent = node.lab.start_eks_agent(&eks_agent_pod).await?;
     let deny = [&FLAGS[..], &["--when-down", "deny"]].concat();
     node.agent = node.lab.start_agent(&lab_node::agent(&deny)?).await?;
     sleep(STALE).await;
     node.agent.kill().await?;
     sleep(STALE).await;
     assert_eq!(try_connect(&node, &plain, POD_IDENTITY_ADDRESSES[0]).await?, "EPERM");
-    drop(stock);
+    drop(eks_agent);
     node.lab.down()
 }

@@ -16,7 +16,7 @@ use tokio::{
 
 use crate::lab_node::{self, HELPER, Node, POD_IDENTITY};
 
-/// The host's links, addresses, routes and rules; counters and timers left out.
+/// The host's netdevs, addresses, routes and rules; counters and timers left out.
 async fn host_network() -> anyhow::Result<BTreeSet<String>> {
     let mut facts = BTreeSet::new();
     let columns = |file: &str, count: usize| -> anyhow::Result<Vec<String>> {
@@ -31,12 +31,12 @@ async fn host_network() -> anyhow::Result<BTreeSet<String>> {
             .collect())
     };
     facts.extend(columns("route", 4)?);
-    // Source, next hop and destination; then come metric, counters and the link.
+    // Source, next hop and destination; then come metric, counters and the netdev.
     facts.extend(columns("ipv6_route", 5)?);
     facts.extend(columns("if_inet6", 4)?);
     facts.extend(fs::read_to_string("/proc/net/fib_trie")?.lines().map(|line| format!("fib_trie: {line}")));
-    for link in fs::read_dir("/sys/class/net")? {
-        facts.insert(format!("link: {}", link?.file_name().display()));
+    for netdev in fs::read_dir("/sys/class/net")? {
+        facts.insert(format!("netdev: {}", netdev?.file_name().display()));
     }
     let (connection, handle, _) = rtnetlink::new_connection()?;
     tokio::spawn(connection);

@@ -160,7 +160,7 @@ pub(crate) fn agent(flags: &[&str]) -> anyhow::Result<AgentSpec> {
     Ok(AgentSpec::new(agent_binary()?, flags))
 }
 
-/// The release binary under test.
+/// The binary under test.
 pub(crate) fn agent_binary() -> anyhow::Result<PathBuf> {
     let path =
         std::env::var_os("PODGATE_AGENT").context("PODGATE_AGENT: run `cargo xtask test --tier lab`")?;

@@ -1,4 +1,4 @@
-//! The release binary on a simulated node: real programs, real pods, nothing faked between them.
+//! podgate's binary on a simulated node: real programs, real pods, nothing faked between them.
 //!
 //! Run by `cargo xtask test --tier lab`, as root. Each test has a node of its own and leaves nothing behind.
 

@@ -20,7 +20,7 @@ use crate::lab_node::{self, Node, POD_IDENTITY, ROLES};
 const SOON: Duration = Duration::from_secs(1);
 /// Less than a kubelet takes from a pod's cgroup to its first container: sandbox and network come between.
 const TO_FIRST_CONTAINER: Duration = Duration::from_millis(250);
-/// `lo` is always the first link of a namespace.
+/// `lo` is always the first netdev of a namespace.
 const LO: u32 = 1;
 
 /// Whom a pod reaches at the metadata service's address.
@@ -193,8 +193,8 @@ async fn with_pod_identity_off_the_eks_agent_answers() -> anyhow::Result<()> {
     let agent = lab.start_agent(&lab_node::agent(&["--imds", "intercept", "--target", "own"])?).await?;
     let node = Node { lab, agent };
 
-    let podgate_s = node.pod("moved")?;
-    node.assert_own_role(&podgate_s, &node.curl(&podgate_s, &[POD_IDENTITY]).await?);
+    let moved = node.pod("moved")?;
+    node.assert_own_role(&moved, &node.curl(&moved, &[POD_IDENTITY]).await?);
     let off = ("podgate.dev/pod-identity", "off");
     let by_pod = node.lab.add_pod(&lab_node::spec("waits").annotation(off.0, off.1))?;
     let by_namespace = pod_of(&node, &spec("later", "web"), &[off])?;
@@ -215,7 +215,7 @@ async fn wait_for_eks_agent(node: &Node, pod: &Pod) -> anyhow::Result<()> {
     let deadline = Instant::now() + SOON;
     loop {
         let answer = node.curl(pod, &[POD_IDENTITY]).await?;
-        if answer.body == "stock" {
+        if answer.body == "eks-agent" {
             return Ok(());
         }
         assert!(Instant::now() < deadline, "{}: {answer:?}", pod.full_name());
@@ -238,8 +238,8 @@ fn answer_as_the_eks_agent(listener: TcpListener) {
         for mut stream in listener.incoming().flatten() {
             // A head as short as curl's comes in one piece.
             let _ = stream.read(&mut [0; 4096]);
-            let _ =
-                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\nstock");
+            let _ = stream
+                .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\nconnection: close\r\n\r\neks-agent");
         }
     });
 }

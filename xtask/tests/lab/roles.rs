@@ -61,7 +61,7 @@ async fn a_call_without_a_token_is_known_by_its_cgroup_alone() -> anyhow::Result
 #[tokio::test(flavor = "multi_thread")]
 async fn ipv6_and_dual_stack_sockets_are_redirected_as_well() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
-    let pod = node.pod("catalogue")?;
+    let pod = node.pod("catalog")?;
     let mapped = "169.254.169.254:80:[::ffff:169.254.169.254]:80";
     let answer = node.imds_v2(&pod, IMDS, &["--connect-to", mapped]).await?;
     node.assert_own_role(&pod, &answer);
@@ -94,8 +94,8 @@ async fn a_pod_without_an_association_is_refused_fast_and_by_name() -> anyhow::R
     // Where an SDK goes next, the node's role would be: not for this pod.
     let session = node.session(&pod, IMDS, &[]).await?;
     node.curl(&pod, &["-H", &session, ROLES]).await?.assert_refused(404, &["shop", "unassociated"]);
-    let node_s = format!("{ROLES}{NODE_ROLE}");
-    node.curl(&pod, &["-H", &session, &node_s]).await?.assert_refused(404, &[]);
+    let node_role = format!("{ROLES}{NODE_ROLE}");
+    node.curl(&pod, &["-H", &session, &node_role]).await?.assert_refused(404, &[]);
     assert_eq!(node.lab.imds.credential_reads(), reads);
     node.down().await
 }

@@ -1,4 +1,4 @@
-//! An agent of another ABI takes over and dies: the one before it is in charge again.
+//! An agent of another ABI takes over and dies: its predecessor is active again.
 
 use std::time::{Duration, Instant};
 

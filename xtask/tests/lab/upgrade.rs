@@ -91,8 +91,8 @@ async fn an_upgrade_to_another_abi_refuses_at_most_one_moment() -> anyhow::Resul
         failed.len(),
         requests.longest()
     );
-    // Between the moment when its programs are another's and the moment when its listener is, a connection's ticket is in the
-    // one's map and its connection at the other: it is anonymous, and refused.
+    // Between the moment when its programs are another's and the moment when its listener is, a connection's ticket is in
+    // the one's map and its connection at the other: it is anonymous, and refused.
     assert!(failed.iter().all(|(_, _, outcome)| outcome.starts_with("status 403")), "{failed:?}");
     assert!(failed.len() <= ABI_UPGRADES / 4, "{failed:?}");
     requests.assert_own(&node, &pod);

@@ -147,11 +147,11 @@ impl Node {
         self.cluster(ClusterEvent::NamespaceChanged(name.to_owned())).await;
     }
 
-    async fn appears(&mut self, uid: PodUid, id: u64) {
+    async fn cgroup_created(&mut self, uid: PodUid, id: u64) {
         self.reconciler.on_tree(&mut self.state, TreeEvent::Created(PodCgroup { uid, id })).await;
     }
 
-    async fn goes(&mut self, uid: PodUid, id: u64) {
+    async fn cgroup_removed(&mut self, uid: PodUid, id: u64) {
         self.reconciler.on_tree(&mut self.state, TreeEvent::Removed(PodCgroup { uid, id })).await;
     }
 
@@ -166,15 +166,15 @@ impl Node {
 }
 
 #[tokio::test]
-async fn a_policy_is_in_force_once_object_and_cgroup_are_there_in_either_order() {
+async fn a_policy_is_effective_once_pod_and_cgroup_are_there_in_either_order() {
     let mut node = Node::new();
     let (first, second) = (Arc::new(pod("app", "web")), Arc::new(pod("app", "web")));
     node.pod(&first).await;
     assert_eq!(node.imds(10), None);
-    node.appears(first.uid, 10).await;
+    node.cgroup_created(first.uid, 10).await;
     assert_eq!(node.imds(10), Some(IMDS_AUDIT));
 
-    node.appears(second.uid, 20).await;
+    node.cgroup_created(second.uid, 20).await;
     assert_eq!(node.imds(20), None);
     node.pod(&second).await;
     assert_eq!(node.imds(20), Some(IMDS_AUDIT));
@@ -184,7 +184,7 @@ async fn a_policy_is_in_force_once_object_and_cgroup_are_there_in_either_order()
 async fn a_change_of_the_pod_or_its_namespace_changes_its_policy() {
     let mut node = Node::new();
     let before = pod("app", "web");
-    node.appears(before.uid, 10).await;
+    node.cgroup_created(before.uid, 10).await;
     node.pod(&Arc::new(before.clone())).await;
     node.namespace("app", "intercept").await;
     assert_eq!(node.imds(10), Some(IMDS_INTERCEPT));
@@ -197,7 +197,7 @@ async fn a_change_of_the_pod_or_its_namespace_changes_its_policy() {
 async fn a_pod_of_a_namespace_that_is_not_known_yet_stays_unknown() {
     let mut node = Node::new();
     let pod = Arc::new(pod("new", "web"));
-    node.appears(pod.uid, 10).await;
+    node.cgroup_created(pod.uid, 10).await;
     node.pod(&pod).await;
     assert_eq!(node.imds(10), None);
     node.namespace("new", "deny").await;
@@ -211,10 +211,10 @@ async fn unknown_pods_are_intercepted_while_anybody_may_be() {
     assert_eq!(node.unknown(), (IMDS_AUDIT, IMDS_OFF));
     // A pod with an identity of its own, on this node.
     let injected = Arc::new(Pod { injected: true, ..pod("app", "web") });
-    node.appears(injected.uid, 10).await;
+    node.cgroup_created(injected.uid, 10).await;
     node.pod(&injected).await;
     assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_OFF));
-    node.goes(injected.uid, 10).await;
+    node.cgroup_removed(injected.uid, 10).await;
     node.cluster(ClusterEvent::PodDeleted(injected.uid)).await;
     assert_eq!(node.unknown(), (IMDS_AUDIT, IMDS_OFF));
     // A namespace asks, for its pods on the host's network too.
@@ -236,15 +236,15 @@ async fn unknown_pods_are_intercepted_before_the_first_strict_pod_has_a_cgroup()
 }
 
 #[tokio::test]
-async fn a_terminating_pod_is_forgotten_with_its_cgroup_and_not_before() {
+async fn a_terminating_pod_is_removed_with_its_cgroup_and_not_before() {
     let mut node = Node::new();
     let pod = Arc::new(pod("app", "web"));
     node.pod(&pod).await;
-    node.appears(pod.uid, 10).await;
+    node.cgroup_created(pod.uid, 10).await;
     node.cluster(ClusterEvent::PodDeleted(pod.uid)).await;
     assert!(node.reconciler.pods.get(pod.uid).is_some() && node.imds(10).is_some());
     assert_eq!(node.reconciler.lifecycle.told(pod.uid), [Told::Pending, Told::CgroupCreated]);
-    node.goes(pod.uid, 10).await;
+    node.cgroup_removed(pod.uid, 10).await;
     assert!(node.reconciler.pods.get(pod.uid).is_none() && node.imds(10).is_none());
     assert_eq!(node.reconciler.lifecycle.told(pod.uid), [Told::Pending, Told::CgroupCreated, Told::Deleted]);
 }
@@ -256,12 +256,12 @@ async fn a_pod_without_its_cgroup_stays_removed_until_it_has_another() {
     let [restarted, deleted, finished] = std::array::from_fn(|_| Arc::new(pod("app", "web")));
     for (pod, id) in [(&restarted, 10), (&deleted, 20), (&finished, 30)] {
         node.pod(pod).await;
-        node.appears(pod.uid, id).await;
-        node.goes(pod.uid, id).await;
+        node.cgroup_created(pod.uid, id).await;
+        node.cgroup_removed(pod.uid, id).await;
         assert_eq!(node.reconciler.lifecycle.told(pod.uid), [Pending, CgroupCreated, CgroupRemoved]);
         assert!(node.reconciler.pods.get(pod.uid).is_some());
     }
-    node.appears(restarted.uid, 11).await;
+    node.cgroup_created(restarted.uid, 11).await;
     assert_eq!(
         node.reconciler.lifecycle.told(restarted.uid),
         [Pending, CgroupCreated, CgroupRemoved, CgroupCreated]
@@ -277,15 +277,15 @@ async fn a_pod_without_its_cgroup_stays_removed_until_it_has_another() {
 }
 
 #[tokio::test]
-async fn a_cgroup_that_is_made_anew_under_the_same_name_is_the_pod_s() {
+async fn a_pod_has_the_cgroup_that_is_made_anew_under_the_same_name() {
     use Told::{CgroupCreated, CgroupRemoved, Pending};
     let mut node = Node::new();
     let pod = Arc::new(pod("app", "web"));
     node.pod(&pod).await;
-    node.appears(pod.uid, 10).await;
-    node.goes(pod.uid, 10).await;
-    node.appears(pod.uid, 11).await;
-    node.goes(pod.uid, 10).await;
+    node.cgroup_created(pod.uid, 10).await;
+    node.cgroup_removed(pod.uid, 10).await;
+    node.cgroup_created(pod.uid, 11).await;
+    node.cgroup_removed(pod.uid, 10).await;
     assert_eq!(
         node.reconciler.lifecycle.told(pod.uid),
         [Pending, CgroupCreated, CgroupRemoved, CgroupCreated]
@@ -300,8 +300,8 @@ async fn pods_that_ended_before_the_agent_started_are_removed() {
     node.pod(&finished).await;
     assert_eq!(node.reconciler.lifecycle.told(finished.uid), [CgroupRemoved]);
     let unshown = pod("app", "web").uid;
-    node.appears(unshown, 10).await;
-    node.goes(unshown, 10).await;
+    node.cgroup_created(unshown, 10).await;
+    node.cgroup_removed(unshown, 10).await;
     assert_eq!(
         node.reconciler.lifecycle.told(unshown),
         [CgroupCreated, CgroupRemoved],
@@ -313,7 +313,7 @@ async fn pods_that_ended_before_the_agent_started_are_removed() {
 }
 
 #[tokio::test]
-async fn a_pod_without_a_cgroup_is_forgotten_at_once() {
+async fn a_deleted_pod_without_a_cgroup_is_removed_at_once() {
     let mut node = Node::new();
     let pod = Arc::new(pod("app", "web"));
     node.pod(&pod).await;
@@ -326,7 +326,7 @@ async fn the_agents_own_pod_keeps_its_exemption() {
     let mut node = Node::new();
     node.map.set(1, PodPolicy::EXEMPT).await.unwrap();
     let own = Arc::new(pod("app", "podgate"));
-    node.appears(own.uid, 1).await;
+    node.cgroup_created(own.uid, 1).await;
     node.pod(&own).await;
     assert_eq!(node.imds(1), Some(IMDS_OFF));
 }
@@ -337,20 +337,20 @@ async fn the_eks_agent_is_exempt_and_counts_while_the_api_server_has_it() {
     node.reconciler.policies.namespaces.insert("aws", policy::Annotations::new());
     let is_here = |node: &Node| *node.reconciler.eks_agent_is_here.borrow();
     let exempt = |node: &Node| node.map.0.lock().exempt.clone();
-    let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
+    let eks_agent = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
     let copy = Arc::new(Pod { daemon_set: Some("agent".into()), ..pod("app", "agent") });
-    node.appears(copy.uid, 20).await;
+    node.cgroup_created(copy.uid, 20).await;
     node.pod(&copy).await;
     assert!(!is_here(&node) && exempt(&node).is_empty(), "of another namespace");
 
-    node.pod(&Arc::new(stock.clone())).await;
+    node.pod(&Arc::new(eks_agent.clone())).await;
     assert!(is_here(&node), "before it has a cgroup");
-    node.appears(stock.uid, 10).await;
+    node.cgroup_created(eks_agent.uid, 10).await;
     assert_eq!((exempt(&node), node.imds(10)), (HashSet::from([10]), None));
-    node.cluster(ClusterEvent::PodDeleted(stock.uid)).await;
+    node.cluster(ClusterEvent::PodDeleted(eks_agent.uid)).await;
     assert!(!is_here(&node));
     assert_eq!(exempt(&node), HashSet::from([10]), "while it terminates");
-    node.goes(stock.uid, 10).await;
+    node.cgroup_removed(eks_agent.uid, 10).await;
     assert!(exempt(&node).is_empty());
 }
 
@@ -358,10 +358,10 @@ async fn the_eks_agent_is_exempt_and_counts_while_the_api_server_has_it() {
 async fn a_pod_that_its_daemon_set_has_let_go_of_is_one_like_any_other() {
     let mut node = Node::new();
     node.reconciler.policies.namespaces.insert("aws", policy::Annotations::new());
-    let stock = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
-    node.appears(stock.uid, 10).await;
-    node.pod(&Arc::new(stock.clone())).await;
-    node.pod(&Arc::new(Pod { daemon_set: None, ..stock })).await;
+    let eks_agent = Pod { daemon_set: Some("agent".into()), ..pod("aws", "agent") };
+    node.cgroup_created(eks_agent.uid, 10).await;
+    node.pod(&Arc::new(eks_agent.clone())).await;
+    node.pod(&Arc::new(Pod { daemon_set: None, ..eks_agent })).await;
     assert!(!*node.reconciler.eks_agent_is_here.borrow());
     assert!(node.map.0.lock().exempt.is_empty());
     assert_eq!(node.imds(10), Some(IMDS_AUDIT));

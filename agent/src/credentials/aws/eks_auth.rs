@@ -71,8 +71,8 @@ impl EksAuth {
         }
     }
 
-    /// Keeps a connection open for the next pod that asks: opens one now, and another whenever the last one was closed, until
-    /// shutdown.
+    /// Keeps a connection open for the next pod that asks: opens one now, and another whenever the last one was closed,
+    /// until shutdown.
     pub async fn keep_warm(self, mut connections: Connections, every: Duration) {
         while connections.wait_for(|open| *open == 0).await.is_ok() {
             self.open_connection().await;
@@ -155,8 +155,8 @@ fn all_present(fields: &[&str]) -> bool {
     !fields.contains(&"")
 }
 
-/// Missing node credentials show only as a cause of a construction or dispatch failure; invalid ones, as one of AWS's common
-/// errors.
+/// Missing node credentials show only as a cause of a construction or dispatch failure; invalid ones, as one of AWS's
+/// common errors.
 fn failure(error: &SdkError<AssumeRoleForPodIdentityError, HttpResponse>) -> Error {
     match error {
         SdkError::ServiceError(answer) => service_failure(answer.err().meta(), answer.raw()),

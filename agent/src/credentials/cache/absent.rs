@@ -1,7 +1,7 @@
 //! Pods without a cgroup on this node: those that have none yet, and those whose cgroup was removed.
 //!
-//! Owns that memory. It is as large as what the API server shows of the node, and bounded beyond. Pure: it is told of cgroups
-//! and deletions.
+//! Owns that memory. It is as large as what the API server shows of the node, and bounded beyond. Pure: it is told of
+//! cgroups and deletions.
 
 use std::{collections::HashMap, time::Duration};
 

@@ -63,7 +63,7 @@ impl AnonymousCallers {
         self.0.entry(address).or_insert_with(AnonymousCaller::new).tokens.push_back(token);
     }
 
-    pub(super) fn forget_token(&mut self, address: IpAddr, token: &TokenDigest) {
+    pub(super) fn remove_token(&mut self, address: IpAddr, token: &TokenDigest) {
         let Some(caller) = self.0.get_mut(&address) else { return };
         caller.tokens.retain(|other| other != token);
         if caller.tokens.is_empty() {

@@ -1,6 +1,6 @@
 //! The circuit breaker: whether EKS Auth answers at all, and how carefully it is called again once it does.
 //!
-//! Owns that judgement for the whole node; never knows more of a single key than that it failed.
+//! Owns that judgment for the whole node; never knows more of a single key than that it failed.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -9,8 +9,8 @@ use jiff::Timestamp;
 use super::key::FairnessKey;
 use crate::credentials::freshness::Jitter;
 
-/// So many calls without an answer, and none answered in between, open the circuit: if they are of as many fairness keys, or
-/// of all that have called since, so that it is no single pod's fault.
+/// So many calls without an answer, and none answered in between, open the circuit: if they are of as many fairness keys,
+/// or of all that have called since, so that it is no single pod's fault.
 const OPEN_AFTER: usize = 3;
 /// While the circuit is open, one call is made in this time.
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);

@@ -1,7 +1,7 @@
 //! Parses a service-account token, and checks its times.
 //!
-//! Owns the checks that need nothing but the token, with the error texts of the EKS Pod Identity Agent (0.1.37), which users
-//! search the web for. Signatures are up to `jwks`; never fetches a key.
+//! Owns the checks that need nothing but the token, with the error texts of the EKS Pod Identity Agent (0.1.37), which
+//! users search the web for. Signatures are up to `jwks`; never fetches a key.
 
 use base64::{
     Engine as _, alphabet,

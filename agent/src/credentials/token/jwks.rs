@@ -1,7 +1,7 @@
 //! Verifies a token's signature against the cluster's keys, a JSON Web Key Set (RFC 7517).
 //!
-//! Owns the algorithms, each bound to its kind of key: a token cannot choose another. Never fetches the keys, never looks at
-//! claims.
+//! Owns the algorithms, each bound to its kind of key: a token cannot choose another. Never fetches the keys, never looks
+//! at claims.
 
 use std::collections::HashMap;
 

@@ -45,6 +45,7 @@ pub struct TokenProvider {
     kube: Client,
     verifier: TokenVerifier,
     clock: Clock,
+    /// Caches, unlike the tables of pods: the entries of a pod whose removal was missed lapse.
     requested: Cache<PodUid, (Secret, Timestamp)>,
     /// The last token of a pod that EKS Auth has refused: the kubelet replaces its file only after most of its life.
     refused: Cache<PodUid, TokenDigest>,
@@ -73,7 +74,8 @@ pub enum Error {
 // === impl TokenProvider ===
 
 impl TokenProvider {
-    /// Tokens from the kubelet whose `--root-dir` is `kubelet_root`, unless `verifier` rejects them, and from the API server.
+    /// Tokens from the kubelet whose `--root-dir` is `kubelet_root`, unless `verifier` rejects them, and from the API
+    /// server.
     pub fn new(kubelet_root: &Path, kube: Client, verifier: TokenVerifier, clock: Clock) -> Self {
         let life = Duration::from_secs(LIFE_SECS.unsigned_abs());
         let requested = Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(life).build();
@@ -110,8 +112,8 @@ impl TokenProvider {
         self.refused.insert(uid, token.digest()).await;
     }
 
-    /// The kubelet's token of the pod. `None` where the webhook has added no volume, the kubelet has not written the file yet,
-    /// or the token is no longer valid because the kubelet is behind.
+    /// The kubelet's token of the pod. `None` where the webhook has added no volume, the kubelet has not written the file
+    /// yet, or the token is no longer valid because the kubelet is behind.
     async fn kubelet_token(&self, pod: &Pod) -> Option<Secret> {
         if !pod.token_volume {
             return None;

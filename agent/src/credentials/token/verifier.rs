@@ -1,8 +1,9 @@
 //! Whether a token was issued by this cluster for EKS Auth.
 //!
-//! Owns the cluster's keys: fetched from the API server as the agent itself (which `system:service-account-issuer-discovery`
-//! allows every service account), cached, and fetched again when they are old or a token names an unknown one. A token is
-//! never valid without verification, and never invalid because the keys are unavailable: only because of its own claims.
+//! Owns the cluster's keys: fetched from the API server as the agent itself (which
+//! `system:service-account-issuer-discovery` allows every service account), cached, and fetched again when they are old or
+//! a token names an unknown one. A token is never valid without verification, and never invalid because the keys are
+//! unavailable: only because of its own claims.
 
 use std::{sync::Arc, time::Duration};
 

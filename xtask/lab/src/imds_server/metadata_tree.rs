@@ -170,19 +170,11 @@ mod tests {
     use super::*;
 
     fn tree() -> Tree {
-        Tree::new(ImdsConfig {
-            region: "eu-west-1".into(),
-            zone: "eu-west-1b".into(),
-            zone_id: "euw1-az2".into(),
-            instance_id: "i-0".into(),
-            role_name: "node-role".into(),
-            credentials: NodeCredentials {
-                access_key_id: "ASIANODE".into(),
-                secret_access_key: "secret".into(),
-                session_token: "token".into(),
-            },
-            account: "111122223333".into(),
-        })
+        Tree::new(ImdsConfig::new(NodeCredentials {
+            access_key_id: "ASIANODE".into(),
+            secret_access_key: "secret".into(),
+            session_token: "token".into(),
+        }))
     }
 
     #[test]
@@ -192,8 +184,8 @@ mod tests {
             ("/latest/meta-data/iam/security-credentials/", Some("node-role")),
             ("/latest/meta-data/iam/security-credentials", Some("node-role")),
             ("/latest/meta-data/iam/", Some("info\nsecurity-credentials/")),
-            ("/latest/meta-data/placement/availability-zone/", Some("eu-west-1b")),
-            ("/2021-03-23/meta-data/placement/region", Some("eu-west-1")),
+            ("/latest/meta-data/placement/availability-zone/", Some("us-west-2a")),
+            ("/2021-03-23/meta-data/placement/region", Some("us-west-2")),
             ("/latest/", Some("dynamic/\nmeta-data/\nuser-data")),
             ("/latest/meta-data/iam/security-credentials/other", None),
             ("/latest/meta-data/ia", None),

@@ -27,7 +27,7 @@ impl Scene {
         let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
         let flags: Vec<_> = FLAGS.into_iter().chain(needs.flags.iter().map(String::as_str)).collect();
         let binary = match needs.build {
-            Build::Release => &builds.release,
+            Build::Podgate => &builds.podgate,
             Build::Undefended => &builds.undefended,
         };
         Ok(Self {
@@ -83,7 +83,7 @@ impl Scene {
 
     /// Tells the agent, if there is one that can be told.
     async fn switch_off(&self, labels: &str) -> anyhow::Result<()> {
-        if self.build == Build::Release || self.agent.lock().await.is_none() {
+        if self.build == Build::Podgate || self.agent.lock().await.is_none() {
             return Ok(());
         }
         let answer = self.lab.node.ask_agent(&format!("/without/{labels}")).await?;

@@ -389,8 +389,8 @@ fn check(budget: Budget, events: Vec<Event>) -> Result<(), TestCaseError> {
             prop_assert!(are_of(credentials, pod), "another pod's credentials");
             prop_assert!(now < credentials.expiration, "expired credentials");
         }
-        // Credentials that came for its pod while it waited were its answer at once: unless the pod was removed meanwhile, or a
-        // token brought them while the pod's own call was running.
+        // Credentials that came for its pod while it waited were its answer at once: unless the pod was removed meanwhile,
+        // or a token brought them while the pod's own call was running.
         let was_removed =
             removed.iter().any(|(uid, removed)| *uid == pod && (waits_from..=at).contains(removed));
         if was_removed || forged || by_token {

@@ -1,8 +1,10 @@
-//! A value that a program keeps in the kernel for as long as it is loaded: in a map that no file leads to. Who wants to read
-//! it must open the program and the map by their numbers, for which the kernel wants `CAP_SYS_ADMIN`: a pinned map is
+//! A value that a program retains in the kernel for as long as it is loaded: in a map that no file leads to. Who wants to
+//! read it must open the program and the map by their numbers, for which the kernel wants `CAP_SYS_ADMIN`: a pinned map is
 //! protected by its file's mode alone.
 //!
-//! Owns how it is put there and found again; never knows what it is.
+//! Owns how it is put there and found again; never knows what it is. Maps of a program that it does not use: Linux 5.10,
+//! <https://github.com/torvalds/linux/commit/ef15314aa5de955c6afd87d512e8b00f5ac08d06>. Frozen maps: 5.2,
+//! <https://github.com/torvalds/linux/commit/87df15de441bd4add7876ef584da8cabdd9a042a>.
 
 use std::{
     error::Error,
@@ -27,8 +29,8 @@ struct ProgBindMap {
     flags: u32,
 }
 
-/// Gives a program a value to keep under this name, of which the kernel knows 15 characters. Nobody can change it.
-pub(crate) fn keep<V: Pod>(program: BorrowedFd<'_>, name: &str, value: V) -> io::Result<()> {
+/// Gives a program a value to retain under this name, of which the kernel knows 15 characters. Nobody can change it.
+pub(crate) fn retain<V: Pod>(program: BorrowedFd<'_>, name: &str, value: V) -> io::Result<()> {
     let sizes = [size_of::<u32>(), size_of::<V>()].map(u32::try_from);
     let [Ok(key_size), Ok(value_size)] = sizes else { return Err(io::ErrorKind::InvalidInput.into()) };
     let map_type = bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
@@ -44,8 +46,8 @@ pub(crate) fn keep<V: Pod>(program: BorrowedFd<'_>, name: &str, value: V) -> io:
     unsafe { bpf(bpf_cmd::BPF_PROG_BIND_MAP, &mut attr).map(drop) }
 }
 
-/// What a link's program keeps under this name, if it does.
-pub(crate) fn kept<V: Pod>(link: &Link, name: &str) -> io::Result<Option<V>> {
+/// What a link's program retains under this name, if it does.
+pub(crate) fn retained<V: Pod>(link: &Link, name: &str) -> io::Result<Option<V>> {
     for map in program(link.info()?.prog_id)?.map_ids().map_err(failed)?.unwrap_or_default() {
         let info = MapInfo::from_id(map).map_err(failed)?;
         if info.name() == name.as_bytes() {
