@@ -33,8 +33,9 @@ pub(crate) use self::access_log::process_label;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) use self::connection::protocol;
 pub use self::limit::ConnectionLimit;
-pub(crate) use self::stream::Stream;
-use self::{access_log::Entry, connection::Connection, limit::LimitKey, metrics::RequestMetrics};
+use self::{
+    access_log::Entry, connection::Connection, limit::LimitKey, metrics::RequestMetrics, stream::Stream,
+};
 use crate::{
     accept::Accepted,
     credentials::{cache::CredentialCache, source::CredentialSource, token::claims::SentToken},

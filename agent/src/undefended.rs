@@ -20,7 +20,7 @@ use agent_common::{
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::{identity::SourcePod, serve::Stream};
+use crate::identity::SourcePod;
 
 /// Which defenses are off: labels, separated by commas.
 const VARIABLE: &str = "PODGATE_WITHOUT";
@@ -37,7 +37,7 @@ type Tell = Box<dyn FnMut(u64) -> Result<(), String> + Send>;
 static PROGRAMS: Mutex<Option<Tell>> = Mutex::new(None);
 
 /// A connection whose requests seem to have no bodies.
-pub(crate) struct Unframed(pub(crate) Stream);
+pub(crate) struct Unframed<S>(pub(crate) S);
 
 /// Switches off what the environment names. An error names what is no defense.
 pub(crate) fn init() -> Result<(), String> {
@@ -101,7 +101,7 @@ pub(crate) fn abi_version() -> u32 {
 
 // === impl Unframed ===
 
-impl AsyncRead for Unframed {
+impl<S: AsyncRead + Unpin> AsyncRead for Unframed<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -116,7 +116,7 @@ impl AsyncRead for Unframed {
     }
 }
 
-impl AsyncWrite for Unframed {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Unframed<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -97,6 +97,15 @@ pub fn find(pod: &Path) -> io::Result<Option<OwnedFd>> {
     Ok((is_of_pod && (metadata.dev(), metadata.ino()) == expected).then(|| namespace.into()))
 }
 
+/// Whether both are the same namespace.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn is_same(one: &OwnedFd, other: &OwnedFd) -> io::Result<bool> {
+    let id = |namespace: &OwnedFd| Ok::<_, io::Error>(File::from(namespace.try_clone()?).metadata()?.ino());
+    Ok(id(one)? == id(other)?)
+}
+
 fn of_process(pid: i32) -> String {
     format!("/proc/{pid}/ns/net")
 }

@@ -15,7 +15,7 @@ use tokio::{
 
 /// A connection's socket.
 #[derive(Debug)]
-pub(crate) struct Stream {
+pub(super) struct Stream {
     socket: TcpStream,
     /// Dropped before it was shut down, it is reset: what is not acknowledged would keep it, and with it the network of a pod
     /// that has ended, for up to two minutes.

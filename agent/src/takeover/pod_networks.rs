@@ -2,7 +2,7 @@
 //!
 //! Owns the steps into a pod's network and out of it; never decides when.
 
-use std::{io, net::IpAddr, os::unix::fs::MetadataExt as _, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
 use tokio::time::sleep;
@@ -97,7 +97,7 @@ impl PodNetworks for NodeNetworks {
         Box::pin(async move {
             let namespace = namespace.ok_or(io::ErrorKind::NotFound)??;
             if let Some(current) = current?
-                && inode(&current)? != inode(&namespace)?
+                && !pod_network::is_same(&current, &namespace)?
             {
                 return Err(io::Error::other("the pod's sandbox was made again"));
             }
@@ -105,8 +105,4 @@ impl PodNetworks for NodeNetworks {
             self.thread.run(namespace, check).await?
         })
     }
-}
-
-fn inode(namespace: &std::os::fd::OwnedFd) -> io::Result<u64> {
-    Ok(std::fs::File::from(namespace.try_clone()?).metadata()?.ino())
 }

@@ -67,7 +67,8 @@ const CAPABILITIES: &[(&str, Capability)] = &[
 /// Every module of the agent.
 pub(super) const AGENT: &[Rule] = &[
     Rule { module: "crate", imports: &[], may: &[] },
-    Rule { module: "accept", imports: &["drain", "intercept"], may: &[Network] },
+    Rule { module: "accept", imports: &["drain", "identity", "intercept"], may: &[Network] },
+    Rule { module: "accept::in_pod", imports: &["accept"], may: &[Files, Network] },
     Rule {
         module: "admin",
         imports: &["files", "error", "identity::peer", "undefended", "whois"],
@@ -253,6 +254,27 @@ pub(super) const AGENT: &[Rule] = &[
         may: &[Network],
     },
     Rule { module: "takeover::heartbeat_task", imports: &[], may: &[] },
+    Rule {
+        module: "takeover::pod_listeners",
+        imports: &[
+            "accept",
+            "drain",
+            "identity",
+            "identity::networks",
+            "intercept",
+            "log_limit",
+            "takeover",
+            "takeover::dataplane",
+            "takeover::listeners",
+            "takeover::pod_networks",
+        ],
+        may: &[],
+    },
+    Rule {
+        module: "takeover::pod_networks",
+        imports: &["accept::in_pod", "identity::cgroupfs", "identity::netns", "identity::pod_network"],
+        may: &[],
+    },
     Rule { module: "takeover::shutdown", imports: &["takeover::dataplane"], may: &[] },
     Rule { module: "takeover::standby", imports: &["intercept", "takeover::dataplane"], may: &[] },
     Rule {
