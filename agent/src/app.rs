@@ -193,7 +193,6 @@ where
         metrics: metrics.handovers.clone(),
     };
     tasks.spawn("the handover of credentials", predecessor.serve(activity.receiver));
-    tasks.spawn("the kernel's events", kernel_events::run(kernel.events, Arc::clone(&server)));
 
     let (eks_agent_sender, eks_agent_is_here) = watch::channel(false);
     let (listeners, pod_events) = mpsc::unbounded_channel();
@@ -206,7 +205,9 @@ where
         known: Arc::clone(&known.networks),
         metrics: metrics.pod_listeners,
     };
-    let (pod_listeners, following) = PodListeners::follow(pod_listeners, pod_events);
+    let (unanswered, is_unanswered) = watch::channel(0);
+    tasks.spawn("the kernel's events", kernel_events::run(kernel.events, Arc::clone(&server), unanswered));
+    let (pod_listeners, following) = PodListeners::follow(pod_listeners, pod_events, is_unanswered);
     tasks.spawn_finite("the listeners in pods' networks", following.map(Ok));
     let lifecycle =
         PodState { cache: Arc::clone(&cache), connections: server.connections.clone(), listeners };

@@ -12,6 +12,7 @@ use std::{
 
 use agent_common::{counter::Counter, event::Event};
 use futures::{Stream, StreamExt as _};
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::{
@@ -33,15 +34,20 @@ const RETRY_DELAY: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 struct EventLimits(HashMap<(u64, u32), LogLimit>);
 
-/// Logs the kernel's events until shutdown.
+/// Logs the kernel's events until shutdown. `unanswered` is told of networks, by their cookies, in which nothing has answered
+/// a pod.
 pub(crate) async fn run<S: CredentialSource>(
     mut events: impl Stream<Item = Result<(Counter, Event), intercept::Error>> + Unpin,
     server: Arc<Server<S>>,
+    unanswered: watch::Sender<u64>,
 ) {
     let mut limits = EventLimits::default();
     while let Some(event) = events.next().await {
         match event {
             Ok((counter, event)) => {
+                if matches!(counter, Counter::Unanswered) && event.address.is_loopback() {
+                    unanswered.send_replace(event.netns_cookie);
+                }
                 if let Some(suppressed) = limits.admit(counter, &event, Instant::now()) {
                     log(counter, &event, suppressed, &server);
                 }
@@ -89,6 +95,11 @@ fn log<S: CredentialSource>(counter: Counter, event: &Event, suppressed: u64, se
         Counter::Audited => {
             info!(target: "audit", process, ?address, suppressed, pod.uid = uid, pod.name = name,
                 "a pod connected to the node's own metadata service");
+        }
+        Counter::Unanswered if event.address.is_loopback() => {
+            warn!(target: "kernel", reason, process, ?address, suppressed, pod.uid = uid, pod.name = name,
+                "nothing answered a pod's connection attempt on its own loopback: it is down, or rules in the pod's network drop \
+                 what is sent there (`nft list ruleset` in it tells)");
         }
         Counter::Unanswered => {
             let (ip, port) = (address.ip(), address.port.get());

@@ -83,6 +83,7 @@ pub(crate) struct PodListeners {
 /// Follows the pods.
 struct Follower<D> {
     parts: Parts<D>,
+    unanswered: watch::Receiver<u64>,
     drain: DrainWatch,
     log: Mutex<LogLimit>,
 }
@@ -139,15 +140,16 @@ impl PodListenerMetrics {
 // === impl PodListeners ===
 
 impl PodListeners {
-    /// Follows what happens to pods' cgroups until `events` ends.
+    /// Follows what happens to pods' cgroups, and in which networks, by their cookies, nothing has answered a pod.
     pub(crate) fn follow<D: Dataplane>(
         parts: Parts<D>,
         events: mpsc::UnboundedReceiver<PodEvent>,
+        unanswered: watch::Receiver<u64>,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let (drain, watch) = drain();
         let (first_round, opening) = watch::channel(());
         let log = Mutex::new(LogLimit::new(LINES_MAX, LOG_INTERVAL));
-        let follower = Arc::new(Follower { parts, drain: watch, log });
+        let follower = Arc::new(Follower { parts, unanswered, drain: watch, log });
         (Self { drain, first_round }, follower.run(events, opening))
     }
 
@@ -278,6 +280,7 @@ impl<D: Dataplane> Follower<D> {
         self.parts.known.learn(pod.uid, open.cookie);
         let (cookie, entry) = (open.cookie, entry(pod_cgroup_id, &open));
         let connections = Connections::default();
+        let mut unanswered = self.unanswered.clone();
         let mut accepting = match self.accept(pod.uid, &open, &connections) {
             Ok(accepting) => accepting,
             Err(error) => return End::Again(error.to_string()),
@@ -306,6 +309,7 @@ impl<D: Dataplane> Follower<D> {
                     }
                     _ => break End::Again("its listeners were closed by somebody else".to_owned()),
                 },
+                () = named(&mut unanswered, cookie) => {}
                 () = sleep(PROBE_INTERVAL) => {}
             }
         };
@@ -422,6 +426,16 @@ impl Drop for Counted {
     fn drop(&mut self) {
         self.0.dec();
     }
+}
+
+/// Returns when this network is the one in which nothing has answered.
+async fn named(unanswered: &mut watch::Receiver<u64>, netns_cookie: u64) {
+    while unanswered.changed().await.is_ok() {
+        if *unanswered.borrow_and_update() == netns_cookie {
+            return;
+        }
+    }
+    future::pending::<()>().await;
 }
 
 /// The listeners as the programs know them.
