@@ -36,6 +36,10 @@ defenses! {
     RevokedTickets = "revoked-tickets",
     /// A ticket is good only where its connection was redirected to. Without: at every listener of the agent.
     TicketPath = "ticket-path",
+    /// A pod is served in its own network. Without: on the node's addresses.
+    PodListeners = "pod-listeners",
+    /// A caller on the node's addresses has no other pod's address.
+    PeerAddress = "peer-address",
     /// The ticket identifies the source pod. Without: whoever is known at the address.
     IdentityByTicket = "identity-by-ticket",
     /// The ticket is in the handshake's last segment too. Without: in the first alone.

@@ -178,6 +178,7 @@ fn own_listener(ctx: &SockAddrCtx, pod_cgroup_id: u64, is_ip4: bool) -> Endpoint
     match target::in_network(ctx.netns_cookie()) {
         Some(in_pod)
             if in_pod.pod_cgroup_id == pod_cgroup_id
+                && holds(Defense::PodListeners)
                 && !ctx.socket().is_some_and(Socket::is_bound_elsewhere) =>
         {
             let listener = in_pod.endpoint(is_ip4);

@@ -4,9 +4,10 @@
 
 use std::{io, net::IpAddr, path::PathBuf, sync::Arc, time::Instant};
 
-#[cfg(feature = "undefended")]
-use agent_common::defense::{Defense, holds};
-use agent_common::origin::Origin;
+use agent_common::{
+    defense::{Defense, holds},
+    origin::Origin,
+};
 
 pub mod cgroup;
 pub mod cgroupfs;
@@ -166,7 +167,8 @@ impl CallerResolver {
 
     /// Whether a pod that is known, and is not `pod`, has this address for itself.
     pub fn is_address_of_another(&self, address: IpAddr, pod: Option<PodUid>) -> bool {
-        self.pods.with_address(address).is_some_and(|other| Some(other) != pod)
+        let other = self.pods.with_address(address).filter(|other| Some(*other) != pod);
+        other.is_some() && holds(Defense::PeerAddress)
     }
 }
 

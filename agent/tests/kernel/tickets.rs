@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -191,6 +192,26 @@ fn a_connect_without_a_route_leaves_no_ticket_for_the_next() {
         pod.run(|| reconnect(&socket, "127.0.0.2:8080")).unwrap();
         assert_eq!(elsewhere.accept(), None);
         assert_eq!((node.count(Counter::NoTicket), node.count(Counter::TicketSent)), (1, 0));
+    });
+}
+
+#[test]
+fn a_ticket_is_good_only_where_it_was_sent() {
+    Node::run(|node| {
+        let pod = node.pod("a", IMDS_INTERCEPT, POD_IDENTITY_ON);
+        let (agent, elsewhere) = (node.agent(), node.agent_at(&["127.0.0.2:8080".parse().unwrap()]));
+        let _direct = pod.connect(IMDS).unwrap();
+        assert!(agent.accept().is_some(), "the control");
+        // As a node does that translates the address for a Service or a host port.
+        let divert = format!(
+            "add table ip divert; add chain ip divert out {{ type nat hook output priority -100; }}; \
+             add rule ip divert out ip daddr {AGENT_V4} tcp dport 80 dnat to 127.0.0.2:8080"
+        );
+        assert!(Command::new("nft").arg(divert).status().unwrap().success());
+        let _diverted = pod.connect(IMDS).unwrap();
+        assert_eq!(elsewhere.accept(), None);
+        assert_eq!(node.count(Counter::DivertedTicket), 1);
+        assert_eq!(node.live_tickets(), 1, "it stays good where it was sent");
     });
 }
 

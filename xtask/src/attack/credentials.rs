@@ -20,12 +20,13 @@ const HOUR: Duration = Duration::from_hours(1);
 const SIDECAR: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15_001);
 
 pub(super) async fn forged_token(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = network::on_one_address(scene).await?;
+    // Anonymous, because the kernel attests every pod: a process of the node, in none.
+    let (victim, _) = network::on_one_address(scene).await?;
     let claims =
         scene.lab.cluster.pod_claims(&victim.namespace, &victim.name, &[POD_IDENTITY_AUDIENCE], HOUR);
     let forged = SigningKey::generate().sign(&claims);
-    let got = scene.act(Place::In(&attacker), &ask(POD_IDENTITY, &with_token(&forged))).await?;
-    Ok(scene.loot(&got, Some(&attacker)))
+    let got = scene.act(Place::OnNode, &ask(POD_IDENTITY, &with_token(&forged))).await?;
+    Ok(scene.loot(&got, None))
 }
 
 pub(super) async fn stolen_token(scene: &Scene) -> anyhow::Result<Outcome> {

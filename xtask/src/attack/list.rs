@@ -44,37 +44,37 @@ pub(super) fn select(only: &str) -> anyhow::Result<Vec<&'static Attack>> {
 
 pub(super) const ATTACKS: &[Attack] = attacks! {
     "guessed-ticket", "a handshake by hand, with every ticket that the time suggests, while another pod's connection is under way",
-        [UnguessableTickets], packets::guessed_ticket;
+        [PodListeners, PeerAddress, UnguessableTickets], packets::guessed_ticket;
     "replayed-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner was served",
-        [SingleUse], packets::replayed_ticket;
+        [PodListeners, PeerAddress, SingleUse], packets::replayed_ticket;
     "stolen-ticket", "a ticket read off the node's wire, in a handshake by hand, after its owner's connection has failed",
-        [RevokedTickets], packets::stolen_ticket;
+        [PodListeners, PeerAddress, RevokedTickets], packets::stolen_ticket;
     "no-ticket", "a handshake by hand without a ticket, from the address of a pod that has completed",
-        [IdentityByTicket, RemovedPods], packets::no_ticket;
+        [PodListeners, PeerAddress, OwnNetwork, IdentityByTicket, RemovedPods], packets::no_ticket;
     "absent-ticket", "a connection without a ticket, from an address shared with another pod",
         [IdentityByTicket], network::absent_ticket;
     "source-port-reuse", "the same from the very port that the other pod has just used",
         [IdentityByTicket], network::reused_port;
     "ip-reuse", "a new pod with the address of one that has completed asks for credentials",
-        [IdentityByTicket, RemovedPods], network::reused_address;
+        [PodListeners, PeerAddress, OwnNetwork, IdentityByTicket, RemovedPods], network::reused_address;
     "doubled-address", "the address and the port of a pod that lives, in a second network namespace",
-        [IdentityByTicket], network::doubled_address;
+        [PodListeners, IdentityByTicket], network::doubled_address;
     "from-the-node", "a process of the node, in no pod, connects where pods on the host's network do",
         [IdentityByTicket], network::from_the_node;
     "another-namespace", "a process of the node, in no pod, connects through a pod's network",
-        [IdentityByTicket], network::beside_a_pod;
+        [PodListeners, IdentityByTicket], network::beside_a_pod;
     "foreign-network", "a process of one pod connects through another pod's network, as a node-wide mesh proxy does",
         [OwnNetwork], network::foreign_network;
     "syn-flood", "thousands of handshakes begun by hand, so that the node answers with SYN cookies",
-        [TicketInAck], packets::syn_flood, bare;
+        [PodListeners, TicketInAck], packets::syn_flood, bare;
     "half-open-connections", "50,000 connections that never complete, to use up the room for tickets",
-        [TicketLimit], packets::half_open_connections, quiet;
+        [PodListeners, TicketLimit], packets::half_open_connections, quiet;
     "held-connections", "1,000 idle connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::held_connections, quiet;
     "held-probes", "520 connections to the port for probes and metrics of an agent that may have 512 files open",
         [ProbeLimit], packets::held_probes, quiet;
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
-        [ConnectionLimit], packets::full_queue, quiet;
+        [PodListeners, ConnectionLimit], packets::full_queue, quiet;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
         [NO_EGRESS_FILTER], packets::raw_tcp;
     "udp-to-imds", "a datagram to the real IMDS",
@@ -88,13 +88,13 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "socket-passed-on", "a socket that another pod has connected is passed on and connected again",
         [OriginOfEveryConnect], pods::passed_socket;
     "unsent-socket-passed-on", "the same with a socket whose connect has failed before its handshake",
-        [OriginOfEveryConnect], pods::unsent_socket;
+        [PodListeners, OriginOfEveryConnect], pods::unsent_socket;
     "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
         [NO_EGRESS_FILTER], pods::earlier_socket, bare;
     "lookalike-cgroup", "a cgroup named like another pod's outside kubepods, and a pod's socket",
         [BelowKubepods, OwnNetwork], pods::lookalike_cgroup;
     "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
-        [OutermostPod, OwnNetwork], pods::nested_cgroup;
+        [PodListeners, OutermostPod, OwnNetwork], pods::nested_cgroup;
     "static-pod-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
         [StaticPods], pods::static_pod;
     "claimed-owner", "a tenant's pod that says to be of the EKS Pod Identity Agent, which is left alone",
@@ -108,11 +108,11 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "stolen-token", "another pod's token, sent by a pod",
         [EVIL_DELEGATE], credentials::stolen_token;
     "stolen-token-at-own-pair", "the same at podgate's own pair of addresses, where nothing is redirected",
-        [ConnectedAddresses], credentials::stolen_token_at_own_pair;
+        [PeerAddress, ConnectedAddresses], credentials::stolen_token_at_own_pair;
     "stolen-token-by-sidecar", "the same by way of a mesh's sidecar, which connects again",
         [EVIL_DELEGATE], credentials::stolen_token_by_sidecar;
     "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
-        [AddressReservation, OwnListeners], credentials::joined_listener, own;
+        [PodListeners, AddressReservation, OwnListeners], credentials::joined_listener, own;
     "wildcard-listener", "the same at every address, also after the agent is killed with -9",
         [OwnListeners], credentials::wildcard_listener, own;
     "command-socket", "a root pod to which the node's files are shown asks the socket for podgate's commands",

@@ -51,12 +51,13 @@ pub(super) fn give(path: &Path, to: SocketAddr) -> io::Result<()> {
     pass_on(socket, path)
 }
 
-/// Gives away a socket whose connect has failed before it sent anything: it may use no router, and needs one.
+/// Gives away a socket whose connect has failed before it sent anything: it may use no router, and needs one. On a loopback
+/// it needs none: then one that has not tried to connect.
 pub(super) fn give_unsent(path: &Path, to: SocketAddr) -> io::Result<()> {
     let socket = tcp(to)?;
     setsockopt(&socket, DontRoute, &true)?;
     if connect(&socket, &to).is_ok() {
-        return Err(io::Error::other("a connection came about without a router"));
+        return pass_on(tcp(to)?, path);
     }
     setsockopt(&socket, DontRoute, &false)?;
     pass_on(socket, path)
