@@ -83,6 +83,8 @@ counters! {
     AuditedOther = "audited_other",
     /// Events that found the ring buffer full.
     EventsDropped = "events_dropped",
+    /// Packets to IMDS that were stopped as they left the node: a strict pod sent them, whatever address it gave them.
+    FenceDropped = "fence_dropped",
 }
 
 /// How many counters there are: the size of the map.
