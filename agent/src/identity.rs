@@ -15,6 +15,7 @@ pub mod namespaces;
 pub mod netns;
 pub mod networks;
 pub mod peer;
+pub mod pod_networks;
 pub mod pods;
 pub mod tree;
 pub mod watch;

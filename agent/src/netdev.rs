@@ -16,6 +16,7 @@ use rtnetlink::{
 };
 use tracing::{debug, info};
 
+pub mod inventory;
 mod routing_rules;
 
 use self::routing_rules::Rules;

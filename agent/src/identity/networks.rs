@@ -98,9 +98,17 @@ impl PodProcesses for Arc<Kubepods> {
     }
 }
 
-/// The network of the pod whose own cgroup is this directory: that of its oldest process, which is the sandbox's. A later
-/// process may have entered another network.
+/// The network of the pod whose own cgroup is this directory.
 pub fn of_pod(directory: &Path) -> io::Result<Option<u64>> {
+    let Some((_, pid)) = oldest_process(directory)? else { return Ok(None) };
+    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
+    // The PID may have been reused before the namespace was opened.
+    if is_in(pid, directory)? { netns::cookie_of(namespace).map(Some) } else { Ok(None) }
+}
+
+/// The oldest process of a pod, which is the sandbox's, and since when it runs. A later process may have entered another
+/// network.
+pub(super) fn oldest_process(directory: &Path) -> io::Result<Option<(u64, i32)>> {
     let mut oldest = None;
     for pid in processes(directory)? {
         // It has exited meanwhile, so it is not the sandbox's.
@@ -109,13 +117,14 @@ pub fn of_pod(directory: &Path) -> io::Result<Option<u64>> {
             oldest = Some((stat.starttime, pid));
         }
     }
-    let Some((_, pid)) = oldest else { return Ok(None) };
-    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-    // The PID may have been reused before the namespace was opened.
+    Ok(oldest)
+}
+
+/// Whether a process is in this cgroup directory or below it.
+pub(super) fn is_in(pid: i32, directory: &Path) -> io::Result<bool> {
     let cgroup = cgroupfs::cgroup_of(Some(pid)).map_err(io::Error::other)?;
     let mount = cgroupfs::cgroup2_mount().map_err(io::Error::other)?;
-    let is_of_pod = cgroupfs::join(&mount, &cgroup).starts_with(directory);
-    if is_of_pod { netns::cookie_of(namespace).map(Some) } else { Ok(None) }
+    Ok(cgroupfs::join(&mount, &cgroup).starts_with(directory))
 }
 
 /// Every process in a cgroup and below it.

@@ -3,6 +3,7 @@
 //! Owns the maps and every name in the object; never attaches anything.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::TcpListener,
     os::fd::{AsFd as _, BorrowedFd},
@@ -20,6 +21,7 @@ use agent_common::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf, SkStorage, SockMap},
+    programs::SchedClassifier,
 };
 
 use super::{
@@ -47,6 +49,7 @@ pub(super) struct Object {
     exempt: HashMap<MapData, u64, u64>,
     listeners: SockMap<MapData>,
     reserved: HashMap<MapData, Endpoint, u32>,
+    netdevs: HashMap<MapData, u32, u64>,
     imds_key: Array<MapData, ImdsKey>,
     targets: Array<MapData, Target>,
     target_index: Array<MapData, u32>,
@@ -124,6 +127,7 @@ impl Object {
             exempt: take(&mut ebpf, map::EXEMPT)?,
             listeners: take(&mut ebpf, map::LISTENERS)?,
             reserved: take(&mut ebpf, map::RESERVED)?,
+            netdevs: take(&mut ebpf, map::NETDEVS)?,
             imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
             target_index: take(&mut ebpf, map::TARGET_INDEX)?,
@@ -167,6 +171,12 @@ impl Object {
         Ok(fd.ok_or(Error::Mismatch { what: name })?.as_fd())
     }
 
+    /// A loaded program for netdevs.
+    pub(super) fn classifier(&mut self, name: &'static str) -> Result<&mut SchedClassifier, Error> {
+        let program = self.programs.program_mut(name).and_then(|program| program.try_into().ok());
+        program.ok_or(Error::Mismatch { what: name })
+    }
+
     /// Puts a target into force. Programs see the former one or this one, never a mixture.
     pub(super) fn set_target(&mut self, target: Target) -> Result<(), Error> {
         let slot = 1 - self.target_index()?.min(1);
@@ -205,6 +215,19 @@ impl Object {
     /// Every reserved address.
     pub(super) fn reservations(&self) -> Result<Vec<Endpoint>, Error> {
         self.reserved.keys().collect::<Result<_, _>>().map_err(reading(map::RESERVED))
+    }
+
+    /// Makes these the netdevs of pods, by index, with the pods' cgroups.
+    pub(super) fn set_netdevs(&mut self, wanted: &BTreeMap<u32, u64>) -> Result<(), Error> {
+        let present: BTreeMap<_, _> =
+            self.netdevs.iter().collect::<Result<_, _>>().map_err(reading(map::NETDEVS))?;
+        for netdev in present.keys().filter(|netdev| !wanted.contains_key(netdev)) {
+            remove(&mut self.netdevs, *netdev).map_err(writing(map::NETDEVS))?;
+        }
+        for (netdev, pod) in wanted.iter().filter(|(netdev, pod)| present.get(netdev) != Some(pod)) {
+            self.netdevs.insert(netdev, pod, 0).map_err(writing(map::NETDEVS))?;
+        }
+        Ok(())
     }
 
     /// The key of IMDS tokens; all zero where none was made yet.
