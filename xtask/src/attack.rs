@@ -116,7 +116,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     if arguments.agents.is_none() {
         announce(&arguments.vm)?;
     }
-    let rows = if arguments.vm.is_empty() { run_here(arguments, &attacks)? } else { run_in_machines(arguments)? };
+    let rows =
+        if arguments.vm.is_empty() { run_here(arguments, &attacks)? } else { run_in_machines(arguments)? };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {
