@@ -96,21 +96,24 @@ impl Lineage {
         if is_exempt(self.outer) {
             return Some((self.outer, PodPolicy::EXEMPT));
         }
-        policy(self.inner)
-            .map(|policy| (self.inner, policy))
-            .or_else(|| policy(self.outer).map(|policy| (self.outer, policy)))
+        // SAFETY: a policy is copied at once; entries are replaced whole.
+        unsafe {
+            if let Some(policy) = POLICIES.get(self.inner) {
+                Some((self.inner, *policy))
+            } else {
+                POLICIES.get(self.outer).map(|policy| (self.outer, *policy))
+            }
+        }
     }
 }
 
 /// The policy of the pod with this cgroup, if the agent knows one.
 #[inline(always)]
 pub(crate) fn of_pod(pod_cgroup_id: u64) -> Option<PodPolicy> {
-    if is_exempt(pod_cgroup_id) { Some(PodPolicy::EXEMPT) } else { policy(pod_cgroup_id) }
-}
-
-#[inline(always)]
-fn policy(pod_cgroup_id: u64) -> Option<PodPolicy> {
-    // SAFETY: a policy is copied at once; entries are replaced whole.
+    if is_exempt(pod_cgroup_id) {
+        return Some(PodPolicy::EXEMPT);
+    }
+    // SAFETY: as above.
     unsafe { POLICIES.get(pod_cgroup_id).copied() }
 }
 

@@ -45,8 +45,9 @@ struct LinkCreateTcx {
     expected_revision: u64,
 }
 
-/// The beginning of `query` of `union bpf_attr`.
+/// `query` of `union bpf_attr`.
 #[repr(C)]
+#[expect(clippy::struct_field_names, reason = "the kernel's names")]
 struct Query {
     target_ifindex: u32,
     attach_type: u32,

@@ -4,7 +4,7 @@
 //! is replaced in place, and never removed from a netdev that packets go on to leave by. Never decides which netdev is a
 //! pod's, never reads the node's network.
 
-use std::{collections::BTreeMap, io, mem, path::Path};
+use std::{collections::BTreeMap, fs, io, mem, os::fd::AsFd as _, path::Path};
 
 use agent_common::abi::program;
 use aya::programs::{
@@ -140,7 +140,7 @@ impl Fence {
             put_filter(netdev, program).map_err(kernel_error)?;
         }
         self.filtered.insert(netdev.index, netdev.name.clone());
-        // A filter that is new is the first of its preference: the last one that was added.
+        // Of one preference the filter that was added last comes first.
         Ok(netdev.filter.is_none_or(|filter| filter.is_first))
     }
 }
@@ -148,8 +148,7 @@ impl Fence {
 /// Attaches by tcx.
 fn put_link(netdev: &Netdev, program: &SchedClassifier, id: u32, links: &Path) -> io::Result<()> {
     let name = format!("{PIN}{}", netdev.index);
-    let program = program.fd().map_err(io::Error::other)?;
-    let program = std::os::fd::AsFd::as_fd(program);
+    let program = program.fd().map_err(io::Error::other)?.as_fd();
     if let Some(link) = files::if_present(Link::open(&links.join(&name)))?
         && link.target()? == u64::from(netdev.index)
     {
@@ -209,7 +208,7 @@ fn kernel_error(error: ProgramError) -> io::Error {
 /// The names in the directory of links.
 fn names(links: &Path) -> Result<Vec<String>, Error> {
     let read = || -> io::Result<Vec<String>> {
-        let entries = std::fs::read_dir(links)?;
+        let entries = fs::read_dir(links)?;
         entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
     };
     read().map_err(|source| Error::Pin { path: links.to_owned(), source })
