@@ -44,9 +44,10 @@ const ATTACK_SECONDS: &str = "1800";
 const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
 /// What of Debian's kernels simulated nodes need, each after what it needs itself: netdevs, filters on them, and the
 /// translation of addresses.
-const MODULES: [&str; 14] = [
+const MODULES: [&str; 15] = [
     "drivers/net/veth",
     "drivers/net/dummy",
+    "drivers/net/macvlan",
     "net/sched/sch_ingress",
     "net/sched/cls_bpf",
     "lib/libcrc32c",

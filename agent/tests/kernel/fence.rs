@@ -38,8 +38,8 @@ use nix::{
 };
 use prometheus_client::{encoding::text::encode, registry::Registry};
 use rtnetlink::{
-    Handle, LinkUnspec, LinkVeth, RouteMessageBuilder,
-    packet_route::{address::AddressHeaderFlags, route::RouteMessage},
+    Handle, LinkMacVlan, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    packet_route::{address::AddressHeaderFlags, link::MacVlanMode, route::RouteMessage},
 };
 use tokio::sync::Notify;
 
@@ -227,9 +227,14 @@ impl NetworkPod {
     /// Its first process, as a sandbox has one.
     #[expect(unsafe_code, reason = "nothing but a system call is allowed after a fork")]
     fn start(&mut self) {
-        let wait = || loop {
-            // SAFETY: it has no precondition.
-            unsafe { libc::pause() };
+        let wait = || {
+            // SAFETY: nothing of this process uses a descriptor. Those of other tests must not stay open: their locks and
+            // addresses would be taken as long as the pod lives. Linux 5.9.
+            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
+            loop {
+                // SAFETY: it has no precondition.
+                unsafe { libc::pause() };
+            }
         };
         self.sandbox = Some(self.run(|| fork(wait)));
     }
@@ -513,6 +518,41 @@ fn a_netdev_that_is_nobodys_follows_unknown_pods() {
             }
             assert!(WAYS[5].1(&imds, &pod, HAPPENS), "on the host's network other unknown pods count");
         }
+    });
+}
+
+#[test]
+fn a_netdev_that_shares_the_nodes_is_known_by_the_pods_socket() {
+    Node::run(|node| {
+        let imds = without_the_egress_filter(node);
+        let pod = NetworkPod::create(node, 0, IMDS_AUDIT);
+        share_the_uplink(&pod);
+        let arrives = |patience| imds.gets(patience, |mark| pod.run(|| datagram(IMDS_V4.into(), mark)));
+        assert!(arrives(HAPPENS), "without the fence");
+        fence(node, &[&pod]);
+        assert!(arrives(HAPPENS), "in audit");
+        let deny = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
+        node.interceptor.set_policy(pod.pod.cgroup.id, deny).unwrap();
+        assert!(!arrives(NOTHING), "in deny");
+    });
+}
+
+/// Gives a pod a macvlan on the node's uplink, and its route to IMDS.
+fn share_the_uplink(pod: &NetworkPod) {
+    netlink(async |handle| {
+        let uplink = index(&handle, UPLINK).await?;
+        let shared = LinkMacVlan::new("shared", uplink, MacVlanMode::Bridge).build();
+        handle.link().add(shared).execute().await?;
+        let pods = LinkUnspec::new_with_name("shared").setns_by_fd(pod.network.as_fd().as_raw_fd());
+        handle.link().set(pods.build()).execute().await
+    });
+    in_network(&pod.network, || {
+        netlink(async |handle| {
+            let shared = index(&handle, "shared").await?;
+            up(&handle, shared).await?;
+            add_address(&handle, shared, "192.168.7.9", 24).await?;
+            handle.route().add(route_v4("169.254.169.254", 32, "192.168.7.1")).execute().await
+        });
     });
 }
 
