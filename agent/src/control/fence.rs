@@ -80,6 +80,7 @@ impl FenceMetrics {
             "Netdevs by which packets leave the node, by state of the second fence: first, behind, open (unstable)",
             metrics.0.clone(),
         );
+        metrics.set(&Fenced::default());
         metrics
     }
 
