@@ -46,6 +46,8 @@ pub const TICKETS_PER_POD: u32 = 64;
 pub const TICKETS_MAX: u32 = PODS_MAX * TICKETS_PER_POD;
 /// Most pods with a policy, and most with a count of tickets: cgroups outlive their pod for some seconds.
 pub const POLICIES_MAX: u32 = 4_096;
+/// Most netdevs of pods at a time: each pod has one, those of pods that ended a moment ago included.
+pub const NETDEVS_MAX: u32 = POLICIES_MAX;
 /// A value of `EXEMPT`: a pod of podgate's.
 pub const EXEMPT_PODGATE: u64 = 0;
 /// A value of `EXEMPT`: a pod of the EKS Pod Identity Agent.
@@ -85,13 +87,29 @@ pub mod program {
     pub const EGRESS: &str = "egress";
     /// `sk_lookup` on the host's network.
     pub const LOOKUP: &str = "lookup";
+    /// tc egress of the node's netdevs that are no pod's: the second fence.
+    pub const FENCE: &str = "fence";
+    /// The same for netdevs without an Ethernet header.
+    pub const FENCE_L3: &str = "fence_l3";
     /// The programs that outlive the agent, in the order in which they are attached: those that mint a ticket,
     /// send it, and choose who gets it come last and one right after the other.
     pub const PERMANENT: [&str; 8] =
         [BIND4, BIND6, GETPEERNAME4, GETPEERNAME6, ACTIVE, CONNECT4, CONNECT6, LOOKUP];
     /// Every program.
-    pub const ALL: [&str; 10] =
-        [PASSIVE, BIND4, BIND6, LOOKUP, ACTIVE, CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, EGRESS];
+    pub const ALL: [&str; 12] = [
+        PASSIVE,
+        BIND4,
+        BIND6,
+        LOOKUP,
+        ACTIVE,
+        CONNECT4,
+        CONNECT6,
+        GETPEERNAME4,
+        GETPEERNAME6,
+        EGRESS,
+        FENCE,
+        FENCE_L3,
+    ];
 }
 
 /// Names of the maps; the kernel keeps 15 characters.
@@ -134,6 +152,8 @@ pub mod map {
     pub const TARGET_INDEX: &str = "TARGET_INDEX";
     /// One `u32`: what the program [`super::program::EGRESS`] is to do, of [`crate::egress`]'s `JOB_*`.
     pub const EGRESS_JOBS: &str = "EGRESS_JOBS";
+    /// Index of a netdev on the node to `u64`: the own cgroup of the pod whose packets come in there.
+    pub const NETDEVS: &str = "NETDEVS";
     /// Socket storage of a socket whose request to IMDS was reported: `u32`, the value means nothing.
     pub const AUDITED: &str = "AUDITED";
     /// Per-CPU `u64`s, indexed by [`crate::counter::Counter`].

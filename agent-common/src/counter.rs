@@ -86,6 +86,8 @@ counters! {
     EventsDropped = "events_dropped",
     /// Connections accepted elsewhere than their ticket was sent to: somebody, or a translation on the way, has diverted it.
     DivertedTicket = "diverted_ticket",
+    /// Packets to IMDS that were stopped as they left the node: a strict pod sent them, whatever address it gave them.
+    FenceDropped = "fence_dropped",
 }
 
 /// How many counters there are: the size of the map.

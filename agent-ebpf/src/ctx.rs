@@ -6,12 +6,15 @@ use core::ptr::NonNull;
 
 use aya_ebpf::bindings::bpf_sock;
 
+mod frame;
+mod ip;
 mod sk_lookup;
 mod skb;
 mod sock_addr;
 mod sock_ops;
 
 pub(crate) use self::{
+    frame::FrameCtx,
     sk_lookup::SkLookupCtx,
     skb::SkbCtx,
     sock_addr::SockAddrCtx,

@@ -119,5 +119,10 @@ fn audit(ctx: &SkbCtx, socket: Option<Socket>, pod_cgroup_id: u64, destination: 
 #[inline(always)]
 fn report(what: Counter, ctx: &SkbCtx, pod_cgroup_id: u64, destination: Endpoint) {
     count(what);
-    events::of_packet(what, ctx, pod_cgroup_id, Endpoint::from_ip6_be(destination.addr, ctx.port()));
+    events::of_packet(
+        what,
+        ctx.cgroup_id(),
+        pod_cgroup_id,
+        Endpoint::from_ip6_be(destination.addr, ctx.port()),
+    );
 }

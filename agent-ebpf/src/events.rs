@@ -7,11 +7,7 @@ use aya_ebpf::helpers::{
     bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns,
 };
 
-use crate::{
-    counters::count,
-    ctx::{SkbCtx, SockAddrCtx},
-    maps::EVENTS,
-};
+use crate::{counters::count, ctx::SockAddrCtx, maps::EVENTS};
 
 /// About a `connect` or `bind` call of the running task.
 #[inline(always)]
@@ -49,11 +45,11 @@ pub(crate) fn of_origin(kind: Counter, origin: &Origin, address: Endpoint) {
     });
 }
 
-/// About a packet: all that is known of its sender is the socket.
+/// About a packet: all that is known of its sender is a cgroup, the socket's or else the pod's.
 #[inline(always)]
-pub(crate) fn of_packet(kind: Counter, ctx: &SkbCtx, pod_cgroup_id: u64, destination: Endpoint) {
+pub(crate) fn of_packet(kind: Counter, cgroup_id: u64, pod_cgroup_id: u64, destination: Endpoint) {
     emit(Event {
-        cgroup_id: ctx.cgroup_id(),
+        cgroup_id,
         pod_cgroup_id,
         netns_cookie: 0,
         at_ns: now(),

@@ -3,7 +3,7 @@
 //! Owns the entry points and their return values; never decides anything itself. `connect` decides whether a connection is
 //! redirected and puts its origin on the socket, `limit` counts each pod's tickets, `ticket` sends the ticket with the
 //! handshake, `attest` redeems it on the agent's side, `peername` shows the pod its original destination, `egress` drops
-//! packets that no connection allows, `events` reports to the agent. Whatever fails inside a program leaves other
+//! packets that no connection allows, `fence` those that leave the node for IMDS all the same, `events` reports to the agent. Whatever fails inside a program leaves other
 //! destinations alone and refuses podgate's own.
 #![no_std]
 #![no_main]
@@ -12,11 +12,11 @@
 #![expect(clippy::inline_always, reason = "structs do not fit BPF's registers, so calls must vanish")]
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, sk_lookup, sock_ops},
-    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock_addr, classifier, sk_lookup, sock_ops},
+    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
 };
 
-use crate::ctx::{SkLookupCtx, SkbCtx, SockAddrCtx, SockOpsCtx};
+use crate::ctx::{FrameCtx, SkLookupCtx, SkbCtx, SockAddrCtx, SockOpsCtx};
 
 mod attest;
 mod bind;
@@ -25,6 +25,7 @@ mod counters;
 mod ctx;
 mod egress;
 mod events;
+mod fence;
 mod globals;
 mod limit;
 mod log;
@@ -105,6 +106,18 @@ fn passive(ctx: SockOpsContext) -> u32 {
 #[cgroup_skb(egress)]
 fn egress(ctx: SkBuffContext) -> i32 {
     egress::egress(&SkbCtx::new(ctx)).code()
+}
+
+/// tc egress of the node's netdevs that have an Ethernet header.
+#[classifier]
+fn fence(ctx: TcContext) -> i32 {
+    fence::fence(&FrameCtx::ethernet(ctx)).code()
+}
+
+/// tc egress of those that have none.
+#[classifier]
+fn fence_l3(ctx: TcContext) -> i32 {
+    fence::fence(&FrameCtx::ip(ctx)).code()
 }
 
 #[cfg(not(test))]

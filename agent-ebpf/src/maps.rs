@@ -3,7 +3,10 @@
 //! Owns the maps' types and names (`agent_common::abi::map`); never looks anything up.
 
 use agent_common::{
-    abi::{COUNTERS_MAX, EVENTS_BYTES, EXEMPT_MAX, LISTENERS_MAX, POLICIES_MAX, RESERVED_MAX, TICKETS_MAX},
+    abi::{
+        COUNTERS_MAX, EVENTS_BYTES, EXEMPT_MAX, LISTENERS_MAX, NETDEVS_MAX, POLICIES_MAX, RESERVED_MAX,
+        TICKETS_MAX,
+    },
     event::Event,
     net::Endpoint,
     origin::{Origin, PendingOrigin},
@@ -83,6 +86,10 @@ pub(crate) static TARGET_INDEX: Array<u32, 1> = Array::new();
 /// What `egress` does, written by the agent whose program it is. Not pinned: the successor has its own.
 #[btf_map]
 pub(crate) static EGRESS_JOBS: Array<u32, 1> = Array::new();
+
+/// Index of a netdev on the node to the cgroup of the pod whose packets come in there, written by the agent.
+#[btf_map]
+pub(crate) static NETDEVS: HashMap<u32, u64, { NETDEVS_MAX as usize }> = HashMap::new();
 
 /// Marks sockets of which `egress` has reported what they request from IMDS: once is enough. Freed with the socket.
 #[btf_map]

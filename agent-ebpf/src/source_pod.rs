@@ -124,6 +124,16 @@ impl Lineage {
     }
 }
 
+/// The policy of the pod with this cgroup, if the agent knows one.
+#[inline(always)]
+pub(crate) fn of_pod(pod_cgroup_id: u64) -> Option<PodPolicy> {
+    if is_exempt(pod_cgroup_id) {
+        return Some(PodPolicy::EXEMPT);
+    }
+    // SAFETY: as above.
+    unsafe { POLICIES.get(pod_cgroup_id).copied() }
+}
+
 /// The policy of a pod that the agent does not know.
 #[inline(always)]
 pub(crate) fn unknown(slot: u32) -> PodPolicy {

@@ -4,7 +4,8 @@
 //! <https://github.com/torvalds/linux/commit/7f045a49fee04b5662cbdeaf0838f9322ae8c63a>; detaching: 5.9,
 //! <https://github.com/torvalds/linux/commit/73b11c2ab072d5b0599d1e12cc126f55ee306daf>. Links to cgroups: 5.7,
 //! <https://github.com/torvalds/linux/commit/af6eea57437a830293eab56246b6025cc7d46ee7>, and their update:
-//! <https://github.com/torvalds/linux/commit/0c991ebc8c69d29b7fc44db17075c5aa5253e2ab>.
+//! <https://github.com/torvalds/linux/commit/0c991ebc8c69d29b7fc44db17075c5aa5253e2ab>. Links to netdevs have a page of their
+//! own: [`Link::create_tcx_egress`].
 #![expect(unsafe_code, reason = "bpf(2) is no safe function")]
 
 use std::{
@@ -21,7 +22,7 @@ use aya_obj::generated::{bpf_attach_type, bpf_cmd};
 
 pub(crate) mod retained;
 
-/// A link of a program to a cgroup or a network namespace, in the kernel as long as it is open or pinned.
+/// A link of a program to a cgroup, a network namespace or a netdev, in the kernel as long as it is open or pinned.
 #[derive(Debug)]
 pub(crate) struct Link(OwnedFd);
 
@@ -32,6 +33,35 @@ struct LinkCreate {
     target_fd: u32,
     attach_type: u32,
     flags: u32,
+}
+
+/// `link_create` of `union bpf_attr`, of a link to a netdev.
+#[repr(C)]
+struct LinkCreateTcx {
+    prog_fd: u32,
+    target_ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+    relative_fd: u32,
+    _pad: u32,
+    expected_revision: u64,
+}
+
+/// `query` of `union bpf_attr`.
+#[repr(C)]
+#[expect(clippy::struct_field_names, reason = "the kernel's names")]
+struct Query {
+    target_ifindex: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    count: u32,
+    _pad: u32,
+    prog_attach_flags: u64,
+    link_ids: u64,
+    link_attach_flags: u64,
+    revision: u64,
 }
 
 /// `link_update` of `union bpf_attr`.
@@ -60,7 +90,7 @@ struct Info {
     info: u64,
 }
 
-/// The beginning of `struct bpf_link_info`, of a link to a cgroup or a network namespace.
+/// The beginning of `struct bpf_link_info`, of a link to a cgroup, a network namespace or a netdev.
 #[repr(C)]
 #[derive(Default)]
 struct LinkInfo {
@@ -68,7 +98,8 @@ struct LinkInfo {
     id: u32,
     prog_id: u32,
     _pad: u32,
-    /// The cgroup's id; or the namespace's inode in the lower half, and the type of attachment in the other.
+    /// The cgroup's id; or the namespace's inode or the netdev's index in the lower half, and the type of attachment in the
+    /// other.
     target: u64,
     _end: u64,
 }
@@ -77,6 +108,10 @@ struct LinkInfo {
 const CGROUP: u32 = 3;
 /// `BPF_LINK_TYPE_NETNS`.
 const NETNS: u32 = 5;
+/// `BPF_LINK_TYPE_TCX`.
+const TCX: u32 = 11;
+/// `BPF_F_BEFORE`: before the program that is named, or where none is, before all.
+const BEFORE: u32 = 1 << 3;
 
 // === impl Link ===
 
@@ -92,6 +127,24 @@ impl Link {
             target_fd: raw(target.as_fd()),
             attach_type: attach_type as u32,
             flags: 0,
+        };
+        // SAFETY: this command takes such a record.
+        let fd = unsafe { bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)? };
+        // SAFETY: the kernel has just made the descriptor, for us alone.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Attaches a program to what leaves by a netdev, before all others. `EINVAL` where the kernel has no tcx: Linux 6.6,
+    /// <https://github.com/torvalds/linux/commit/e420bed025071a623d2720a92bc2245c84757ecb>.
+    pub(crate) fn create_tcx_egress(program: BorrowedFd<'_>, netdev: u32) -> io::Result<Self> {
+        let mut attr = LinkCreateTcx {
+            prog_fd: raw(program),
+            target_ifindex: netdev,
+            attach_type: bpf_attach_type::BPF_TCX_EGRESS as u32,
+            flags: BEFORE,
+            relative_fd: 0,
+            _pad: 0,
+            expected_revision: 0,
         };
         // SAFETY: this command takes such a record.
         let fd = unsafe { bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)? };
@@ -126,19 +179,28 @@ impl Link {
         unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop) }
     }
 
-    /// Detaches the program now, whoever else has the link. Removing a pin does so only a while later.
+    /// Detaches the program now, whoever else has the link. Removing a pin does so only a while later. What it was attached
+    /// to may be gone.
     pub(crate) fn detach(&self) -> io::Result<()> {
         let mut link_fd = raw(self.0.as_fd());
         // SAFETY: this command takes the descriptor alone.
-        unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut link_fd).map(drop) }
+        match unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut link_fd) } {
+            Err(error) if error.raw_os_error() != Some(libc::ENOLINK) => Err(error),
+            _ => Ok(()),
+        }
     }
 
-    /// What it is attached to: a cgroup's id, or a network namespace's inode; 0 when that is gone.
+    /// The id of the program that is attached.
+    pub(crate) fn program_id(&self) -> io::Result<u32> {
+        self.info().map(|info| info.prog_id)
+    }
+
+    /// What it is attached to: a cgroup's id, a network namespace's inode, or a netdev's index; 0 when that is gone.
     pub(crate) fn target(&self) -> io::Result<u64> {
         let info = self.info()?;
         match info.link_type {
             CGROUP => Ok(info.target),
-            NETNS => Ok(info.target & u64::from(u32::MAX)),
+            NETNS | TCX => Ok(info.target & u64::from(u32::MAX)),
             _ => Err(io::Error::other("it is a link of another kind")),
         }
     }
@@ -153,6 +215,30 @@ impl Link {
         // SAFETY: this command takes such a record; the kernel writes no more than `info_len` bytes.
         unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)? };
         Ok(info)
+    }
+}
+
+/// The id of the program that sees first what leaves by a netdev, of those that are attached by tcx.
+pub(crate) fn first_at_tcx_egress(netdev: u32) -> io::Result<Option<u32>> {
+    let mut first = 0_u32;
+    let mut attr = Query {
+        target_ifindex: netdev,
+        attach_type: bpf_attach_type::BPF_TCX_EGRESS as u32,
+        query_flags: 0,
+        attach_flags: 0,
+        prog_ids: (&raw mut first).addr() as u64,
+        count: 1,
+        _pad: 0,
+        prog_attach_flags: 0,
+        link_ids: 0,
+        link_attach_flags: 0,
+        revision: 0,
+    };
+    // SAFETY: this command takes such a record; the kernel writes no more than `count` ids.
+    match unsafe { bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr) } {
+        // There are more.
+        Err(error) if error.raw_os_error() != Some(libc::ENOSPC) => Err(error),
+        _ => Ok((first != 0).then_some(first)),
     }
 }
 

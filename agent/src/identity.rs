@@ -19,6 +19,7 @@ pub mod peer;
 pub mod pod;
 pub mod pod_network;
 pub mod pods;
+pub mod sandboxes;
 pub mod tree;
 pub mod watch;
 

@@ -24,6 +24,7 @@ mod counters;
 mod error;
 mod events;
 mod exemptions;
+mod fence;
 mod handle;
 mod handover_key;
 mod heartbeat;
@@ -46,6 +47,7 @@ pub use self::{
     error::Error,
     events::Events,
     exemptions::PodgatePods,
+    fence::{FENCE_FILTER, Fenced, Filter, Netdev, Netdevs, remove_filter},
     handle::InterceptorHandle,
     handover_key::{HandoverKey, handover_key},
     heartbeat::{Heartbeat, Standing},
@@ -54,6 +56,7 @@ pub use self::{
     settings::{Settings, TicketKey},
 };
 use self::{
+    fence::Fence,
     links::Hooks,
     object::Object,
     pins::{Lock, Pins},
@@ -69,6 +72,7 @@ pub struct Interceptor {
     heartbeat: Heartbeat,
     counters: Counters,
     wanted: Wanted,
+    fence: Fence,
     egress_filter: bool,
     audit_paths: bool,
     handover_key: HandoverKey,
@@ -99,6 +103,7 @@ impl Interceptor {
             heartbeat,
             counters: Counters::new(maps.counters),
             wanted: Wanted::default(),
+            fence: Fence::default(),
             egress_filter: settings.egress_filter,
             audit_paths: settings.audit_paths,
             handover_key,
@@ -198,6 +203,7 @@ impl Interceptor {
             self.hooks.attach(&self.object, &self.pins, name)?;
         }
         self.set_egress(self.wanted.needs_egress(self.egress_filter, self.audit_paths))?;
+        self.apply_fence()?;
         self.pins.detach_others(program::ACTIVE)?;
         self.hooks.attach(&self.object, &self.pins, lookup)?;
         self.pins.remove_others()
@@ -276,6 +282,21 @@ impl Interceptor {
         self.object.remove_policy(pod_cgroup_id)?;
         self.object.unexempt(pod_cgroup_id)?;
         self.attach_egress_where_needed()
+    }
+
+    /// Makes these the node's netdevs: the second fence is where packets leave the node, and knows which are pods'. What came
+    /// of it; `None` if this agent is not active, and will do so when it is.
+    pub fn set_netdevs(&mut self, netdevs: Netdevs) -> Result<Option<Fenced>, Error> {
+        self.wanted.netdevs = Some(netdevs);
+        let Some(_lock) = self.lock_if_active()? else { return Ok(None) };
+        self.apply_fence().map(Some)
+    }
+
+    fn apply_fence(&mut self) -> Result<Fenced, Error> {
+        match &self.wanted.netdevs {
+            Some(netdevs) => self.fence.apply(netdevs, &mut self.object, &self.pins),
+            None => Ok(Fenced::default()),
+        }
     }
 
     /// The key of IMDS tokens, the same for every agent on this node since it was started.

@@ -34,7 +34,8 @@
 //!   ring buffer ─▶ intercept ─▶ kernel_events ─▶ log
 //! ```
 //!
-//! - `control`: both loops, `reconcile` and `kernel_events`
+//! - `control`: the loops `reconcile` and `kernel_events`, and `fence`, which keeps the second fence where packets leave the
+//!   node: the node's netdevs and the pods' networks -> intercept
 //! - `instance_metadata`: the agent's copy of what the node's IMDS says about the instance
 //!
 //! # Takeover
@@ -62,7 +63,7 @@
 //! # Low level
 //!
 //! - `bpf`, `netdev`, `mapdump`: what of bpf(2) the eBPF library lacks; podgate's network interface, its addresses and
-//!   routing rules; pinned maps in the format of bpftool
+//!   routing rules, and a look at the node's other interfaces; pinned maps in the format of bpftool
 //! - `secret`, `error`, `log_limit`, `files`: strings that no log prints; errors for people; limits on log lines; private
 //!   directories
 //! - `testing`, `undefended`: doubles for tests; defenses that the attack suite switches off

@@ -1,7 +1,7 @@
 //! podgate's own network interface, the addresses on it that podgate listens at, and the routing rules by which every pod
 //! reaches them.
 //!
-//! Owns these and nothing else of the node's network. Adds no route to the main table: the local table is enough, and the
+//! Owns these and nothing else of the node's network, which `inventory` reads. Adds no route to the main table: the local table is enough, and the
 //! EKS Pod Identity Agent refuses to start where it finds such a route.
 
 use std::{io, net::IpAddr};
@@ -16,6 +16,7 @@ use rtnetlink::{
 };
 use tracing::{debug, info};
 
+pub mod inventory;
 mod routing_rules;
 
 use self::routing_rules::Rules;

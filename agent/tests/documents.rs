@@ -17,8 +17,8 @@ use std::{
 };
 
 use agent::{
-    cli::Cli, credentials::metrics::CacheMetrics, serve::metrics::RequestMetrics,
-    takeover::transfer::HandoverMetrics,
+    cli::Cli, control::fence::FenceMetrics, credentials::metrics::CacheMetrics,
+    serve::metrics::RequestMetrics, takeover::transfer::HandoverMetrics,
 };
 use agent_common::counter::Counter;
 use clap::CommandFactory as _;
@@ -339,11 +339,13 @@ fn metrics(sources: &str) -> BTreeMap<String, String> {
     RequestMetrics::register(&mut registry);
     CacheMetrics::register(&mut registry);
     HandoverMetrics::register(&mut registry);
+    FenceMetrics::register(&mut registry);
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
     let types: BTreeMap<_, _> =
         text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
-    // A metric with labels is not printed before it has some. All of those are counters, as the kernel's are.
+    // A metric with labels is not printed before it has some, as the fence's has. All others are counters, as the kernel's
+    // are.
     assert!(
         !sources.contains(", Gauge>") && !sources.contains(", Histogram>"),
         "this test must tell types apart"

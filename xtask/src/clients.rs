@@ -126,6 +126,13 @@ pub(crate) fn missing_packet_filter() -> Option<Need> {
     (!cmd::succeeds(probe)).then(|| Need::apt(package, "the packet filters of simulated nodes"))
 }
 
+/// Where the packet filter is.
+pub(crate) fn packet_filter() -> anyhow::Result<PathBuf> {
+    let (probe, package) = PACKET_FILTER;
+    let path = probe.first().and_then(|program| cmd::find_in_path(program));
+    path.with_context(|| format!("{} is not in PATH: it is in Debian's package {package}", probe[0]))
+}
+
 fn curl_version() -> anyhow::Result<String> {
     let output = Command::new("curl").arg("--version").output().context("cannot run curl")?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -178,6 +178,7 @@ pub(crate) fn verified(object: &[u8]) -> anyhow::Result<Counts> {
             Program::SockOps(program) => program.load().and_then(|()| program.info()),
             Program::CgroupSkb(program) => program.load().and_then(|()| program.info()),
             Program::SkLookup(program) => program.load().and_then(|()| program.info()),
+            Program::SchedClassifier(program) => program.load().and_then(|()| program.info()),
             _ => bail!("the program {name} is of an unknown type"),
         };
         let info = loaded.with_context(|| format!("the kernel does not take the program {name}"))?;

@@ -112,13 +112,13 @@ impl Tier {
         if self.needs_root() || self.vm().is_some() {
             needs.extend(ebpf::missing_tools()?);
             needs.extend(bpftool::missing());
+            needs.extend(clients::missing_packet_filter());
         }
         if let Some(kernel) = self.vm() {
             needs.extend(vm::missing(&[kernel]));
         }
         if self == Self::Lab {
             needs.extend(clients::missing_packages());
-            needs.extend(clients::missing_packet_filter());
         }
         Ok(needs)
     }

@@ -23,7 +23,7 @@ use clap::ValueEnum;
 pub(crate) use self::guest::{GuestArguments, SUCCESS, run as run_guest};
 use self::image::Image;
 use crate::{
-    apt, bpftool, cmd,
+    apt, bpftool, clients, cmd,
     ebpf::{self, Counts},
     initramfs::Initramfs,
     setup::{Need, Source},
@@ -42,8 +42,25 @@ const MEASURE_SECONDS: &str = "60";
 const ATTACK_SECONDS: &str = "1800";
 /// The system's authorities, without which the agent does not call AWS.
 const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
-/// What Debian's kernels have no netdev of a simulated node without.
-const MODULES: [&str; 2] = ["drivers/net/veth", "drivers/net/dummy"];
+/// What of Debian's kernels simulated nodes need, each after what it needs itself: netdevs, filters on them, and the
+/// translation of addresses.
+const MODULES: [&str; 15] = [
+    "drivers/net/veth",
+    "drivers/net/dummy",
+    "drivers/net/macvlan",
+    "net/sched/sch_ingress",
+    "net/sched/cls_bpf",
+    "lib/libcrc32c",
+    "net/ipv4/netfilter/nf_defrag_ipv4",
+    "net/ipv6/netfilter/nf_defrag_ipv6",
+    "net/netfilter/nf_conntrack",
+    "net/netfilter/nf_nat",
+    "net/netfilter/nfnetlink",
+    "net/netfilter/nf_tables",
+    "net/netfilter/nft_nat",
+    "net/netfilter/nft_chain_nat",
+    "net/netfilter/nft_masq",
+];
 
 /// A kernel to test on: Amazon Linux 2023 has both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -116,13 +133,8 @@ pub(crate) fn attack(kernels: &[Kernel], only: &str) -> anyhow::Result<Vec<(Kern
     })
 }
 
-fn prepare_attacks(kernel: Kernel, mut files: Vec<File>, only: &str) -> anyhow::Result<Command> {
+fn prepare_attacks(kernel: Kernel, files: Vec<File>, only: &str) -> anyhow::Result<Command> {
     let image = image(kernel)?;
-    for module in MODULES {
-        let file = image.module(module)?;
-        let name = file.file_name().map(PathBuf::from).unwrap_or_default();
-        files.push((Path::new(guest::MODULES).join(name), file));
-    }
     let qemu = boot(kernel, &image, files, &format!("{}={only}", guest::ATTACK))?;
     let mut limited = Command::new("timeout");
     limited.arg(ATTACK_SECONDS).arg(qemu.get_program()).args(qemu.get_args());
@@ -196,6 +208,7 @@ fn test_files() -> anyhow::Result<Vec<File>> {
     ];
     let mut files: Vec<File> = own.map(|(name, path)| (name.into(), path)).into();
     files.push(in_place(bpftool::path()?));
+    files.push(in_place(clients::packet_filter()?));
     Ok(files)
 }
 
@@ -270,6 +283,12 @@ fn boot(kernel: Kernel, image: &Image, mut files: Vec<File>, arguments: &str) ->
     let programs: Vec<_> = files.iter().map(|(_, path)| path.as_path()).collect();
     let libraries = libraries::of(&programs)?;
     files.extend(libraries.into_iter().map(in_place));
+    for (place, module) in MODULES.into_iter().enumerate() {
+        let file = image.module(module)?;
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        // They are loaded in the order of their names.
+        files.push((Path::new(guest::MODULES).join(format!("{place:02}-{name}")), file));
+    }
     let initramfs = workspace::target_directory().join(format!("vm/{}.cpio", kernel.series()));
     fs::write(&initramfs, pack(&files)?).with_context(|| format!("cannot write {}", initramfs.display()))?;
     let mut qemu = Command::new(QEMU);

@@ -15,20 +15,15 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 
-use super::Socket;
+use super::{
+    Socket,
+    ip::{IP4_HEADER_LEN, IP6_HEADER_LEN, IPPROTO_TCP, IpHeader},
+};
 
 /// `ETH_P_IP`, in network byte order as the context has it.
 const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 /// `ETH_P_IPV6`, likewise.
 const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
-const IPPROTO_TCP: u8 = 6;
-const IPPROTO_UDP: u8 = 17;
-/// Of an IPv4 header without options.
-const IP4_HEADER_LEN: u32 = 20;
-/// Of an IPv6 header without the headers that may follow.
-const IP6_HEADER_LEN: u32 = 40;
-/// The part of the IPv4 header's fragment word that is 0 in all packets but later fragments.
-const FRAGMENT_OFFSET: u16 = 0x1fff;
 
 /// How much of a payload is read at most.
 #[expect(clippy::cast_possible_truncation, reason = "a few dozen")]
@@ -72,18 +67,14 @@ impl SkbCtx {
     /// The port it goes to, 0 where it has none or an extension header hides it.
     #[inline(always)]
     pub(crate) fn port(&self) -> NetPort {
-        let port = match self.transport() {
-            Some((IPPROTO_TCP | IPPROTO_UDP, offset)) => self.load(offset + 2).unwrap_or(0),
-            _ => 0,
-        };
-        NetPort::from_be(port)
+        self.ip().port(&self.0.skb)
     }
 
     /// The beginning of what it carries over TCP, filled up with 0; `None` where it carries nothing.
     #[inline(always)]
     pub(crate) fn payload_of_tcp(&self) -> Option<[u8; HEAD_LEN]> {
-        let Some((IPPROTO_TCP, header)) = self.transport() else { return None };
-        let header_words = self.load::<u8>(header + 12)? >> 4;
+        let Some((IPPROTO_TCP, header)) = self.ip().transport(&self.0.skb) else { return None };
+        let header_words = self.0.load::<u8>(header as usize + 12).ok()? >> 4;
         let offset = header + u32::from(header_words) * 4;
         let available = self.0.len().checked_sub(offset).filter(|available| *available > 0)?;
         // Less one, so that a mask can show to the verifier what the compiler knows and would leave out: 1 to 32.
@@ -119,21 +110,10 @@ impl SkbCtx {
         unsafe { bpf_skb_ancestor_cgroup_id(self.0.skb.skb, level.cast_signed()) }
     }
 
-    /// The transport protocol and where its header begins; `None` for later fragments, which have none.
+    /// Where its IP header is.
     #[inline(always)]
-    fn transport(&self) -> Option<(u8, u32)> {
+    fn ip(&self) -> IpHeader {
         // SAFETY: see above.
-        if unsafe { (*self.0.skb.skb).protocol } == ETH_P_IPV6 {
-            return Some((self.load(6)?, IP6_HEADER_LEN));
-        }
-        let fragment: u16 = self.load(6)?;
-        let header_words = self.load::<u8>(0)? & 0xf;
-        let protocol = self.load(9)?;
-        (u16::from_be(fragment) & FRAGMENT_OFFSET == 0).then_some((protocol, u32::from(header_words) * 4))
-    }
-
-    #[inline(always)]
-    fn load<T>(&self, offset: u32) -> Option<T> {
-        self.0.load(offset as usize).ok()
+        IpHeader { is_ip6: unsafe { (*self.0.skb.skb).protocol } == ETH_P_IPV6, offset: 0 }
     }
 }

@@ -19,7 +19,10 @@ use tokio::sync::{mpsc, watch};
 use super::{Error, node_facts::Node};
 use crate::{
     config::Config,
-    control::kernel_events,
+    control::{
+        fence::{self, FenceMetrics},
+        kernel_events,
+    },
     credentials::{
         Clock,
         aws::{
@@ -213,6 +216,11 @@ fn kernel(config: &Config, node: &Node) -> Result<Kernel<NodeDataplane, Intercep
     let interceptor = InterceptorHandle::spawn(interceptor)?;
     let mut metrics = Registry::default();
     intercept::metrics::register(&mut metrics, interceptor.counters().clone());
+    let fence = {
+        let (kubepods, metrics) = (node.kubepods.path().to_owned(), FenceMetrics::register(&mut metrics));
+        let interceptor = interceptor.clone();
+        fence::run(kubepods, metrics, async move |netdevs| interceptor.set_netdevs(netdevs).await)
+    };
     Ok(Kernel {
         dataplane: Arc::new(NodeDataplane::new(interceptor.clone(), &config.netdev)),
         origins,
@@ -220,7 +228,10 @@ fn kernel(config: &Config, node: &Node) -> Result<Kernel<NodeDataplane, Intercep
         is_podgate_pod: Box::new(move |pod| podgate_pods.contains(pod).unwrap_or(false)),
         keys,
         metrics,
-        background: vec![("the owner of the eBPF programs", Box::pin(interceptor.clone().ended()))],
+        background: vec![
+            ("the owner of the eBPF programs", Box::pin(interceptor.clone().ended())),
+            ("the second fence", Box::pin(fence)),
+        ],
         policies: interceptor,
     })
 }

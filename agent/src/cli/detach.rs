@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use serde::Serialize;
 
 use super::fail;
-use crate::{config, files, intercept, netdev, takeover::transfer};
+use crate::{config, control::fence, files, intercept, netdev, takeover::transfer};
 
 /// Some heartbeat intervals of a running agent.
 const HEARTBEATS: Duration = Duration::from_millis(750);
@@ -42,6 +42,7 @@ struct Found {
     pins: Vec<PathBuf>,
     netdev: Option<String>,
     rules: Vec<String>,
+    filters: Vec<String>,
     handover: Vec<PathBuf>,
 }
 
@@ -76,6 +77,9 @@ async fn detach(args: &Args) -> Result<(), String> {
     if !found.pins.is_empty() {
         tokio::time::sleep(HEARTBEATS).await;
     }
+    for netdev in &found.filters {
+        problems.extend(intercept::remove_filter(netdev).err().map(|error| error.to_string()));
+    }
     problems.extend(remove_network(&args.netdev).await.err());
     for path in &found.handover {
         let removed = files::remove_if_present(path);
@@ -106,10 +110,11 @@ impl Found {
     async fn on(args: &Args) -> Result<Self, String> {
         let pins = intercept::pinned(&args.bpffs).map_err(|error| error.to_string())?;
         let (netdev, rules) = netdev::find_all(&args.netdev).await.map_err(|error| error.to_string())?;
+        let filters = fence::filtered().await.map_err(|error| error.to_string())?;
         let directory = &args.handover_dir;
         let handover = transfer::left(directory)
             .map_err(|error| format!("cannot look into {}: {error}", directory.display()))?;
-        Ok(Self { pins, netdev, rules, handover })
+        Ok(Self { pins, netdev, rules, filters, handover })
     }
 
     fn for_people(&self, dry_run: bool) -> String {
@@ -117,9 +122,11 @@ impl Found {
         let path = |path: &PathBuf| format!("{verb} {}\n", path.display());
         let (pins, handover) = (self.pins.iter().map(path), self.handover.iter().map(path));
         let rules = self.rules.iter().map(|rule| format!("{verb} the rule {rule}\n"));
+        let filters =
+            self.filters.iter().map(|netdev| format!("{verb} the filter on what leaves by {netdev}\n"));
         let netdev =
             self.netdev.iter().map(|netdev| format!("{verb} the netdev {netdev} with its addresses\n"));
-        let lines: String = pins.chain(rules).chain(netdev).chain(handover).collect();
+        let lines: String = pins.chain(rules).chain(filters).chain(netdev).chain(handover).collect();
         if lines.is_empty() { "nothing of podgate's is on this node\n".to_owned() } else { lines }
     }
 }
@@ -130,16 +137,18 @@ mod tests {
 
     #[test]
     fn people_see_each_thing_or_that_there_is_none() {
-        let nothing = Found { pins: vec![], netdev: None, rules: vec![], handover: vec![] };
+        let nothing = Found { pins: vec![], netdev: None, rules: vec![], filters: vec![], handover: vec![] };
         assert_eq!(nothing.for_people(false), "nothing of podgate's is on this node\n");
         let found = Found {
             pins: vec!["/sys/fs/bpf/podgate/v1/links/connect4".into()],
             netdev: Some("podgate0".into()),
             rules: vec!["from all to 169.254.170.23 lookup 255 proto 80".into()],
+            filters: vec!["eth0".into()],
             handover: vec!["/run/podgate-handover/handover.sock".into()],
         };
         let expected = "would remove /sys/fs/bpf/podgate/v1/links/connect4\n\
                         would remove the rule from all to 169.254.170.23 lookup 255 proto 80\n\
+                        would remove the filter on what leaves by eth0\n\
                         would remove the netdev podgate0 with its addresses\n\
                         would remove /run/podgate-handover/handover.sock\n";
         assert_eq!(found.for_people(true), expected);

@@ -115,6 +115,11 @@ fn log<S: CredentialSource>(counter: Counter, event: &Event, suppressed: u64, se
             warn!(target: "kernel", reason, ?address, suppressed, pod.uid = uid, pod.name = name,
                 "dropped a packet of a pod that belongs to no connection which the programs know");
         }
+        Counter::FenceDropped => {
+            warn!(target: "kernel", reason, ?address, suppressed, pod.uid = uid, pod.name = name,
+                "dropped a packet to IMDS as it left the node: a pod translates addresses, or a Service has IMDS for an \
+                 endpoint; without a pod's name, one behind a netdev that is no pod's");
+        }
         _ => {
             warn!(target: "kernel", reason, process, ?address, suppressed, pod.uid = uid, pod.name = name,
                 "the kernel refused or questioned a connection attempt");

@@ -74,8 +74,22 @@ impl Populated {
 /// # Errors
 /// When the cgroup or `/proc` cannot be read.
 pub fn find(pod: &Path) -> io::Result<Option<OwnedFd>> {
+    let Some((_, pid)) = sandbox_process(pod)? else { return Ok(None) };
+    let expected = namespace_id(Path::new(&of_process(pid)))?;
+    let namespace = File::open(of_process(pid))?;
+    let metadata = namespace.metadata()?;
+    // The PID may have been reused before the namespace was opened.
+    let is_same = (metadata.dev(), metadata.ino()) == expected;
+    Ok((is_same && is_in(pid, pod)?).then(|| namespace.into()))
+}
+
+/// The oldest process of a pod in a network other than the host's, and when it was started: the sandbox's.
+///
+/// # Errors
+/// When the cgroup cannot be read.
+pub(super) fn sandbox_process(pod: &Path) -> io::Result<Option<(u64, i32)>> {
     let host = namespace_id(Path::new("/proc/self/ns/net"))?;
-    let mut oldest: Option<(u64, i32, (u64, u64))> = None;
+    let mut oldest: Option<(u64, i32)> = None;
     for pid in processes(pod)? {
         // A process that has ended meanwhile shows nothing.
         let Ok(started) = Process::new(pid).and_then(|process| process.stat()).map(|stat| stat.starttime)
@@ -83,18 +97,18 @@ pub fn find(pod: &Path) -> io::Result<Option<OwnedFd>> {
             continue;
         };
         let Ok(namespace) = namespace_id(Path::new(&of_process(pid))) else { continue };
-        if namespace != host && oldest.is_none_or(|(earliest, ..)| started < earliest) {
-            oldest = Some((started, pid, namespace));
+        if namespace != host && oldest.is_none_or(|(earliest, _)| started < earliest) {
+            oldest = Some((started, pid));
         }
     }
-    let Some((_, pid, expected)) = oldest else { return Ok(None) };
-    let namespace = File::open(of_process(pid))?;
-    let metadata = namespace.metadata()?;
-    // The PID may have been reused before the namespace was opened.
+    Ok(oldest)
+}
+
+/// Whether a process is in this cgroup directory or below it.
+pub(super) fn is_in(pid: i32, directory: &Path) -> io::Result<bool> {
     let cgroup = cgroupfs::cgroup_of(Some(pid)).map_err(io::Error::other)?;
     let mount = cgroupfs::cgroup2_mount().map_err(io::Error::other)?;
-    let is_of_pod = cgroupfs::join(&mount, &cgroup).starts_with(pod);
-    Ok((is_of_pod && (metadata.dev(), metadata.ino()) == expected).then(|| namespace.into()))
+    Ok(cgroupfs::join(&mount, &cgroup).starts_with(directory))
 }
 
 /// Whether both are the same namespace.

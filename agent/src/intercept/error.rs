@@ -65,6 +65,20 @@ pub enum Error {
         /// The kernel's error.
         source: io::Error,
     },
+    /// A program cannot be attached to a netdev.
+    #[error(
+        "attaching the eBPF program {program} to what leaves by {netdev}: {source}; where the kernel has no tcx (before 6.6), \
+         it needs CONFIG_NET_CLS_BPF, and no filter of another kind at preference 1 (`tc filter show dev {netdev} egress` \
+         shows them)"
+    )]
+    Fence {
+        /// Name of the program.
+        program: &'static str,
+        /// The netdev.
+        netdev: String,
+        /// The kernel's error.
+        source: io::Error,
+    },
     /// A program cannot be detached.
     #[error("detaching the eBPF program {program} from {}: {source}", from.display())]
     Detach {

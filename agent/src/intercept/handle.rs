@@ -16,7 +16,7 @@ use agent_common::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Counters, Error, Heartbeat, Interceptor};
+use super::{Counters, Error, Fenced, Heartbeat, Interceptor, Netdevs};
 
 /// Commands that wait. Callers wait for their answers, so there are no more than callers.
 const QUEUE: usize = 16;
@@ -130,6 +130,11 @@ impl InterceptorHandle {
         on_host_network: PodPolicy,
     ) -> Result<(), Error> {
         self.call(move |interceptor| interceptor.set_unknown_pods(in_pod_network, on_host_network)).await
+    }
+
+    /// See [`Interceptor::set_netdevs`].
+    pub async fn set_netdevs(&self, netdevs: Netdevs) -> Result<Option<Fenced>, Error> {
+        self.call(move |interceptor| interceptor.set_netdevs(netdevs)).await
     }
 
     async fn call<T: Send + 'static>(

@@ -126,13 +126,17 @@ impl Hook {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        let link = Link::create(program, &self.file, attach_type(name))?;
-        // By way of another name, because a pin cannot take the place of one.
-        let next = links.join(format!("{name}-next"));
-        files::remove_if_present(&next)?;
-        link.pin(&next)?;
-        fs::rename(next, path)
+        pin(&Link::create(program, &self.file, attach_type(name))?, links, name)
     }
+}
+
+/// Pins a link, in place of another of this name.
+pub(super) fn pin(link: &Link, links: &Path, name: &str) -> io::Result<()> {
+    // By way of another name, because a pin cannot take the place of one.
+    let next = links.join(format!("{name}-next"));
+    files::remove_if_present(&next)?;
+    link.pin(&next)?;
+    fs::rename(next, links.join(name))
 }
 
 fn attach_type(program: &str) -> bpf_attach_type {

@@ -4,7 +4,7 @@
 
 use aya::{
     Ebpf,
-    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps},
+    programs::{CgroupSkb, CgroupSockAddr, Program, ProgramError, SchedClassifier, SkLookup, SockOps},
 };
 
 use super::Error;
@@ -20,6 +20,7 @@ pub(super) fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Er
         Program::SockOps(program) => SockOps::load(program),
         Program::CgroupSkb(program) => CgroupSkb::load(program),
         Program::SkLookup(program) => SkLookup::load(program),
+        Program::SchedClassifier(program) => SchedClassifier::load(program),
         _ => return Err(Error::Mismatch { what: name }),
     };
     result.map_err(|error| match error {

@@ -5,7 +5,7 @@
 use std::{fs, os::fd::AsFd as _, path::Path};
 
 use agent_common::{
-    abi::{self, EXEMPT_MAX, LISTENERS_MAX, POLICIES_MAX, RESERVED_MAX, TICKETS_MAX, map},
+    abi::{self, EXEMPT_MAX, LISTENERS_MAX, NETDEVS_MAX, POLICIES_MAX, RESERVED_MAX, TICKETS_MAX, map},
     net::Endpoint,
     origin::PendingOrigin,
     pod_listener::PodListener,
@@ -21,7 +21,7 @@ use aya::{
 use super::Error;
 
 /// The maps that outlive the agent, with the sizes of a key and a value, and how many there are.
-pub(super) const PINNED: [(&str, usize, usize, u32); 16] = [
+pub(super) const PINNED: [(&str, usize, usize, u32); 17] = [
     (map::ORIGINS, size_of::<u32>(), size_of::<PendingOrigin>(), 0),
     (map::TICKETS, size_of::<u64>(), size_of::<PendingOrigin>(), TICKETS_MAX),
     (map::POD_TICKETS, size_of::<u64>(), size_of::<u64>(), POLICIES_MAX),
@@ -37,6 +37,7 @@ pub(super) const PINNED: [(&str, usize, usize, u32); 16] = [
     (map::POD_LISTENERS, size_of::<u64>(), size_of::<PodListener>(), POLICIES_MAX),
     (map::RESERVED, size_of::<Endpoint>(), size_of::<u32>(), RESERVED_MAX),
     (map::COUNTERS, size_of::<u32>(), size_of::<u64>(), abi::COUNTERS_MAX),
+    (map::NETDEVS, size_of::<u32>(), size_of::<u64>(), NETDEVS_MAX),
     (map::IMDS_KEY, size_of::<u32>(), size_of::<ImdsKey>(), 1),
 ];
 

@@ -3,6 +3,7 @@
 //! Owns the maps and every name in the object; never attaches anything.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::TcpListener,
     os::fd::{AsFd as _, BorrowedFd},
@@ -21,6 +22,7 @@ use agent_common::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf, SkStorage, SockMap},
+    programs::SchedClassifier,
 };
 
 use super::{
@@ -51,6 +53,7 @@ pub(super) struct Object {
     listeners: SockMap<MapData>,
     pod_listeners: HashMap<MapData, u64, PodListener>,
     reserved: HashMap<MapData, Endpoint, u32>,
+    netdevs: HashMap<MapData, u32, u64>,
     imds_key: Array<MapData, ImdsKey>,
     targets: Array<MapData, Target>,
     target_index: Array<MapData, u32>,
@@ -129,6 +132,7 @@ impl Object {
             listeners: take(&mut ebpf, map::LISTENERS)?,
             pod_listeners: take(&mut ebpf, map::POD_LISTENERS)?,
             reserved: take(&mut ebpf, map::RESERVED)?,
+            netdevs: take(&mut ebpf, map::NETDEVS)?,
             imds_key: take(&mut ebpf, map::IMDS_KEY)?,
             targets: take(&mut ebpf, map::TARGETS)?,
             target_index: take(&mut ebpf, map::TARGET_INDEX)?,
@@ -170,6 +174,12 @@ impl Object {
     pub(super) fn program(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
         let fd = self.programs.program(name).and_then(|program| program.fd().ok());
         Ok(fd.ok_or(Error::Mismatch { what: name })?.as_fd())
+    }
+
+    /// A loaded program for netdevs.
+    pub(super) fn classifier(&mut self, name: &'static str) -> Result<&mut SchedClassifier, Error> {
+        let program = self.programs.program_mut(name).and_then(|program| program.try_into().ok());
+        program.ok_or(Error::Mismatch { what: name })
     }
 
     /// Makes a target effective. Programs see the earlier one or this one, never a mixture.
@@ -225,6 +235,19 @@ impl Object {
     /// Every reserved address.
     pub(super) fn reservations(&self) -> Result<Vec<Endpoint>, Error> {
         self.reserved.keys().collect::<Result<_, _>>().map_err(reading(map::RESERVED))
+    }
+
+    /// Makes these the netdevs of pods, by index, with the pods' cgroups.
+    pub(super) fn set_netdevs(&mut self, wanted: &BTreeMap<u32, u64>) -> Result<(), Error> {
+        let present: BTreeMap<_, _> =
+            self.netdevs.iter().collect::<Result<_, _>>().map_err(reading(map::NETDEVS))?;
+        for netdev in present.keys().filter(|netdev| !wanted.contains_key(netdev)) {
+            remove(&mut self.netdevs, *netdev).map_err(writing(map::NETDEVS))?;
+        }
+        for (netdev, pod) in wanted.iter().filter(|(netdev, pod)| present.get(netdev) != Some(pod)) {
+            self.netdevs.insert(netdev, pod, 0).map_err(writing(map::NETDEVS))?;
+        }
+        Ok(())
     }
 
     /// The key of IMDS tokens; all zero where none was made yet.

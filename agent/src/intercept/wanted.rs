@@ -10,7 +10,7 @@ use agent_common::{
     policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, QosClass, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
 };
 
-use super::{Error, object::Object};
+use super::{Error, fence::Netdevs, object::Object};
 
 /// What the maps must contain while this agent is active.
 #[derive(Debug, Default)]
@@ -24,6 +24,8 @@ pub(super) struct Wanted {
     pub(super) pod_listeners: HashMap<u64, PodListener>,
     /// Pods of the EKS Pod Identity Agent.
     pub(super) eks_agents: HashSet<u64>,
+    /// The node's netdevs, once they are known.
+    pub(super) netdevs: Option<Netdevs>,
 }
 
 // === impl Wanted ===

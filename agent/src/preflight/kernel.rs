@@ -7,18 +7,19 @@ use std::path::Path;
 
 use aya::{
     maps::MapType,
-    programs::ProgramType::{self, CgroupSkb, CgroupSockAddr, SkLookup, SockOps},
+    programs::ProgramType::{self, CgroupSkb, CgroupSockAddr, SchedClassifier, SkLookup, SockOps},
     sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported},
 };
 
 /// The kernel's own types, by which the programs' maps are described.
 const TYPES: &str = "/sys/kernel/btf/vmlinux";
 
-const PROGRAMS: [(ProgramType, &str); 4] = [
+const PROGRAMS: [(ProgramType, &str); 5] = [
     (CgroupSockAddr, "programs for a cgroup's connect, bind and getpeername (CONFIG_CGROUP_BPF)"),
     (SockOps, "programs for a connection's handshake (sock_ops)"),
     (CgroupSkb, "programs for a cgroup's packets (cgroup_skb)"),
     (SkLookup, "programs that choose a connection's socket (sk_lookup)"),
+    (SchedClassifier, "programs for a netdev's packets (sched_cls)"),
 ];
 
 const MAPS: [(MapType, &str); 4] = [
@@ -28,7 +29,7 @@ const MAPS: [(MapType, &str); 4] = [
     (MapType::PerCpuArray, "per-CPU arrays"),
 ];
 
-const HELPERS: [(ProgramType, BpfHelper, &str); 13] = [
+const HELPERS: [(ProgramType, BpfHelper, &str); 14] = [
     (CgroupSockAddr, BpfHelper::BPF_FUNC_sk_storage_get, "socket storage in connect"),
     (CgroupSockAddr, BpfHelper::BPF_FUNC_get_netns_cookie, "network namespaces' cookies in connect"),
     (CgroupSockAddr, BpfHelper::BPF_FUNC_get_socket_cookie, "sockets' cookies in connect"),
@@ -41,6 +42,7 @@ const HELPERS: [(ProgramType, BpfHelper, &str); 13] = [
     (SockOps, BpfHelper::BPF_FUNC_reserve_hdr_opt, "room for TCP options"),
     (CgroupSkb, BpfHelper::BPF_FUNC_sk_storage_get, "socket storage in cgroup_skb"),
     (CgroupSkb, BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id, "cgroups' ancestors in cgroup_skb"),
+    (SchedClassifier, BpfHelper::BPF_FUNC_skb_ancestor_cgroup_id, "cgroups' ancestors in sched_cls"),
     (SkLookup, BpfHelper::BPF_FUNC_sk_assign, "choosing a socket in sk_lookup"),
 ];
 

@@ -187,18 +187,20 @@ fn packet(to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     }
 }
 
-/// To `lo`, without the kernel's IP.
+/// To a netdev and a neighbor behind it, without the kernel's IP.
 #[expect(unsafe_code, reason = "neither rustix nor nix makes a sockaddr_ll")]
-fn below_ip(packet: &[u8]) {
+pub(crate) fn below_ip(packet: &[u8], netdev: u32, neighbor: [u8; 6]) {
     let raw = socket(AddressFamily::PACKET, SocketType::DGRAM, None);
-    let lo = libc::sockaddr_ll {
+    let mut address = [0; 8];
+    address[..6].copy_from_slice(&neighbor);
+    let to = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET.try_into().unwrap(),
         sll_protocol: 0x0800_u16.to_be(),
-        sll_ifindex: 1,
+        sll_ifindex: netdev.try_into().unwrap(),
         sll_hatype: 0,
         sll_pkttype: 0,
         sll_halen: 6,
-        sll_addr: [0; 8],
+        sll_addr: address,
     };
     // SAFETY: both pointers are to as much as is said, for as long as the call takes.
     let sent = unsafe {
@@ -207,8 +209,8 @@ fn below_ip(packet: &[u8]) {
             packet.as_ptr().cast(),
             packet.len(),
             0,
-            (&raw const lo).cast(),
-            size_of_val(&lo).try_into().unwrap(),
+            (&raw const to).cast(),
+            size_of_val(&to).try_into().unwrap(),
         )
     };
     assert_eq!(usize::try_from(sent), Ok(packet.len()), "{}", io::Error::last_os_error());
@@ -345,7 +347,7 @@ fn packets_made_below_ip_are_not_seen() {
         let pod = node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
         let (wire, mark) = (Wire::watch(), fresh_mark());
         let to = IpAddr::from(IMDS_V4);
-        pod.run(|| below_ip(&packet(to, TCP, &segment(mark))));
+        pod.run(|| below_ip(&packet(to, TCP, &segment(mark)), 1, [0; 6]));
         assert!(wire.has(mark), "this is closed outside the pod only");
         assert_eq!(node.count(Counter::EgressDropped), 0);
     });

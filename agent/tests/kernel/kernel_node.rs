@@ -179,11 +179,7 @@ impl Node {
 
     /// Runs `work` in the host's network namespace, which is not the one that pods are in. Nothing is there.
     pub(crate) fn on_host_network<T>(&self, work: impl FnOnce() -> T) -> T {
-        let own = File::open(OWN_NETWORK).unwrap();
-        setns(&self.host, CloneFlags::CLONE_NEWNET).unwrap();
-        let result = work();
-        setns(&own, CloneFlags::CLONE_NEWNET).unwrap();
-        result
+        in_network(&self.host, work)
     }
 
     /// Attaches the programs, as the agent does when it starts, with one heartbeat that lasts for the whole test.
@@ -384,6 +380,24 @@ impl RealService {
     }
 }
 
+/// Runs `work` in another network namespace.
+pub(crate) fn in_network<T>(network: &File, work: impl FnOnce() -> T) -> T {
+    let own = File::open(OWN_NETWORK).unwrap();
+    setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+    let result = work();
+    setns(&own, CloneFlags::CLONE_NEWNET).unwrap();
+    result
+}
+
+/// A network namespace with nothing in it.
+pub(crate) fn new_network() -> File {
+    let own = File::open(OWN_NETWORK).unwrap();
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let new = File::open(OWN_NETWORK).unwrap();
+    setns(&own, CloneFlags::CLONE_NEWNET).unwrap();
+    new
+}
+
 /// What `happens` gives, within a moment.
 pub(crate) fn soon<T>(mut happens: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + TIMEOUT;
@@ -462,13 +476,14 @@ pub(crate) fn add_address(address: IpAddr) {
     netlink(async |handle| handle.address().add(LO, address, prefix).execute().await);
 }
 
-fn netlink(work: impl AsyncFnOnce(Handle) -> Result<(), rtnetlink::Error>) {
+/// Asks something of the kernel in the network that this thread is in.
+pub(crate) fn netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, rtnetlink::Error>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let (connection, handle, _) = rtnetlink::new_connection().unwrap();
         tokio::spawn(connection);
-        work(handle).await.unwrap();
-    });
+        work(handle).await.unwrap()
+    })
 }
 
 struct Mount {

@@ -15,6 +15,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 mod decisions;
 mod egress;
 mod events;
+mod fence;
 mod flood;
 mod generations;
 mod handover;

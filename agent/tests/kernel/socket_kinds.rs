@@ -254,7 +254,7 @@ fn take_socket(here: &OwnedFd) -> OwnedFd {
 
 /// Does `work`, and nothing else, in a process of its own.
 #[expect(unsafe_code, reason = "what a forked process may do")]
-fn fork(work: impl FnOnce() -> rustix::io::Result<()>) -> Pid {
+pub(crate) fn fork(work: impl FnOnce() -> rustix::io::Result<()>) -> Pid {
     // SAFETY: the child makes system calls only, and ends without running anything of the parent's.
     match unsafe { unistd::fork() }.unwrap() {
         ForkResult::Parent { child } => child,

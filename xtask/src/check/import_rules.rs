@@ -104,6 +104,7 @@ pub(super) const AGENT: &[Rule] = &[
             "files",
             "app",
             "config",
+            "control::fence",
             "error",
             "intercept",
             "mapdump::*",
@@ -120,6 +121,11 @@ pub(super) const AGENT: &[Rule] = &[
     Rule {
         module: "control",
         imports: &["credentials::source", "identity::*", "intercept::*", "log_limit", "policy::*", "serve"],
+        may: &[],
+    },
+    Rule {
+        module: "control::fence",
+        imports: &["identity::sandboxes", "intercept", "netdev", "netdev::inventory"],
         may: &[],
     },
     Rule { module: "credentials", imports: &["error", "identity", "secret"], may: &[] },

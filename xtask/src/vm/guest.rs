@@ -30,9 +30,10 @@ pub(super) const INIT: &str = "init";
 pub(super) const TESTS: &str = "kernel-tests";
 pub(super) const OBJECT: &str = "podgate-ebpf";
 pub(super) const BUDGET: &str = "ebpf-budget.toml";
-/// And for attacks: both builds of the agent, and the directory of the kernel's modules, in the order of their names.
+/// And for attacks: both builds of the agent.
 pub(super) const PODGATE: &str = "podgate";
 pub(super) const UNDEFENDED: &str = "podgate-undefended";
+/// The directory of the kernel's modules, which are loaded in the order of their names.
 pub(super) const MODULES: &str = "modules";
 
 /// Where programs of this machine are in the virtual one: where they are here.
@@ -95,6 +96,7 @@ fn work(arguments: &GuestArguments) -> anyhow::Result<()> {
         mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("cannot mount {kind} at {place}"))?;
     }
+    load_modules()?;
     if let Some(only) = &arguments.attack {
         return attack(only);
     }
@@ -118,8 +120,7 @@ fn work(arguments: &GuestArguments) -> anyhow::Result<()> {
     within_budget
 }
 
-/// Runs attacks on both builds of the agent. That there are rows is all that counts here: the caller reads them.
-fn attack(only: &str) -> anyhow::Result<()> {
+fn load_modules() -> anyhow::Result<()> {
     let mut modules: Vec<_> = fs::read_dir(format!("/{MODULES}"))?.collect::<Result<_, _>>()?;
     modules.sort_by_key(fs::DirEntry::file_name);
     for module in modules {
@@ -128,6 +129,11 @@ fn attack(only: &str) -> anyhow::Result<()> {
         let loaded = fs::File::open(&path).map(|file| rustix::system::finit_module(file, c"", flags));
         loaded?.with_context(|| format!("cannot load {}", path.display()))?;
     }
+    Ok(())
+}
+
+/// Runs attacks on both builds of the agent. That there are rows is all that counts here: the caller reads them.
+fn attack(only: &str) -> anyhow::Result<()> {
     let [podgate, undefended] = [PODGATE, UNDEFENDED].map(|name| format!("/{name}"));
     let mut attacks = Command::new(format!("/{INIT}"));
     attacks.args(["attack", "--json", "--only", only, "--agents", &podgate, &undefended]);
