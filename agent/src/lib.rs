@@ -78,7 +78,7 @@ pub mod policy;
 pub mod serve;
 
 // Control.
-pub(crate) mod control;
+pub mod control;
 pub mod instance_metadata;
 
 // Takeover.

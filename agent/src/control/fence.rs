@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// How often is looked whether other programs came before the fence, or removed it.
-pub(crate) const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+pub const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// How often is looked for the network of a new pod: no notification tells that its first process has entered it.
 const NEW_POD_INTERVAL: Duration = Duration::from_millis(100);
 /// Changes that come so soon after each other are one: a CNI makes several at a time.
@@ -43,7 +43,7 @@ const RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// How many netdevs have the fence, and how well.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct FenceMetrics(Family<Labels, Gauge<i64, AtomicI64>>);
+pub struct FenceMetrics(Family<Labels, Gauge<i64, AtomicI64>>);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Labels {
@@ -73,7 +73,7 @@ enum Error {
 
 impl FenceMetrics {
     /// Gauges that `registry` knows.
-    pub(crate) fn register(registry: &mut Registry) -> Self {
+    pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         registry.register(
             "podgate_fence_netdevs",
@@ -95,7 +95,7 @@ impl FenceMetrics {
 
 /// Follows the node's netdevs and the networks of the pods below this directory until shutdown. `set` is called with what they
 /// are, when they change and at every [`CHECK_INTERVAL`]; it gives nothing while another agent is active.
-pub(crate) async fn run(
+pub async fn run(
     kubepods: PathBuf,
     metrics: FenceMetrics,
     mut set: impl AsyncFnMut(Netdevs) -> Result<Option<Fenced>, intercept::Error>,
@@ -164,7 +164,7 @@ async fn look(inventory: &Inventory, pods: &mut Sandboxes) -> Result<Netdevs, Er
 }
 
 /// The netdevs that have the fence's filter, as they do where the kernel has no tcx.
-pub(crate) async fn filtered() -> Result<Vec<String>, netdev::Error> {
+pub async fn filtered() -> Result<Vec<String>, netdev::Error> {
     let (inventory, _) = Inventory::open()?;
     let mut found = Vec::new();
     for netdev in inventory.netdevs().await? {
