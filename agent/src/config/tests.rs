@@ -19,7 +19,7 @@ fn the_defaults_are_valid() {
     let config = parse(&[]).unwrap();
     assert_eq!(
         config.defaults(),
-        Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false }
+        Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false, tokenless: true }
     );
     assert_eq!((config.target, config.when_down), (TargetMode::Auto, WhenDown::Auto));
     assert_eq!(config.target_v4.unwrap().to_string(), "169.254.175.1:80");
@@ -42,6 +42,7 @@ fn every_bad_value_is_named_at_once() {
         "--imds=maybe",
         "--imds-floor=low",
         "--imds-v1=yes",
+        "--tokenless=no",
         "--egress-filter=on",
         "--audit-paths=true",
         "--target=both",
@@ -67,6 +68,7 @@ fn every_bad_value_is_named_at_once() {
             "imds",
             "imds-floor",
             "imds-v1",
+            "tokenless",
             "egress-filter",
             "audit-paths",
             "target",

@@ -67,7 +67,7 @@ mod tests {
             let annotation = mode.map(|mode| (ANNOTATION_IMDS.to_owned(), mode.to_owned()));
             known.insert(name, annotation.into_iter().collect());
         }
-        let defaults = Defaults { imds, imds_floor: ImdsMode::Off, imds_v1: false };
+        let defaults = Defaults { imds, imds_floor: ImdsMode::Off, imds_v1: false, tokenless: true };
         Policies { defaults, namespaces: Arc::new(known) }
     }
 

@@ -23,6 +23,8 @@ pub struct Defaults {
     pub imds_floor: ImdsMode,
     /// Whether IMDSv1 is answered.
     pub imds_v1: bool,
+    /// Whether the container endpoints serve pods in `intercept` that have no token volume from their cgroup alone.
+    pub tokenless: bool,
 }
 
 /// What one pod may do.
@@ -84,8 +86,12 @@ impl Policy {
             reason,
             pod_identity,
             imds_v1: allowance(ANNOTATION_IMDS_V1, defaults.imds_v1),
-            // A pod that has a token must send it: a request without it is more likely forged than from an old SDK.
-            tokenless: allowance(ANNOTATION_TOKENLESS, !pod.token_volume && imds == ImdsMode::Intercept),
+            // A pod that has a token must send it, whatever the default: a request without it is more likely forged than
+            // from an old SDK.
+            tokenless: allowance(
+                ANNOTATION_TOKENLESS,
+                defaults.tokenless && !pod.token_volume && imds == ImdsMode::Intercept,
+            ),
         }
     }
 

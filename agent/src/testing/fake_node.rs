@@ -126,6 +126,7 @@ pub fn config(directory: &Path) -> Config {
         bpffs: directory.join("bpf"),
         imds: ImdsMode::Intercept,
         imds_floor: ImdsMode::Off,
+        tokenless: true,
         imds_v1: false,
         egress_filter: true,
         audit_paths: false,

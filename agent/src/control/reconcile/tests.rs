@@ -116,7 +116,8 @@ impl Node {
         let map = FakeMap::default();
         let namespaces = Arc::<Namespaces>::default();
         namespaces.insert("app", policy::Annotations::new());
-        let defaults = Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false };
+        let defaults =
+            Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false, tokenless: true };
         let reconciler = Reconciler {
             policies: Policies { defaults, namespaces },
             map: map.clone(),
