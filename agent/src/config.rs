@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::{
     identity::{DaemonSetRef, ServiceAccountRef},
-    policy::{Defaults, ImdsMode},
+    policy::{Defaults, ImdsMode, UnknownPods},
 };
 
 mod values;
@@ -76,6 +76,10 @@ settings! {
     "imds", "PODGATE_IMDS", "audit" => imds: ImdsMode = values::imds_mode;
     /// No annotation loosens the mode below this one: off, audit, intercept or deny.
     "imds-floor", "PODGATE_IMDS_FLOOR", "off" => imds_floor: ImdsMode = values::imds_mode;
+    /// What the instance metadata service is for a pod that the agent has not seen yet, unless the cluster's mode is off:
+    /// strict (podgate's, or a refusal while no podgate is alive) or as-known (as the strictest pod or namespace that is
+    /// known has it, so that in audit such a pod reaches the node's role).
+    "imds-unknown", "PODGATE_IMDS_UNKNOWN", "strict" => imds_unknown: UnknownPods = values::unknown_pods;
     /// Whether pods may use IMDSv1, which any server that fetches URLs can be tricked into: allow or deny.
     "imds-v1", "PODGATE_IMDS_V1", "deny" => imds_v1: bool = values::allow_or_deny;
     /// Whether pods in intercept that have no token volume are served at EKS Pod Identity's and ECS's addresses without a
@@ -210,8 +214,8 @@ impl Config {
 
     /// What pods get unless an annotation says otherwise.
     pub fn defaults(&self) -> Defaults {
-        let Self { imds, imds_floor, imds_v1, tokenless, .. } = *self;
-        Defaults { imds, imds_floor, imds_v1, tokenless }
+        let Self { imds, imds_floor, imds_unknown, imds_v1, tokenless, .. } = *self;
+        Defaults { imds, imds_floor, imds_unknown, imds_v1, tokenless }
     }
 }
 

@@ -318,7 +318,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
         }
     }
 
-    /// What pods get that have no policy yet: as strict as anybody on this node may be.
+    /// What pods get that have no policy yet: at least as strict as anybody on this node may be.
     async fn apply_unknown(&self, state: &mut State) {
         // Of those too whose cgroup is still to come: it may be theirs that is not known. What a namespace has to say that
         // is not known may be as strict as it likes.
@@ -332,7 +332,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             strictest = strictest.max(mode);
             covers_host_network |= on_host_network && mode.is_strict();
         }
-        let unknown = policy::unknown_pod(strictest);
+        let unknown = policy::unknown_pod(&self.policies.defaults, strictest);
         let on_host_network = if covers_host_network { unknown } else { PodPolicy::EXEMPT };
         if state.unknown == Some((unknown, on_host_network)) {
             return;

@@ -59,7 +59,7 @@ fn imds(namespace: &Annotations) -> Option<ImdsMode> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::pod;
+    use crate::{policy::UnknownPods, testing::pod};
 
     fn policies(imds: ImdsMode, namespaces: &[(&str, Option<&str>)]) -> Policies {
         let known = Namespaces::default();
@@ -67,7 +67,13 @@ mod tests {
             let annotation = mode.map(|mode| (ANNOTATION_IMDS.to_owned(), mode.to_owned()));
             known.insert(name, annotation.into_iter().collect());
         }
-        let defaults = Defaults { imds, imds_floor: ImdsMode::Off, imds_v1: false, tokenless: true };
+        let defaults = Defaults {
+            imds,
+            imds_floor: ImdsMode::Off,
+            imds_unknown: UnknownPods::Strict,
+            imds_v1: false,
+            tokenless: true,
+        };
         Policies { defaults, namespaces: Arc::new(known) }
     }
 

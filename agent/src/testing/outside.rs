@@ -38,7 +38,7 @@ use crate::{
     intercept, mapdump,
     policy::{
         self, ANNOTATION_IMDS, ANNOTATION_IMDS_POD_OVERRIDE, ANNOTATION_IMDS_V1, ANNOTATION_POD_IDENTITY,
-        ANNOTATION_TOKENLESS, AnnotationScope, Annotations, Defaults, ImdsMode, Policy,
+        ANNOTATION_TOKENLESS, AnnotationScope, Annotations, Defaults, ImdsMode, Policy, UnknownPods,
     },
     serve,
     takeover::transfer::wire,
@@ -258,6 +258,7 @@ pub fn annotations(bytes: &[u8]) {
     let defaults = Defaults {
         imds: mode(*first),
         imds_floor: mode(first >> 2),
+        imds_unknown: UnknownPods::Strict,
         imds_v1: first & 16 != 0,
         tokenless: first & 32 != 0,
     };

@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     identity::Namespaces,
     intercept,
-    policy::{ANNOTATION_IMDS, Defaults, ImdsMode},
+    policy::{ANNOTATION_IMDS, Defaults, ImdsMode, UnknownPods},
     testing::pod,
 };
 
@@ -116,8 +116,13 @@ impl Node {
         let map = FakeMap::default();
         let namespaces = Arc::<Namespaces>::default();
         namespaces.insert("app", policy::Annotations::new());
-        let defaults =
-            Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false, tokenless: true };
+        let defaults = Defaults {
+            imds: ImdsMode::Audit,
+            imds_floor: ImdsMode::Off,
+            imds_unknown: UnknownPods::AsKnown,
+            imds_v1: false,
+            tokenless: true,
+        };
         let reconciler = Reconciler {
             policies: Policies { defaults, namespaces },
             map: map.clone(),
@@ -220,6 +225,25 @@ async fn unknown_pods_are_intercepted_while_anybody_may_be() {
     assert_eq!(node.unknown(), (IMDS_AUDIT, IMDS_OFF));
     // A namespace asks, for its pods on the host's network too.
     node.namespace("strict", "deny").await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_INTERCEPT));
+}
+
+#[tokio::test]
+async fn unknown_pods_are_intercepted_in_every_mode_but_off() {
+    let mut node = Node::new();
+    node.reconciler.policies.defaults.imds_unknown = UnknownPods::Strict;
+    for (imds, unknown) in [
+        (ImdsMode::Audit, IMDS_INTERCEPT),
+        (ImdsMode::Intercept, IMDS_INTERCEPT),
+        (ImdsMode::Deny, IMDS_INTERCEPT),
+        (ImdsMode::Off, IMDS_OFF),
+    ] {
+        node.reconciler.policies.defaults.imds = imds;
+        node.cluster(ClusterEvent::NamespacesSynced).await;
+        assert_eq!(node.unknown(), (unknown, IMDS_OFF), "{imds:?}");
+    }
+    // Even where the cluster is off, one that is unknown may be of this namespace.
+    node.namespace("strict", "intercept").await;
     assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_INTERCEPT));
 }
 

@@ -21,7 +21,7 @@ fn pod(annotations: Annotations) -> Pod {
 }
 
 fn defaults(imds: ImdsMode, imds_floor: ImdsMode) -> Defaults {
-    Defaults { imds, imds_floor, imds_v1: false, tokenless: true }
+    Defaults { imds, imds_floor, imds_unknown: UnknownPods::Strict, imds_v1: false, tokenless: true }
 }
 
 #[test]
@@ -195,10 +195,26 @@ fn an_unknown_value_is_reported_with_its_scope() {
 }
 
 #[test]
-fn an_unknown_pod_is_intercepted_as_soon_as_anybody_is() {
-    for (strictest, code) in
-        [(Off, IMDS_OFF), (Audit, IMDS_AUDIT), (Intercept, IMDS_INTERCEPT), (Deny, IMDS_INTERCEPT)]
-    {
-        assert_eq!(unknown_pod(strictest).imds, code, "{strictest:?}");
+fn an_unknown_pod_is_intercepted_unless_the_cluster_is_off() {
+    use UnknownPods::{AsKnown, Strict};
+    let cases = [
+        // setting, default, floor, strictest, mode
+        (Strict, Audit, Off, Audit, IMDS_INTERCEPT),
+        (Strict, Off, Audit, Audit, IMDS_INTERCEPT),
+        (Strict, Intercept, Off, Intercept, IMDS_INTERCEPT),
+        (Strict, Deny, Off, Deny, IMDS_INTERCEPT),
+        // The cluster is off: as strict as the strictest.
+        (Strict, Off, Off, Off, IMDS_OFF),
+        (Strict, Off, Off, Audit, IMDS_AUDIT),
+        (Strict, Off, Off, Deny, IMDS_INTERCEPT),
+        (AsKnown, Off, Off, Off, IMDS_OFF),
+        (AsKnown, Audit, Off, Audit, IMDS_AUDIT),
+        (AsKnown, Audit, Off, Intercept, IMDS_INTERCEPT),
+        (AsKnown, Deny, Off, Deny, IMDS_INTERCEPT),
+    ];
+    for (imds_unknown, default, floor, strictest, code) in cases {
+        let defaults = Defaults { imds_unknown, ..defaults(default, floor) };
+        let case = format!("{imds_unknown:?}, default {default:?}, floor {floor:?}, strictest {strictest:?}");
+        assert_eq!(unknown_pod(&defaults, strictest).imds, code, "{case}");
     }
 }
