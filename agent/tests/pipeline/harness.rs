@@ -360,6 +360,7 @@ fn spec(namespace: &str, name: &str, service_account: &str) -> PodSpec {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         daemon_set: None,
+        mirror_of: None,
         host_network: false,
         pod_ips: vec!["10.0.0.7".parse().unwrap()],
         token_volume: false,

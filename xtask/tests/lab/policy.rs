@@ -13,14 +13,16 @@ use anyhow::{Context as _, bail};
 use lab::{
     Lab, NODE_ROLE, Pod, PodSpec,
     agent_process::ADMIN,
-    cgroupfs::Qos,
+    cgroupfs::{self, Qos},
+    cluster,
     fault_injection::{Fault, Service},
     simulated_network::NetNs,
+    simulated_node::NODE_NAME,
 };
 use serde_json::Value;
 use tokio::time::sleep;
 
-use crate::lab_node::{self, Node, POD_IDENTITY, ROLES};
+use crate::lab_node::{self, Answer, Node, POD_IDENTITY, ROLES};
 
 /// In which a change is to be in effect.
 const SOON: Duration = Duration::from_secs(1);
@@ -28,6 +30,8 @@ const SOON: Duration = Duration::from_secs(1);
 const TO_FIRST_CONTAINER: Duration = Duration::from_millis(250);
 /// More than the programs wait for a heartbeat.
 const STALE: Duration = Duration::from_millis(2300);
+/// Of a static pod's configuration.
+const CONFIG_HASH: &str = "fc407168c6823ed1e0a61410d6621724";
 /// `lo` is always the first netdev of a namespace.
 const LO: u32 = 1;
 
@@ -337,6 +341,44 @@ async fn in_audit_a_pod_that_nobody_knows_gets_no_imds_but_podgates() -> anyhow:
         node.lab.down()?;
     }
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_static_pod_has_its_mirror_pods_policy_and_no_credentials() -> anyhow::Result<()> {
+    let node = Node::with_flags(&["--imds", "audit"]).await?;
+    let started = node.lab.start_unannounced(&PodSpec::new("kube-system", "proxy"))?;
+    let cgroup = node.lab.node.place.cgroups.pod(Qos::Burstable, CONFIG_HASH);
+    let container = node.lab.node.place.cgroups.container(&cgroup, &"5".repeat(64));
+    cgroupfs::create(&container)?;
+    let pod = Pod { cgroup, container, ..started };
+    let is_static = ["static pod"];
+    node.curl(&pod, &[ROLES]).await?.assert_refused(403, &is_static);
+    node.lab.cluster.add_pod(&cluster::PodSpec {
+        namespace: "kube-system".to_owned(),
+        name: "proxy-mirror".to_owned(),
+        service_account: "default".to_owned(),
+        node: NODE_NAME.to_owned(),
+        mirror_of: Some(CONFIG_HASH.to_owned()),
+        ..cluster::PodSpec::default()
+    });
+    until(&node, &pod, |answer| answer.body == NODE_ROLE).await?;
+    node.curl(&pod, &[POD_IDENTITY]).await?.assert_refused(403, &is_static);
+    node.lab.cluster.annotate_namespace("kube-system", "podgate.dev/imds", Some("intercept"));
+    until(&node, &pod, |answer| answer.status == 403).await?;
+    node.down().await
+}
+
+/// Asks IMDS until the answer is as it is to be.
+async fn until(node: &Node, pod: &Pod, is_it: impl Fn(&Answer) -> bool) -> anyhow::Result<()> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let answer = node.curl(pod, &[ROLES]).await?;
+        if is_it(&answer) {
+            return Ok(());
+        }
+        assert!(Instant::now() < deadline, "{answer:?}");
+        sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -261,6 +261,36 @@ async fn unknown_pods_are_intercepted_before_the_first_strict_pod_has_a_cgroup()
 }
 
 #[tokio::test]
+async fn a_static_pod_has_the_policy_of_its_mirror_pod_and_no_credentials() {
+    let mut node = Node::new();
+    let config_hash = ConfigHash::parse("fc407168c6823ed1e0a61410d6621724").unwrap();
+    let static_cgroup = StaticCgroup { config_hash, id: 10 };
+    let annotations = |mode: &str| [(ANNOTATION_IMDS.to_owned(), mode.to_owned())].into();
+    let mirror = Pod { static_pod: Some(config_hash), injected: false, ..pod("app", "proxy") };
+    node.reconciler.on_tree(&mut node.state, TreeEvent::StaticCreated(static_cgroup)).await;
+    assert_eq!(node.imds(10), None);
+    node.pod(&Arc::new(mirror.clone())).await;
+    assert_eq!(node.imds(10), Some(IMDS_AUDIT));
+    // A namespace elsewhere is strict, which unknown pods feel, and its own, which it feels too.
+    node.namespace("strict", "deny").await;
+    assert_eq!((node.unknown().0, node.imds(10)), (IMDS_INTERCEPT, Some(IMDS_AUDIT)));
+    node.namespace("app", "intercept").await;
+    assert_eq!(node.imds(10), Some(IMDS_INTERCEPT));
+    node.namespace("app", "off").await;
+    // The kubelet makes another mirror pod.
+    node.cluster(ClusterEvent::PodDeleted(mirror.uid)).await;
+    assert_eq!(node.imds(10), Some(IMDS_OFF));
+    node.pod(&Arc::new(Pod { uid: pod("app", "proxy").uid, ..mirror.clone() })).await;
+    // Somebody else makes one, which can only tighten. No credentials are fetched for any of them.
+    let forged = Pod { injected: true, annotations: annotations("intercept"), ..mirror.clone() };
+    node.pod(&Arc::new(Pod { uid: pod("app", "proxy").uid, ..forged })).await;
+    assert_eq!(node.imds(10), Some(IMDS_INTERCEPT));
+    assert!(node.reconciler.lifecycle.prefetched.lock().is_empty());
+    node.reconciler.on_tree(&mut node.state, TreeEvent::StaticRemoved(static_cgroup)).await;
+    assert_eq!(node.imds(10), None);
+}
+
+#[tokio::test]
 async fn a_terminating_pod_is_removed_with_its_cgroup_and_not_before() {
     let mut node = Node::new();
     let pod = Arc::new(pod("app", "web"));
