@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::{
     identity::{DaemonSetRef, ServiceAccountRef},
-    policy::{Defaults, ImdsMode},
+    policy::{Defaults, ImdsMode, UnknownPods},
 };
 
 mod values;
@@ -76,8 +76,16 @@ settings! {
     "imds", "PODGATE_IMDS", "audit" => imds: ImdsMode = values::imds_mode;
     /// No annotation loosens the mode below this one: off, audit, intercept or deny.
     "imds-floor", "PODGATE_IMDS_FLOOR", "off" => imds_floor: ImdsMode = values::imds_mode;
+    /// What the instance metadata service is for a pod that the agent has not seen yet, unless the cluster's mode is off:
+    /// strict (podgate's, or a refusal while no podgate is alive) or as-known (as the strictest pod or namespace that is
+    /// known has it, so that in audit such a pod reaches the node's role).
+    "imds-unknown", "PODGATE_IMDS_UNKNOWN", "strict" => imds_unknown: UnknownPods = values::unknown_pods;
     /// Whether pods may use IMDSv1, which any server that fetches URLs can be tricked into: allow or deny.
     "imds-v1", "PODGATE_IMDS_V1", "deny" => imds_v1: bool = values::allow_or_deny;
+    /// Whether pods in intercept that have no token volume are served at EKS Pod Identity's and ECS's addresses without a
+    /// token, and with them whoever makes such a pod fetch a URL: allow or deny. A pod that has the volume must send its
+    /// token either way.
+    "tokenless", "PODGATE_TOKENLESS", "allow" => tokenless: bool = values::allow_or_deny;
     /// Whether raw and UDP packets from pods in intercept or deny to IMDS and to podgate are dropped too: auto (while
     /// there is such a pod) or off.
     "egress-filter", "PODGATE_EGRESS_FILTER", "auto" => egress_filter: bool = values::auto_or_off;
@@ -206,7 +214,8 @@ impl Config {
 
     /// What pods get unless an annotation says otherwise.
     pub fn defaults(&self) -> Defaults {
-        Defaults { imds: self.imds, imds_floor: self.imds_floor, imds_v1: self.imds_v1 }
+        let Self { imds, imds_floor, imds_unknown, imds_v1, tokenless, .. } = *self;
+        Defaults { imds, imds_floor, imds_unknown, imds_v1, tokenless }
     }
 }
 

@@ -23,7 +23,7 @@ pub mod sandboxes;
 pub mod tree;
 pub mod watch;
 
-pub use cgroup::PodUid;
+pub use cgroup::{ConfigHash, PodUid};
 pub use injection::{AUDIENCE, TOKEN_VOLUME};
 pub use namespaces::Namespaces;
 pub use pod::{DaemonSetRef, Pod, ServiceAccountRef};
@@ -34,10 +34,6 @@ use self::{
     cgroupfs::CgroupPaths,
     networks::{Networks, PodProcesses, Verdict},
 };
-
-/// The annotation by which the kubelet ties a static pod to its mirror pod.
-#[cfg(feature = "undefended")]
-const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
 /// The facts of this node that identity depends on.
 pub trait NodeFacts: CgroupPaths + PodProcesses {}
@@ -87,7 +83,7 @@ pub enum Error {
     #[error("the caller is a static pod (configuration {config_hash}); static pods have no service account")]
     StaticPod {
         /// The hash in the name of its cgroup.
-        config_hash: String,
+        config_hash: ConfigHash,
     },
     /// The watch has not shown the pod yet.
     #[error("pod {uid} is not known on this node yet; try again")]
@@ -123,7 +119,7 @@ impl CallerResolver {
             #[cfg(feature = "undefended")]
             Owner::StaticPod(ref config_hash)
                 if !holds(Defense::StaticPods)
-                    && let Some(uid) = self.pods.annotated(CONFIG_HASH, config_hash) =>
+                    && let Some(uid) = self.pods.annotated(pod::CONFIG_HASH, &config_hash.to_string()) =>
             {
                 Ok(SourcePod { uid, cgroup: found.pod })
             }

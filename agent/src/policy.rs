@@ -12,6 +12,6 @@ pub use self::{
         ANNOTATION_IMDS, ANNOTATION_IMDS_POD_OVERRIDE, ANNOTATION_IMDS_V1, ANNOTATION_POD_IDENTITY,
         ANNOTATION_TOKENLESS, AnnotationScope, Annotations, Unreadable, unreadable,
     },
-    mode::ImdsMode,
+    mode::{ImdsMode, UnknownPods},
     rules::{Defaults, Policy, Reason, unknown_pod},
 };

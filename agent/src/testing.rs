@@ -33,6 +33,7 @@ pub fn pod(namespace: &str, name: &str) -> Pod {
         injected: false,
         has_env_from: false,
         daemon_set: None,
+        static_pod: None,
         finished: false,
         ips: vec![],
         container_ports: vec![],

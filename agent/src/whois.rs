@@ -76,8 +76,14 @@ impl Whois {
         answer.because = match found.map(|found| found.owner) {
             _ if is_own => "it is podgate itself, which it does not touch".to_owned(),
             None => "its cgroup is no pod's: podgate does not touch it".to_owned(),
-            Some(Owner::StaticPod(hash)) => {
-                format!("it is in a static pod (configuration {hash}), which has no service account: refused")
+            Some(Owner::StaticPod(config_hash)) => {
+                if let Some((mirror, policy)) = self.policies.of_static_pod(&self.pods, config_hash) {
+                    answer.pod = Some(mirror.full_name());
+                    answer.imds = Some(label(&policy.imds));
+                }
+                format!(
+                    "it is in a static pod (configuration {config_hash}), which has no service account: refused"
+                )
             }
             Some(Owner::Pod(uid)) => self.of_pod(uid, &mut answer),
         };

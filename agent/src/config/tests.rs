@@ -1,7 +1,7 @@
 use clap::Parser;
 
 use super::*;
-use crate::policy::ImdsMode;
+use crate::policy::{ImdsMode, UnknownPods};
 
 #[derive(Parser)]
 struct Cli {
@@ -19,7 +19,13 @@ fn the_defaults_are_valid() {
     let config = parse(&[]).unwrap();
     assert_eq!(
         config.defaults(),
-        Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false }
+        Defaults {
+            imds: ImdsMode::Audit,
+            imds_floor: ImdsMode::Off,
+            imds_unknown: UnknownPods::Strict,
+            imds_v1: false,
+            tokenless: true,
+        }
     );
     assert_eq!((config.target, config.when_down), (TargetMode::Auto, WhenDown::Auto));
     assert_eq!(config.target_v4.unwrap().to_string(), "169.254.175.1:80");
@@ -41,7 +47,9 @@ fn every_bad_value_is_named_at_once() {
         "--cgroup-root=kubepods",
         "--imds=maybe",
         "--imds-floor=low",
+        "--imds-unknown=known",
         "--imds-v1=yes",
+        "--tokenless=no",
         "--egress-filter=on",
         "--audit-paths=true",
         "--target=both",
@@ -66,7 +74,9 @@ fn every_bad_value_is_named_at_once() {
             "cgroup-root",
             "imds",
             "imds-floor",
+            "imds-unknown",
             "imds-v1",
+            "tokenless",
             "egress-filter",
             "audit-paths",
             "target",

@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 use super::{KubeIdentity, LogFormat, TargetMode, WhenDown};
 use crate::{
     identity::{DaemonSetRef, ServiceAccountRef},
-    policy::ImdsMode,
+    policy::{ImdsMode, UnknownPods},
 };
 
 pub(super) fn node_name(value: &str) -> Result<String, String> {
@@ -48,6 +48,14 @@ pub(super) fn absolute(value: &str) -> Result<PathBuf, String> {
 
 pub(super) fn imds_mode(value: &str) -> Result<ImdsMode, String> {
     ImdsMode::from_str(value).map_err(|()| format!("is {value:?}: one of off, audit, intercept, deny"))
+}
+
+pub(super) fn unknown_pods(value: &str) -> Result<UnknownPods, String> {
+    match value {
+        "strict" => Ok(UnknownPods::Strict),
+        "as-known" => Ok(UnknownPods::AsKnown),
+        _ => Err(format!("is {value:?}: strict or as-known")),
+    }
 }
 
 pub(super) fn allow_or_deny(value: &str) -> Result<bool, String> {

@@ -16,9 +16,10 @@ use tracing::{debug, error, info, warn};
 use crate::{
     control::policy_map::PolicyMap,
     identity::{
-        DaemonSetRef, Pod, PodUid, Pods,
+        ConfigHash, DaemonSetRef, Pod, PodUid, Pods,
+        cgroup::Owner,
         networks::Networks,
-        tree::{PodCgroup, TreeEvent},
+        tree::{PodCgroup, StaticCgroup, TreeEvent},
         watch::ClusterEvent,
     },
     policy::lookup::Policies,
@@ -76,9 +77,11 @@ struct State {
     /// Pods whose policy the kernel did not take.
     to_retry: HashSet<PodUid>,
     /// Cgroups that were removed and that the kernel still has, with their pods.
-    to_remove: HashMap<u64, PodUid>,
+    to_remove: HashMap<u64, Owner>,
     /// Those that are exempt.
     exempt: HashSet<PodUid>,
+    /// The static pods that have a cgroup.
+    static_pods: HashMap<ConfigHash, StaticPod>,
     /// Pods that the API server has no more, but whose cgroup may still be there.
     deleted: HashSet<PodUid>,
     /// Pods whose cgroup was removed, but that the API server may still have.
@@ -87,6 +90,13 @@ struct State {
     unknown: Option<(PodPolicy, PodPolicy)>,
     pods_synced: bool,
     namespaces_synced: bool,
+}
+
+/// A static pod on the node.
+struct StaticPod {
+    cgroup_id: u64,
+    /// The policy in the kernel's map.
+    effective: Option<Policy>,
 }
 
 // === impl Reconciler ===
@@ -139,6 +149,19 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
                     self.apply(state, &pod).await;
                 }
             }
+            TreeEvent::StaticCreated(StaticCgroup { config_hash, id }) => {
+                state.static_pods.insert(config_hash, StaticPod { cgroup_id: id, effective: None });
+                self.apply_static(state, config_hash).await;
+            }
+            TreeEvent::StaticRemoved(StaticCgroup { config_hash, id }) => {
+                if Some(id) != self.own_pod {
+                    self.remove_policy(state, id, Owner::StaticPod(config_hash)).await;
+                }
+                // Made anew, as above.
+                if state.static_pods.get(&config_hash).is_some_and(|known| known.cgroup_id == id) {
+                    state.static_pods.remove(&config_hash);
+                }
+            }
             TreeEvent::QosClass(class, id) => {
                 if let Err(error) = self.map.set_class(class, id).await {
                     error!(%error, ?class,
@@ -147,7 +170,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             }
             TreeEvent::Removed(PodCgroup { uid, id }) => {
                 if Some(id) != self.own_pod {
-                    self.remove_policy(state, id, uid).await;
+                    self.remove_policy(state, id, Owner::Pod(uid)).await;
                 }
                 // Made anew, as when the kubelet starts over: then another cgroup is the pod's.
                 if state.cgroups.get(&uid) == Some(&id) {
@@ -214,8 +237,8 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
 
     /// Tries again what the kernel did not take.
     async fn retry(&self, state: &mut State) {
-        for (id, uid) in std::mem::take(&mut state.to_remove) {
-            self.remove_policy(state, id, uid).await;
+        for (id, owner) in std::mem::take(&mut state.to_remove) {
+            self.remove_policy(state, id, owner).await;
         }
         for uid in std::mem::take(&mut state.to_retry) {
             if let Some(pod) = self.pods.get(uid) {
@@ -224,10 +247,10 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
         }
     }
 
-    async fn remove_policy(&self, state: &mut State, id: u64, uid: PodUid) {
+    async fn remove_policy(&self, state: &mut State, id: u64, owner: Owner) {
         if let Err(error) = self.map.remove(id).await {
-            error!(%error, pod.uid = %uid, "cannot take a pod's policy out of the kernel; trying again");
-            state.to_remove.insert(id, uid);
+            error!(%error, pod.uid = %owner, "cannot take a pod's policy out of the kernel; trying again");
+            state.to_remove.insert(id, owner);
         }
     }
 
@@ -273,6 +296,9 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
 
     /// Makes a pod's policy effective, once its cgroup and its namespace are known.
     async fn apply(&self, state: &mut State, pod: &Pod) {
+        if let Some(static_pod) = pod.static_pod {
+            self.apply_static(state, static_pod).await;
+        }
         let Some(&id) = state.cgroups.get(&pod.uid).filter(|id| Some(**id) != self.own_pod) else { return };
         self.apply_exemption(state, pod, id).await;
         if state.exempt.contains(&pod.uid) {
@@ -298,6 +324,30 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
         }
     }
 
+    /// Makes a static pod's policy effective, once its cgroup, its mirror pod and that one's namespace are known. It keeps
+    /// its policy while the mirror pod is away: the kubelet makes another.
+    async fn apply_static(&self, state: &mut State, config_hash: ConfigHash) {
+        let known = state.static_pods.get_mut(&config_hash);
+        let Some(known) = known.filter(|known| Some(known.cgroup_id) != self.own_pod) else { return };
+        let Some((mirror, policy)) = self.policies.of_static_pod(&self.pods, config_hash) else { return };
+        if known.effective == Some(policy) {
+            return;
+        }
+        match self.map.set(known.cgroup_id, policy.kernel()).await {
+            Ok(()) => {
+                known.effective = Some(policy);
+                state.to_retry.remove(&mirror.uid);
+                info!(pod.uid = %config_hash, pod.name = mirror.full_name(), imds = ?policy.imds, reason = ?policy.reason,
+                    pod_identity = policy.pod_identity, "a static pod's policy is effective");
+            }
+            Err(error) => {
+                error!(%error, pod.uid = %config_hash, pod.name = mirror.full_name(),
+                    "cannot put a static pod's policy into the kernel; it counts as unknown until that works");
+                state.to_retry.insert(mirror.uid);
+            }
+        }
+    }
+
     async fn apply_exemption(&self, state: &mut State, pod: &Pod, id: u64) {
         let is_eks_agent = self.is_eks_agent(pod);
         if is_eks_agent == state.exempt.contains(&pod.uid) {
@@ -318,7 +368,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
         }
     }
 
-    /// What pods get that have no policy yet: as strict as anybody on this node may be.
+    /// What pods get that have no policy yet: at least as strict as anybody on this node may be.
     async fn apply_unknown(&self, state: &mut State) {
         // Of those too whose cgroup is still to come: it may be theirs that is not known. What a namespace has to say that
         // is not known may be as strict as it likes.
@@ -332,7 +382,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
             strictest = strictest.max(mode);
             covers_host_network |= on_host_network && mode.is_strict();
         }
-        let unknown = policy::unknown_pod(strictest);
+        let unknown = policy::unknown_pod(&self.policies.defaults, strictest);
         let on_host_network = if covers_host_network { unknown } else { PodPolicy::EXEMPT };
         if state.unknown == Some((unknown, on_host_network)) {
             return;
@@ -347,7 +397,7 @@ impl<M: PolicyMap, S: PodLifecycle> Reconciler<M, S> {
 /// Whether a pod is known to want credentials: the EKS webhook gave it what it takes, or its annotation asks for them.
 fn will_ask(pod: &Pod) -> bool {
     let is_annotated = pod.annotations.get(policy::ANNOTATION_IMDS).is_some_and(|mode| mode == "intercept");
-    !pod.finished && (pod.injected || is_annotated)
+    pod.static_pod.is_none() && !pod.finished && (pod.injected || is_annotated)
 }
 
 /// Says which annotations cannot be read.

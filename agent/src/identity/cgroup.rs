@@ -18,13 +18,17 @@ use uuid::Uuid;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodUid(Uuid);
 
+/// The hash of a static pod's configuration, which the kubelet takes for its UID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConfigHash(u128);
+
 /// The owner of a cgroup.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// A pod that the API server knows.
     Pod(PodUid),
     /// A static pod: its cgroup carries the hash of its configuration, which no API object has for a UID.
-    StaticPod(String),
+    StaticPod(ConfigHash),
 }
 
 /// A path below kubepods, parsed.
@@ -65,6 +69,40 @@ impl fmt::Debug for PodUid {
 impl Serialize for PodUid {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+// === impl ConfigHash ===
+
+impl ConfigHash {
+    /// Parses 32 hexadecimal digits in lower case.
+    pub fn parse(hash: &str) -> Option<Self> {
+        let is_hash = hash.len() == 32 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        is_hash.then(|| u128::from_str_radix(hash, 16).ok()).flatten().map(Self)
+    }
+}
+
+impl fmt::Display for ConfigHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl Serialize for ConfigHash {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+// === impl Owner ===
+
+impl fmt::Display for Owner {
+    /// What the kubelet takes for the pod's UID.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod(uid) => uid.fmt(f),
+            Self::StaticPod(config_hash) => config_hash.fmt(f),
+        }
     }
 }
 
@@ -130,8 +168,7 @@ fn owner(name: &str, class: Option<QosClass>) -> Option<Owner> {
     if let Some(uid) = PodUid::parse(&uid) {
         return Some(Owner::Pod(uid));
     }
-    let hash = uid.len() == 32 && uid.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    hash.then_some(Owner::StaticPod(uid))
+    ConfigHash::parse(&uid).map(Owner::StaticPod)
 }
 
 #[cfg(test)]
@@ -181,6 +218,8 @@ mod tests {
     fn a_static_pod_is_known_by_its_hash() {
         let read = read(&format!("burstable/pod{HASH}/aa")).unwrap();
         assert_eq!(read.0, format!("static {HASH}"));
+        let zeros = format!("00{}", "7".repeat(30));
+        assert_eq!(ConfigHash::parse(&zeros).unwrap().to_string(), zeros);
     }
 
     #[test]

@@ -8,10 +8,18 @@ use agent_common::defense::{Defense, holds};
 use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use serde::Serialize;
 
-use super::{cgroup::PodUid, injection};
+use super::{
+    cgroup::{ConfigHash, PodUid},
+    injection,
+};
 
 /// The prefix of the annotations that podgate reads; others are not cached.
 pub(super) const ANNOTATION_PREFIX: &str = "podgate.dev/";
+
+/// The annotation of a mirror pod that has the hash of the static pod's configuration, as in the name of its cgroup.
+pub(super) const CONFIG_HASH: &str = "kubernetes.io/config.hash";
+/// The annotation that makes a pod a mirror pod: the kubelet never runs such a pod, and deletes one that it did not make.
+const CONFIG_MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// A service account.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -51,6 +59,8 @@ pub struct Pod {
     pub has_env_from: bool,
     /// The name of the `DaemonSet` of its namespace that controls it.
     pub daemon_set: Option<String>,
+    /// The static pod that this one mirrors at the API server. Good for policy alone: who may write pods can write one.
+    pub static_pod: Option<ConfigHash>,
     /// Whether all its containers have exited for good.
     pub finished: bool,
     /// Its addresses, once it has them.
@@ -114,6 +124,7 @@ impl Pod {
                 .flatten()
                 .find(|owner| is_daemon_set(owner))
                 .map(|owner| owner.name.clone()),
+            static_pod: static_pod(pod),
             finished: matches!(phase, Some("Succeeded" | "Failed")),
             ips: ips.filter_map(|ip| ip.ip.parse().ok()).collect(),
             container_ports: container_ports(spec),
@@ -128,6 +139,21 @@ impl Pod {
     pub fn full_name(&self) -> String {
         format!("{}/{}", self.service_account.namespace, self.name)
     }
+}
+
+/// The static pod that a mirror pod stands for. The kubelet of its node makes it, with the node for its controller.
+fn static_pod(pod: &core::Pod) -> Option<ConfigHash> {
+    let metadata = &pod.metadata;
+    let annotations = metadata.annotations.as_ref()?;
+    let hash = annotations.get(CONFIG_HASH)?;
+    let node = pod.spec.as_ref()?.node_name.as_ref()?;
+    let is_nodes = metadata.owner_references.iter().flatten().any(|owner| {
+        owner.controller == Some(true)
+            && owner.kind == "Node"
+            && owner.api_version == "v1"
+            && owner.name == *node
+    });
+    (is_nodes && annotations.get(CONFIG_MIRROR) == Some(hash)).then(|| ConfigHash::parse(hash)).flatten()
 }
 
 fn container_ports(spec: &core::PodSpec) -> Vec<u16> {
@@ -199,6 +225,28 @@ mod tests {
                 is_eks_agent,
                 "{namespace}: {owners}"
             );
+        }
+    }
+
+    #[test]
+    fn a_mirror_pod_is_known_by_its_node_and_both_annotations() {
+        const HASH: &str = "fc407168c6823ed1e0a61410d6621724";
+        let node = |name: &str| json!([{"apiVersion": "v1", "kind": "Node", "name": name, "uid": "0", "controller": true}]);
+        let own = json!({CONFIG_HASH: HASH, CONFIG_MIRROR: HASH});
+        for (annotations, owners, is_mirror) in [
+            (own.clone(), node("n1"), true),
+            (own.clone(), node("n2"), false),
+            (own.clone(), json!([]), false),
+            (own, json!([{"apiVersion": "v1", "kind": "Node", "name": "n1", "uid": "0"}]), false),
+            (json!({CONFIG_HASH: HASH}), node("n1"), false),
+            (json!({CONFIG_HASH: HASH, CONFIG_MIRROR: "x"}), node("n1"), false),
+            (json!({CONFIG_HASH: "x", CONFIG_MIRROR: "x"}), node("n1"), false),
+        ] {
+            let mut pod = api_pod(&json!({"containers": [], "nodeName": "n1"}));
+            pod.metadata.annotations = serde_json::from_value(annotations.clone()).unwrap();
+            pod.metadata.owner_references = serde_json::from_value(owners.clone()).unwrap();
+            let mirrored = Pod::from_api(&pod).unwrap().static_pod.map(|hash| hash.to_string());
+            assert_eq!(mirrored.as_deref(), is_mirror.then_some(HASH), "{annotations} {owners}");
         }
     }
 

@@ -14,7 +14,11 @@ use papaya::HashMap as ConcurrentMap;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use super::{cgroup::PodUid, pod::Pod, watch::ClusterEvent};
+use super::{
+    cgroup::{ConfigHash, PodUid},
+    pod::Pod,
+    watch::ClusterEvent,
+};
 
 /// The pods of this node by UID.
 #[derive(Debug)]
@@ -69,6 +73,12 @@ impl Pods {
         let table = self.table.pin();
         let own = table.values().filter(|pod| pod.service_account.namespace == namespace);
         own.map(Arc::clone).collect()
+    }
+
+    /// The mirror pods of a static pod; more than one only if somebody other than the kubelet has made the others.
+    pub fn mirroring(&self, static_pod: ConfigHash) -> Vec<Arc<Pod>> {
+        let table = self.table.pin();
+        table.values().filter(|pod| pod.static_pod == Some(static_pod)).map(Arc::clone).collect()
     }
 
     /// The pod that has this address for itself: the node's is that of all on the host's network.

@@ -16,7 +16,7 @@ use inotify::{Inotify, WatchMask};
 use tracing::error;
 
 use super::{
-    cgroup::{self, Owner, PodUid},
+    cgroup::{self, ConfigHash, Owner, PodUid},
     cgroupfs,
 };
 
@@ -27,6 +27,10 @@ pub enum TreeEvent {
     Created(PodCgroup),
     /// A pod's was removed, and with it every process of the pod.
     Removed(PodCgroup),
+    /// A static pod's was created.
+    StaticCreated(StaticCgroup),
+    /// A static pod's was removed.
+    StaticRemoved(StaticCgroup),
     /// That of a quality-of-service class was created, with this id.
     QosClass(QosClass, u64),
 }
@@ -40,13 +44,21 @@ pub struct PodCgroup {
     pub id: u64,
 }
 
+/// A static pod's own cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StaticCgroup {
+    /// The hash of its configuration.
+    pub config_hash: ConfigHash,
+    /// The id of its cgroup.
+    pub id: u64,
+}
+
 /// Room for a few hundred events. When the queue overflows the kernel sends an event too, and a scan finds everything.
 const BUFFER: usize = 16 * 1024;
 /// After a failure that may pass, such as too many open files.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 
-/// Watches the cgroups of pods: returns those that exist, and a stream of what changes. Static pods are left out: they
-/// have no policy.
+/// Watches the cgroups of pods: returns those that exist, and a stream of what changes.
 ///
 /// # Errors
 /// When inotify cannot watch kubepods.
@@ -84,9 +96,12 @@ pub fn follow(
 struct Tree {
     kubepods: PathBuf,
     watched: HashSet<PathBuf>,
-    known: HashMap<PathBuf, PodCgroup>,
+    known: HashMap<PathBuf, Known>,
     classes: HashMap<QosClass, u64>,
 }
+
+/// A cgroup that is a pod's, and its id.
+type Known = (Owner, u64);
 
 // === impl Tree ===
 
@@ -126,9 +141,9 @@ impl Tree {
         }
         self.watched.retain(|path| self.kubepods.join(path).is_dir());
         let removed = self.known.iter().filter(|(path, pod)| found.get(*path) != Some(pod));
-        events.extend(removed.map(|(_, pod)| TreeEvent::Removed(*pod)));
+        events.extend(removed.map(|(_, pod)| removed_event(*pod)));
         let new = found.iter().filter(|(path, pod)| self.known.get(*path) != Some(pod));
-        events.extend(new.map(|(_, pod)| TreeEvent::Created(*pod)));
+        events.extend(new.map(|(_, pod)| created_event(*pod)));
         self.known = found;
         Ok(events)
     }
@@ -143,14 +158,26 @@ impl Tree {
     }
 
     /// Adds a pod's cgroup to those found. Whether it is a pod's, static pods included.
-    fn note(&self, path: &Path, found: &mut HashMap<PathBuf, PodCgroup>) -> io::Result<bool> {
+    fn note(&self, path: &Path, found: &mut HashMap<PathBuf, Known>) -> io::Result<bool> {
         let Some(pod) = cgroup::parse(path).filter(|pod| pod.pod == path) else { return Ok(false) };
-        if let Owner::Pod(uid) = pod.owner
-            && let Some(id) = unless_removed(cgroupfs::cgroup_id(&self.kubepods.join(path)))?
-        {
-            found.insert(path.to_owned(), PodCgroup { uid, id });
+        if let Some(id) = unless_removed(cgroupfs::cgroup_id(&self.kubepods.join(path)))? {
+            found.insert(path.to_owned(), (pod.owner, id));
         }
         Ok(true)
+    }
+}
+
+fn created_event((owner, id): Known) -> TreeEvent {
+    match owner {
+        Owner::Pod(uid) => TreeEvent::Created(PodCgroup { uid, id }),
+        Owner::StaticPod(config_hash) => TreeEvent::StaticCreated(StaticCgroup { config_hash, id }),
+    }
+}
+
+fn removed_event((owner, id): Known) -> TreeEvent {
+    match owner {
+        Owner::Pod(uid) => TreeEvent::Removed(PodCgroup { uid, id }),
+        Owner::StaticPod(config_hash) => TreeEvent::StaticRemoved(StaticCgroup { config_hash, id }),
     }
 }
 
@@ -182,11 +209,15 @@ mod tests {
     const UID: &str = "0c5cb3f2-7a47-4a4b-8f0c-5b0f6a3d2e11";
     const OTHER: &str = "ffffffff-ffff-4fff-8fff-ffffffffffff";
 
+    const HASH: &str = "fc407168c6823ed1e0a61410d6621724";
+
     async fn next(stream: &mut (impl Stream<Item = TreeEvent> + Unpin)) -> (bool, String) {
         let event = tokio::time::timeout(Duration::from_secs(5), stream.next()).await.unwrap().unwrap();
         match event {
             TreeEvent::Created(pod) => (true, pod.uid.to_string()),
             TreeEvent::Removed(pod) => (false, pod.uid.to_string()),
+            TreeEvent::StaticCreated(pod) => (true, pod.config_hash.to_string()),
+            TreeEvent::StaticRemoved(pod) => (false, pod.config_hash.to_string()),
             TreeEvent::QosClass(class, _) => (true, format!("{class:?}")),
         }
     }
@@ -203,6 +234,10 @@ mod tests {
         assert_eq!(next(&mut events).await, (true, "Burstable".into()));
         std::fs::create_dir(at(format!("burstable/pod{OTHER}"))).unwrap();
         assert_eq!(next(&mut events).await, (true, OTHER.into()));
+        std::fs::create_dir(at(format!("burstable/pod{HASH}"))).unwrap();
+        assert_eq!(next(&mut events).await, (true, HASH.into()));
+        std::fs::remove_dir(at(format!("burstable/pod{HASH}"))).unwrap();
+        assert_eq!(next(&mut events).await, (false, HASH.into()));
         std::fs::create_dir(at(format!("burstable/pod{OTHER}/container"))).unwrap();
         std::fs::remove_dir(at(format!("pod{UID}"))).unwrap();
         assert_eq!(next(&mut events).await, (false, UID.into()));

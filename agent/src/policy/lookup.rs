@@ -9,7 +9,7 @@ use super::{
     mode::ImdsMode,
     rules::{Defaults, Policy},
 };
-use crate::identity::{Namespaces, Pod};
+use crate::identity::{ConfigHash, Namespaces, Pod, Pods};
 
 /// Finds the policy of each pod.
 #[derive(Clone, Debug)]
@@ -27,6 +27,14 @@ impl Policies {
     pub fn of(&self, pod: &Pod) -> Option<Policy> {
         let namespace = self.namespaces.get(&pod.service_account.namespace)?;
         Some(Policy::decide(&self.defaults, &namespace, pod))
+    }
+
+    /// A static pod's policy, and the mirror pod that it is from; `None` until such a pod and its namespace are known. It is
+    /// the strictest one's: who may write pods must not loosen what the node's own pods get.
+    pub fn of_static_pod(&self, pods: &Pods, static_pod: ConfigHash) -> Option<(Arc<Pod>, Policy)> {
+        let mirrors = pods.mirroring(static_pod).into_iter();
+        let policies = mirrors.filter_map(|mirror| self.of(&mirror).map(|policy| (mirror, policy)));
+        policies.max_by_key(|(_, policy)| policy.imds)
     }
 
     /// The pod's policy, waiting for its namespace until `deadline`.
@@ -59,7 +67,7 @@ fn imds(namespace: &Annotations) -> Option<ImdsMode> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::pod;
+    use crate::{policy::UnknownPods, testing::pod};
 
     fn policies(imds: ImdsMode, namespaces: &[(&str, Option<&str>)]) -> Policies {
         let known = Namespaces::default();
@@ -67,7 +75,13 @@ mod tests {
             let annotation = mode.map(|mode| (ANNOTATION_IMDS.to_owned(), mode.to_owned()));
             known.insert(name, annotation.into_iter().collect());
         }
-        let defaults = Defaults { imds, imds_floor: ImdsMode::Off, imds_v1: false };
+        let defaults = Defaults {
+            imds,
+            imds_floor: ImdsMode::Off,
+            imds_unknown: UnknownPods::Strict,
+            imds_v1: false,
+            tokenless: true,
+        };
         Policies { defaults, namespaces: Arc::new(known) }
     }
 

@@ -21,6 +21,16 @@ pub enum ImdsMode {
     Deny,
 }
 
+/// What a pod's connections to the instance metadata service get before its policy is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UnknownPods {
+    /// They reach podgate or nothing, unless the cluster's mode is `off`.
+    Strict,
+    /// What the strictest pod or namespace that is known gets.
+    AsKnown,
+}
+
 // === impl ImdsMode ===
 
 impl ImdsMode {

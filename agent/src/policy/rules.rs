@@ -10,7 +10,7 @@ use super::{
         ANNOTATION_IMDS, ANNOTATION_IMDS_POD_OVERRIDE, ANNOTATION_IMDS_V1, ANNOTATION_POD_IDENTITY,
         ANNOTATION_TOKENLESS, Allowance, Annotations, Read, Switch, read,
     },
-    mode::ImdsMode,
+    mode::{ImdsMode, UnknownPods},
 };
 use crate::identity::Pod;
 
@@ -21,8 +21,12 @@ pub struct Defaults {
     pub imds: ImdsMode,
     /// No annotation goes below it, except for pods on the host's network.
     pub imds_floor: ImdsMode,
+    /// What they get while the agent has not seen the pod.
+    pub imds_unknown: UnknownPods,
     /// Whether IMDSv1 is answered.
     pub imds_v1: bool,
+    /// Whether the container endpoints serve pods in `intercept` that have no token volume from their cgroup alone.
+    pub tokenless: bool,
 }
 
 /// What one pod may do.
@@ -84,8 +88,12 @@ impl Policy {
             reason,
             pod_identity,
             imds_v1: allowance(ANNOTATION_IMDS_V1, defaults.imds_v1),
-            // A pod that has a token must send it: a request without it is more likely forged than from an old SDK.
-            tokenless: allowance(ANNOTATION_TOKENLESS, !pod.token_volume && imds == ImdsMode::Intercept),
+            // A pod that has a token must send it, whatever the default: a request without it is more likely forged than
+            // from an old SDK.
+            tokenless: allowance(
+                ANNOTATION_TOKENLESS,
+                defaults.tokenless && !pod.token_volume && imds == ImdsMode::Intercept,
+            ),
         }
     }
 
@@ -135,11 +143,13 @@ fn pod_identity(namespace: &Annotations, pod: &Pod) -> bool {
     }
 }
 
-/// What the kernel does with a pod whose policy it does not have yet, where `strictest` is the strictest mode of any pod.
-/// While some pod is to be intercepted, so is an unknown one: SDKs cache for hours what a single connection to IMDS got
-/// them.
-pub fn unknown_pod(strictest: ImdsMode) -> PodPolicy {
-    let imds = if strictest.is_strict() { ImdsMode::Intercept } else { strictest };
+/// What the kernel does with a pod in a network of its own whose policy it does not have yet, where `strictest` is the
+/// strictest mode of any pod. It may be one that is to be intercepted, and SDKs cache for hours what a single connection to
+/// IMDS got them.
+pub fn unknown_pod(defaults: &Defaults, strictest: ImdsMode) -> PodPolicy {
+    let of_cluster = defaults.imds.max(defaults.imds_floor);
+    let is_strict = defaults.imds_unknown == UnknownPods::Strict && of_cluster != ImdsMode::Off;
+    let imds = if is_strict || strictest.is_strict() { ImdsMode::Intercept } else { strictest };
     PodPolicy { imds: imds.code(), pod_identity: POD_IDENTITY_ON }
 }
 

@@ -52,7 +52,11 @@ impl<S: CredentialSource> Server<S> {
                 (pod, None)
             }
         };
+        let is_tokenless = sent.is_none();
         let fetched = self.credentials.for_pod(&pod, sent, Floor::Container, deadline).await;
+        if is_tokenless && fetched.is_ok() {
+            self.metrics.count_tokenless(&pod.service_account);
+        }
         fetched.map_err(|error| error_response::credentials(&error, Some(&pod)))
     }
 

@@ -18,6 +18,7 @@ pub struct RequestMetrics {
     imds_v1: Family<AnswerLabels, Counter>,
     delegated: Family<AnswerLabels, Counter>,
     mismatched_tokens: Family<AccountLabels, Counter>,
+    tokenless: Family<AccountLabels, Counter>,
     abandoned: Family<DialectLabels, Counter>,
     /// Connections past what a caller may have open.
     pub(super) refused_connections: Counter,
@@ -70,6 +71,11 @@ impl RequestMetrics {
             metrics.mismatched_tokens.clone(),
         );
         registry.register(
+            "podgate_tokenless_requests",
+            "Requests to the container endpoints that were served without a token, by service account (unstable)",
+            metrics.tokenless.clone(),
+        );
+        registry.register(
             "podgate_abandoned_requests",
             "Requests whose caller hung up before the answer (unstable)",
             metrics.abandoned.clone(),
@@ -100,14 +106,25 @@ impl RequestMetrics {
 
     /// Counts one token of another pod, presented by a caller that may not.
     pub(super) fn count_mismatched_token(&self, account: &ServiceAccountRef) {
-        let labels =
-            AccountLabels { namespace: account.namespace.clone(), service_account: account.name.clone() };
-        self.mismatched_tokens.get_or_create(&labels).inc();
+        self.mismatched_tokens.get_or_create(&AccountLabels::new(account)).inc();
+    }
+
+    /// Counts one response of a container endpoint to a pod that sent no token.
+    pub(super) fn count_tokenless(&self, account: &ServiceAccountRef) {
+        self.tokenless.get_or_create(&AccountLabels::new(account)).inc();
     }
 
     /// Counts one caller that hung up before the response.
     pub(super) fn count_abandoned(&self, dialect: Dialect) {
         self.abandoned.get_or_create(&DialectLabels { dialect: dialect.label() }).inc();
+    }
+}
+
+// === impl AccountLabels ===
+
+impl AccountLabels {
+    fn new(account: &ServiceAccountRef) -> Self {
+        Self { namespace: account.namespace.clone(), service_account: account.name.clone() }
     }
 }
 

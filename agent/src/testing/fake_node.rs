@@ -36,7 +36,7 @@ use crate::{
     credentials::Clock,
     identity::{NodeFacts, cgroupfs, peer::ProcessCgroups, tree::TreeEvent},
     intercept::{self, HandoverKey, Standing},
-    policy::ImdsMode,
+    policy::{ImdsMode, UnknownPods},
     takeover::{
         self,
         dataplane::Dataplane,
@@ -126,6 +126,8 @@ pub fn config(directory: &Path) -> Config {
         bpffs: directory.join("bpf"),
         imds: ImdsMode::Intercept,
         imds_floor: ImdsMode::Off,
+        imds_unknown: UnknownPods::Strict,
+        tokenless: true,
         imds_v1: false,
         egress_filter: true,
         audit_paths: false,

@@ -38,7 +38,7 @@ use crate::{
     intercept, mapdump,
     policy::{
         self, ANNOTATION_IMDS, ANNOTATION_IMDS_POD_OVERRIDE, ANNOTATION_IMDS_V1, ANNOTATION_POD_IDENTITY,
-        ANNOTATION_TOKENLESS, AnnotationScope, Annotations, Defaults, ImdsMode, Policy,
+        ANNOTATION_TOKENLESS, AnnotationScope, Annotations, Defaults, ImdsMode, Policy, UnknownPods,
     },
     serve,
     takeover::transfer::wire,
@@ -255,7 +255,13 @@ pub fn kubelets_token(bytes: &[u8]) {
 pub fn annotations(bytes: &[u8]) {
     let Some((first, values)) = bytes.split_first() else { return };
     let mode = |number: u8| MODES[usize::from(number & 3)];
-    let defaults = Defaults { imds: mode(*first), imds_floor: mode(first >> 2), imds_v1: first & 16 != 0 };
+    let defaults = Defaults {
+        imds: mode(*first),
+        imds_floor: mode(first >> 2),
+        imds_unknown: UnknownPods::Strict,
+        imds_v1: first & 16 != 0,
+        tokenless: first & 32 != 0,
+    };
     let text = String::from_utf8_lossy(values);
     let mut lines = text.split('\n');
     let mut next_annotations = || -> Annotations {

@@ -104,6 +104,16 @@ impl Node {
 
     /// The same, and the API server is as `change` makes it.
     pub(crate) async fn start_where(imds: ImdsMode, faults: Faults, change: fn(&KubeApi)) -> Self {
+        Self::start_configured(imds, faults, change, |_| {}).await
+    }
+
+    /// The same, and the agent's settings are as `configure` makes them.
+    pub(crate) async fn start_configured(
+        imds: ImdsMode,
+        faults: Faults,
+        change: fn(&KubeApi),
+        configure: fn(&mut Config),
+    ) -> Self {
         let cluster = Cluster::new("https://oidc.test.invalid/id/LAB");
         cluster.add_node(NODE);
         cluster.add_namespace("app", BTreeMap::new());
@@ -127,7 +137,8 @@ impl Node {
         let eks_auth = EksAuth::serve(listener(), eks_auth, cluster.clone(), faults.clone()).unwrap();
 
         let directory = tempfile::tempdir().unwrap();
-        let config = config(imds, directory.path());
+        let mut config = config(imds, directory.path());
+        configure(&mut config);
         let kubelet_root = config.kubelet_root.clone();
         let clock: Clock = Arc::new(Timestamp::now);
         let clients = clients(&kube_api).await;
@@ -349,6 +360,7 @@ fn spec(namespace: &str, name: &str, service_account: &str) -> PodSpec {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         daemon_set: None,
+        mirror_of: None,
         host_network: false,
         pod_ips: vec!["10.0.0.7".parse().unwrap()],
         token_volume: false,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Fault, Faults, IMDS, ImdsMode, KubeApi, Node, POD_IDENTITY, ROLES, Service, TOKEN, TTL, TestPod,
+    ECS, Fault, Faults, IMDS, ImdsMode, KubeApi, Node, POD_IDENTITY, ROLES, Service, TOKEN, TTL, TestPod,
     WRONG_AUDIENCE, imds_credentials, injected,
 };
 
@@ -36,6 +36,67 @@ async fn anonymous_callers_without_a_token_are_refused() {
         let answer = node.request(method, path, &[TTL, ("Host", "169.254.169.254")]).await;
         assert_eq!(answer.status, 403, "{answer:?}");
         assert!(answer.body.contains("does not know which pod"), "{answer:?}");
+    }
+}
+
+/// What the container endpoints answer a pod that sends no token, and how often its account was counted for that.
+async fn tokenless(node: &Node, pod: &TestPod, account: &str) -> ([u16; 2], u64) {
+    let mut statuses = [0; 2];
+    for (status, address) in statuses.iter_mut().zip([POD_IDENTITY, ECS]) {
+        node.connect_as(pod, address);
+        let answer = node.get("/v1/credentials", &[("Host", address)]).await;
+        if answer.status == 200 {
+            assert_eq!(node.role_of(&answer), format!("{account}-role for {}", pod.name));
+        } else {
+            assert!(answer.body.contains("podgate.dev/tokenless"), "{answer:?}");
+        }
+        *status = answer.status;
+    }
+    let name =
+        format!("podgate_tokenless_requests_total{{namespace=\"app\",service_account=\"{account}\"}} ");
+    let metrics = node.metrics();
+    let count =
+        metrics.lines().find_map(|line| line.strip_prefix(&name)).and_then(|count| count.parse().ok());
+    (statuses, count.unwrap_or(0))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_without_a_token_is_served_and_counted_as_the_settings_say() {
+    for (is_allowed, plain, allowed) in
+        [(true, ([200, 200], 2), ([200, 200], 2)), (false, ([400, 400], 0), ([200, 200], 2))]
+    {
+        let deny = |config: &mut agent::config::Config| config.tokenless = false;
+        let configure = if is_allowed { |_: &mut _| {} } else { deny };
+        let node = Node::start_configured(ImdsMode::Intercept, Faults::default(), |_| {}, configure).await;
+        for account in ["plain", "volume", "asks", "asks-with-volume", "denies"] {
+            node.eks_auth.associate("app", account, &format!("{account}-role"));
+        }
+        let pod = |account: &str, token_volume: bool, annotation: Option<&str>| {
+            node.pod(&format!("{account}-0"), account, |spec| {
+                spec.token_volume = token_volume;
+                let annotation =
+                    annotation.map(|value| ("podgate.dev/tokenless".to_owned(), value.to_owned()));
+                spec.annotations.extend(annotation);
+            })
+        };
+        assert_eq!(tokenless(&node, &pod("plain", false, None), "plain").await, plain);
+        assert_eq!(tokenless(&node, &pod("volume", true, None), "volume").await, ([400, 400], 0));
+        assert_eq!(tokenless(&node, &pod("asks", false, Some("allow")), "asks").await, allowed);
+        let with_volume = pod("asks-with-volume", true, Some("allow"));
+        assert_eq!(tokenless(&node, &with_volume, "asks-with-volume").await, allowed);
+        assert_eq!(tokenless(&node, &pod("denies", false, Some("deny")), "denies").await, ([400, 400], 0));
+
+        // With its token, the pod is served and not counted.
+        let volume = node.pod("volume-1", "volume", |spec| spec.token_volume = true);
+        node.connect_as(&volume, POD_IDENTITY);
+        let answer = node.get("/v1/credentials", &[("Authorization", &volume.token(&node))]).await;
+        assert_eq!(node.role_of(&answer), "volume-role for volume-1");
+        assert!(
+            !node
+                .metrics()
+                .contains("podgate_tokenless_requests_total{namespace=\"app\",service_account=\"volume\"}")
+        );
+        node.stop().await;
     }
 }
 

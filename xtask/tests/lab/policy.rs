@@ -10,16 +10,28 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use lab::{Lab, NODE_ROLE, Pod, PodSpec, agent_process::ADMIN, cgroupfs::Qos, simulated_network::NetNs};
+use lab::{
+    Lab, NODE_ROLE, Pod, PodSpec,
+    agent_process::ADMIN,
+    cgroupfs::{self, Qos},
+    cluster,
+    fault_injection::{Fault, Service},
+    simulated_network::NetNs,
+    simulated_node::NODE_NAME,
+};
 use serde_json::Value;
 use tokio::time::sleep;
 
-use crate::lab_node::{self, Node, POD_IDENTITY, ROLES};
+use crate::lab_node::{self, Answer, Node, POD_IDENTITY, ROLES};
 
 /// In which a change is to be in effect.
 const SOON: Duration = Duration::from_secs(1);
 /// Less than a kubelet takes from a pod's cgroup to its first container: sandbox and network come between.
 const TO_FIRST_CONTAINER: Duration = Duration::from_millis(250);
+/// More than the programs wait for a heartbeat.
+const STALE: Duration = Duration::from_millis(2300);
+/// Of a static pod's configuration.
+const CONFIG_HASH: &str = "fc407168c6823ed1e0a61410d6621724";
 /// `lo` is always the first netdev of a namespace.
 const LO: u32 = 1;
 
@@ -289,6 +301,84 @@ print(time.time())";
     println!("from a namespace's annotation to the first connection that meets it: {:.1} ms", took * 1000.0);
     assert!((0.0..1.0).contains(&took), "{took} s");
     node.down().await
+}
+
+/// Starts a pod that the API server does not show, and finds out how its connection to IMDS ends.
+async fn reached_by_unknown(node: &Node, name: &str) -> anyhow::Result<String> {
+    let pod = node.lab.start_unannounced(&lab_node::spec(name))?;
+    let program = "import errno, socket
+try: socket.create_connection(('169.254.169.254', 80), 5); print('connected')
+except OSError as error: print(errno.errorcode[error.errno])";
+    let end = node.python(&pod, program).await?;
+    if end != "connected" {
+        return Ok(end);
+    }
+    let answer = node.curl(&pod, &[ROLES]).await?;
+    // An agent that has not seen the pod asks for patience.
+    Ok(if answer.body == NODE_ROLE { NODE_ROLE.to_owned() } else { answer.status.to_string() })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_audit_a_pod_that_nobody_knows_gets_no_imds_but_podgates() -> anyhow::Result<()> {
+    // The setting, and what IMDS is for such a pod with an agent, with one whose watch hangs, and without.
+    for (flags, alive, hanging, dead) in [
+        (&["--imds", "audit"][..], "503", "503", "EPERM"),
+        (&["--imds", "audit", "--imds-unknown", "as-known"], NODE_ROLE, NODE_ROLE, NODE_ROLE),
+        (&["--imds", "off"], NODE_ROLE, NODE_ROLE, NODE_ROLE),
+    ] {
+        let mut node = Node::with_flags(flags).await?;
+        let known = node.pod("known")?;
+        let reason = "Default";
+        effective(&node, &known, if flags[1] == "off" { "Off" } else { "Audit" }, reason).await?;
+        assert_eq!(reached_by_unknown(&node, "early").await?, alive, "{flags:?}");
+        node.lab.faults.set(Service::KubeApi, Fault::Hang);
+        assert_eq!(reached_by_unknown(&node, "unseen").await?, hanging, "{flags:?}");
+        assert_eq!(reached(&node, &known).await?, Reached::RealService, "{flags:?}");
+        node.agent.kill().await?;
+        sleep(STALE).await;
+        assert_eq!(reached_by_unknown(&node, "late").await?, dead, "{flags:?}");
+        assert_eq!(reached(&node, &known).await?, Reached::RealService, "{flags:?}");
+        node.lab.down()?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_static_pod_has_its_mirror_pods_policy_and_no_credentials() -> anyhow::Result<()> {
+    let node = Node::with_flags(&["--imds", "audit"]).await?;
+    let started = node.lab.start_unannounced(&PodSpec::new("kube-system", "proxy"))?;
+    let cgroup = node.lab.node.place.cgroups.pod(Qos::Burstable, CONFIG_HASH);
+    let container = node.lab.node.place.cgroups.container(&cgroup, &"5".repeat(64));
+    cgroupfs::create(&container)?;
+    let pod = Pod { cgroup, container, ..started };
+    let is_static = ["static pod"];
+    node.curl(&pod, &[ROLES]).await?.assert_refused(403, &is_static);
+    node.lab.cluster.add_pod(&cluster::PodSpec {
+        namespace: "kube-system".to_owned(),
+        name: "proxy-mirror".to_owned(),
+        service_account: "default".to_owned(),
+        node: NODE_NAME.to_owned(),
+        mirror_of: Some(CONFIG_HASH.to_owned()),
+        ..cluster::PodSpec::default()
+    });
+    until(&node, &pod, |answer| answer.body == NODE_ROLE).await?;
+    node.curl(&pod, &[POD_IDENTITY]).await?.assert_refused(403, &is_static);
+    node.lab.cluster.annotate_namespace("kube-system", "podgate.dev/imds", Some("intercept"));
+    until(&node, &pod, |answer| answer.status == 403).await?;
+    node.down().await
+}
+
+/// Asks IMDS until the answer is as it is to be.
+async fn until(node: &Node, pod: &Pod, is_it: impl Fn(&Answer) -> bool) -> anyhow::Result<()> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let answer = node.curl(pod, &[ROLES]).await?;
+        if is_it(&answer) {
+            return Ok(());
+        }
+        assert!(Instant::now() < deadline, "{answer:?}");
+        sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,10 @@ use lab::{
     cgroupfs::{CgroupDriver, Qos},
 };
 
-use crate::lab_node::{self, HELPER, IMDS, Node, POD_IDENTITY, ROLES};
+use crate::{
+    lab_node::{self, HELPER, IMDS, Node, POD_IDENTITY, ROLES},
+    policy::effective,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_only_knows_imdsv2_gets_the_role_of_its_pod() -> anyhow::Result<()> {
@@ -113,6 +116,8 @@ async fn a_process_outside_any_pod_still_sees_the_real_metadata_service() -> any
 async fn in_audit_a_pod_without_identity_sees_the_real_metadata_service() -> anyhow::Result<()> {
     let node = Node::with_flags(&["--imds", "audit"]).await?;
     let pod = node.pod("legacy")?;
+    // Until then it is intercepted.
+    effective(&node, &pod, "Audit", "Default").await?;
     assert_eq!(node.curl(&pod, &[ROLES]).await?.body, NODE_ROLE);
     node.down().await
 }

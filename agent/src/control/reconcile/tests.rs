@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     identity::Namespaces,
     intercept,
-    policy::{ANNOTATION_IMDS, Defaults, ImdsMode},
+    policy::{ANNOTATION_IMDS, Defaults, ImdsMode, UnknownPods},
     testing::pod,
 };
 
@@ -116,7 +116,13 @@ impl Node {
         let map = FakeMap::default();
         let namespaces = Arc::<Namespaces>::default();
         namespaces.insert("app", policy::Annotations::new());
-        let defaults = Defaults { imds: ImdsMode::Audit, imds_floor: ImdsMode::Off, imds_v1: false };
+        let defaults = Defaults {
+            imds: ImdsMode::Audit,
+            imds_floor: ImdsMode::Off,
+            imds_unknown: UnknownPods::AsKnown,
+            imds_v1: false,
+            tokenless: true,
+        };
         let reconciler = Reconciler {
             policies: Policies { defaults, namespaces },
             map: map.clone(),
@@ -223,6 +229,25 @@ async fn unknown_pods_are_intercepted_while_anybody_may_be() {
 }
 
 #[tokio::test]
+async fn unknown_pods_are_intercepted_in_every_mode_but_off() {
+    let mut node = Node::new();
+    node.reconciler.policies.defaults.imds_unknown = UnknownPods::Strict;
+    for (imds, unknown) in [
+        (ImdsMode::Audit, IMDS_INTERCEPT),
+        (ImdsMode::Intercept, IMDS_INTERCEPT),
+        (ImdsMode::Deny, IMDS_INTERCEPT),
+        (ImdsMode::Off, IMDS_OFF),
+    ] {
+        node.reconciler.policies.defaults.imds = imds;
+        node.cluster(ClusterEvent::NamespacesSynced).await;
+        assert_eq!(node.unknown(), (unknown, IMDS_OFF), "{imds:?}");
+    }
+    // Even where the cluster is off, one that is unknown may be of this namespace.
+    node.namespace("strict", "intercept").await;
+    assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_INTERCEPT));
+}
+
+#[tokio::test]
 async fn unknown_pods_are_intercepted_before_the_first_strict_pod_has_a_cgroup() {
     let mut node = Node::new();
     node.cluster(ClusterEvent::NamespacesSynced).await;
@@ -233,6 +258,36 @@ async fn unknown_pods_are_intercepted_before_the_first_strict_pod_has_a_cgroup()
     let on_host = Pod { host_network: true, annotations: annotations("intercept"), ..pod("app", "cni") };
     node.pod(&Arc::new(on_host)).await;
     assert_eq!(node.unknown(), (IMDS_INTERCEPT, IMDS_INTERCEPT));
+}
+
+#[tokio::test]
+async fn a_static_pod_has_the_policy_of_its_mirror_pod_and_no_credentials() {
+    let mut node = Node::new();
+    let config_hash = ConfigHash::parse("fc407168c6823ed1e0a61410d6621724").unwrap();
+    let static_cgroup = StaticCgroup { config_hash, id: 10 };
+    let annotations = |mode: &str| [(ANNOTATION_IMDS.to_owned(), mode.to_owned())].into();
+    let mirror = Pod { static_pod: Some(config_hash), injected: false, ..pod("app", "proxy") };
+    node.reconciler.on_tree(&mut node.state, TreeEvent::StaticCreated(static_cgroup)).await;
+    assert_eq!(node.imds(10), None);
+    node.pod(&Arc::new(mirror.clone())).await;
+    assert_eq!(node.imds(10), Some(IMDS_AUDIT));
+    // A namespace elsewhere is strict, which unknown pods feel, and its own, which it feels too.
+    node.namespace("strict", "deny").await;
+    assert_eq!((node.unknown().0, node.imds(10)), (IMDS_INTERCEPT, Some(IMDS_AUDIT)));
+    node.namespace("app", "intercept").await;
+    assert_eq!(node.imds(10), Some(IMDS_INTERCEPT));
+    node.namespace("app", "off").await;
+    // The kubelet makes another mirror pod.
+    node.cluster(ClusterEvent::PodDeleted(mirror.uid)).await;
+    assert_eq!(node.imds(10), Some(IMDS_OFF));
+    node.pod(&Arc::new(Pod { uid: pod("app", "proxy").uid, ..mirror.clone() })).await;
+    // Somebody else makes one, which can only tighten. No credentials are fetched for any of them.
+    let forged = Pod { injected: true, annotations: annotations("intercept"), ..mirror.clone() };
+    node.pod(&Arc::new(Pod { uid: pod("app", "proxy").uid, ..forged })).await;
+    assert_eq!(node.imds(10), Some(IMDS_INTERCEPT));
+    assert!(node.reconciler.lifecycle.prefetched.lock().is_empty());
+    node.reconciler.on_tree(&mut node.state, TreeEvent::StaticRemoved(static_cgroup)).await;
+    assert_eq!(node.imds(10), None);
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ fn pod(annotations: Annotations) -> Pod {
 }
 
 fn defaults(imds: ImdsMode, imds_floor: ImdsMode) -> Defaults {
-    Defaults { imds, imds_floor, imds_v1: false }
+    Defaults { imds, imds_floor, imds_unknown: UnknownPods::Strict, imds_v1: false, tokenless: true }
 }
 
 #[test]
@@ -149,21 +149,32 @@ fn imds_v1_is_for_those_who_ask_for_it() {
 #[test]
 fn a_pod_that_has_a_token_must_send_it() {
     let cases = [
-        // mode, has the volume, annotation, served from its cgroup alone
-        (Intercept, false, None, true),
-        (Intercept, true, None, false),
-        (Intercept, true, Some("allow"), true),
-        (Intercept, false, Some("deny"), false),
-        (Audit, false, None, false),
-        (Audit, false, Some("allow"), true),
-        (Audit, false, Some("Allow"), false),
-        (Deny, false, None, false),
+        // default, mode, has the volume, namespace, pod, served from its cgroup alone
+        (true, Intercept, false, None, None, true),
+        (false, Intercept, false, None, None, false),
+        (true, Intercept, true, None, None, false),
+        (false, Intercept, true, None, None, false),
+        (true, Intercept, true, None, Some("allow"), true),
+        (false, Intercept, true, None, Some("allow"), true),
+        (false, Intercept, true, Some("allow"), None, true),
+        (false, Intercept, false, Some("allow"), None, true),
+        (false, Intercept, false, Some("allow"), Some("deny"), false),
+        (true, Intercept, false, None, Some("deny"), false),
+        (true, Intercept, false, Some("deny"), None, false),
+        (true, Audit, false, None, None, false),
+        (false, Audit, false, None, Some("allow"), true),
+        (true, Audit, false, None, Some("Allow"), false),
+        (true, Deny, false, None, None, false),
     ];
-    for (imds, token_volume, annotation, tokenless) in cases {
-        let says = annotation.map(|value| annotations(&[(ANNOTATION_TOKENLESS, value)])).unwrap_or_default();
-        let pod = Pod { token_volume, ..pod(says) };
-        let policy = Policy::decide(&defaults(imds, Off), &Annotations::new(), &pod);
-        assert_eq!(policy.tokenless, tokenless, "{imds:?} {token_volume} {annotation:?}");
+    for (default, imds, token_volume, namespace, of_pod, tokenless) in cases {
+        let says = |value: Option<&str>| {
+            value.map(|value| annotations(&[(ANNOTATION_TOKENLESS, value)])).unwrap_or_default()
+        };
+        let defaults = Defaults { tokenless: default, ..defaults(imds, Off) };
+        let pod = Pod { token_volume, ..pod(says(of_pod)) };
+        let policy = Policy::decide(&defaults, &says(namespace), &pod);
+        let case = format!("{default} {imds:?} {token_volume} {namespace:?} {of_pod:?}");
+        assert_eq!(policy.tokenless, tokenless, "{case}");
     }
 }
 
@@ -184,10 +195,26 @@ fn an_unknown_value_is_reported_with_its_scope() {
 }
 
 #[test]
-fn an_unknown_pod_is_intercepted_as_soon_as_anybody_is() {
-    for (strictest, code) in
-        [(Off, IMDS_OFF), (Audit, IMDS_AUDIT), (Intercept, IMDS_INTERCEPT), (Deny, IMDS_INTERCEPT)]
-    {
-        assert_eq!(unknown_pod(strictest).imds, code, "{strictest:?}");
+fn an_unknown_pod_is_intercepted_unless_the_cluster_is_off() {
+    use UnknownPods::{AsKnown, Strict};
+    let cases = [
+        // setting, default, floor, strictest, mode
+        (Strict, Audit, Off, Audit, IMDS_INTERCEPT),
+        (Strict, Off, Audit, Audit, IMDS_INTERCEPT),
+        (Strict, Intercept, Off, Intercept, IMDS_INTERCEPT),
+        (Strict, Deny, Off, Deny, IMDS_INTERCEPT),
+        // The cluster is off: as strict as the strictest.
+        (Strict, Off, Off, Off, IMDS_OFF),
+        (Strict, Off, Off, Audit, IMDS_AUDIT),
+        (Strict, Off, Off, Deny, IMDS_INTERCEPT),
+        (AsKnown, Off, Off, Off, IMDS_OFF),
+        (AsKnown, Audit, Off, Audit, IMDS_AUDIT),
+        (AsKnown, Audit, Off, Intercept, IMDS_INTERCEPT),
+        (AsKnown, Deny, Off, Deny, IMDS_INTERCEPT),
+    ];
+    for (imds_unknown, default, floor, strictest, code) in cases {
+        let defaults = Defaults { imds_unknown, ..defaults(default, floor) };
+        let case = format!("{imds_unknown:?}, default {default:?}, floor {floor:?}, strictest {strictest:?}");
+        assert_eq!(unknown_pod(&defaults, strictest).imds, code, "{case}");
     }
 }

@@ -32,6 +32,8 @@ pub struct PodSpec {
     pub annotations: BTreeMap<String, String>,
     /// The `DaemonSet` of its namespace that controls it.
     pub daemon_set: Option<String>,
+    /// The configuration hash of the static pod of its node that it mirrors, as the kubelet makes it.
+    pub mirror_of: Option<String>,
     /// Whether it shares the node's network namespace.
     pub host_network: bool,
     /// Its addresses, of either family; empty while the network is not there.
@@ -115,6 +117,18 @@ pub(super) fn pod(spec: &PodSpec) -> Value {
             "uid": Uuid::new_v4().to_string(),
             "controller": true,
             "blockOwnerDeletion": true,
+        }]);
+    }
+    if let Some(config_hash) = &spec.mirror_of {
+        for annotation in ["kubernetes.io/config.hash", "kubernetes.io/config.mirror"] {
+            pod["metadata"]["annotations"][annotation] = json!(config_hash);
+        }
+        pod["metadata"]["ownerReferences"] = json!([{
+            "apiVersion": "v1",
+            "kind": "Node",
+            "name": spec.node,
+            "uid": Uuid::new_v4().to_string(),
+            "controller": true,
         }]);
     }
     if let Some(uid) = &spec.uid {

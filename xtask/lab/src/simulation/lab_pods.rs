@@ -147,6 +147,7 @@ impl Pods {
             labels: spec.labels.clone(),
             annotations: spec.annotations.clone(),
             daemon_set: spec.daemon_set.clone(),
+            mirror_of: None,
             host_network: spec.host_network,
             pod_ips: Vec::new(),
             token_volume: spec.token_volume,
