@@ -16,7 +16,7 @@
 //! ```
 //!
 //! - `intercept`: the programs, maps and pins in the kernel, and their one owner
-//! - `accept`: listeners; the origin that the kernel put on an accepted connection
+//! - `accept`: listeners, on the node and in pods' own networks; the origin that the kernel put on an accepted connection
 //! - `dialect`: the wire formats `pod-identity`, `imds` and `ecs`: parse a request, render a response (pure)
 //! - `identity`: cgroup -> pod -> service account; who may command the agent
 //! - `policy`: what a pod may do, by settings and annotations (pure)

@@ -37,7 +37,7 @@ pub mod dataplane;
 mod eks_agent;
 pub mod heartbeat_task;
 mod listeners;
-pub(crate) mod pod_listeners;
+pub mod pod_listeners;
 pub mod pod_networks;
 mod shutdown;
 mod standby;

@@ -17,8 +17,11 @@ use std::{
 };
 
 use agent::{
-    cli::Cli, control::fence::FenceMetrics, credentials::metrics::CacheMetrics,
-    serve::metrics::RequestMetrics, takeover::transfer::HandoverMetrics,
+    cli::Cli,
+    control::fence::FenceMetrics,
+    credentials::metrics::CacheMetrics,
+    serve::metrics::RequestMetrics,
+    takeover::{pod_listeners::PodListenerMetrics, transfer::HandoverMetrics},
 };
 use agent_common::counter::Counter;
 use clap::CommandFactory as _;
@@ -340,6 +343,7 @@ fn metrics(sources: &str) -> BTreeMap<String, String> {
     CacheMetrics::register(&mut registry);
     HandoverMetrics::register(&mut registry);
     FenceMetrics::register(&mut registry);
+    PodListenerMetrics::register(&mut registry);
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
     let types: BTreeMap<_, _> =

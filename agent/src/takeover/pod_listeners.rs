@@ -69,7 +69,7 @@ pub(crate) struct Parts<D> {
 
 /// How many pods have listeners.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct PodListenerMetrics {
+pub struct PodListenerMetrics {
     published: Gauge,
     failed: Gauge,
 }
@@ -121,7 +121,8 @@ struct Counted(Gauge);
 // === impl PodListenerMetrics ===
 
 impl PodListenerMetrics {
-    pub(crate) fn register(registry: &mut Registry) -> Self {
+    /// Registers them.
+    pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         registry.register(
             "podgate_pod_listeners",
@@ -233,6 +234,8 @@ impl<D: Dataplane> Follower<D> {
 
     async fn serve_again(&self, uid: PodUid, pod_cgroup_id: u64, mut opening: Option<watch::Receiver<()>>) {
         let mut drain = self.drain.clone();
+        // A start waits for those only that can be served at once.
+        opening = opening.filter(|_| self.parts.networks.has_network(pod_cgroup_id));
         loop {
             let open = async {
                 let pod = self.parts.pods.shown(uid).await;

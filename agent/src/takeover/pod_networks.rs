@@ -34,6 +34,8 @@ pub struct OpenNetwork {
 
 /// Enters pods' networks. A trait because only root on a node can.
 pub trait PodNetworks: Send + Sync + 'static {
+    /// Whether the pod with this own cgroup has a network of its own by now.
+    fn has_network(&self, pod_cgroup_id: u64) -> bool;
     /// Listens in the network of the pod with this own cgroup, at none of the ports to avoid, as soon as the pod has one.
     fn open(&self, pod_cgroup_id: u64, avoided: Vec<u16>) -> BoxFuture<'_, io::Result<OpenNetwork>>;
     /// Makes sure that the listeners answer to the pod, and that the network is still the pod's; returns its addresses.
@@ -66,9 +68,13 @@ impl NodeNetworks {
         Ok(Self { kubepods, thread: NetnsThread::spawn()? })
     }
 
-    async fn listen(&self, pod_cgroup_id: u64, avoided: Vec<u16>) -> io::Result<OpenNetwork> {
+    fn cgroup(&self, pod_cgroup_id: u64) -> io::Result<PathBuf> {
         let below = self.kubepods.below_kubepods(pod_cgroup_id)?;
-        let cgroup = self.kubepods.path().join(below.ok_or(io::ErrorKind::NotFound)?);
+        Ok(self.kubepods.path().join(below.ok_or(io::ErrorKind::NotFound)?))
+    }
+
+    async fn listen(&self, pod_cgroup_id: u64, avoided: Vec<u16>) -> io::Result<OpenNetwork> {
+        let cgroup = self.cgroup(pod_cgroup_id)?;
         let mut populated = Populated::follow(&cgroup)?;
         let mut delay = FIRST_LOOK;
         let namespace = loop {
@@ -86,6 +92,11 @@ impl NodeNetworks {
 }
 
 impl PodNetworks for NodeNetworks {
+    fn has_network(&self, pod_cgroup_id: u64) -> bool {
+        let cgroup = self.cgroup(pod_cgroup_id);
+        cgroup.is_ok_and(|cgroup| pod_network::find(&cgroup).is_ok_and(|found| found.is_some()))
+    }
+
     fn open(&self, pod_cgroup_id: u64, avoided: Vec<u16>) -> BoxFuture<'_, io::Result<OpenNetwork>> {
         Box::pin(self.listen(pod_cgroup_id, avoided))
     }

@@ -311,6 +311,10 @@ impl ProcessCgroups for FakeProcesses {
 // === impl NoNetworks ===
 
 impl PodNetworks for NoNetworks {
+    fn has_network(&self, _: u64) -> bool {
+        false
+    }
+
     fn open(&self, _: u64, _: Vec<u16>) -> BoxFuture<'_, io::Result<OpenNetwork>> {
         Box::pin(future::pending())
     }
