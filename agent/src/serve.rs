@@ -97,6 +97,10 @@ impl<S: CredentialSource> Server<S> {
         let is_foreign = |pod: &SourcePod| in_network_of.is_some_and(|own| own != pod.uid);
         let is_foreign = source_pod.as_ref().is_some_and(is_foreign);
         let (origin, source_pod) = if is_foreign { (None, None) } else { (origin, source_pod) };
+        // Every pod has the same address there; on the node it has its own.
+        let own_address =
+            in_network_of.and_then(|uid| self.resolver.known(uid)).and_then(|pod| pod.ips.first().copied());
+        let peer = own_address.unwrap_or(peer);
         let attested = source_pod.as_ref().map(|pod| pod.uid).or(in_network_of);
         let key = attested.map_or(LimitKey::Address(peer), LimitKey::Pod);
         let Some(permit) = self.connections.permit(key) else {

@@ -15,6 +15,11 @@ use std::{
 };
 
 use nix::ifaddrs::getifaddrs;
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, connect, socket_with},
+};
+use tokio::time::timeout;
 
 use super::listen;
 
@@ -74,14 +79,37 @@ impl PodSockets {
     }
 }
 
-/// Connects to this thread's own loopback, as the pod does.
+/// Begins to connect to the listeners on this thread's own loopback, as the pod does.
 ///
 /// # Errors
-/// When nothing answers there: the loopback is down, or rules of the pod's own drop or divert what is sent to it.
-pub fn probe(port: u16, v4: bool, v6: bool) -> io::Result<()> {
+/// When a connection cannot even begin.
+pub fn begin_probe(port: u16, v4: bool, v6: bool) -> io::Result<Vec<TcpStream>> {
     let addresses: [(bool, IpAddr); 2] = [(v4, Ipv4Addr::LOCALHOST.into()), (v6, Ipv6Addr::LOCALHOST.into())];
-    for (_, address) in addresses.into_iter().filter(|(listens, _)| *listens) {
-        TcpStream::connect_timeout(&SocketAddr::new(address, port), PROBE_TIMEOUT)?;
+    let listened = addresses.into_iter().filter(|(listens, _)| *listens);
+    listened.map(|(_, address)| begin(SocketAddr::new(address, port))).collect()
+}
+
+fn begin(address: SocketAddr) -> io::Result<TcpStream> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &address) {
+        Err(Errno::INPROGRESS) | Ok(()) => Ok(socket.into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Waits until the listeners have answered; in whatever network this thread is. Needs a tokio runtime.
+///
+/// # Errors
+/// When nothing answers: the loopback is down, or rules of the pod's own drop or divert what is sent there.
+pub async fn finish_probe(probes: Vec<TcpStream>) -> io::Result<()> {
+    for probe in probes {
+        let probe = tokio::net::TcpStream::from_std(probe)?;
+        timeout(PROBE_TIMEOUT, probe.writable()).await.map_err(|_| io::ErrorKind::TimedOut)??;
+        if let Some(error) = probe.take_error()? {
+            return Err(error);
+        }
     }
     Ok(())
 }

@@ -38,7 +38,8 @@ use crate::{
 
 /// Between two proofs that a pod's listeners answer.
 const PROBE_INTERVAL: Duration = Duration::from_secs(30);
-/// After a failure: a pod that closes its listeners, or drops what is sent to them, makes no more work than this.
+/// After a failure, and twice as long after the next, up to the time between two proofs: a pod that closes its listeners, or
+/// drops what is sent to them, makes no more work than this.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Lines about failures, of all pods together.
 const LINES_MAX: u32 = 10;
@@ -95,7 +96,7 @@ enum End {
     /// This agent shuts down.
     Drained,
     /// They have failed.
-    Again(String),
+    Failed { reason: String, was_published: bool },
 }
 
 /// The connections of one pod's listeners. Dropped, it resets them at once: one that is left holds the pod's network and
@@ -226,16 +227,10 @@ impl<D: Dataplane> Follower<D> {
         mut removed: watch::Receiver<()>,
         opening: Option<watch::Receiver<()>>,
     ) {
-        tokio::select! {
-            () = self.serve_again(uid, pod_cgroup_id, opening) => {}
-            _ = removed.changed() => {}
-        }
-    }
-
-    async fn serve_again(&self, uid: PodUid, pod_cgroup_id: u64, mut opening: Option<watch::Receiver<()>>) {
         let mut drain = self.drain.clone();
         // A start waits for those only that can be served at once.
-        opening = opening.filter(|_| self.parts.networks.has_network(pod_cgroup_id));
+        let mut opening = opening.filter(|_| self.parts.networks.has_network(pod_cgroup_id));
+        let mut delay = RETRY_DELAY;
         loop {
             let open = async {
                 let pod = self.parts.pods.shown(uid).await;
@@ -250,23 +245,27 @@ impl<D: Dataplane> Follower<D> {
                     Some(opened) => opened,
                     None => return,
                 },
+                _ = removed.changed() => return,
                 () = drain.begun() => return,
             };
             let end = match open {
-                Ok(open) => self.serve(&pod, pod_cgroup_id, open, &mut opening).await,
-                Err(error) => End::Again(error.to_string()),
+                Ok(open) => self.serve(&pod, pod_cgroup_id, open, &mut removed, &mut opening).await,
+                Err(error) => End::Failed { reason: error.to_string(), was_published: false },
             };
             opening = None;
             match end {
                 End::Over => {}
                 End::Drained => return,
-                End::Again(reason) => {
+                End::Failed { reason, was_published } => {
                     self.report(&pod, &reason);
                     let _counted = Counted::new(&self.parts.metrics.failed);
+                    delay = if was_published { RETRY_DELAY } else { delay };
                     tokio::select! {
-                        () = sleep(RETRY_DELAY) => {}
+                        () = sleep(delay) => {}
+                        _ = removed.changed() => return,
                         () = drain.begun() => return,
                     }
+                    delay = (delay * 2).min(PROBE_INTERVAL);
                 }
             }
         }
@@ -278,24 +277,29 @@ impl<D: Dataplane> Follower<D> {
         pod: &Pod,
         pod_cgroup_id: u64,
         mut open: OpenNetwork,
+        removed: &mut watch::Receiver<()>,
         opening: &mut Option<watch::Receiver<()>>,
     ) -> End {
-        self.parts.known.learn(pod.uid, open.cookie);
         let (cookie, entry) = (open.cookie, entry(pod_cgroup_id, &open));
         let connections = Connections::default();
         let mut unanswered = self.unanswered.clone();
         let mut accepting = match self.accept(pod.uid, &open, &connections) {
             Ok(accepting) => accepting,
-            Err(error) => return End::Again(error.to_string()),
+            Err(error) => return End::Failed { reason: error.to_string(), was_published: false },
         };
         let mut published = None;
+        let failed = |reason: String, published: &Option<Counted>| End::Failed {
+            reason,
+            was_published: published.is_some(),
+        };
         let end = loop {
             if let Err(error) = self.check(pod, &open).await {
-                break End::Again(error.to_string());
+                break failed(error.to_string(), &published);
             }
             if published.is_none() {
+                self.parts.known.learn(pod.uid, cookie);
                 if let Err(error) = self.parts.dataplane.publish_pod_listener(cookie, entry).await {
-                    break End::Again(error.to_string());
+                    break failed(error.to_string(), &published);
                 }
                 let port = open.sockets.port;
                 debug!(pod.uid = %pod.uid, pod.name = pod.full_name(), port, "listening in the network of a pod");
@@ -303,14 +307,18 @@ impl<D: Dataplane> Follower<D> {
             }
             *opening = None;
             tokio::select! {
-                ended = open.ended() => break ended.map_or_else(|error| End::Again(error.to_string()), |()| End::Over),
+                ended = open.ended() => break match ended {
+                    Ok(()) => End::Over,
+                    Err(error) => failed(error.to_string(), &published),
+                },
+                _ = removed.changed() => break End::Over,
                 ended = accepting.join_next() => match ended {
                     Some(Ok(Ok(Ended::Drained))) => {
                         while accepting.join_next().await.is_some() {}
                         connections.finish();
                         return End::Drained;
                     }
-                    _ => break End::Again("its listeners were closed by somebody else".to_owned()),
+                    _ => break failed("its listeners were closed by somebody else".to_owned(), &published),
                 },
                 () = named(&mut unanswered, cookie) => {}
                 () = sleep(PROBE_INTERVAL) => {}

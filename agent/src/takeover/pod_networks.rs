@@ -112,8 +112,11 @@ impl PodNetworks for NodeNetworks {
             {
                 return Err(io::Error::other("the pod's sandbox was made again"));
             }
-            let check = move || in_pod::probe(port, v4, v6).and_then(|()| in_pod::addresses());
-            self.thread.run(namespace, check).await?
+            let begin =
+                move || Ok::<_, io::Error>((in_pod::begin_probe(port, v4, v6)?, in_pod::addresses()?));
+            let (probes, addresses) = self.thread.run(namespace, begin).await??;
+            in_pod::finish_probe(probes).await?;
+            Ok(addresses)
         })
     }
 }
