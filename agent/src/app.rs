@@ -195,7 +195,6 @@ where
     tasks.spawn("the handover of credentials", predecessor.serve(activity.receiver));
 
     let (eks_agent_sender, eks_agent_is_here) = watch::channel(false);
-    let (listeners, pod_events) = mpsc::unbounded_channel();
     let pod_listeners = pod_listeners::Parts {
         networks: Arc::clone(&cgroups.networks),
         dataplane: Arc::clone(&kernel.dataplane),
@@ -207,10 +206,13 @@ where
     };
     let (unanswered, is_unanswered) = watch::channel(0);
     tasks.spawn("the kernel's events", kernel_events::run(kernel.events, Arc::clone(&server), unanswered));
-    let (pod_listeners, following) = PodListeners::follow(pod_listeners, pod_events, is_unanswered);
+    let (pod_listeners, following) = PodListeners::follow(pod_listeners, is_unanswered);
     tasks.spawn_finite("the listeners in pods' networks", following.map(Ok));
-    let lifecycle =
-        PodState { cache: Arc::clone(&cache), connections: server.connections.clone(), listeners };
+    let lifecycle = PodState {
+        cache: Arc::clone(&cache),
+        connections: server.connections.clone(),
+        listeners: pod_listeners.events(),
+    };
     let reconciler = known.reconciler(&config, cgroups.own_pod, kernel.policies, eks_agent_sender, lifecycle);
     // Before any pod is known: inherited credentials are not prefetched again.
     transfer::inherit(&config.handover_dir, &kernel.keys.predecessor, &cache, &metrics.handovers).await;

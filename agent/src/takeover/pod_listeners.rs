@@ -49,11 +49,15 @@ const FINISH_INTERVAL: Duration = Duration::from_millis(10);
 /// How long a start waits for the listeners of the pods that are there already.
 const FIRST_ROUND_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A pod's cgroup was created, with this id, or removed.
+/// What happens to pods' cgroups.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum PodEvent {
+    /// One was created, with this id.
     Created(PodUid, u64),
+    /// It was removed.
     Removed(PodUid),
+    /// Those that were there at the start are known.
+    Synced,
 }
 
 /// What the listeners are made of.
@@ -78,6 +82,7 @@ pub struct PodListenerMetrics {
 /// Ends all listeners.
 pub(crate) struct PodListeners {
     drain: Drain,
+    events: mpsc::UnboundedSender<PodEvent>,
     first_round: watch::Sender<()>,
 }
 
@@ -145,24 +150,31 @@ impl PodListeners {
     /// Follows what happens to pods' cgroups, and in which networks, by their cookies, nothing has answered a pod.
     pub(crate) fn follow<D: Dataplane>(
         parts: Parts<D>,
-        events: mpsc::UnboundedReceiver<PodEvent>,
         unanswered: watch::Receiver<u64>,
     ) -> (Self, impl Future<Output = ()> + Send) {
+        let (events, received) = mpsc::unbounded_channel();
         let (drain, watch) = drain();
         let (first_round, opening) = watch::channel(());
         let log = Mutex::new(LogLimit::new(LINES_MAX, LOG_INTERVAL));
         let follower = Arc::new(Follower { parts, unanswered, drain: watch, log });
-        (Self { drain, first_round }, follower.run(events, opening))
+        (Self { drain, events, first_round }, follower.run(received, opening))
+    }
+
+    /// Where it is told what happens to cgroups.
+    pub(crate) fn events(&self) -> mpsc::UnboundedSender<PodEvent> {
+        self.events.clone()
     }
 
     /// Those of a node without pods.
     #[cfg(test)]
     pub(super) fn none() -> Self {
-        Self { drain: drain().0, first_round: watch::Sender::default() }
+        Self { drain: drain().0, events: mpsc::unbounded_channel().0, first_round: watch::Sender::default() }
     }
 
     /// Waits a moment until the pods that were there at the start have their listeners.
     pub(crate) async fn first_round(&self) {
+        // It has ended while the agent shuts down.
+        let _ = self.events.send(PodEvent::Synced);
         let begun = Instant::now();
         let all = timeout(FIRST_ROUND_TIMEOUT, self.first_round.closed()).await.is_ok();
         info!(ms = begun.elapsed().as_millis(), all, "listening in the networks of the pods that were there");
@@ -207,9 +219,7 @@ impl<D: Dataplane> Follower<D> {
                 PodEvent::Removed(uid) => {
                     removals.remove(&uid);
                 }
-            }
-            if events.is_empty() {
-                opening = None;
+                PodEvent::Synced => opening = None,
             }
         }
         // Those that follow pods end by themselves, once their connections are accepted. Until then no pod counts as removed.

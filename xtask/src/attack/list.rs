@@ -74,7 +74,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "held-probes", "520 connections to the port for probes and metrics of an agent that may have 512 files open",
         [ProbeLimit], packets::held_probes, quiet;
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
-        [PodListeners, ConnectionLimit], packets::full_queue, quiet;
+        [ConnectionLimit], packets::full_queue, quiet;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
         [NO_EGRESS_FILTER], packets::raw_tcp;
     "udp-to-imds", "a datagram to the real IMDS",
