@@ -68,14 +68,19 @@ async fn detach(args: &Args) -> Result<(), String> {
     if args.dry_run {
         return Ok(());
     }
-    // Programs first: as long as they run, pods are sent to the addresses that go next.
-    let mut problems = Vec::new();
+    // Programs first: as long as they run, pods are sent to the addresses that go next. What cannot be removed now is tried
+    // again.
     for pin in &found.pins {
-        problems.extend(intercept::unpin(pin).err().map(|error| error.to_string()));
+        let _ = intercept::unpin(pin);
     }
-    // A running agent notices with its next heartbeat, and exits: until then it would restore its rules.
+    // A running agent notices with its next heartbeat, and exits: until then it would restore its rules, and it may have pinned
+    // something between two removals.
     if !found.pins.is_empty() {
         tokio::time::sleep(HEARTBEATS).await;
+    }
+    let mut problems = Vec::new();
+    for pin in intercept::pinned(&args.bpffs).map_err(|error| error.to_string())? {
+        problems.extend(intercept::unpin(&pin).err().map(|error| error.to_string()));
     }
     for netdev in &found.filters {
         problems.extend(intercept::remove_filter(netdev).err().map(|error| error.to_string()));
