@@ -17,7 +17,7 @@ use super::{
     IMDS, POD_IDENTITY, PROGRAM, ROLES,
     attacker::{Act, Knock, Layer},
     get,
-    scene::{Outcome, Place, Scene, address, http},
+    scene::{Outcome, Place, Scene, address, http, on_host_network},
 };
 
 /// Longer than the node takes to be rid of a pod's netdev.
@@ -138,7 +138,11 @@ async fn held(scene: &Scene, attacker: &Pod, act: &Act) -> anyhow::Result<Outcom
 
 /// Four processes go on opening connections, more than wait to be accepted.
 pub(super) async fn full_queue(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
+    // On the host's network, where all wait in one queue: a pod's own network has one of its own.
+    let intercepted = ("podgate.dev/imds", "intercept");
+    let victim = scene.lab.add_pod(&on_host_network(scene.victim_spec(), intercepted))?;
+    scene.until_served(&victim).await?;
+    let attacker = scene.lab.add_pod(&on_host_network(scene.attacker_spec(), intercepted))?;
     limit_files(scene).await?;
     let act = Act::ChurnConnections { to: POD_IDENTITY, count: 1_200 };
     let processes = (0..4).map(|_| scene.must_begin(Place::In(&attacker), &act));
