@@ -6,6 +6,7 @@
 mod features;
 mod import_rules;
 mod imports;
+mod source_files;
 mod test_names;
 
 use std::{

@@ -7,14 +7,17 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     str::FromStr as _,
 };
 
 use anyhow::{Context as _, anyhow};
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
-use super::import_rules::{self, Rule, name};
+use super::{
+    import_rules::{self, Rule, name},
+    source_files::source_files,
+};
 
 /// A module as the segments of its path, without `crate`.
 type Module = Vec<String>;
@@ -40,7 +43,8 @@ impl Crate {
     /// Reads every source file below `sources` but those of tests.
     pub(super) fn read(sources: &Path) -> anyhow::Result<Self> {
         let (mut modules, mut uses) = (BTreeMap::new(), BTreeMap::new());
-        for file in files(sources)? {
+        let is_of_tests = |path: &Path| path.file_stem().is_some_and(|name| name == "tests");
+        for file in source_files(sources, &is_of_tests)? {
             let text =
                 fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
             let tokens = TokenStream::from_str(&text)
@@ -270,25 +274,6 @@ fn module_of(file: &Path) -> Module {
         module.clear();
     }
     module
-}
-
-/// The Rust sources below a directory, without those of tests.
-fn files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let entries = fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
-    for entry in entries {
-        let path = entry?.path();
-        if path.file_stem().is_some_and(|name| name == "tests") {
-            continue;
-        }
-        if path.is_dir() {
-            found.extend(files(&path)?);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 #[cfg(test)]

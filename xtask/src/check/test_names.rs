@@ -2,13 +2,11 @@
 //!
 //! Owns how a test is found in a source, and the limit; never judges what a name says.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::fs;
 
 use anyhow::Context as _;
 
+use super::source_files::source_files;
 use crate::workspace;
 
 /// Most characters of a test's name.
@@ -21,7 +19,8 @@ pub(super) fn too_long() -> anyhow::Result<Vec<String>> {
     let root = workspace::root();
     let mut found = Vec::new();
     for directory in DIRECTORIES {
-        for file in sources(&root.join(directory))? {
+        // What a build made is not the workspace's.
+        for file in source_files(&root.join(directory), &|path| path.is_dir() && path.ends_with("target"))? {
             let text =
                 fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
             let file = file.strip_prefix(root).unwrap_or(&file).display();
@@ -48,24 +47,6 @@ fn tests(text: &str) -> Vec<&str> {
         }
     }
     names
-}
-
-/// The Rust sources below a directory, those that a build made left out.
-fn sources(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let entries = fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
-    for entry in entries {
-        let path = entry?.path();
-        if path.is_dir() {
-            if !path.ends_with("target") {
-                found.extend(sources(&path)?);
-            }
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 #[cfg(test)]
