@@ -34,7 +34,8 @@ pub(super) fn has_env_from(spec: &PodSpec) -> bool {
     containers(spec).any(|container| container.env_from.as_ref().is_some_and(|sources| !sources.is_empty()))
 }
 
-fn containers(spec: &PodSpec) -> impl Iterator<Item = &Container> {
+/// The containers of a pod, those of its start included.
+pub(super) fn containers(spec: &PodSpec) -> impl Iterator<Item = &Container> {
     spec.init_containers.iter().flatten().chain(&spec.containers)
 }
 

@@ -157,8 +157,7 @@ fn static_pod(pod: &core::Pod) -> Option<ConfigHash> {
 }
 
 fn container_ports(spec: &core::PodSpec) -> Vec<u16> {
-    let containers = spec.init_containers.iter().flatten().chain(&spec.containers);
-    let ports = containers.flat_map(|container| container.ports.iter().flatten());
+    let ports = injection::containers(spec).flat_map(|container| container.ports.iter().flatten());
     ports.filter_map(|port| u16::try_from(port.container_port).ok()).collect()
 }
 

@@ -22,6 +22,18 @@ use super::cgroupfs;
 #[derive(Debug)]
 pub struct Populated(AsyncFd<File>);
 
+/// By which two namespaces that are open are told apart: device and inode.
+type NamespaceId = (u64, u64);
+
+/// A process that shows the network of its pod.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SandboxProcess {
+    pub(super) pid: i32,
+    /// When it was started, in clock ticks since boot.
+    pub(super) started: u64,
+    namespace: NamespaceId,
+}
+
 // === impl Populated ===
 
 impl Populated {
@@ -74,22 +86,21 @@ impl Populated {
 /// # Errors
 /// When the cgroup or `/proc` cannot be read.
 pub fn find(pod: &Path) -> io::Result<Option<OwnedFd>> {
-    let Some((_, pid)) = sandbox_process(pod)? else { return Ok(None) };
-    let expected = namespace_id(Path::new(&of_process(pid)))?;
-    let namespace = File::open(of_process(pid))?;
-    let metadata = namespace.metadata()?;
-    // The PID may have been reused before the namespace was opened.
-    let is_same = (metadata.dev(), metadata.ino()) == expected;
-    Ok((is_same && is_in(pid, pod)?).then(|| namespace.into()))
+    let Some(sandbox) = sandbox_process(pod)? else { return Ok(None) };
+    let namespace = File::open(of_process(sandbox.pid))?;
+    // The PID may have been reused before the namespace was opened, also by a process of the pod's that is still in the
+    // host's network.
+    let is_same = id(&namespace.metadata()?) == sandbox.namespace;
+    Ok((is_same && is_in(sandbox.pid, pod)?).then(|| namespace.into()))
 }
 
-/// The oldest process of a pod in a network other than the host's, and when it was started: the sandbox's.
+/// The oldest process of a pod in a network other than the host's: the sandbox's.
 ///
 /// # Errors
 /// When the cgroup cannot be read.
-pub(super) fn sandbox_process(pod: &Path) -> io::Result<Option<(u64, i32)>> {
+pub(super) fn sandbox_process(pod: &Path) -> io::Result<Option<SandboxProcess>> {
     let host = namespace_id(Path::new("/proc/self/ns/net"))?;
-    let mut oldest: Option<(u64, i32)> = None;
+    let mut oldest: Option<SandboxProcess> = None;
     for pid in processes(pod)? {
         // A process that has ended meanwhile shows nothing.
         let Ok(started) = Process::new(pid).and_then(|process| process.stat()).map(|stat| stat.starttime)
@@ -97,8 +108,8 @@ pub(super) fn sandbox_process(pod: &Path) -> io::Result<Option<(u64, i32)>> {
             continue;
         };
         let Ok(namespace) = namespace_id(Path::new(&of_process(pid))) else { continue };
-        if namespace != host && oldest.is_none_or(|(earliest, _)| started < earliest) {
-            oldest = Some((started, pid));
+        if namespace != host && oldest.as_ref().is_none_or(|oldest| started < oldest.started) {
+            oldest = Some(SandboxProcess { pid, started, namespace });
         }
     }
     Ok(oldest)
@@ -116,17 +127,20 @@ pub(super) fn is_in(pid: i32, directory: &Path) -> io::Result<bool> {
 /// # Errors
 /// When the kernel does not tell.
 pub fn is_same(one: &OwnedFd, other: &OwnedFd) -> io::Result<bool> {
-    let id = |namespace: &OwnedFd| Ok::<_, io::Error>(File::from(namespace.try_clone()?).metadata()?.ino());
-    Ok(id(one)? == id(other)?)
+    let of = |namespace: &OwnedFd| File::from(namespace.try_clone()?).metadata().map(|found| id(&found));
+    Ok(of(one)? == of(other)?)
 }
 
 fn of_process(pid: i32) -> String {
     format!("/proc/{pid}/ns/net")
 }
 
-/// By which two open namespaces are told apart.
-fn namespace_id(path: &Path) -> io::Result<(u64, u64)> {
-    fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+fn namespace_id(path: &Path) -> io::Result<NamespaceId> {
+    fs::metadata(path).map(|metadata| id(&metadata))
+}
+
+fn id(namespace: &fs::Metadata) -> NamespaceId {
+    (namespace.dev(), namespace.ino())
 }
 
 /// Every process in the pod's containers: in the cgroups directly below.

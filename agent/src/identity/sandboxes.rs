@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{cgroup, cgroupfs, pod_network};
+use super::{
+    cgroup, cgroupfs,
+    pod_network::{self, SandboxProcess},
+};
 
 /// How long a new pod may take until it has a network: pulling the sandbox's image included.
 const NEW_FOR: Duration = Duration::from_secs(10);
@@ -108,7 +111,9 @@ impl Sandboxes {
 impl Process {
     /// The oldest of a pod, with its network. A process that is about to enter the pod's may be seen in the host's.
     fn sandbox(directory: &Path) -> io::Result<Option<(Self, File)>> {
-        let Some((started, pid)) = pod_network::sandbox_process(directory)? else { return Ok(None) };
+        let Some(SandboxProcess { pid, started, .. }) = pod_network::sandbox_process(directory)? else {
+            return Ok(None);
+        };
         let namespace = File::open(namespace_of(pid))?;
         let process = Self { pid, started, network: namespace.metadata()?.ino() };
         // The PID may have been reused before the namespace was opened.
