@@ -332,6 +332,7 @@ fn whois(config: &Config, cgroups: &Cgroups, known: &Known) -> Whois {
     Whois {
         cgroups: Arc::clone(&cgroups.processes),
         pods: Arc::clone(&known.pods),
+        networks: Arc::clone(&known.networks),
         policies: known.policies.clone(),
         own_pod: cgroups.own_pod,
         eks_agent: config.eks_agent.clone(),

@@ -12,6 +12,7 @@ use crate::{
         DaemonSetRef, PodUid, Pods,
         cgroup::{self, Owner, PodPath},
         cgroupfs,
+        networks::Networks,
         peer::ProcessCgroups,
     },
     policy::lookup::Policies,
@@ -23,6 +24,8 @@ pub(crate) struct Whois {
     pub cgroups: Arc<dyn ProcessCgroups>,
     /// The pods of this node.
     pub pods: Arc<Pods>,
+    /// The networks of pods.
+    pub networks: Arc<Networks>,
     /// The policies of pods.
     pub policies: Policies,
     /// The cgroup of podgate's own pod.
@@ -48,6 +51,9 @@ pub(crate) struct Answer {
     pub service_account: Option<String>,
     /// What becomes of the pod's connections to IMDS.
     pub imds: Option<String>,
+    /// The port on the pod's own loopback at which podgate listens, where no program of the pod can. None where the pod is
+    /// served on the node's addresses.
+    pub listener_port: Option<u16>,
     /// Why, in a sentence.
     pub because: String,
 }
@@ -69,6 +75,7 @@ impl Whois {
             pod: None,
             service_account: None,
             imds: None,
+            listener_port: None,
             because: String::new(),
         };
         let found = self.pod_at(&cgroup);
@@ -93,6 +100,7 @@ impl Whois {
     /// Fills in what is known of a pod; returns why it gets what it gets.
     fn of_pod(&self, uid: PodUid, answer: &mut Answer) -> String {
         answer.pod_uid = Some(uid.to_string());
+        answer.listener_port = self.networks.listened(uid);
         let Some(pod) = self.pods.get(uid) else {
             return "the API server has not shown this pod yet: its requests wait".to_owned();
         };

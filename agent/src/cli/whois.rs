@@ -42,6 +42,7 @@ fn for_people(answer: &Answer) -> String {
         ("pod UID", answer.pod_uid.clone().unwrap_or_else(none)),
         ("service account", answer.service_account.clone().unwrap_or_else(none)),
         ("IMDS", answer.imds.clone().unwrap_or_else(none)),
+        ("listener port", answer.listener_port.map_or_else(none, |port| port.to_string())),
         ("because", answer.because.clone()),
     ];
     let lines = rows.map(|(name, value)| format!("{name:<16} {value}\n"));
@@ -62,6 +63,7 @@ mod tests {
             pod: None,
             service_account: None,
             imds: None,
+            listener_port: None,
             because: "its cgroup is no pod's".into(),
         };
         let text = for_people(&answer);

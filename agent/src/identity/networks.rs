@@ -22,6 +22,7 @@ pub trait PodProcesses: Send + Sync + 'static {
 pub struct Networks {
     host: u64,
     known: ConcurrentMap<PodUid, u64>,
+    listened: ConcurrentMap<PodUid, u16>,
 }
 
 /// What is known of a connection's network without asking the pod's processes.
@@ -40,7 +41,7 @@ pub enum Verdict {
 impl Networks {
     /// Knows no pod's network yet. `host` is the cookie of the host's.
     pub fn new(host: u64) -> Self {
-        Self { host, known: ConcurrentMap::new() }
+        Self { host, known: ConcurrentMap::new(), listened: ConcurrentMap::new() }
     }
 
     /// Judges a connection from the network `cookie`.
@@ -68,6 +69,20 @@ impl Networks {
     /// Learns the network of a pod.
     pub fn learn(&self, uid: PodUid, cookie: u64) {
         self.known.pin().insert(uid, cookie);
+    }
+
+    /// Notes the port on a pod's own loopback at which podgate listens; `None` once it does no more.
+    pub fn set_listened(&self, uid: PodUid, port: Option<u16>) {
+        let listened = self.listened.pin();
+        match port {
+            Some(port) => listened.insert(uid, port),
+            None => listened.remove(&uid),
+        };
+    }
+
+    /// The port on a pod's own loopback at which podgate listens: no program of the pod can listen there.
+    pub fn listened(&self, uid: PodUid) -> Option<u16> {
+        self.listened.pin().get(&uid).copied()
     }
 }
 

@@ -121,8 +121,15 @@ enum Fate {
     Finished,
 }
 
-/// One published pod, for as long as it is.
+/// One pod that is counted, for as long as it is.
 struct Counted(Gauge);
+
+/// One pod whose listeners are published, for as long as they are.
+struct Published {
+    known: Arc<Networks>,
+    uid: PodUid,
+    _counted: Counted,
+}
 
 // === impl PodListenerMetrics ===
 
@@ -298,7 +305,7 @@ impl<D: Dataplane> Follower<D> {
             Err(error) => return End::Failed { reason: error.to_string(), was_published: false },
         };
         let mut published = None;
-        let failed = |reason: String, published: &Option<Counted>| End::Failed {
+        let failed = |reason: String, published: &Option<Published>| End::Failed {
             reason,
             was_published: published.is_some(),
         };
@@ -313,7 +320,7 @@ impl<D: Dataplane> Follower<D> {
                 }
                 let port = open.sockets.port;
                 debug!(pod.uid = %pod.uid, pod.name = pod.full_name(), port, "listening in the network of a pod");
-                published = Some(Counted::new(&self.parts.metrics.published));
+                published = Some(self.published(pod.uid, port));
             }
             *opening = None;
             tokio::select! {
@@ -375,6 +382,12 @@ impl<D: Dataplane> Follower<D> {
                 "the pod's address {ip} is not one of the network that its sandbox is in"
             ))),
         }
+    }
+
+    fn published(&self, uid: PodUid, port: u16) -> Published {
+        let known = Arc::clone(&self.parts.known);
+        known.set_listened(uid, Some(port));
+        Published { known, uid, _counted: Counted::new(&self.parts.metrics.published) }
     }
 
     fn report(&self, pod: &Pod, reason: &str) {
@@ -446,6 +459,12 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.dec();
+    }
+}
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        self.known.set_listened(self.uid, None);
     }
 }
 

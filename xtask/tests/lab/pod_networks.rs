@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use lab::{EnvKind, Lab, LabSpec, Pod};
+use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     time::sleep,
@@ -35,14 +36,14 @@ const SURROUNDINGS: [(&str, &str); 4] = [
     ),
 ];
 
-/// The port at which podgate listens in the pod's network, once it does.
+/// The port at which podgate listens in the pod's network, once the pod's connections go there.
 async fn listening_at(node: &Node, pod: &Pod) -> anyhow::Result<u16> {
+    let question = format!("/whois/{}", pod.sandbox.pid);
     let begun = Instant::now();
     while begun.elapsed() < SOON {
-        let listed = lab_node::text(node.lab.exec(pod, EnvKind::None, &["ss", "-H", "-ltn4"])?).await?;
-        let port = listed.split_whitespace().find_map(|word| word.strip_prefix("127.0.0.1:"));
-        if let Some(port) = port {
-            return Ok(port.parse()?);
+        let answer: Value = serde_json::from_str(&node.lab.node.ask_agent(&question).await?.body)?;
+        if let Some(port) = answer["listener_port"].as_u64() {
+            return Ok(port.try_into()?);
         }
         sleep(Duration::from_millis(10)).await;
     }

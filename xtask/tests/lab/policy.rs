@@ -218,7 +218,12 @@ async fn with_pod_identity_off_the_eks_agent_answers() -> anyhow::Result<()> {
     // Where the namespace says `on`, a pod cannot leave.
     let held = spec("strict", "web").annotation(off.0, off.1);
     let held = pod_of(&node, &held, &[("podgate.dev/pod-identity", "on")])?;
-    effective(&node, &held, "Intercept", "Default").await?;
+    let is_held = |line: &Value| line["pod.uid"] == held.uid.as_str() && line["pod_identity"] == true;
+    let begun = Instant::now();
+    while last_policy(&node.agent.log, is_held)?.is_none() {
+        assert!(begun.elapsed() < SOON, "{}", node.agent.log_tail());
+        sleep(Duration::from_millis(5)).await;
+    }
     node.assert_own_role(&held, &node.curl(&held, &[POD_IDENTITY]).await?);
     node.down().await
 }
