@@ -62,8 +62,8 @@
 //!
 //! # Low level
 //!
-//! - `bpf`, `netdev`, `mapdump`: what of bpf(2) the eBPF library lacks; podgate's network interface, its addresses and
-//!   routing rules, and a look at the node's other interfaces; pinned maps in the format of bpftool
+//! - `bpf`, `netdev`, `mapdump`: what of bpf(2) the eBPF library lacks; podgate's network interface and its
+//!   addresses, and a look at the node's other interfaces; pinned maps in the format of bpftool
 //! - `secret`, `error`, `log_limit`, `files`: strings that no log prints; errors for people; limits on log lines; private
 //!   directories
 //! - `testing`, `undefended`: doubles for tests; defenses that the attack suite switches off

@@ -1,8 +1,7 @@
-//! podgate's own network interface, the addresses on it that podgate listens at, and the routing rules by which every pod
-//! reaches them.
+//! podgate's own network interface, and the addresses on it that podgate listens at.
 //!
-//! Owns these and nothing else of the node's network, which `inventory` reads. Adds no route to the main table: the local table is enough, and the
-//! EKS Pod Identity Agent refuses to start where it finds such a route.
+//! Owns these and nothing else of the node's network, which `inventory` reads. Adds no route and no rule: the local table is
+//! enough, and the EKS Pod Identity Agent refuses to start where it finds such a route.
 
 use std::{io, net::IpAddr};
 
@@ -17,20 +16,16 @@ use rtnetlink::{
 use tracing::{debug, info};
 
 pub mod inventory;
-mod routing_rules;
-
-use self::routing_rules::Rules;
 
 /// Marks a netdev as podgate's (`ip link` shows it as `alias`).
 const ALIAS: &str = "podgate: addresses that pods' connections to credential endpoints are redirected to";
 
-/// The netdev and its addresses. While this lives, the rules are kept current.
+/// The netdev and its addresses.
 #[derive(Debug)]
 pub struct Netdev {
     handle: Handle,
     name: String,
     index: u32,
-    rules: Rules,
 }
 
 /// Why there is no netdev.
@@ -48,15 +43,6 @@ pub enum Error {
         action: String,
         /// The netdev.
         netdev: String,
-        /// The kernel's error.
-        source: io::Error,
-    },
-    /// The kernel refused to list or change routing rules.
-    #[error(
-        "cannot add the `ip rule`s by which pods with security groups of their own reach podgate: {source}; the \
-         agent needs CAP_NET_ADMIN on the host's network"
-    )]
-    Rules {
         /// The kernel's error.
         source: io::Error,
     },
@@ -82,12 +68,10 @@ impl Netdev {
             Some(_) => return Err(Error::Taken { netdev: name.to_owned() }),
             None => create(&handle, name).await?,
         };
-        let rules = Rules::follow(handle.clone());
-        Ok(Self { handle, name: name.to_owned(), index, rules })
+        Ok(Self { handle, name: name.to_owned(), index })
     }
 
-    /// Adds an address, unless the netdev has it, and the rules by which pods reach it. `false` when the node cannot have
-    /// it, because IPv6 is disabled.
+    /// Adds an address, unless the netdev has it. `false` when the node cannot have it, because IPv6 is disabled.
     pub async fn add(&self, address: IpAddr) -> Result<bool, Error> {
         let prefix = if address.is_ipv4() { 32 } else { 128 };
         let mut request = self.handle.address().add(self.index, address, prefix).replace();
@@ -97,17 +81,14 @@ impl Netdev {
             request.message_mut().attributes.push(AddressAttribute::Flags(flags));
         }
         match request.execute().await {
-            Ok(()) => {}
-            Err(error) if address.is_ipv6() && is_without_ip6(&kernel_error(&error)) => return Ok(false),
-            Err(error) => return Err(refused(&format!("add {address} to"), &self.name, &error)),
+            Ok(()) => Ok(true),
+            Err(error) if address.is_ipv6() && is_without_ip6(&kernel_error(&error)) => Ok(false),
+            Err(error) => Err(refused(&format!("add {address} to"), &self.name, &error)),
         }
-        self.rules.add(address).await?;
-        Ok(true)
     }
 
-    /// Removes every other address from the netdev, with its rules.
+    /// Removes every other address from the netdev.
     pub async fn keep_only(&self, kept: &[IpAddr]) -> Result<(), Error> {
-        self.rules.keep_only(kept).await?;
         let refused = |error| refused("change the addresses of", &self.name, &error);
         let addresses = self.handle.address().get().set_link_index_filter(self.index).execute();
         for message in addresses.try_collect::<Vec<_>>().await.map_err(refused)? {
@@ -118,12 +99,6 @@ impl Netdev {
             info!(netdev = self.name, %address, "removed an address");
         }
         Ok(())
-    }
-
-    /// Stops keeping the rules current, and removes them if podgate `is_detached` from the node. The netdev stays.
-    pub async fn leave(self, is_detached: bool) -> Result<(), Error> {
-        self.rules.stop().await;
-        if is_detached { routing_rules::remove_all(&self.handle).await } else { Ok(()) }
     }
 }
 
@@ -141,17 +116,14 @@ async fn find(handle: &Handle, name: &str) -> Option<LinkMessage> {
     links.try_next().await.ok().flatten()
 }
 
-/// What podgate has in the node's network: the name of its netdev, if it exists, and its rules as `ip rule` prints them.
-pub async fn find_all(name: &str) -> Result<(Option<String>, Vec<String>), Error> {
-    let handle = connect()?;
-    let netdev = find(&handle, name).await.filter(is_own).map(|_| name.to_owned());
-    Ok((netdev, routing_rules::all(&handle).await?.iter().map(ToString::to_string).collect()))
+/// Whether podgate's netdev exists.
+pub async fn exists(name: &str) -> Result<bool, Error> {
+    Ok(find(&connect()?, name).await.is_some_and(|netdev| is_own(&netdev)))
 }
 
-/// Removes podgate's rules, and its netdev with its addresses. What is absent or not podgate's is left alone.
+/// Removes podgate's netdev with its addresses. What is absent or not podgate's is left alone.
 pub async fn remove(name: &str) -> Result<(), Error> {
     let handle = connect()?;
-    routing_rules::remove_all(&handle).await?;
     let Some(netdev) = find(&handle, name).await.filter(is_own) else { return Ok(()) };
     let removed = handle.link().del(netdev.header.index).execute().await;
     removed.map_err(|error| refused("remove", name, &error))

@@ -9,13 +9,6 @@ use crate::{config, control::fence, files, intercept, netdev, takeover::transfer
 
 /// Some heartbeat intervals of a running agent.
 const HEARTBEATS: Duration = Duration::from_millis(750);
-/// Time between two looks at whether an agent has restored its rules: longer than it takes for that.
-const LOOK: Duration = Duration::from_millis(250);
-/// How often is looked before it is said that somebody always does.
-const LOOKS: u32 = 40;
-/// How often nothing must be seen: an agent may be about to.
-const QUIET_LOOKS: u32 = 2;
-
 /// What to remove, and from where.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -41,7 +34,6 @@ pub struct Args {
 struct Found {
     pins: Vec<PathBuf>,
     netdev: Option<String>,
-    rules: Vec<String>,
     filters: Vec<String>,
     handover: Vec<PathBuf>,
 }
@@ -73,8 +65,8 @@ async fn detach(args: &Args) -> Result<(), String> {
     for pin in &found.pins {
         let _ = intercept::unpin(pin);
     }
-    // A running agent notices with its next heartbeat, and exits: until then it would restore its rules, and it may have pinned
-    // something between two removals.
+    // A running agent notices with its next heartbeat, and exits: until then it may have pinned something between two
+    // removals.
     if !found.pins.is_empty() {
         tokio::time::sleep(HEARTBEATS).await;
     }
@@ -85,7 +77,7 @@ async fn detach(args: &Args) -> Result<(), String> {
     for netdev in &found.filters {
         problems.extend(intercept::remove_filter(netdev).err().map(|error| error.to_string()));
     }
-    problems.extend(remove_network(&args.netdev).await.err());
+    problems.extend(netdev::remove(&args.netdev).await.err().map(|error| error.to_string()));
     for path in &found.handover {
         let removed = files::remove_if_present(path);
         problems.extend(removed.err().map(|error| format!("cannot remove {}: {error}", path.display())));
@@ -93,45 +85,29 @@ async fn detach(args: &Args) -> Result<(), String> {
     if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }
 }
 
-/// Removes the netdev and the rules, and again those that an agent restores which has not noticed yet that it is detached.
-async fn remove_network(netdev: &str) -> Result<(), String> {
-    let mut quiet = 0;
-    for _ in 0..LOOKS {
-        netdev::remove(netdev).await.map_err(|error| error.to_string())?;
-        tokio::time::sleep(LOOK).await;
-        let (_, rules) = netdev::find_all(netdev).await.map_err(|error| error.to_string())?;
-        quiet = if rules.is_empty() { quiet + 1 } else { 0 };
-        if quiet == QUIET_LOOKS {
-            return Ok(());
-        }
-    }
-    Err("an agent restores podgate's `ip rule`s again and again: delete the DaemonSet, or kill `podgate run`, and repeat"
-        .to_owned())
-}
-
 // === impl Found ===
 
 impl Found {
     async fn on(args: &Args) -> Result<Self, String> {
         let pins = intercept::pinned(&args.bpffs).map_err(|error| error.to_string())?;
-        let (netdev, rules) = netdev::find_all(&args.netdev).await.map_err(|error| error.to_string())?;
+        let is_there = netdev::exists(&args.netdev).await.map_err(|error| error.to_string())?;
+        let netdev = is_there.then(|| args.netdev.clone());
         let filters = fence::filtered().await.map_err(|error| error.to_string())?;
         let directory = &args.handover_dir;
         let handover = transfer::left(directory)
             .map_err(|error| format!("cannot look into {}: {error}", directory.display()))?;
-        Ok(Self { pins, netdev, rules, filters, handover })
+        Ok(Self { pins, netdev, filters, handover })
     }
 
     fn for_people(&self, dry_run: bool) -> String {
         let verb = if dry_run { "would remove" } else { "removing" };
         let path = |path: &PathBuf| format!("{verb} {}\n", path.display());
         let (pins, handover) = (self.pins.iter().map(path), self.handover.iter().map(path));
-        let rules = self.rules.iter().map(|rule| format!("{verb} the rule {rule}\n"));
         let filters =
             self.filters.iter().map(|netdev| format!("{verb} the filter on what leaves by {netdev}\n"));
         let netdev =
             self.netdev.iter().map(|netdev| format!("{verb} the netdev {netdev} with its addresses\n"));
-        let lines: String = pins.chain(rules).chain(filters).chain(netdev).chain(handover).collect();
+        let lines: String = pins.chain(filters).chain(netdev).chain(handover).collect();
         if lines.is_empty() { "nothing of podgate's is on this node\n".to_owned() } else { lines }
     }
 }
@@ -142,17 +118,15 @@ mod tests {
 
     #[test]
     fn people_see_each_thing_or_that_there_is_none() {
-        let nothing = Found { pins: vec![], netdev: None, rules: vec![], filters: vec![], handover: vec![] };
+        let nothing = Found { pins: vec![], netdev: None, filters: vec![], handover: vec![] };
         assert_eq!(nothing.for_people(false), "nothing of podgate's is on this node\n");
         let found = Found {
             pins: vec!["/sys/fs/bpf/podgate/v1/links/connect4".into()],
             netdev: Some("podgate0".into()),
-            rules: vec!["from all to 169.254.170.23 lookup 255 proto 80".into()],
             filters: vec!["eth0".into()],
             handover: vec!["/run/podgate-handover/handover.sock".into()],
         };
         let expected = "would remove /sys/fs/bpf/podgate/v1/links/connect4\n\
-                        would remove the rule from all to 169.254.170.23 lookup 255 proto 80\n\
                         would remove the filter on what leaves by eth0\n\
                         would remove the netdev podgate0 with its addresses\n\
                         would remove /run/podgate-handover/handover.sock\n";

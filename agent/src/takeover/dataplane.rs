@@ -64,8 +64,6 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Says that this agent serves no more: connections are refused at once until another agent takes over. Writes no
     /// heartbeat afterwards, whatever the result.
     fn stop(&self) -> impl Future<Output = Result<(), Error>> + Send;
-    /// Keeps the node's routing rules right no longer; removes them where podgate `is_detached`.
-    fn leave(&self, is_detached: bool) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
 /// The programs and the network interface of a real node.
@@ -155,12 +153,5 @@ impl Dataplane for NodeDataplane {
 
     async fn stop(&self) -> Result<(), Error> {
         Ok(self.interceptor.stop().await?)
-    }
-
-    async fn leave(&self, is_detached: bool) -> Result<(), Error> {
-        match self.netdev.lock().await.take() {
-            Some(netdev) => Ok(netdev.leave(is_detached).await?),
-            None => Ok(()),
-        }
     }
 }

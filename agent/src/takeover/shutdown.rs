@@ -6,8 +6,8 @@ use tracing::{error, info, warn};
 use super::{Takeover, dataplane::Dataplane};
 
 impl<D: Dataplane> Takeover<D> {
-    /// Stops being active and finishes the requests in flight. Unless podgate `is_detached`, the programs, addresses and
-    /// rules stay: connections are refused at once until another agent takes over, and none reaches what it was kept from.
+    /// Stops being active and finishes the requests in flight. Unless podgate `is_detached`, the programs and
+    /// addresses stay: connections are refused at once until another agent takes over, and none reaches what it was kept from.
     pub(super) async fn shut_down(mut self, is_detached: bool) {
         if is_detached {
             // The heartbeat is no longer podgate's to write, not even to say that it stops.
@@ -16,10 +16,6 @@ impl<D: Dataplane> Takeover<D> {
             error!(%error, "cannot tell the kernel that this agent stops; its pods are refused after 2 s");
         }
         self.active.send_replace(false);
-        // Before requests in flight are finished, which may take longer than `podgate detach` waits.
-        if let Err(error) = self.dataplane.leave(is_detached).await {
-            error!(%error, "`ip rule`s of podgate's may be left: `podgate detach` removes them");
-        }
         info!("shutting down: finishing requests in flight");
         let sets = [self.own.take(), self.pod_identity.take()].into_iter().flatten();
         let on_node = join_all(sets.map(|set| set.close(self.settings.drain)));

@@ -96,17 +96,17 @@ async fn a_detached_agent_stops_without_a_word_to_the_kernel() {
     let (dataplane, ready) = (Arc::clone(&scene.dataplane), Arc::clone(&scene.ready));
     dataplane.set_standing(Standing::Detached);
     assert!(matches!(scene.ended().await, Err(Error::Detached)));
-    assert_eq!((dataplane.stops(), dataplane.left()), (0, Some(true)), "its rules are removed");
+    assert_eq!(dataplane.stops(), 0);
     assert!(!ready.load(Relaxed));
 }
 
 #[tokio::test]
-async fn at_shutdown_the_kernel_is_told_and_the_rules_stay() {
+async fn at_shutdown_the_kernel_is_told() {
     let mut scene = Scene::start(TargetMode::Own).await;
     let dataplane = Arc::clone(&scene.dataplane);
     scene.shutdown.take().unwrap().send(()).unwrap();
     scene.ended().await.unwrap();
-    assert_eq!((dataplane.stops(), dataplane.left()), (1, Some(false)));
+    assert_eq!(dataplane.stops(), 1);
 }
 
 #[tokio::test]

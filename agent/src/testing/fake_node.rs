@@ -54,7 +54,6 @@ pub struct FakeDataplane {
     target: watch::Sender<Option<Target>>,
     take_overs: AtomicU32,
     stops: AtomicU32,
-    left: Mutex<Option<bool>>,
 }
 
 /// Takes every policy, and tells which cgroup of a class it was last told of: events are applied in order, so that a test
@@ -171,11 +170,6 @@ impl FakeDataplane {
     pub fn stops(&self) -> u32 {
         self.stops.load(Relaxed)
     }
-
-    /// Whether an agent left, and then whether it was detached.
-    pub fn left(&self) -> Option<bool> {
-        *lock(&self.left)
-    }
 }
 
 impl Default for FakeDataplane {
@@ -185,7 +179,6 @@ impl Default for FakeDataplane {
             target: watch::Sender::default(),
             take_overs: AtomicU32::default(),
             stops: AtomicU32::default(),
-            left: Mutex::default(),
         }
     }
 }
@@ -251,11 +244,6 @@ impl Dataplane for FakeDataplane {
 
     async fn stop(&self) -> Result<(), takeover::Error> {
         self.stops.fetch_add(1, Relaxed);
-        Ok(())
-    }
-
-    async fn leave(&self, is_detached: bool) -> Result<(), takeover::Error> {
-        *lock(&self.left) = Some(is_detached);
         Ok(())
     }
 }

@@ -9,8 +9,12 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use futures::TryStreamExt as _;
-use lab::{Lab, NODE_ROLE, Pod, simulated_network::NetNs};
-use tokio::time::sleep;
+use lab::{EnvKind, Lab, NODE_ROLE, Pod, simulated_network::NetNs};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::Child,
+    time::sleep,
+};
 
 use crate::lab_node::{self, IMDS, Node, POD_IDENTITY, ROLES};
 
@@ -24,6 +28,13 @@ const CLIENTS: Duration = Duration::from_secs(30);
 const NETDEV: &str = "podgate0";
 const TARGET_V4: &str = "169.254.170.23";
 const TARGET_V6: &str = "fd000ec2000000000000000000000023";
+
+/// Sends half a request, and waits.
+const SLOW_CLIENT: &str = "import socket, time
+client = socket.create_connection(('169.254.170.23', 80))
+client.send(b'GET /v1/cred')
+print('begun')
+time.sleep(60)";
 
 /// How a connection attempt ended, and after how many milliseconds.
 async fn try_connect(node: &Node, pod: &Pod, address: &str) -> anyhow::Result<(String, f64)> {
@@ -201,6 +212,33 @@ async fn detach_leaves_the_node_as_it_was_with_and_without_an_agent() -> anyhow:
     assert!(!handover.exists());
     assert!(node.curl(&pod, &[ROLES]).await?.body.contains(NODE_ROLE));
     node.lab.down()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_end_after_detach_though_requests_are_in_flight() -> anyhow::Result<()> {
+    let Node { lab, mut agent } = Node::intercepting().await?;
+    let pod = lab.add_pod(&lab_node::spec("slow"))?;
+    let other = lab.add_agent_pod("podgate-other")?;
+    let first = begin_request(&lab, &pod).await?;
+    let mut successor = lab.start_agent_in(&other, &lab_node::agent(&["--imds", "intercept"])?).await?;
+    let requests = [first, begin_request(&lab, &pod).await?];
+    detach(&lab, &[]).await?;
+    for agent in [&mut agent, &mut successor] {
+        assert!(!agent.wait().await?.success());
+        assert!(agent.log_text()?.contains("podgate detach"), "{}", agent.log_tail());
+    }
+    assert!(detach(&lab, &[]).await?.contains("nothing of podgate's"));
+    drop(requests);
+    lab.down()
+}
+
+/// A client that has sent half a request; killed when dropped.
+async fn begin_request(lab: &Lab, pod: &Pod) -> anyhow::Result<Child> {
+    let mut client = lab.exec(pod, EnvKind::None, &["python3", "-uc", SLOW_CLIENT])?;
+    let mut client = client.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    let stdout = client.stdout.take().context("the client's output is not a pipe")?;
+    assert_eq!(BufReader::new(stdout).lines().next_line().await?.as_deref(), Some("begun"));
+    Ok(client)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,12 +4,16 @@ use std::{
     path::PathBuf,
     process::Stdio,
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use lab::{AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, Pod, PodSpec};
-use tokio::{process::Command, time::timeout};
+use serde_json::Value;
+use tokio::{
+    process::Command,
+    time::{sleep, timeout},
+};
 
 /// xtask itself, with which labs enter their pods.
 pub(crate) const HELPER: &str = env!("CARGO_BIN_EXE_xtask");
@@ -18,6 +22,8 @@ pub(crate) const ROLES: &str = "http://169.254.169.254/latest/meta-data/iam/secu
 pub(crate) const POD_IDENTITY: &str = "http://169.254.170.23/v1/credentials";
 /// Longer than anything here may take.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(40);
+/// Long enough for listeners to be there, or there again.
+const LISTENING: Duration = Duration::from_secs(5);
 
 /// A node with the agent on it.
 pub(crate) struct Node {
@@ -82,6 +88,20 @@ impl Node {
         answer(self.lab.on_node(&curl(arguments))?).await
     }
 
+    /// The port at which podgate listens in a pod's own network, once the pod's connections go there.
+    pub(crate) async fn listener_port(&self, pod: &Pod) -> anyhow::Result<u16> {
+        let question = format!("/whois/{}", pod.sandbox.pid);
+        let begun = Instant::now();
+        while begun.elapsed() < LISTENING {
+            let answer: Value = serde_json::from_str(&self.lab.node.ask_agent(&question).await?.body)?;
+            if let Some(port) = answer["listener_port"].as_u64() {
+                return Ok(port.try_into()?);
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        bail!("nothing listens in the network of {}", pod.full_name())
+    }
+
     /// A Python program in a pod; what it prints.
     pub(crate) async fn python(&self, pod: &Pod, program: &str) -> anyhow::Result<String> {
         text(self.lab.exec(pod, EnvKind::None, &["python3", "-c", program])?).await
@@ -129,7 +149,7 @@ impl Node {
 impl Answer {
     /// The credentials in the body, if there are any.
     pub(crate) fn access_key_id(&self) -> Option<String> {
-        let body: serde_json::Value = serde_json::from_str(&self.body).ok()?;
+        let body: Value = serde_json::from_str(&self.body).ok()?;
         Some(body["AccessKeyId"].as_str()?.to_owned())
     }
 

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use lab::{EnvKind, Lab, LabSpec, Pod};
-use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     time::sleep,
@@ -13,7 +12,7 @@ use tokio::{
 
 use crate::lab_node::{self, HELPER, IMDS, Node, POD_IDENTITY};
 
-/// Long enough for listeners to be there, or there again.
+/// In which the log has a line.
 const SOON: Duration = Duration::from_secs(5);
 /// How long the network of a pod may be there after its last process.
 const GONE_WITHIN: Duration = Duration::from_millis(500);
@@ -36,20 +35,6 @@ const SURROUNDINGS: [(&str, &str); 4] = [
     ),
 ];
 
-/// The port at which podgate listens in the pod's network, once the pod's connections go there.
-async fn listening_at(node: &Node, pod: &Pod) -> anyhow::Result<u16> {
-    let question = format!("/whois/{}", pod.sandbox.pid);
-    let begun = Instant::now();
-    while begun.elapsed() < SOON {
-        let answer: Value = serde_json::from_str(&node.lab.node.ask_agent(&question).await?.body)?;
-        if let Some(port) = answer["listener_port"].as_u64() {
-            return Ok(port.try_into()?);
-        }
-        sleep(Duration::from_millis(10)).await;
-    }
-    anyhow::bail!("nothing listens in the network of {}", pod.full_name())
-}
-
 async fn shell(node: &Node, pod: &Pod, script: &str) -> anyhow::Result<()> {
     let status = node.lab.exec(pod, EnvKind::None, &["sh", "-ec", script])?.status().await?;
     anyhow::ensure!(status.success(), "{script}: {status}");
@@ -61,7 +46,7 @@ async fn whatever_surrounds_a_pod_it_is_served() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     for (number, (what, script)) in SURROUNDINGS.into_iter().enumerate() {
         let pod = node.pod(&format!("app-{number}"))?;
-        listening_at(&node, &pod).await?;
+        node.listener_port(&pod).await?;
         shell(&node, &pod, script).await?;
         // The control: nothing gets out to the node.
         let direct = node.curl(&pod, &["--connect-timeout", "1", "http://169.254.175.1"]).await?;
@@ -76,7 +61,7 @@ async fn whatever_surrounds_a_pod_it_is_served() -> anyhow::Result<()> {
 async fn a_pod_that_shuts_its_loopback_is_refused_soon_and_the_log_says_why() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("shut")?;
-    listening_at(&node, &pod).await?;
+    node.listener_port(&pod).await?;
     let drop_all = "nft 'add table inet shut; add chain inet shut in { type filter hook input priority 0; policy drop; }'";
     shell(&node, &pod, drop_all).await?;
     let answer = node.curl(&pod, &["--connect-timeout", "0.9", POD_IDENTITY]).await?;
@@ -95,7 +80,7 @@ async fn a_listener_that_its_pod_destroys_is_made_again_without_a_flood() -> any
     let node = Node::intercepting().await?;
     let (pod, other) = (node.pod("hostile")?, node.pod("other")?);
     for _ in 0..3 {
-        let port = listening_at(&node, &pod).await?;
+        let port = node.listener_port(&pod).await?;
         shell(&node, &pod, &format!("ss -K state listening sport = :{port} >/dev/null")).await?;
         node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
         node.assert_own_role(&other, &node.curl(&other, &[POD_IDENTITY]).await?);
@@ -111,7 +96,7 @@ async fn a_listener_that_its_pod_destroys_is_made_again_without_a_flood() -> any
 async fn the_network_of_an_ended_pod_is_gone_at_once_with_its_connections() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("brief")?;
-    listening_at(&node, &pod).await?;
+    node.listener_port(&pod).await?;
     // A connection that has begun a request, and one that is idle.
     let program = "import socket, time\nfor _ in range(2): globals()[f's{_}'] = socket.create_connection(('169.254.170.23', 80))\n\
                 s1.sendall(b'GET /v1/cre')\nprint('held', flush=True)\ntime.sleep(60)";
@@ -139,7 +124,7 @@ async fn the_network_of_an_ended_pod_is_gone_at_once_with_its_connections() -> a
 async fn in_a_pods_network_only_the_pod_or_its_token_is_served() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let (pod, proxy) = (node.pod("app")?, node.pod("proxy")?);
-    let own = format!("http://127.0.0.1:{}", listening_at(&node, &pod).await?);
+    let own = format!("http://127.0.0.1:{}", node.listener_port(&pod).await?);
     let (credentials, imds) = (format!("{own}/v1/credentials"), format!("{own}/latest/api/token"));
     let host = ["-H", "Host: 169.254.170.23"];
     // The pod itself, as a sidecar that connects again.
@@ -180,7 +165,7 @@ async fn a_start_with_many_pods_listens_in_all_of_their_networks() -> anyhow::Re
     let log = node.agent.log_text()?;
     let said = log.lines().find(|line| line.contains("listening in the networks of the pods"));
     println!("{}", said.unwrap_or_default());
-    let ports = listening_at(&node, &pods[PODS - 1]).await?;
+    let ports = node.listener_port(&pods[PODS - 1]).await?;
     assert!(ports >= 61_000);
     node.assert_own_role(&pods[0], &node.curl(&pods[0], &[POD_IDENTITY]).await?);
     node.down().await
