@@ -84,6 +84,8 @@ pub(crate) struct PodListeners {
     drain: Drain,
     events: mpsc::UnboundedSender<PodEvent>,
     first_round: watch::Sender<()>,
+    since: Instant,
+    published: Gauge,
 }
 
 /// Follows the pods.
@@ -163,8 +165,10 @@ impl PodListeners {
         let (drain, watch) = drain();
         let (first_round, opening) = watch::channel(());
         let log = Mutex::new(LogLimit::new(LINES_MAX, LOG_INTERVAL));
+        let published = parts.metrics.published.clone();
         let follower = Arc::new(Follower { parts, unanswered, drain: watch, log });
-        (Self { drain, events, first_round }, follower.run(received, opening))
+        let listeners = Self { drain, events, first_round, since: Instant::now(), published };
+        (listeners, follower.run(received, opening))
     }
 
     /// Where it is told what happens to cgroups.
@@ -175,16 +179,22 @@ impl PodListeners {
     /// Those of a node without pods.
     #[cfg(test)]
     pub(super) fn none() -> Self {
-        Self { drain: drain().0, events: mpsc::unbounded_channel().0, first_round: watch::Sender::default() }
+        Self {
+            drain: drain().0,
+            events: mpsc::unbounded_channel().0,
+            first_round: watch::Sender::default(),
+            since: Instant::now(),
+            published: Gauge::default(),
+        }
     }
 
     /// Waits a moment until the pods that were there at the start have their listeners.
     pub(crate) async fn first_round(&self) {
         // It has ended while the agent shuts down.
         let _ = self.events.send(PodEvent::Synced);
-        let begun = Instant::now();
         let all = timeout(FIRST_ROUND_TIMEOUT, self.first_round.closed()).await.is_ok();
-        info!(ms = begun.elapsed().as_millis(), all, "listening in the networks of the pods that were there");
+        let (pods, seconds) = (self.published.get(), self.since.elapsed().as_secs_f64());
+        info!(pods, seconds, all, "listening in the networks of the pods that were there");
     }
 
     /// Accepts no more, and waits at most `limit` for requests in flight. Whether all were finished.

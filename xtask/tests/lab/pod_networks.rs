@@ -4,13 +4,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use lab::{EnvKind, Lab, LabSpec, Pod};
+use lab::{EnvKind, Pod};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     time::sleep,
 };
 
-use crate::lab_node::{self, HELPER, IMDS, Node, POD_IDENTITY};
+use crate::lab_node::{self, IMDS, Node, POD_IDENTITY};
 
 /// In which the log has a line.
 const SOON: Duration = Duration::from_secs(5);
@@ -149,24 +149,5 @@ async fn in_a_pods_network_only_the_pod_or_its_token_is_served() -> anyhow::Resu
     let own = with(token_of(&pod));
     let own: Vec<_> = own.iter().map(String::as_str).collect();
     node.assert_own_role(&pod, &node.curl_through(&proxy, &pod, &own).await?);
-    node.down().await
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_start_with_many_pods_listens_in_all_of_their_networks() -> anyhow::Result<()> {
-    const PODS: usize = 100;
-    let lab = Lab::up(LabSpec::new(&lab_node::lab_name(), HELPER))?;
-    let pods: anyhow::Result<Vec<_>> =
-        (0..PODS).map(|number| lab.add_pod(&lab_node::spec(&format!("app-{number}")))).collect();
-    let (pods, begun) = (pods?, Instant::now());
-    let agent = lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
-    println!("{PODS} pods: ready after {:?}", begun.elapsed());
-    let node = Node { lab, agent };
-    let log = node.agent.log_text()?;
-    let said = log.lines().find(|line| line.contains("listening in the networks of the pods"));
-    println!("{}", said.unwrap_or_default());
-    let ports = node.listener_port(&pods[PODS - 1]).await?;
-    assert!(ports >= 61_000);
-    node.assert_own_role(&pods[0], &node.curl(&pods[0], &[POD_IDENTITY]).await?);
     node.down().await
 }

@@ -1,16 +1,21 @@
 //! The agent is replaced, and killed, again and again under a steady load: how often, and what became of the requests, is
 //! printed.
 
-use std::{collections::BTreeSet, fs, path::Path, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, SHARED_DIRECTORY};
 use anyhow::Context as _;
-use lab::AgentSpec;
+use lab::{AgentSpec, Lab, LabSpec, Pod};
 use serde_json::Value;
 use tokio::time::sleep;
 
 use crate::{
-    lab_node::{self, Node},
+    lab_node::{self, HELPER, Node, POD_IDENTITY},
     load::Load,
 };
 
@@ -176,4 +181,49 @@ async fn crashes_under_load_give_nobody_a_wrong_role_and_let_nobody_wait() -> an
     assert!(requests.longest() < LONGEST);
     requests.assert_own(&node, &pod);
     node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_250_pods_a_start_and_a_takeover_listen_in_all_of_their_networks() -> anyhow::Result<()> {
+    const PODS: usize = 250;
+    let lab = Lab::up(LabSpec::new(&lab_node::lab_name(), HELPER))?;
+    let pods: anyhow::Result<Vec<_>> =
+        (0..PODS).map(|number| lab.add_pod(&lab_node::spec(&format!("app-{number}")))).collect();
+    let pods = pods?;
+    let spec = lab_node::agent(&["--imds", "intercept"])?;
+    let begun = Instant::now();
+    let agent = lab.start_agent(&spec).await?;
+    let mut node = Node { lab, agent };
+    all_listen(&node, &pods, "start", begun).await?;
+
+    let other = node.lab.add_agent_pod("podgate-other")?;
+    let begun = Instant::now();
+    let successor = node.lab.start_agent_in(&other, &spec).await?;
+    let predecessor = std::mem::replace(&mut node.agent, successor);
+    assert!(predecessor.stop().await?.success());
+    // With the predecessor its listeners have gone.
+    all_listen(&node, &pods, "takeover", begun).await?;
+    node.down().await
+}
+
+/// Every pod must have listeners, and some are asked for their roles.
+async fn all_listen(node: &Node, pods: &[Pod], what: &str, begun: Instant) -> anyhow::Result<()> {
+    let ready = begun.elapsed();
+    let first = node.curl(&pods[0], &[POD_IDENTITY]).await?;
+    println!(
+        "{what} with {} pods: ready after {ready:?}, first answer after {:?}",
+        pods.len(),
+        begun.elapsed()
+    );
+    node.assert_own_role(&pods[0], &first);
+    let log = node.agent.log_text()?;
+    let listening = log.lines().find(|line| line.contains("listening in the networks of the pods"));
+    println!("{}", listening.context("the agent does not say that it listens in pods' networks")?);
+    for pod in pods {
+        node.listener_port(pod).await?;
+    }
+    for pod in pods.iter().step_by(25) {
+        node.assert_own_role(pod, &node.curl(pod, &[POD_IDENTITY]).await?);
+    }
+    Ok(())
 }
