@@ -217,7 +217,7 @@ fn kernel(config: &Config, node: &Node) -> Result<Kernel<NodeDataplane, Intercep
     let mut metrics = Registry::default();
     intercept::metrics::register(&mut metrics, interceptor.counters().clone());
     let fence = {
-        let (kubepods, metrics) = (node.kubepods.path().to_owned(), FenceMetrics::register(&mut metrics));
+        let (kubepods, metrics) = (Arc::clone(&node.kubepods), FenceMetrics::register(&mut metrics));
         let interceptor = interceptor.clone();
         fence::run(kubepods, metrics, async move |netdevs| interceptor.set_netdevs(netdevs).await)
     };

@@ -7,8 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     os::fd::AsFd as _,
-    path::{Path, PathBuf},
-    sync::atomic::AtomicI64,
+    sync::{Arc, atomic::AtomicI64},
     time::{Duration, Instant},
 };
 
@@ -22,7 +21,7 @@ use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use crate::{
-    identity::sandboxes::Sandboxes,
+    identity::{cgroupfs::Kubepods, sandboxes::Sandboxes},
     intercept::{self, FENCE_FILTER, Fenced, Filter, Netdev, Netdevs},
     netdev::{
         self,
@@ -93,10 +92,10 @@ impl FenceMetrics {
     }
 }
 
-/// Follows the node's netdevs and the networks of the pods below this directory until shutdown. `set` is called with what they
+/// Follows the node's netdevs and the networks of the pods below kubepods until shutdown. `set` is called with what they
 /// are, when they change and at every [`CHECK_INTERVAL`]; it gives nothing while another agent is active.
 pub async fn run(
-    kubepods: PathBuf,
+    kubepods: Arc<Kubepods>,
     metrics: FenceMetrics,
     mut set: impl AsyncFnMut(Netdevs) -> Result<Option<Fenced>, intercept::Error>,
 ) {
@@ -111,13 +110,13 @@ pub async fn run(
 
 /// The same until the kernel sends no more notifications.
 async fn follow(
-    kubepods: &Path,
+    kubepods: &Arc<Kubepods>,
     metrics: &FenceMetrics,
     said: &mut Said,
     set: &mut impl AsyncFnMut(Netdevs) -> Result<Option<Fenced>, intercept::Error>,
 ) -> Result<(), Error> {
     let (inventory, mut changes) = Inventory::open()?;
-    let mut pods = Sandboxes::new(kubepods.to_owned()).map_err(Error::Pods)?;
+    let mut pods = Sandboxes::new(Arc::clone(kubepods)).map_err(Error::Pods)?;
     loop {
         let netdevs = look(&inventory, &mut pods).await?;
         let fenced = set(netdevs).await?.unwrap_or_default();

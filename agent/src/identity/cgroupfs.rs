@@ -98,6 +98,11 @@ impl Kubepods {
     pub fn of_process(&self, pid: Option<i32>) -> Result<PathBuf, Error> {
         cgroup_of(pid).map(|path| join(&self.mount, &path))
     }
+
+    /// Whether a process is in the cgroup at this directory, or below it.
+    pub fn contains(&self, directory: &Path, pid: i32) -> Result<bool, Error> {
+        self.of_process(Some(pid)).map(|cgroup| cgroup.starts_with(directory))
+    }
 }
 
 impl CgroupPaths for std::sync::Arc<Kubepods> {
@@ -123,7 +128,7 @@ pub fn cgroup_id(path: &Path) -> io::Result<u64> {
 }
 
 /// The mount point of the whole cgroup2 hierarchy, on hybrid machines too.
-pub fn cgroup2_mount() -> Result<PathBuf, Error> {
+fn cgroup2_mount() -> Result<PathBuf, Error> {
     let mounts = Process::myself().and_then(|me| me.mountinfo());
     let mounts = mounts.map_err(|error| unreadable("/proc/self/mountinfo", error))?;
     let whole = |mount: &MountInfo| mount.fs_type == "cgroup2" && mount.root == "/";
@@ -141,7 +146,7 @@ pub fn cgroup_of(pid: Option<i32>) -> Result<PathBuf, Error> {
 }
 
 /// A path of the hierarchy, which begins with a slash, on its mount.
-pub fn join(mount: &Path, path: &Path) -> PathBuf {
+fn join(mount: &Path, path: &Path) -> PathBuf {
     mount.join(path.strip_prefix("/").unwrap_or(path))
 }
 

@@ -90,7 +90,7 @@ impl Networks {
 
 impl PodProcesses for Arc<Kubepods> {
     fn network(&self, pod: &Path) -> io::Result<Option<u64>> {
-        pod_network::find(&self.path().join(pod))?
+        pod_network::find(self, &self.path().join(pod))?
             .map(|namespace| netns::cookie_of(namespace.into()))
             .transpose()
     }

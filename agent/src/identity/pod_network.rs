@@ -13,7 +13,7 @@ use std::{
 use procfs::process::Process;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::cgroupfs;
+use super::cgroupfs::Kubepods;
 
 /// Tells whether a cgroup has processes, in it or below.
 ///
@@ -85,13 +85,14 @@ impl Populated {
 ///
 /// # Errors
 /// When the cgroup or `/proc` cannot be read.
-pub fn find(pod: &Path) -> io::Result<Option<OwnedFd>> {
+pub fn find(kubepods: &Kubepods, pod: &Path) -> io::Result<Option<OwnedFd>> {
     let Some(sandbox) = sandbox_process(pod)? else { return Ok(None) };
     let namespace = File::open(of_process(sandbox.pid))?;
     // The PID may have been reused before the namespace was opened, also by a process of the pod's that is still in the
     // host's network.
     let is_same = id(&namespace.metadata()?) == sandbox.namespace;
-    Ok((is_same && is_in(sandbox.pid, pod)?).then(|| namespace.into()))
+    let is_sandbox = is_same && kubepods.contains(pod, sandbox.pid).map_err(io::Error::other)?;
+    Ok(is_sandbox.then(|| namespace.into()))
 }
 
 /// The oldest process of a pod in a network other than the host's: the sandbox's.
@@ -113,13 +114,6 @@ pub(super) fn sandbox_process(pod: &Path) -> io::Result<Option<SandboxProcess>> 
         }
     }
     Ok(oldest)
-}
-
-/// Whether a process is in this cgroup directory or below it.
-pub(super) fn is_in(pid: i32, directory: &Path) -> io::Result<bool> {
-    let cgroup = cgroupfs::cgroup_of(Some(pid)).map_err(io::Error::other)?;
-    let mount = cgroupfs::cgroup2_mount().map_err(io::Error::other)?;
-    Ok(cgroupfs::join(&mount, &cgroup).starts_with(directory))
 }
 
 /// Whether both are the same namespace.

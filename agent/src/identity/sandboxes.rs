@@ -9,11 +9,13 @@ use std::{
     io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{
-    cgroup, cgroupfs,
+    cgroup,
+    cgroupfs::{self, Kubepods},
     pod_network::{self, SandboxProcess},
 };
 
@@ -23,7 +25,7 @@ const NEW_FOR: Duration = Duration::from_secs(10);
 /// The networks of the pods of a node, by the pods' own cgroups.
 #[derive(Debug)]
 pub struct Sandboxes {
-    kubepods: PathBuf,
+    kubepods: Arc<Kubepods>,
     host: u64,
     pods: HashMap<u64, State>,
 }
@@ -58,8 +60,8 @@ struct Process {
 // === impl Sandboxes ===
 
 impl Sandboxes {
-    /// Of the pods below this directory. Knows none yet.
-    pub fn new(kubepods: PathBuf) -> io::Result<Self> {
+    /// Of the pods below kubepods. Knows none yet.
+    pub fn new(kubepods: Arc<Kubepods>) -> io::Result<Self> {
         let host = fs::metadata("/proc/thread-self/ns/net")?.ino();
         Ok(Self { kubepods, host, pods: HashMap::new() })
     }
@@ -67,7 +69,7 @@ impl Sandboxes {
     /// Looks at what pods there are, and forgets the networks that ended. The networks that are new; whoever has found their
     /// numbers calls [`learn`](Self::learn).
     pub fn refresh(&mut self, now: Instant) -> io::Result<Vec<Found>> {
-        let present = pods(&self.kubepods)?;
+        let present = pods(self.kubepods.path())?;
         self.pods.retain(|pod, _| present.contains_key(pod));
         let mut found = Vec::new();
         for (pod, directory) in present {
@@ -78,7 +80,7 @@ impl Sandboxes {
             }
             state.network = None;
             // What ends meanwhile is seen next time.
-            let sandbox = Process::sandbox(&state.directory).unwrap_or(None);
+            let sandbox = Process::sandbox(&self.kubepods, &state.directory).unwrap_or(None);
             let sandbox = sandbox.filter(|(process, _)| process.network != self.host);
             found.extend(sandbox.map(|(process, namespace)| Found { pod, process, namespace }));
         }
@@ -110,14 +112,14 @@ impl Sandboxes {
 
 impl Process {
     /// The oldest of a pod, with its network. A process that is about to enter the pod's may be seen in the host's.
-    fn sandbox(directory: &Path) -> io::Result<Option<(Self, File)>> {
+    fn sandbox(kubepods: &Kubepods, directory: &Path) -> io::Result<Option<(Self, File)>> {
         let Some(SandboxProcess { pid, started, .. }) = pod_network::sandbox_process(directory)? else {
             return Ok(None);
         };
         let namespace = File::open(namespace_of(pid))?;
         let process = Self { pid, started, network: namespace.metadata()?.ino() };
         // The PID may have been reused before the namespace was opened.
-        let is_sandbox = pod_network::is_in(pid, directory)? && process.lasts();
+        let is_sandbox = kubepods.contains(directory, pid).map_err(io::Error::other)? && process.lasts();
         Ok(is_sandbox.then_some((process, namespace)))
     }
 

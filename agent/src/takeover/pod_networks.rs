@@ -79,7 +79,7 @@ impl NodeNetworks {
         let mut delay = FIRST_LOOK;
         let namespace = loop {
             populated.becomes(true).await?;
-            match pod_network::find(&cgroup)? {
+            match pod_network::find(&self.kubepods, &cgroup)? {
                 Some(namespace) => break namespace,
                 None => sleep(delay).await,
             }
@@ -94,7 +94,8 @@ impl NodeNetworks {
 impl PodNetworks for NodeNetworks {
     fn has_network(&self, pod_cgroup_id: u64) -> bool {
         let cgroup = self.cgroup(pod_cgroup_id);
-        cgroup.is_ok_and(|cgroup| pod_network::find(&cgroup).is_ok_and(|found| found.is_some()))
+        cgroup
+            .is_ok_and(|cgroup| pod_network::find(&self.kubepods, &cgroup).is_ok_and(|found| found.is_some()))
     }
 
     fn open(&self, pod_cgroup_id: u64, avoided: Vec<u16>) -> BoxFuture<'_, io::Result<OpenNetwork>> {
@@ -104,7 +105,7 @@ impl PodNetworks for NodeNetworks {
     fn check<'a>(&'a self, open: &OpenNetwork) -> BoxFuture<'a, io::Result<Vec<IpAddr>>> {
         let (v4, v6, port) = (open.sockets.v4.is_some(), open.sockets.v6.is_some(), open.sockets.port);
         let namespace = open.sockets.iter().next().map(netns::of_socket);
-        let current = pod_network::find(&open.cgroup);
+        let current = pod_network::find(&self.kubepods, &open.cgroup);
         Box::pin(async move {
             let namespace = namespace.ok_or(io::ErrorKind::NotFound)??;
             if let Some(current) = current?

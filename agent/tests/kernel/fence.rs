@@ -6,13 +6,16 @@ use std::{
     io::{self, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, AsRawFd as _},
+    path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use agent::{
     control::fence::{self, FenceMetrics},
+    identity::cgroupfs::Kubepods,
     intercept::{FENCE_FILTER, Fenced, Interceptor, Netdevs, pinned, remove_filter, unpin},
 };
 use agent_common::{
@@ -319,7 +322,8 @@ fn without_the_egress_filter(node: &mut Node) -> Imds {
 fn follow_until(node: &mut Node, mut is_done: impl FnMut(&Netdevs, &Fenced) -> bool) -> (Netdevs, String) {
     let mut registry = Registry::default();
     let metrics = FenceMetrics::register(&mut registry);
-    let kubepods = node.kubepods.path.clone();
+    let root = Path::new("/").join(node.kubepods.path.parent().and_then(Path::file_name).unwrap());
+    let kubepods = Arc::new(Kubepods::find(&root).unwrap());
     let last = RefCell::new(Netdevs::default());
     let done = Notify::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
