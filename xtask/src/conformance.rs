@@ -108,13 +108,15 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 async fn on_the_nodes(agent: &Path, subjects: &[Subject]) -> anyhow::Result<scene::Found> {
     let all = subjects.iter().map(|subject| subject.client.columns().count()).sum();
     let progress = Progress::new(all);
-    let (main, ipv6, refresh) = tokio::try_join!(
+    let (main, ipv6, audit, refresh) = tokio::try_join!(
         scene::main_node(agent, subjects, &progress),
         scene::ipv6_node(agent, subjects, &progress),
+        scene::audit_node(agent, subjects, &progress),
         refresh::node(agent, subjects, &progress),
     )?;
     let mut found = main;
     found.add(ipv6);
+    found.add(audit);
     found.add(refresh);
     Ok(found)
 }

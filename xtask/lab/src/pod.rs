@@ -52,6 +52,8 @@ pub struct PodSpec {
     pub host_network: bool,
     /// Whether the pod has what the EKS webhook injects: the token volume, and the environment in its spec.
     pub token_volume: bool,
+    /// The credentials URI that somebody has put into its spec by hand. A command must be given it, too.
+    pub credentials_uri: Option<String>,
     /// The environment that a command in the pod has if it is not told otherwise.
     pub environment: EnvKind,
 }
@@ -114,6 +116,7 @@ impl PodSpec {
             qos: Qos::default(),
             host_network: false,
             token_volume: false,
+            credentials_uri: None,
             environment: EnvKind::default(),
         }
     }

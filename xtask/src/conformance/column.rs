@@ -6,6 +6,10 @@ use lab::{EnvKind, PodSpec};
 
 const FULL_URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI=http://169.254.170.23/v1/credentials";
 
+/// The same as an author of a chart may write it, which is no spelling that the webhook has.
+const URI_BY_HAND: &str = "http://169.254.170.23:80/v1/credentials";
+const FULL_URI_BY_HAND: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI=http://169.254.170.23:80/v1/credentials";
+
 /// A situation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Column {
@@ -17,6 +21,8 @@ pub(super) enum Column {
     Webhook,
     /// The URI that it injects, without the token.
     NoToken,
+    /// A URI that somebody has put into the pod's spec by hand, spelled otherwise, on a node in `audit`.
+    ByHand,
     /// What ECS injects.
     Ecs,
     /// Nothing injected, on a node whose pods have IPv6 only.
@@ -67,6 +73,8 @@ pub(super) enum PodKind {
     Injected,
     /// The same in `audit`.
     Audited,
+    /// One with a URI by hand.
+    ByHand,
     /// The same as injected, but without an association.
     Unassociated,
 }
@@ -74,11 +82,12 @@ pub(super) enum PodKind {
 // === impl Column ===
 
 impl Column {
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::ImdsV2,
         Self::ImdsV1,
         Self::Webhook,
         Self::NoToken,
+        Self::ByHand,
         Self::Ecs,
         Self::Imds6,
         Self::PodIdentity6,
@@ -100,6 +109,7 @@ impl Column {
             Self::ImdsV1 => "IMDSv1 allowed",
             Self::Webhook => "webhook",
             Self::NoToken => "no token",
+            Self::ByHand => "by hand, audit",
             Self::Ecs => "ECS",
             Self::Imds6 => "IMDS, IPv6",
             Self::PodIdentity6 => "webhook, IPv6",
@@ -133,6 +143,7 @@ impl Column {
             | Self::Refresh
             | Self::Delegate => Self::Webhook,
             Self::Restart | Self::UnassociatedImds | Self::KilledImds | Self::AuditImds => Self::ImdsV1,
+            Self::ByHand => Self::NoToken,
             other => other,
         }
     }
@@ -154,6 +165,7 @@ impl Column {
             }
             Self::UnassociatedImds | Self::UnassociatedWebhook => PodKind::Unassociated,
             Self::AuditImds | Self::AuditWebhook => PodKind::Audited,
+            Self::ByHand => PodKind::ByHand,
         }
     }
 
@@ -162,6 +174,9 @@ impl Column {
         if matches!(self, Self::Delegate) {
             // The token is another pod's.
             return (EnvKind::None, &[FULL_URI]);
+        }
+        if matches!(self, Self::ByHand) {
+            return (EnvKind::None, &[FULL_URI_BY_HAND]);
         }
         match self.same_way_as() {
             Self::NoToken => (EnvKind::None, &[FULL_URI]),
@@ -178,7 +193,8 @@ impl Column {
 // === impl PodKind ===
 
 impl PodKind {
-    pub(super) const ALL: [Self; 5] =
+    /// Those on the main node.
+    pub(super) const MAIN: [Self; 5] =
         [Self::Plain, Self::V1, Self::Injected, Self::Audited, Self::Unassociated];
 
     /// Such a pod of the client called `name`.
@@ -188,6 +204,7 @@ impl PodKind {
             Self::V1 => ("shop", "v1"),
             Self::Injected => ("shop", "injected"),
             Self::Audited => ("audited", "audited"),
+            Self::ByHand => ("shop", "by-hand"),
             Self::Unassociated => ("shop", "unassociated"),
         };
         let name = format!("{}-{suffix}", client.replace('.', "-"));
@@ -197,6 +214,9 @@ impl PodKind {
         }
         if self != Self::Plain {
             spec = spec.annotation("podgate.dev/imds-v1", "allow");
+        }
+        if self == Self::ByHand {
+            spec.credentials_uri = Some(URI_BY_HAND.to_owned());
         }
         if matches!(self, Self::Injected | Self::Audited | Self::Unassociated) {
             spec.with_token()

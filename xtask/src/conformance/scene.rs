@@ -54,7 +54,7 @@ pub(super) async fn main_node(
     subjects: &[Subject],
     progress: &Progress,
 ) -> anyhow::Result<Found> {
-    let scene = Scene::up("main", Routing::VpcCni, subjects, &PodKind::ALL, progress)?;
+    let scene = Scene::up("main", Routing::VpcCni, subjects, &PodKind::MAIN, progress)?;
     scene.lab.cluster.annotate_namespace(AUDIT.0, AUDIT.1, Some(AUDIT.2));
     let agent = scene.start_agent(binary).await?;
     let mut found = scene
@@ -87,6 +87,20 @@ pub(super) async fn ipv6_node(
     let scene = Scene::up("v6", Routing::Ipv6Only, subjects, &[PodKind::V1, PodKind::Injected], progress)?;
     let agent = scene.start_agent(binary).await?;
     let found = scene.ask(&[Column::Imds6, Column::PodIdentity6]).await;
+    agent.stop().await?;
+    scene.down()?;
+    Ok(found)
+}
+
+/// A node in `audit`, whose pods somebody has pointed at podgate by hand.
+pub(super) async fn audit_node(
+    binary: &Path,
+    subjects: &[Subject],
+    progress: &Progress,
+) -> anyhow::Result<Found> {
+    let scene = Scene::up("audit", Routing::VpcCni, subjects, &[PodKind::ByHand], progress)?;
+    let agent = scene.start_agent_with(binary, &["--imds", "audit"]).await?;
+    let found = scene.ask(&[Column::ByHand]).await;
     agent.stop().await?;
     scene.down()?;
     Ok(found)
@@ -127,8 +141,12 @@ impl<'a> Scene<'a> {
 
     /// Starts the agent and lets it read the node's role, which it signs with: whoever reads it later is a pod.
     pub(super) async fn start_agent(&self, binary: &Path) -> anyhow::Result<AgentProcess> {
-        let agent = self.lab.start_agent(&AgentSpec::new(binary, &FLAGS)).await?;
-        self.sign_once("first").await?;
+        self.start_agent_with(binary, &FLAGS).await
+    }
+
+    async fn start_agent_with(&self, binary: &Path, flags: &[&str]) -> anyhow::Result<AgentProcess> {
+        let agent = self.lab.start_agent(&AgentSpec::new(binary, flags)).await?;
+        self.sign_once().await?;
         Ok(agent)
     }
 
@@ -233,8 +251,11 @@ impl<'a> Scene<'a> {
         Ok((second.buffer_unordered(AT_ONCE).collect().await, next))
     }
 
-    async fn sign_once(&self, name: &str) -> anyhow::Result<()> {
-        let pod = self.lab.add_pod(&PodSpec::new("shop", name).role("signing-role"))?;
+    async fn sign_once(&self) -> anyhow::Result<()> {
+        let mut spec = PodSpec::new("shop", "first").role("signing-role");
+        // It is intercepted in every mode.
+        spec.credentials_uri = Some(POD_IDENTITY.to_owned());
+        let pod = self.lab.add_pod(&spec)?;
         let url = if pod.addresses.v4.is_some() { POD_IDENTITY } else { POD_IDENTITY_V6 };
         let ask = [
             "curl",

@@ -41,6 +41,8 @@ pub struct PodSpec {
     /// Whether the EKS webhook changed it: the projected volume `eks-pod-identity-token`, its mount, and the two
     /// environment variables.
     pub token_volume: bool,
+    /// The credentials URI that somebody has put into its container's environment by hand.
+    pub credentials_uri: Option<String>,
     /// UID; a new one where there is none.
     pub uid: Option<String>,
 }
@@ -90,6 +92,9 @@ pub(super) fn pod(spec: &PodSpec) -> Value {
             "name": TOKEN_NAME,
             "projected": {"defaultMode": 420, "sources": [{"serviceAccountToken": source}]},
         }]);
+    }
+    if let Some(uri) = &spec.credentials_uri {
+        container["env"] = json!([{"name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": uri}]);
     }
     let mut pod = json!({
         "metadata": {

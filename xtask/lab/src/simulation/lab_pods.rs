@@ -151,6 +151,7 @@ impl Pods {
             host_network: spec.host_network,
             pod_ips: Vec::new(),
             token_volume: spec.token_volume,
+            credentials_uri: spec.credentials_uri.clone(),
             uid: Some(uid.to_owned()),
         });
     }
