@@ -206,6 +206,17 @@ impl Pod {
         Ok((pod, sandbox))
     }
 
+    /// Kills the pod's processes and removes the cgroups of its containers, but not its own.
+    pub(crate) fn kill_containers(&self) -> anyhow::Result<()> {
+        for entry in fs::read_dir(&self.cgroup)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                cgroupfs::remove(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Kills the pod's processes and removes its cgroups and its kubelet directory.
     pub(crate) fn remove(&self, kubelet: &Path) -> anyhow::Result<()> {
         cgroupfs::remove(&self.cgroup)?;

@@ -228,6 +228,11 @@ impl Lab {
         self.pods().end(&self.node, pod)
     }
 
+    /// Kills a pod's sandbox and makes another one for it, with another network, as the kubelet does where a sandbox has ended.
+    pub fn restart_sandbox(&self, pod: &Pod, spec: &PodSpec) -> anyhow::Result<Pod> {
+        self.pods().restart_sandbox(&self.node, &self.cluster, pod, spec)
+    }
+
     /// Adds a pod that gets the address of one that has ended.
     pub fn add_pod_at(&self, spec: &PodSpec, ended: &Pod) -> anyhow::Result<Pod> {
         self.associate_pod(spec);

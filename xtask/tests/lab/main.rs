@@ -15,6 +15,7 @@ mod lab_commands;
 mod lab_node;
 mod load;
 mod mesh;
+mod pod_loopback;
 mod pod_networks;
 mod policy;
 mod roles;

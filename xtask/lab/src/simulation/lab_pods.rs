@@ -83,6 +83,28 @@ impl Pods {
         pod
     }
 
+    /// Kills a pod's processes and gives it a new network, in new containers of the same pod.
+    pub(super) fn restart_sandbox(
+        &mut self,
+        node: &Node,
+        cluster: &Cluster,
+        pod: &Pod,
+        spec: &PodSpec,
+    ) -> anyhow::Result<Pod> {
+        pod.kill_containers()?;
+        self.reap(pod)?;
+        self.state.pods.retain(|other| other.uid != pod.uid);
+        let pod = self.start_as(node, pod.uid.clone(), spec)?;
+        publish(cluster, &pod)?;
+        Ok(pod)
+    }
+
+    fn reap(&mut self, pod: &Pod) -> anyhow::Result<()> {
+        let Some(mut sandbox) = self.sandboxes.remove(&pod.uid) else { return Ok(()) };
+        sandbox.wait().with_context(|| format!("cannot reap the sandbox of {}", pod.full_name()))?;
+        Ok(())
+    }
+
     pub(super) fn delete(&mut self, node: &Node, cluster: &Cluster, pod: &Pod) -> anyhow::Result<()> {
         self.end(node, pod)?;
         cluster.delete_pod(&pod.namespace, &pod.name);
@@ -92,9 +114,7 @@ impl Pods {
     /// Ends a pod on the node; the API server still shows it, as it does a job that has completed.
     pub(super) fn end(&mut self, node: &Node, pod: &Pod) -> anyhow::Result<()> {
         pod.remove(&node.place.kubelet())?;
-        if let Some(mut sandbox) = self.sandboxes.remove(&pod.uid) {
-            sandbox.wait().with_context(|| format!("cannot reap the sandbox of {}", pod.full_name()))?;
-        }
+        self.reap(pod)?;
         self.state.pods.retain(|other| other.uid != pod.uid);
         self.state.save()
     }
