@@ -27,6 +27,7 @@ mod log;
 mod maps;
 mod options;
 mod pod_listeners;
+mod pod_network;
 mod socket_kinds;
 mod ticket_life;
 mod tickets;

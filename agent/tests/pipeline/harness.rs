@@ -364,6 +364,7 @@ fn spec(namespace: &str, name: &str, service_account: &str) -> PodSpec {
         host_network: false,
         pod_ips: vec!["10.0.0.7".parse().unwrap()],
         token_volume: false,
+        credentials_uri: None,
         uid: None,
     }
 }
