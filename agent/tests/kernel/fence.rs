@@ -50,7 +50,7 @@ use crate::{
     egress::below_ip,
     events,
     kernel_node::{Node, Pod, in_network, netlink, new_network, outside},
-    socket_kinds::fork,
+    socket_kinds::fork_and_stay,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podgate.o"));
@@ -228,18 +228,8 @@ impl NetworkPod {
     }
 
     /// Its first process, as a sandbox has one.
-    #[expect(unsafe_code, reason = "nothing but a system call is allowed after a fork")]
     fn start(&mut self) {
-        let wait = || {
-            // SAFETY: nothing of this process uses a descriptor. Those of other tests must not stay open: their locks and
-            // addresses would be taken as long as the pod lives. Linux 5.9.
-            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
-            loop {
-                // SAFETY: it has no precondition.
-                unsafe { libc::pause() };
-            }
-        };
-        self.sandbox = Some(self.run(|| fork(wait)));
+        self.sandbox = Some(self.run(|| fork_and_stay(|| Ok(()))));
     }
 
     fn stop(&mut self) {

@@ -48,7 +48,7 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// The network namespace that this thread is in.
 const OWN_NETWORK: &str = "/proc/thread-self/ns/net";
 /// `lo` is the first netdev of every namespace.
-const LO: u32 = 1;
+pub(crate) const LO: u32 = 1;
 
 /// The test process is in one cgroup at a time.
 static CGROUP: Mutex<()> = Mutex::new(());

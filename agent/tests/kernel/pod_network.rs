@@ -1,10 +1,13 @@
 //! The network of a pod, found through its processes, and entered.
 
 use std::{
-    fs, io,
-    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::Path,
-    process::{self, Child, Command},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -18,57 +21,87 @@ use agent::{
         pod_network,
     },
 };
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    sys::{
+        signal::{Signal, kill},
+        wait::waitpid,
+    },
+    unistd::Pid,
+};
+use rtnetlink::LinkUnspec;
+use rustix::io::Errno;
 
-use crate::kernel_node::{Cgroup, Node};
+use crate::{
+    kernel_node::{Cgroup, LO, Node, netlink},
+    socket_kinds::fork_and_stay,
+};
 
-/// Time in which a process is where it is told to be.
+/// Time in which a process is where it goes.
 const SOON: Duration = Duration::from_secs(10);
-/// A network of its own.
-const OWN_NETWORK: &[&str] = &["unshare", "--net"];
-/// The same, owned by a user namespace of its own, as that of a pod with `hostUsers: false`.
-const OWN_USERS: &[&str] = &["unshare", "--user", "--map-root-user", "--net"];
 
-/// A process of a pod, in one of the pod's cgroups.
+/// A process of a pod, until it is dropped.
 struct Process {
-    child: Child,
+    pid: Pid,
     network: u64,
 }
 
 // === impl Process ===
 
 impl Process {
-    /// Starts one that `command` brings to a network, and waits until it is there.
-    fn start(cgroup: &Path, command: &[&str]) -> Self {
-        let cgroup = Cgroup::create(cgroup.to_owned());
-        let mut child = Command::new(command[0]);
-        let child = child.args(&command[1..]).args(["sh", "-c", "ip link set lo up; exec sleep 600"]);
-        let child = child.spawn().unwrap();
-        fs::write(cgroup.path.join("cgroup.procs"), child.id().to_string()).unwrap();
+    /// Starts one in a cgroup that goes to a network of its own.
+    fn in_own_network(cgroup: &Path, flags: CloneFlags) -> Self {
+        let before = inode(&File::open("/proc/thread-self/ns/net").unwrap().into());
+        let flags = flags | CloneFlags::CLONE_NEWNET;
+        let enter = move || unshare(flags).map_err(|error| Errno::from_raw_os_error(error as i32));
+        let pid = Cgroup::create(cgroup.to_owned()).run(|| fork_and_stay(enter));
         let begun = Instant::now();
-        while fs::read_to_string(format!("/proc/{}/comm", child.id())).unwrap() != "sleep\n" {
-            assert!(begun.elapsed() < SOON, "{command:?}");
+        loop {
+            let network = inode(&network_of(pid));
+            if network != before {
+                return Self { pid, network };
+            }
+            assert!(begun.elapsed() < SOON, "{flags:?}");
             thread::sleep(Duration::from_millis(5));
         }
-        let network = inode(&fs::metadata(format!("/proc/{}/ns/net", child.id())).unwrap());
-        Self { child, network }
+    }
+
+    /// The same that goes to the network that the node's processes are in.
+    fn in_nodes_network(cgroup: &Path) -> Self {
+        let node = File::open("/proc/self/ns/net").unwrap();
+        let network = inode(&node.try_clone().unwrap().into());
+        let enter = || {
+            let entered = setns(node.as_fd(), CloneFlags::CLONE_NEWNET);
+            entered.map_err(|error| Errno::from_raw_os_error(error as i32))
+        };
+        let pid = Cgroup::create(cgroup.to_owned()).run(|| fork_and_stay(enter));
+        let begun = Instant::now();
+        while inode(&network_of(pid)) != network {
+            assert!(begun.elapsed() < SOON, "it is not in the node's network");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Self { pid, network }
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        kill(self.pid, Signal::SIGKILL).unwrap();
+        waitpid(self.pid, None).unwrap();
     }
 }
 
-fn inode(namespace: &fs::Metadata) -> u64 {
-    namespace.ino()
+fn network_of(pid: Pid) -> OwnedFd {
+    File::open(format!("/proc/{pid}/ns/net")).unwrap().into()
+}
+
+fn inode(namespace: &OwnedFd) -> u64 {
+    File::from(namespace.try_clone().unwrap()).metadata().unwrap().ino()
 }
 
 /// The network that is found for a pod.
 fn found(kubepods: &Kubepods, pod: &Path) -> Option<u64> {
-    let namespace = pod_network::find(kubepods, pod).unwrap()?;
-    Some(inode(&fs::File::from(namespace).metadata().unwrap()))
+    pod_network::find(kubepods, pod).unwrap().map(|namespace| inode(&namespace))
 }
 
 /// A node's kubepods, and the cgroup of a pod of its.
@@ -84,16 +117,16 @@ fn the_oldest_process_in_another_network_than_the_nodes_shows_the_pods() {
         let (kubepods, pod) = pod(node);
         assert_eq!(found(&kubepods, &pod.path), None);
         // As the container runtime before it enters the sandbox.
-        let on_node = format!("--net=/proc/{}/ns/net", process::id());
-        let _runtime = Process::start(&pod.path.join("sandbox"), &["nsenter", &on_node]);
+        let _runtime = Process::in_nodes_network(&pod.path.join("sandbox"));
         assert_eq!(found(&kubepods, &pod.path), None);
         // What a workload makes for itself, in a cgroup of its own below its container's, shows nothing.
-        let _nested = Process::start(&pod.path.join("app/kubepods/pod"), OWN_NETWORK);
+        let _nested = Process::in_own_network(&pod.path.join("app/kubepods/pod"), CloneFlags::empty());
         assert_eq!(found(&kubepods, &pod.path), None);
-        let sandbox = Process::start(&pod.path.join("sandbox"), OWN_NETWORK);
+        let sandbox = Process::in_own_network(&pod.path.join("sandbox"), CloneFlags::empty());
         assert_eq!(found(&kubepods, &pod.path), Some(sandbox.network));
-        // Nor does what it makes later in its container's.
-        let workload = Process::start(&pod.path.join("app"), OWN_NETWORK);
+        // Nor does what it makes later in its container's. Ages are in ticks of 10 ms.
+        thread::sleep(Duration::from_millis(30));
+        let workload = Process::in_own_network(&pod.path.join("app"), CloneFlags::empty());
         assert_eq!(found(&kubepods, &pod.path), Some(sandbox.network));
         // The sandbox has ended: whatever is left is all that there is.
         drop(sandbox);
@@ -105,22 +138,26 @@ fn the_oldest_process_in_another_network_than_the_nodes_shows_the_pods() {
 fn a_network_that_other_users_own_is_listened_in_like_any_other() {
     Node::run(|node| {
         let (kubepods, pod) = pod(node);
-        for command in [OWN_NETWORK, OWN_USERS] {
-            let sandbox = Process::start(&pod.path.join("sandbox"), command);
+        // The second as that of a pod with `hostUsers: false`.
+        for flags in [CloneFlags::empty(), CloneFlags::CLONE_NEWUSER] {
+            let sandbox = Process::in_own_network(&pod.path.join("sandbox"), flags);
             let namespace = pod_network::find(&kubepods, &pod.path).unwrap().unwrap();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let (sockets, cookie) = runtime.block_on(async {
                 let thread = NetnsThread::spawn().unwrap();
-                let listen = || (PodSockets::listen(&[]).unwrap(), netns::own_cookie().unwrap());
+                let listen = || {
+                    netlink(async |handle| {
+                        handle.link().set(LinkUnspec::new_with_index(LO).up().build()).execute().await
+                    });
+                    (PodSockets::listen(&[]).unwrap(), netns::own_cookie().unwrap())
+                };
                 let (sockets, cookie) = thread.run(namespace, listen).await.unwrap();
-                let namespace = of(&sockets).unwrap();
-                let port = sockets.port;
+                let (namespace, port) = (of(&sockets).unwrap(), sockets.port);
                 let begin = move || in_pod::begin_probe(port, true, true).unwrap();
                 in_pod::finish_probe(thread.run(namespace, begin).await.unwrap()).await.unwrap();
                 (sockets, cookie)
             });
-            let network = of(&sockets).unwrap();
-            assert_eq!(inode(&fs::File::from(network).metadata().unwrap()), sandbox.network, "{command:?}");
+            assert_eq!(inode(&of(&sockets).unwrap()), sandbox.network, "{flags:?}");
             assert_ne!(cookie, netns::own_cookie().unwrap());
         }
     });

@@ -265,3 +265,18 @@ pub(crate) fn fork(work: impl FnOnce() -> rustix::io::Result<()>) -> Pid {
         }
     }
 }
+
+/// A process of its own that does `work` and then stays until it is killed.
+#[expect(unsafe_code, reason = "what a forked process may do")]
+pub(crate) fn fork_and_stay(work: impl FnOnce() -> rustix::io::Result<()>) -> Pid {
+    fork(|| {
+        work()?;
+        // SAFETY: nothing of this process uses a descriptor. Those of other tests must not stay open: their locks and
+        // addresses would be taken as long as it lives. Linux 5.9.
+        unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
+        loop {
+            // SAFETY: it has no precondition.
+            unsafe { libc::pause() };
+        }
+    })
+}
