@@ -8,7 +8,7 @@ mod pairs;
 mod programs;
 mod ratio;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, net::Ipv4Addr, path::Path};
 
 use anyhow::{Context as _, bail};
 use aya::sys::{Stats, enable_stats};
@@ -21,7 +21,9 @@ use self::{
     ratio::Ratios,
 };
 use super::{
-    Binaries, Extent, start_server,
+    Binaries, Extent,
+    load::LoadResult,
+    median, start_server,
     traffic::{CONNECTIONS, REQUESTS, Traffic},
 };
 use crate::report;
@@ -47,6 +49,15 @@ struct Bench<'a> {
     extent: Extent,
 }
 
+/// Where a pod's connection is redirected.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// To podgate's listener in the pod's own network.
+    PodNetwork,
+    /// To the node's addresses, as from a socket that is bound to an interface.
+    Node,
+}
+
 /// Measures both, with the program on outgoing packets and without it, and prints the tables.
 pub(super) async fn measure(binaries: &Binaries, extent: Extent) -> anyhow::Result<()> {
     let helper = binaries.helper.as_path();
@@ -55,7 +66,9 @@ pub(super) async fn measure(binaries: &Binaries, extent: Extent) -> anyhow::Resu
     let server = lab.add_pod(&PodSpec::new("bench", "server"))?;
     let bench =
         Bench { lab, client, server, agent: &binaries.agent, helper: helper.display().to_string(), extent };
-    let mut pairs = Pairs::start(&bench).await?;
+    let address = *bench.server.addresses.list().first().context("the pod has no address")?;
+    let mut pairs = Pairs::start(&bench, &bench.server, address).await?;
+    let mut on_loopback = Pairs::start(&bench, &bench.client, Ipv4Addr::LOCALHOST.into()).await?;
     // Both pairs are the same here: what comes out is how good the comparison is.
     let title = "without podgate";
     print_compared(title, &pairs.compare(title).await?, None);
@@ -65,10 +78,25 @@ pub(super) async fn measure(binaries: &Binaries, extent: Extent) -> anyhow::Resu
         let agent = bench.start_agent(egress_filter).await?;
         bench.programs(title, &agent).await?;
         print_compared(title, &pairs.compare(title).await?, Some(GOAL_RATIO));
+        let title = format!("{title}, a pod's own loopback");
+        print_compared(&title, &on_loopback.compare(&title).await?, Some(GOAL_RATIO));
         agent.stop().await?;
     }
-    drop(pairs);
+    drop((pairs, on_loopback));
     bench.lab.down()
+}
+
+// === impl Way ===
+
+impl Way {
+    const ALL: [Self; 2] = [Self::PodNetwork, Self::Node];
+
+    fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::PodNetwork => &[],
+            Self::Node => &["--interface", "eth0"],
+        }
+    }
 }
 
 // === impl Extent ===
@@ -79,6 +107,15 @@ impl Extent {
         match self {
             Self::Full => 10,
             Self::Short => 1,
+        }
+    }
+
+    /// Turns of redirected connections, a thousand each way.
+    fn rounds_of_redirected(self) -> usize {
+        match self {
+            Self::Full => 30,
+            // The least that the median has an interval for.
+            Self::Short => 6,
         }
     }
 
@@ -106,7 +143,9 @@ impl Bench<'_> {
         // What is measured afterwards is warm.
         client.measure(Traffic::Connect).await?;
         client.measure(Traffic::Exchange).await?;
-        self.redirected().await?;
+        for way in Way::ALL {
+            self.redirected(way).await?;
+        }
 
         // Counted as long as this is open.
         let statistics =
@@ -119,23 +158,51 @@ impl Bench<'_> {
             }
             work.push(programs.work()?);
         }
-        self.redirected().await?;
-        work.push(programs.work()?);
+        for way in Way::ALL {
+            self.redirected(way).await?;
+            work.push(programs.work()?);
+        }
         drop(statistics);
 
-        let goals = [Some(GOAL_NANOSECONDS), None, None];
+        let goals = [Some(GOAL_NANOSECONDS), None, None, None];
         let whats = [
             "an unrelated connection",
             "an unrelated small request",
-            "a redirected connection with a request",
+            "a connection redirected in the pod's network, with a request",
+            "a connection redirected to the node, with a request",
         ];
-        let times = [turns * CONNECTIONS, turns * REQUESTS, REDIRECTED];
+        let times = [turns * CONNECTIONS, turns * REQUESTS, REDIRECTED, REDIRECTED];
         for (((pair, what), times), goal) in work.windows(2).zip(whats).zip(times).zip(goals) {
             if let [before, after] = pair {
                 print_programs(&format!("{title}: {what}"), &per_time(before, after, times)?, goal);
             }
         }
         println!("Counting adds some 35 to 70 ns to each call.");
+        self.ways(title).await
+    }
+
+    /// What clients see of both ways to the agent, in turns.
+    async fn ways(&self, title: &str) -> anyhow::Result<()> {
+        let (mut took, mut ratios) = ([Vec::new(), Vec::new()], Ratios::default());
+        let rounds = self.extent.rounds_of_redirected();
+        eprintln!("{title}: {rounds} rounds of redirected connections");
+        for _ in 0..rounds {
+            let mut round = [0.0; Way::ALL.len()];
+            for (way, took) in Way::ALL.into_iter().zip(&mut round) {
+                *took = self.redirected(way).await?.p50_microseconds;
+            }
+            let [in_pod, on_node] = round;
+            ratios.add(in_pod, on_node);
+            took.iter_mut().zip(round).for_each(|(all, one)| all.push(one));
+        }
+        let (low, high) = ratios.interval();
+        let columns =
+            ["redirected, with a request", "in the pod's network", "to the node", "ratio", "95 % interval"];
+        let mut table = report::table(&columns);
+        let [in_pod, on_node] = took.map(|all| format!("{:.1}", median(&all)));
+        let ratio = format!("{:.3}", ratios.median());
+        table.add_row([format!("{title}, µs"), in_pod, on_node, ratio, format!("{low:.3} to {high:.3}")]);
+        println!("{table}");
         Ok(())
     }
 
@@ -149,15 +216,16 @@ impl Bench<'_> {
     }
 
     /// Connections that end at the agent, each with one request for credentials that the agent has already.
-    async fn redirected(&self) -> anyhow::Result<()> {
+    async fn redirected(&self, way: Way) -> anyhow::Result<LoadResult> {
         let requests = REDIRECTED.to_string();
         let mut command = vec![self.helper.as_str(), "bench-load", "--address", REDIRECTED_ADDRESS];
         command.extend(["--path", super::PATH, "--requests", &requests, "--new-connections"]);
+        command.extend(way.options());
         let output = self.lab.exec(&self.client, EnvKind::None, &command)?.output().await?;
         if !output.status.success() {
             bail!("the agent does not serve the pod: {}", String::from_utf8_lossy(&output.stderr));
         }
-        Ok(())
+        serde_json::from_slice(&output.stdout).context("the load failed")
     }
 }
 

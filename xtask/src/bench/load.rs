@@ -16,7 +16,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
+use tokio::net::TcpSocket;
 
 /// Clients at a time: enough to keep a server busy, few enough to measure it and not a queue.
 const CLIENTS: u32 = 4;
@@ -38,6 +38,9 @@ pub(crate) struct LoadArguments {
     /// A connection for each request, instead of one per client for as long as the server keeps it open.
     #[arg(long)]
     new_connections: bool,
+    /// Bind every connection's socket to this interface.
+    #[arg(long)]
+    interface: Option<String>,
 }
 
 /// What is printed, as JSON.
@@ -85,7 +88,7 @@ async fn client(arguments: LoadArguments) -> anyhow::Result<Vec<Duration>> {
         let began = Instant::now();
         let mut sender = match reusable(connection.take()).await {
             Some(sender) => sender,
-            None => connect(arguments.address).await?,
+            None => connect(&arguments).await?,
         };
         ask(&mut sender, &arguments).await?;
         took.push(began.elapsed());
@@ -102,8 +105,11 @@ async fn reusable(connection: Option<Connection>) -> Option<Connection> {
     sender.ready().await.is_ok().then_some(sender)
 }
 
-async fn connect(address: SocketAddr) -> anyhow::Result<Connection> {
-    let stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
+async fn connect(arguments: &LoadArguments) -> anyhow::Result<Connection> {
+    let address = arguments.address;
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.bind_device(arguments.interface.as_deref().map(str::as_bytes))?;
+    let stream = socket.connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
     stream.set_nodelay(true)?;
     let (sender, connection) = handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);

@@ -7,7 +7,7 @@
 use std::{net::IpAddr, process::Stdio};
 
 use anyhow::{Context as _, bail};
-use lab::EnvKind;
+use lab::{EnvKind, Pod};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
@@ -69,14 +69,12 @@ impl Client {
 // === impl Pairs ===
 
 impl Pairs {
-    /// Starts both pairs between the bench's pods.
-    pub(super) async fn start(bench: &Bench<'_>) -> anyhow::Result<Self> {
-        let address = *bench.server.addresses.list().first().context("the pod has no address")?;
+    /// Starts both pairs, of the bench's client and a server at this address of a pod.
+    pub(super) async fn start(bench: &Bench<'_>, server: &Pod, address: IpAddr) -> anyhow::Result<Self> {
         let [in_pod, outside] = PORTS;
         let servers = [
-            start_server(bench.lab.exec(&bench.server, EnvKind::None, &serve(bench, address, in_pod))?)
-                .await?,
-            start_server(bench.lab.exec_outside(&bench.server, &serve(bench, address, outside))?).await?,
+            start_server(bench.lab.exec(server, EnvKind::None, &serve(bench, address, in_pod))?).await?,
+            start_server(bench.lab.exec_outside(server, &serve(bench, address, outside))?).await?,
         ];
         let in_pods = bench.lab.exec(&bench.client, EnvKind::None, &ask(bench, address, in_pod))?;
         let outside = bench.lab.exec_outside(&bench.client, &ask(bench, address, outside))?;
