@@ -121,8 +121,9 @@ async fn follow(
         let netdevs = look(&inventory, &mut pods).await?;
         let fenced = set(netdevs).await?.unwrap_or_default();
         metrics.set(&fenced);
-        said.say(&fenced);
-        let until = if pods.are_incomplete(Instant::now()) { NEW_POD_INTERVAL } else { CHECK_INTERVAL };
+        let is_settled = !pods.are_incomplete(Instant::now());
+        said.say(&fenced, is_settled);
+        let until = if is_settled { CHECK_INTERVAL } else { NEW_POD_INTERVAL };
         // A notification only says when to look, not what changed.
         if let Ok(change) = timeout(until, changes.next()).await {
             if change.is_none() {
@@ -190,8 +191,10 @@ fn own_filter(filters: &[EgressFilter]) -> Option<Filter> {
 // === impl Said ===
 
 impl Said {
-    fn say(&mut self, fenced: &Fenced) {
-        let first = fenced.first.iter().cloned().collect();
+    /// Unless it `is_settled` which netdevs are pods', one that has the fence may be a new pod's, which is said of none.
+    fn say(&mut self, fenced: &Fenced, is_settled: bool) {
+        let first: BTreeSet<_> = fenced.first.iter().cloned().collect();
+        let first = if is_settled { first } else { first.intersection(&self.first).cloned().collect() };
         let behind = fenced.behind.iter().cloned().collect();
         let open = fenced.open.iter().map(|(netdev, _)| netdev.clone()).collect();
         for netdev in new(&first, &self.first) {

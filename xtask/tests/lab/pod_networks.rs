@@ -54,6 +54,9 @@ async fn whatever_surrounds_a_pod_it_is_served() -> anyhow::Result<()> {
         node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
         node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
     }
+    // The pods' own netdevs have the fence until they are known as such.
+    let log = node.agent.log_text()?;
+    assert!(!log.lines().any(|line| line.contains("the second fence is on") && line.contains("eni")), "{log}");
     node.down().await
 }
 
