@@ -8,6 +8,7 @@ mod attacker;
 mod credentials;
 mod lifetime;
 mod list;
+mod modes;
 mod network;
 mod packets;
 mod plan;
@@ -26,10 +27,12 @@ use agent_common::{
 };
 use anyhow::{Context as _, bail};
 use clap::Args;
+use lab::cgroupfs::CgroupDriver;
 use tokio::signal::unix::{SignalKind, signal};
 
 pub(crate) use self::attacker::{SUBCOMMAND, run as act};
 use self::{
+    modes::Scope,
     row::Row,
     scene::{Outcome, Scene},
 };
@@ -58,10 +61,13 @@ pub(crate) struct Arguments {
     /// Run them in a virtual machine with this kernel; several run side by side.
     #[arg(long, value_enum, value_name = "KERNEL")]
     vm: Vec<vm::Kernel>,
+    /// Try everything in every mode, on emulated machines too.
+    #[arg(long)]
+    all: bool,
     /// Print the rows as JSON instead of a table.
     #[arg(long)]
     json: bool,
-    /// The two builds: podgate, and the one of it in which defenses can be switched off.
+    /// The two builds, in an emulated machine: podgate, and the one of it in which defenses can be switched off.
     #[arg(long, num_args = 2, hide = true)]
     agents: Option<Vec<PathBuf>>,
 }
@@ -84,7 +90,18 @@ struct Attack {
     /// What the control does without: all of it together, and only then does the attack work.
     without: &'static [Without],
     lab: LabKind,
+    pods: InAudit,
+    driver: CgroupDriver,
     run: for<'a> fn(&'a Scene) -> Running<'a>,
+}
+
+/// What the pods of an attack are in a cluster whose mode is `audit`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum InAudit {
+    /// In `audit` like all others: the attack is after another pod's identity.
+    Audit,
+    /// In `intercept`, by their namespaces, next to a pod in `audit`: the attack is about IMDS.
+    Intercept,
 }
 
 /// Which lab an attack is tried in.
@@ -132,7 +149,7 @@ fn announce(kernels: &[vm::Kernel]) -> anyhow::Result<()> {
     if kernels.is_empty() {
         privilege::require_root("the attacks")?;
     }
-    let runs = Duration::from_secs(if kernels.is_empty() { 60 } else { 900 });
+    let runs = Duration::from_secs(if kernels.is_empty() { 300 } else { 900 });
     Plan::new("The attacks run on simulated nodes, with podgate's defenses and without.", runs)
         .needs(ebpf::missing_tools()?)
         .needs(if kernels.is_empty() { Vec::new() } else { vm::missing(kernels) })
@@ -142,7 +159,9 @@ fn announce(kernels: &[vm::Kernel]) -> anyhow::Result<()> {
 
 fn run_in_machines(arguments: &Arguments) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for (kernel, printed) in vm::attack(&arguments.vm, arguments.only.as_deref().unwrap_or_default())? {
+    for (kernel, printed) in
+        vm::attack(&arguments.vm, arguments.only.as_deref().unwrap_or_default(), arguments.all)?
+    {
         let printed: Vec<Row> = serde_json::from_str(&printed)
             .context("BUG: the virtual machine has printed other rows than ours")?;
         rows.extend(printed.into_iter().map(|row| row.on(kernel.series())));
@@ -157,11 +176,15 @@ fn run_here(arguments: &Arguments, attacks: &[&'static Attack]) -> anyhow::Resul
         _ => Builds { podgate: ebpf::build_agent()?, undefended: ebpf::build_undefended_agent()? },
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let scope = match (arguments.all, arguments.agents.is_some()) {
+        (true, _) => Scope::All,
+        (false, true) => Scope::Hardest,
+        (false, false) => Scope::Modes,
+    };
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         tokio::select! {
-            // An emulated machine is slow, and that each defense does alone is shown without it.
-            rows = session::run_all(attacks, &builds, arguments.agents.is_none()) => Ok(rows),
+            rows = session::run_all(attacks, &builds, scope) => Ok(rows),
             _ = tokio::signal::ctrl_c() => bail!("interrupted; the simulated nodes are gone"),
             _ = terminate.recv() => bail!("terminated; the simulated nodes are gone"),
         }

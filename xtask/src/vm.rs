@@ -38,8 +38,9 @@ const INIT_COMMAND: &str = "vm-init";
 
 /// How long a machine may take that runs no tests, in seconds.
 const MEASURE_SECONDS: &str = "60";
-/// How long all attacks may take on an emulated machine, in seconds.
+/// How long all attacks may take on an emulated machine, in seconds: each once, and in every mode.
 const ATTACK_SECONDS: &str = "1800";
+const ATTACK_ALL_SECONDS: &str = "10800";
 /// The system's authorities, without which the agent does not call AWS.
 const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
 /// What of Debian's kernels simulated nodes need, each after what it needs itself: netdevs, filters on them, and the
@@ -120,9 +121,10 @@ pub(crate) fn measure(kernel: Kernel) -> anyhow::Result<Counts> {
 
 /// Runs the attacks whose names contain `only` in virtual machines side by side, each of which has one of this machine's
 /// processors and shows its progress; the rows of each as JSON.
-pub(crate) fn attack(kernels: &[Kernel], only: &str) -> anyhow::Result<Vec<(Kernel, String)>> {
+pub(crate) fn attack(kernels: &[Kernel], only: &str, all: bool) -> anyhow::Result<Vec<(Kernel, String)>> {
     let files = attack_files()?;
-    let machines = kernels.iter().map(|&kernel| Ok((kernel, prepare_attacks(kernel, files.clone(), only)?)));
+    let machines =
+        kernels.iter().map(|&kernel| Ok((kernel, prepare_attacks(kernel, files.clone(), only, all)?)));
     let machines: Vec<_> = machines.collect::<anyhow::Result<_>>()?;
     thread::scope(|scope| {
         let start = |(kernel, machine)| scope.spawn(move || Ok((kernel, watch_attacks(kernel, machine)?)));
@@ -133,11 +135,12 @@ pub(crate) fn attack(kernels: &[Kernel], only: &str) -> anyhow::Result<Vec<(Kern
     })
 }
 
-fn prepare_attacks(kernel: Kernel, files: Vec<File>, only: &str) -> anyhow::Result<Command> {
+fn prepare_attacks(kernel: Kernel, files: Vec<File>, only: &str, all: bool) -> anyhow::Result<Command> {
     let image = image(kernel)?;
-    let qemu = boot(kernel, &image, files, &format!("{}={only}", guest::ATTACK))?;
+    let (everything, seconds) = if all { (guest::ALL, ATTACK_ALL_SECONDS) } else { ("", ATTACK_SECONDS) };
+    let qemu = boot(kernel, &image, files, &format!("{}={only} {everything}", guest::ATTACK))?;
     let mut limited = Command::new("timeout");
-    limited.arg(ATTACK_SECONDS).arg(qemu.get_program()).args(qemu.get_args());
+    limited.arg(seconds).arg(qemu.get_program()).args(qemu.get_args());
     limited.stdin(Stdio::null()).stdout(Stdio::piped());
     Ok(limited)
 }

@@ -2,8 +2,11 @@
 
 use agent_common::defense::Defense;
 use anyhow::ensure;
+use lab::cgroupfs::CgroupDriver;
 
-use super::{Attack, LabKind, Without, credentials, lifetime, network, packets, pods, requests, sockets};
+use super::{
+    Attack, InAudit, LabKind, Without, credentials, lifetime, network, packets, pods, requests, sockets,
+};
 
 /// Settings of an operator that take a defense away: for these the control needs no other build.
 const NO_EGRESS_FILTER: Without = Without::Flags("--egress-filter", "off");
@@ -13,12 +16,14 @@ const EVIL_DELEGATE: Without = Without::Flags("--token-delegate", "evil/attacker
 const POD_OVERRIDE: Without = Without::Annotation("podgate.dev/imds-pod-override", "true");
 
 macro_rules! attacks {
-    ($($name:literal, $tried:literal, [$($without:ident),+], $run:path $(, $lab:ident)?;)+) => {
+    ($($name:literal, $tried:literal, [$($without:ident),+], $run:path $(, $option:ident)*;)+) => {
         &[$(Attack {
             name: $name,
             tried: $tried,
             without: &[$(attacks!(@without $without)),+],
-            lab: attacks!(@lab $($lab)?),
+            lab: attacks!(@lab $($option)*),
+            pods: attacks!(@pods $($option)*),
+            driver: attacks!(@driver $($option)*),
             run: |scene| Box::pin($run(scene)),
         }),+]
     };
@@ -29,9 +34,16 @@ macro_rules! attacks {
     (@without POD_OVERRIDE) => { POD_OVERRIDE };
     (@without $defense:ident) => { Without::Defense(Defense::$defense) };
     (@lab) => { LabKind::Shared };
-    (@lab own) => { LabKind::Own };
-    (@lab quiet) => { LabKind::Quiet };
-    (@lab bare) => { LabKind::Bare };
+    (@lab own $($rest:ident)*) => { LabKind::Own };
+    (@lab quiet $($rest:ident)*) => { LabKind::Quiet };
+    (@lab bare $($rest:ident)*) => { LabKind::Bare };
+    (@lab $other:ident $($rest:ident)*) => { attacks!(@lab $($rest)*) };
+    (@pods) => { InAudit::Audit };
+    (@pods imds $($rest:ident)*) => { InAudit::Intercept };
+    (@pods $other:ident $($rest:ident)*) => { attacks!(@pods $($rest)*) };
+    (@driver) => { CgroupDriver::Systemd };
+    (@driver cgroupfs $($rest:ident)*) => { CgroupDriver::Cgroupfs };
+    (@driver $other:ident $($rest:ident)*) => { attacks!(@driver $($rest)*) };
 }
 
 /// Those whose name contains this.
@@ -76,21 +88,21 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::full_queue, quiet;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
-        [NO_EGRESS_FILTER], packets::raw_tcp;
+        [NO_EGRESS_FILTER], packets::raw_tcp, imds;
     "udp-to-imds", "a datagram to the real IMDS",
-        [NO_EGRESS_FILTER], packets::datagram;
+        [NO_EGRESS_FILTER], packets::datagram, imds;
     "icmp-to-imds", "a ping to the real IMDS",
-        [NO_EGRESS_FILTER], packets::ping;
+        [NO_EGRESS_FILTER], packets::ping, imds;
     "ipv6-to-imds", "IMDSv2 at fd00:ec2::254",
-        [Ipv6, NO_EGRESS_FILTER], network::ipv6;
+        [Ipv6, NO_EGRESS_FILTER], network::ipv6, imds;
     "v4-mapped-to-imds", "IMDSv2 at ::ffff:169.254.169.254",
-        [Ipv6, NO_EGRESS_FILTER], network::mapped;
+        [Ipv6, NO_EGRESS_FILTER], network::mapped, imds;
     "socket-passed-on", "a socket that another pod has connected is passed on and connected again",
         [OriginOfEveryConnect], pods::passed_socket;
     "unsent-socket-passed-on", "the same with a socket whose connect has failed before its handshake",
         [PodListeners, OriginOfEveryConnect], pods::unsent_socket;
     "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
-        [NO_EGRESS_FILTER], pods::earlier_socket, bare;
+        [NO_EGRESS_FILTER], pods::earlier_socket, bare, imds;
     "lookalike-cgroup", "a cgroup named like another pod's outside kubepods, and a pod's socket",
         [BelowKubepods, OwnNetwork], pods::lookalike_cgroup;
     "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
@@ -98,11 +110,11 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "static-pod-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
         [StaticPods], pods::static_pod;
     "claimed-owner", "a tenant's pod that says to be of the EKS Pod Identity Agent, which is left alone",
-        [EVIL_EKS_AGENT], pods::claimed_owner;
+        [EVIL_EKS_AGENT], pods::claimed_owner, imds;
     "pod-not-known-yet", "IMDSv2 from a pod that the API server does not show yet",
-        [UnknownPods], pods::unknown_pod;
+        [UnknownPods], pods::unknown_pod, imds;
     "loosening-annotation", "a tenant's pod with podgate.dev/imds: off",
-        [POD_OVERRIDE], pods::loosening_annotation;
+        [POD_OVERRIDE], pods::loosening_annotation, imds;
     "forged-token", "a token of another pod's name with a signature of one's own, while the pod's credentials are cached",
         [AcceptedTokens], credentials::forged_token;
     "stolen-token", "another pod's token, sent by a pod",
@@ -122,30 +134,30 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "fake-handover-socket", "the same pod puts its own socket there, and offers the next agent credentials for another pod",
         [HandoverProof], sockets::offered_handover, own;
     "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
-        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::killed, own;
+        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::killed, own, imds;
     "agent-stopped", "the same while it is stopped",
-        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::stopped, own;
+        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::stopped, own, imds;
     "agent-hung", "the same while it hangs",
-        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::hung;
+        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::hung, imds;
     "agent-succeeded", "the same while others take over from it, one after the other",
-        [ReplacedInPlace], lifetime::succeeded, own;
+        [ReplacedInPlace], lifetime::succeeded, own, imds;
     "agent-of-another-abi", "the same while one of another ABI takes over from it, and then one of its own again",
-        [ReplacedInPlace], lifetime::succeeded_by_other_abi, own;
+        [ReplacedInPlace], lifetime::succeeded_by_other_abi, own, imds;
     "squatted-port", "a pod on the host's network listens at port 80 of every address after the agent is killed with -9, and \
                       it is started again",
-        [OwnPorts], lifetime::squatted_after_death, own;
+        [OwnPorts], lifetime::squatted_after_death, own, imds;
     "squatted-port-at-boot", "the same before the agent is started for the first time",
-        [OwnPorts], lifetime::squatted_at_boot, bare;
+        [OwnPorts], lifetime::squatted_at_boot, bare, imds;
     "rebound-name", "a page in a pod's browser whose name resolves to the endpoint",
         [HostHeader], requests::rebound_name;
     "rebound-imds", "the same with PUT and GET at IMDS, as a browser sends them",
-        [WebPages], requests::rebound_imds;
+        [WebPages], requests::rebound_imds, imds;
     "open-proxy", "a server in a pod that fetches URLs for others, and says for whom",
-        [Forwarding], requests::open_proxy;
+        [Forwarding], requests::open_proxy, imds;
     "tricked-server", "a server in a pod that can be made to fetch a URL with GET",
-        [IMDS_V1], requests::tricked_server;
+        [IMDS_V1], requests::tricked_server, imds;
     "host-of-another-dialect", "the same with the path and the Host of EKS Pod Identity, at IMDS's address",
-        [DialectByAddress], requests::other_dialect;
+        [DialectByAddress], requests::other_dialect, imds;
     "smuggled-request", "two requests in one segment: a proxy's, with another one in its body",
         [Framing], requests::smuggled_request;
     "absolute-form", "a page in a pod's browser, with the endpoint in the request line and another name in Host",

@@ -3,7 +3,12 @@
 //! Owns the plan; never carries it out. What an attempt may change for good in a lab, its attack says; everything else
 //! about a lab that cannot be changed while it is up, the attempt's agent says.
 
-use super::{Attack, LabKind, Without};
+use lab::cgroupfs::CgroupDriver;
+
+use super::{
+    Attack, LabKind, Without,
+    modes::{Mode, Scope},
+};
 
 /// The attacker's namespace, but for the attempt's number.
 pub(super) const EVIL: &str = "evil";
@@ -16,6 +21,8 @@ pub(super) struct Attempt {
     pub(super) attack: &'static Attack,
     /// Which row of the table it is for, and what in it.
     pub(super) row: usize,
+    /// In which mode of the cluster.
+    pub(super) mode: Mode,
     pub(super) part: Part,
     /// What it does without, all of it together.
     pub(super) without: &'static [Without],
@@ -28,7 +35,7 @@ pub(super) enum Part {
     Defended,
     /// To show that it fails without this one of several defenses, counted from 0.
     Layer(usize),
-    /// To show that it works without all of them.
+    /// To show that it works without all of them: not where it cannot.
     Control,
 }
 
@@ -39,11 +46,13 @@ pub(super) struct Session {
     pub(super) attempts: Vec<Attempt>,
 }
 
-/// What an agent cannot be told later.
+/// What a node or its agent cannot be told later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Needs {
+    pub(super) driver: CgroupDriver,
+    pub(super) mode: Mode,
     pub(super) build: Build,
-    /// Its flags, in addition to those that all have.
+    /// The agent's flags, in addition to those that all have.
     pub(super) flags: Vec<String>,
 }
 
@@ -72,7 +81,8 @@ impl Attempt {
     }
 
     fn needs(&self) -> Needs {
-        let mut needs = Needs { build: Build::Podgate, flags: Vec::new() };
+        let mut needs =
+            Needs { driver: self.attack.driver, mode: self.mode, build: Build::Podgate, flags: Vec::new() };
         for without in self.without {
             match *without {
                 Without::Defense(_) => needs.build = Build::Undefended,
@@ -94,10 +104,10 @@ pub(super) fn namespace(name: &str, number: u32) -> String {
     format!("{name}-{number}")
 }
 
-/// All attempts: what each of several defenses does alone is tried only where it is wanted.
-pub(super) fn plan(attacks: &[&'static Attack], with_layers: bool) -> Vec<Session> {
+/// All attempts of this scope.
+pub(super) fn plan(attacks: &[&'static Attack], scope: Scope) -> Vec<Session> {
     let mut sessions: Vec<Session> = Vec::new();
-    for attempt in attempts(attacks, with_layers) {
+    for attempt in attempts(attacks, scope) {
         let needs = attempt.needs();
         let is_fit = |session: &&mut Session| session.lab == LabKind::Shared && session.needs == needs;
         match sessions.iter_mut().find(is_fit) {
@@ -108,11 +118,13 @@ pub(super) fn plan(attacks: &[&'static Attack], with_layers: bool) -> Vec<Sessio
     sessions
 }
 
-fn attempts(attacks: &[&'static Attack], with_layers: bool) -> Vec<Attempt> {
+fn attempts(attacks: &[&'static Attack], scope: Scope) -> Vec<Attempt> {
     let mut attempts = Vec::new();
     for (row, &attack) in attacks.iter().enumerate() {
-        for (part, without) in parts(attack, with_layers) {
-            attempts.push(Attempt { number: 0, attack, row, part, without });
+        for mode in scope.modes(attack.name) {
+            for (part, without) in parts(attack, mode, scope) {
+                attempts.push(Attempt { number: 0, attack, row, mode, part, without });
+            }
         }
     }
     for (number, attempt) in (1..).zip(&mut attempts) {
@@ -121,12 +133,12 @@ fn attempts(attacks: &[&'static Attack], with_layers: bool) -> Vec<Attempt> {
     attempts
 }
 
-/// What a row consists of, and what each is tried without.
-pub(super) fn parts(attack: &Attack, with_layers: bool) -> Vec<(Part, &'static [Without])> {
+/// What a row consists of in a mode, and what each is tried without.
+pub(super) fn parts(attack: &Attack, mode: Mode, scope: Scope) -> Vec<(Part, &'static [Without])> {
     let layers = attack.without.chunks(1).enumerate().map(|(index, without)| (Part::Layer(index), without));
-    let layers = layers.filter(|_| with_layers && attack.without.len() > 1);
-    let control = (Part::Control, attack.without);
-    [(Part::Defended, &[][..])].into_iter().chain(layers).chain([control]).collect()
+    let layers = layers.filter(|_| scope.has_layers(mode) && attack.without.len() > 1);
+    let control = mode.lacks_control(attack.name).is_none().then_some((Part::Control, attack.without));
+    [(Part::Defended, &[][..])].into_iter().chain(layers).chain(control).collect()
 }
 
 #[cfg(test)]
@@ -134,7 +146,7 @@ mod tests {
     use agent_common::defense::Defense;
 
     use super::*;
-    use crate::attack::scene::Outcome;
+    use crate::attack::{InAudit, scene::Outcome};
 
     const DEFENSE: Without = Without::Defense(Defense::SingleUse);
     const FLAG: Without = Without::Flags("--egress-filter", "off");
@@ -143,11 +155,19 @@ mod tests {
 
     fn attack(lab: LabKind, without: &'static [Without]) -> &'static Attack {
         let run = |_: &_| -> crate::attack::Running<'_> { Box::pin(async { Ok(Outcome::nothing("")) }) };
-        Box::leak(Box::new(Attack { name: "", tried: "", without, lab, run }))
+        Box::leak(Box::new(Attack {
+            name: "",
+            tried: "",
+            without,
+            lab,
+            pods: InAudit::Audit,
+            driver: CgroupDriver::default(),
+            run,
+        }))
     }
 
     /// Each session's lab, build and flags, and its attempts' rows and parts.
-    fn planned(attacks: &[&'static Attack], with_layers: bool) -> Vec<(LabKind, Build, String, String)> {
+    fn planned(attacks: &[&'static Attack], scope: Scope) -> Vec<(LabKind, Build, String, String)> {
         let told = |session: Session| {
             let attempts: Vec<_> = session
                 .attempts
@@ -156,7 +176,7 @@ mod tests {
                 .collect();
             (session.lab, session.needs.build, session.needs.flags.join(" "), attempts.join(", "))
         };
-        plan(attacks, with_layers).into_iter().map(told).collect()
+        plan(attacks, scope).into_iter().map(told).collect()
     }
 
     fn row(lab: LabKind, build: Build, flags: &str, attempts: &str) -> (LabKind, Build, String, String) {
@@ -173,7 +193,7 @@ mod tests {
             attack(Shared, &[DEFENSE, FLAG]),
         ];
         assert_eq!(
-            planned(&attacks, true),
+            planned(&attacks, Scope::All),
             [
                 row(Shared, Podgate, "", "0 Defended, 1 Defended, 2 Defended, 2 Control, 3 Defended"),
                 row(Shared, Undefended, "", "0 Control, 3 Layer(0)"),
@@ -188,7 +208,7 @@ mod tests {
         use {Build::*, LabKind::*};
         let attacks = [attack(Own, &[DEFENSE]), attack(Shared, &[DEFENSE]), attack(Bare, &[DEFENSE])];
         assert_eq!(
-            planned(&attacks, false),
+            planned(&attacks, Scope::Hardest),
             [
                 row(Own, Podgate, "", "0 Defended"),
                 row(Own, Undefended, "", "0 Control"),
@@ -203,14 +223,15 @@ mod tests {
     #[test]
     fn a_flag_names_the_namespace_of_its_own_attempt() {
         let attacks = [attack(LabKind::Shared, &[DELEGATE]), attack(LabKind::Shared, &[DELEGATE])];
-        let flags: Vec<_> = planned(&attacks, false).into_iter().map(|(.., flags, _)| flags).collect();
+        let flags: Vec<_> =
+            planned(&attacks, Scope::Hardest).into_iter().map(|(.., flags, _)| flags).collect();
         assert_eq!(flags, ["", "--token-delegate evil-2/attacker", "--token-delegate evil-4/attacker"]);
     }
 
     #[test]
     fn every_attempt_has_a_number_of_its_own() {
         let attacks = [attack(LabKind::Shared, &[DEFENSE, FLAG]), attack(LabKind::Own, &[FLAG])];
-        let sessions = plan(&attacks, true);
+        let sessions = plan(&attacks, Scope::All);
         let mut numbers: Vec<_> =
             sessions.iter().flat_map(|session| &session.attempts).map(|attempt| attempt.number).collect();
         numbers.sort_unstable();
@@ -225,7 +246,7 @@ mod tests {
             (LabKind::Quiet, LabKind::Quiet),
             (LabKind::Bare, LabKind::Bare),
         ] {
-            let attempts = attempts(&[attack(lab, &[FLAG])], false);
+            let attempts = attempts(&[attack(lab, &[FLAG])], Scope::Hardest);
             let session = attempts[1].alone();
             assert_eq!((session.lab, session.attempts.len()), (alone, 1), "{lab:?}");
             assert_eq!(session.needs.flags, ["--egress-filter", "off"]);

@@ -1,11 +1,11 @@
-//! One attack's row: what was tried, what came of it with podgate's defenses and without, and the verdict.
+//! One attack's row: what was tried, what came of it in each mode with podgate's defenses and without, and the verdicts.
 //!
-//! Owns the verdict; never runs anything.
+//! Owns the verdicts; never runs anything.
 
 use comfy_table::Cell;
 use serde::{Deserialize, Serialize};
 
-use super::{Without, scene::Outcome};
+use super::{Attack, modes::Mode, scene::Outcome};
 use crate::report;
 
 /// One row.
@@ -16,42 +16,40 @@ pub(super) struct Row {
     kernel: Option<String>,
     attack: String,
     tried: String,
-    got: String,
+    /// What the controls do without.
     without: Vec<String>,
+    /// One for each mode in which it was tried.
+    modes: Vec<InMode>,
+    seconds: f64,
+}
+
+/// What came of an attack in one mode.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct InMode {
+    mode: Mode,
+    got: String,
     /// What it got without one of several defenses, each in turn.
     layers: Vec<String>,
-    control: String,
+    /// What it got without all of them; none where that says nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    control: Option<String>,
+    /// Why it says nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_control: Option<String>,
     is_withstood: bool,
     verdict: String,
-    seconds: f64,
 }
 
 // === impl Row ===
 
 impl Row {
-    pub(super) fn new(
-        (attack, tried): (&str, &str),
-        without: &[Without],
-        defended: &anyhow::Result<Outcome>,
-        layers: &[anyhow::Result<Outcome>],
-        control: &anyhow::Result<Outcome>,
-        seconds: f64,
-    ) -> Self {
-        let (is_withstood, verdict) = judge(defended, layers, control);
-        let say = |outcome: &anyhow::Result<Outcome>| match outcome {
-            Ok(outcome) => outcome.got.clone(),
-            Err(error) => format!("error: {error:#}"),
-        };
+    pub(super) fn new(attack: &Attack, modes: Vec<InMode>, seconds: f64) -> Self {
         Self {
             kernel: None,
-            attack: attack.to_owned(),
-            tried: tried.to_owned(),
-            got: say(defended),
-            without: without.iter().map(ToString::to_string).collect(),
-            layers: layers.iter().map(say).collect(),
-            control: say(control),
-            is_withstood,
-            verdict,
+            attack: attack.name.to_owned(),
+            tried: attack.tried.to_owned(),
+            without: attack.without.iter().map(ToString::to_string).collect(),
+            modes,
             seconds,
         }
     }
@@ -62,70 +60,122 @@ impl Row {
     }
 
     pub(super) fn is_withstood(&self) -> bool {
-        self.is_withstood
+        self.modes.iter().all(|in_mode| in_mode.is_withstood)
     }
 
-    /// What it got without each defense, and without all of them.
-    fn controls(&self) -> String {
-        let each = self.without.iter().zip(&self.layers).map(|(without, got)| format!("{without}: {got}\n"));
-        each.chain([format!("{}: {}", self.without.join(", "), self.control)]).collect()
+    fn name(&self) -> String {
+        self.kernel
+            .as_ref()
+            .map_or_else(|| self.attack.clone(), |kernel| format!("{}, kernel {kernel}", self.attack))
     }
 
-    /// One line, for those who wait.
-    pub(super) fn line(&self) -> String {
-        let verdict = if self.is_withstood {
-            report::success(&self.verdict)
+    /// What it got without all defenses, in the first mode where that says something.
+    fn control(&self) -> String {
+        let control = self.modes.iter().find_map(|in_mode| in_mode.control.as_deref());
+        format!("{}: {}", self.without.join(", "), control.unwrap_or_default())
+    }
+
+    /// Everything about a mode in which it is not withstood.
+    fn details(&self, in_mode: &InMode) -> String {
+        let each = self.without.iter().zip(&in_mode.layers);
+        let each = each.map(|(without, got)| format!("; without {without}: {got}"));
+        let all = format!(
+            "; without {}: {}",
+            self.without.join(", "),
+            in_mode.control.as_deref().or(in_mode.no_control.as_deref()).unwrap_or_default()
+        );
+        let controls: String = each.chain([all]).collect();
+        format!("{} in {}: {}: {}{controls}", self.name(), in_mode.mode.label(), in_mode.verdict, in_mode.got)
+    }
+
+    fn failures(&self) -> impl Iterator<Item = String> {
+        self.modes.iter().filter(|in_mode| !in_mode.is_withstood).map(|in_mode| self.details(in_mode))
+    }
+
+    /// What to say to those who wait: one line, or one for each mode in which it is not withstood.
+    pub(super) fn lines(&self) -> String {
+        let modes: Vec<_> = self.modes.iter().map(|in_mode| in_mode.mode.label()).collect();
+        let failures: Vec<_> = self.failures().map(report::failure).collect();
+        if failures.is_empty() {
+            let verdict = report::success("withstood");
+            format!("{:<24} {verdict} in {} ({:.1} s)", self.attack, modes.join(", "), self.seconds)
         } else {
-            format!("{}: {}; without {}", report::failure(&self.verdict), self.got, self.controls())
-        };
-        format!("{:<24} {verdict} ({:.1} s)", self.attack, self.seconds)
+            failures.join("\n")
+        }
     }
 }
 
-/// Prints the table and one line of verdict.
+// === impl InMode ===
+
+impl InMode {
+    pub(super) fn new(
+        mode: Mode,
+        defended: &anyhow::Result<Outcome>,
+        layers: &[&anyhow::Result<Outcome>],
+        control: Result<&anyhow::Result<Outcome>, &str>,
+    ) -> Self {
+        let (is_withstood, verdict) = judge(defended, layers, control.ok());
+        let say = |outcome: &anyhow::Result<Outcome>| match outcome {
+            Ok(outcome) => outcome.got.clone(),
+            Err(error) => format!("error: {error:#}"),
+        };
+        Self {
+            mode,
+            got: say(defended),
+            layers: layers.iter().copied().map(say).collect(),
+            control: control.ok().map(say),
+            no_control: control.err().map(str::to_owned),
+            is_withstood,
+            verdict: verdict.to_owned(),
+        }
+    }
+
+    fn cell(&self) -> Cell {
+        let unproven = if self.control.is_none() { ", by nature" } else { "" };
+        report::verdict(self.is_withstood, format!("{}{unproven}", self.verdict))
+    }
+}
+
+/// Prints the table, what is wrong, and one line of verdict.
 pub(super) fn print(rows: &[Row]) {
-    let mut table =
-        report::table(&["attack", "what was tried", "what it got", "control: without …, it got", "verdict"]);
+    let modes = Mode::ALL.map(Mode::label);
+    let columns = [&["attack", "what was tried", "control: without …, it got"], &modes[..]].concat();
+    let mut table = report::table(&columns);
     for row in rows {
-        table.add_row([
-            Cell::new(
-                row.kernel
-                    .as_ref()
-                    .map_or_else(|| row.attack.clone(), |kernel| format!("{}, kernel {kernel}", row.attack)),
-            ),
-            Cell::new(&row.tried),
-            Cell::new(&row.got),
-            Cell::new(row.controls()),
-            report::verdict(row.is_withstood, &row.verdict),
-        ]);
+        let mut cells = vec![Cell::new(row.name()), Cell::new(&row.tried), Cell::new(row.control())];
+        cells.extend(Mode::ALL.map(|mode| {
+            row.modes.iter().find(|in_mode| in_mode.mode == mode).map_or(Cell::new("-"), InMode::cell)
+        }));
+        table.add_row(cells);
     }
     println!("{table}");
-    let failed = rows.iter().filter(|row| !row.is_withstood).count();
-    if failed == 0 {
-        println!(
-            "{}",
-            report::success(format!("all {} attacks fail, and work without the defense", rows.len()))
-        );
-    } else {
-        println!("{}", report::failure(format!("{failed} of {} rows are not as they should be", rows.len())));
+    let failures: Vec<_> = rows.iter().flat_map(Row::failures).collect();
+    if failures.is_empty() {
+        let verdict = format!("all {} attacks fail, and work without the defense", rows.len());
+        println!("{}", report::success(verdict));
+        return;
     }
+    for failure in &failures {
+        println!("{failure}");
+    }
+    let failed = rows.iter().filter(|row| !row.is_withstood()).count();
+    println!("{}", report::failure(format!("{failed} of {} rows are not as they should be", rows.len())));
 }
 
-/// An attack that would not work anyway proves nothing.
+/// An attack that would not work anyway proves nothing; where it cannot, there is no control.
 fn judge(
     defended: &anyhow::Result<Outcome>,
-    layers: &[anyhow::Result<Outcome>],
-    control: &anyhow::Result<Outcome>,
-) -> (bool, String) {
+    layers: &[&anyhow::Result<Outcome>],
+    control: Option<&anyhow::Result<Outcome>>,
+) -> (bool, &'static str) {
     let layer_fails = layers.iter().any(|layer| !matches!(layer, Ok(Outcome { is_harm: false, .. })));
-    let (is_withstood, verdict) = match (defended, control) {
+    match (defended, control) {
         (Ok(Outcome { is_harm: true, .. }), _) => (false, "the attack works"),
         (Ok(_), _) if layer_fails => (false, "one of the defenses does not do alone"),
         (Err(_), _) => (false, "not run: the attack could not be carried out"),
-        (Ok(_), Ok(Outcome { is_harm: true, .. })) => (true, "withstood"),
-        (Ok(_), _) => (false, "not run: the control fails"),
-    };
-    (is_withstood, verdict.to_owned())
+        (Ok(_), None | Some(Ok(Outcome { is_harm: true, .. }))) => (true, "withstood"),
+        (Ok(_), Some(_)) => (false, "not run: the control fails"),
+    }
 }
 
 #[cfg(test)]
@@ -140,18 +190,25 @@ mod tests {
         let nothing = || Ok(Outcome::nothing("HTTP 403"));
         let error = || Err(anyhow!("no"));
         for (defended, layers, control, is_withstood) in [
-            (nothing(), vec![], harm(), true),
-            (nothing(), vec![nothing(), nothing()], harm(), true),
-            (nothing(), vec![nothing(), harm()], harm(), false),
-            (nothing(), vec![error(), nothing()], harm(), false),
-            (nothing(), vec![], nothing(), false),
-            (nothing(), vec![], error(), false),
-            (harm(), vec![], harm(), false),
-            (harm(), vec![], nothing(), false),
-            (error(), vec![], harm(), false),
+            (nothing(), vec![], Some(harm()), true),
+            (nothing(), vec![nothing(), nothing()], Some(harm()), true),
+            (nothing(), vec![nothing(), harm()], Some(harm()), false),
+            (nothing(), vec![error(), nothing()], Some(harm()), false),
+            (nothing(), vec![], Some(nothing()), false),
+            (nothing(), vec![], Some(error()), false),
+            (harm(), vec![], Some(harm()), false),
+            (harm(), vec![], Some(nothing()), false),
+            (error(), vec![], Some(harm()), false),
+            (nothing(), vec![], None, true),
+            (harm(), vec![], None, false),
+            (error(), vec![], None, false),
         ] {
             let case = format!("{defended:?}, {layers:?}, {control:?}");
-            assert_eq!(judge(&defended, &layers, &control).0, is_withstood, "{case}");
+            assert_eq!(
+                judge(&defended, &layers.iter().collect::<Vec<_>>(), control.as_ref()).0,
+                is_withstood,
+                "{case}"
+            );
         }
     }
 }

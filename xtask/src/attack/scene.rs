@@ -28,6 +28,10 @@ use super::{
     plan::{self, Build},
 };
 
+/// The namespace of pods that others are after, and of those that come after an attempt; but for its number.
+const VICTIMS: &str = "shop";
+const HONEST: &str = "honest";
+
 /// Longer than any attacker takes.
 const TIMEOUT: Duration = Duration::from_mins(2);
 /// How long it may take until a pod is served for the first time, on an emulated machine too.
@@ -114,7 +118,7 @@ impl Scene {
 
     /// What the pod that others are after is like.
     pub(super) fn victim_spec(&self) -> PodSpec {
-        self.pod_spec("shop", "victim")
+        self.pod_spec(VICTIMS, "victim")
     }
 
     /// What the attacker's pod is like.

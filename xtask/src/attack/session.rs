@@ -14,8 +14,9 @@ use tokio::sync::{
 
 use super::{
     Attack, Builds, LabKind,
-    plan::{Attempt, Session, parts, plan},
-    row::Row,
+    modes::Scope,
+    plan::{Attempt, Part, Session, parts, plan},
+    row::{InMode, Row},
     scene::{Outcome, Scene},
 };
 
@@ -46,13 +47,13 @@ struct Pending {
 }
 
 /// Runs attacks; the rows in their order.
-pub(super) async fn run_all(attacks: &[&'static Attack], builds: &Builds, with_layers: bool) -> Vec<Row> {
-    let mut board = Board::new(attacks, with_layers);
+pub(super) async fn run_all(attacks: &[&'static Attack], builds: &Builds, scope: Scope) -> Vec<Row> {
+    let mut board = Board::new(attacks, scope);
     let machine = Semaphore::new(LABS as usize);
     let (sender, mut reports) = unbounded_channel();
     let run = async {
         let (machine, sender) = (&machine, sender);
-        let sessions = stream::iter(plan(attacks, with_layers));
+        let sessions = stream::iter(plan(attacks, scope));
         let run = |session| run_session(session, builds, machine, sender.clone());
         sessions.for_each_concurrent(LABS as usize, run).await;
     };
@@ -173,9 +174,12 @@ impl Report {
 // === impl Board ===
 
 impl Board {
-    fn new(attacks: &[&'static Attack], with_layers: bool) -> Self {
-        let row =
-            |&attack| Pending { attack, attempts: parts(attack, with_layers).len(), reports: Vec::new() };
+    fn new(attacks: &[&'static Attack], scope: Scope) -> Self {
+        let row = |&attack: &&'static Attack| {
+            let modes = scope.modes(attack.name).into_iter();
+            let attempts = modes.map(|mode| parts(attack, mode, scope).len()).sum();
+            Pending { attack, attempts, reports: Vec::new() }
+        };
         Self { pending: attacks.iter().map(row).collect(), rows: attacks.iter().map(|_| None).collect() }
     }
 
@@ -185,7 +189,7 @@ impl Board {
         let pending = &mut self.pending[index];
         pending.reports.push(report);
         if let Some(row) = pending.row() {
-            eprintln!("{}", row.line());
+            eprintln!("{}", row.lines());
             self.rows[index] = Some(row);
         }
     }
@@ -198,13 +202,24 @@ impl Pending {
         if self.reports.len() < self.attempts {
             return None;
         }
-        self.reports.sort_by_key(|report| report.attempt.part);
         let seconds = self.reports.iter().map(|report| report.seconds).sum();
-        let outcomes: Vec<_> = self.reports.drain(..).map(|report| report.outcome).collect();
-        let [defended, layers @ .., control] = &*outcomes else { return None };
-        let names = (self.attack.name, self.attack.tried);
-        Some(Row::new(names, self.attack.without, defended, layers, control, seconds))
+        self.reports.sort_by_key(|report| (report.attempt.mode, report.attempt.part));
+        let by_mode = self.reports.chunk_by(|one, next| one.attempt.mode == next.attempt.mode);
+        let modes = by_mode.map(|reports| in_mode(self.attack, reports)).collect::<Option<_>>()?;
+        Some(Row::new(self.attack, modes, seconds))
     }
+}
+
+/// What came of an attack in the mode of these reports, which are in the order of their parts.
+fn in_mode(attack: &Attack, reports: &[Report]) -> Option<InMode> {
+    let [defended, others @ ..] = reports else { return None };
+    let mode = defended.attempt.mode;
+    let (layers, control) = match others {
+        [layers @ .., control] if control.attempt.part == Part::Control => (layers, Ok(&control.outcome)),
+        layers => (layers, Err(mode.lacks_control(attack.name)?)),
+    };
+    let layers: Vec<_> = layers.iter().map(|layer| &layer.outcome).collect();
+    Some(InMode::new(mode, &defended.outcome, &layers, control))
 }
 
 #[cfg(test)]
@@ -222,7 +237,7 @@ mod tests {
     /// All attempts of two attacks, each of which has two defenses in its way.
     fn attempts() -> (Vec<&'static Attack>, Vec<Attempt>) {
         let attacks: Vec<_> = ATTACKS.iter().filter(|attack| attack.without.len() == 2).take(2).collect();
-        let sessions = plan(&attacks, true);
+        let sessions = plan(&attacks, Scope::Modes);
         let attempts = sessions.into_iter().flat_map(|session| session.attempts).collect();
         (attacks, attempts)
     }
@@ -250,7 +265,7 @@ mod tests {
     fn a_row_is_there_once_all_its_attempts_are_in_any_order() {
         let (attacks, mut attempts) = attempts();
         attempts.reverse();
-        let mut board = Board::new(&attacks, true);
+        let mut board = Board::new(&attacks, Scope::Modes);
         for (done, attempt) in attempts.iter().enumerate() {
             board.add(report(*attempt, Some(attempt.is_harm_expected()), true));
             for (index, row) in board.rows.iter().enumerate() {

@@ -46,6 +46,8 @@ const MEASURED: &str = "measured: ";
 
 /// The argument of a machine that runs attacks: [`GuestArguments::attack`].
 pub(super) const ATTACK: &str = "--attack";
+/// The argument of one that runs all of them in every mode: [`GuestArguments::all`].
+pub(super) const ALL: &str = "--all";
 /// Begins the console's line with the rows of attacks, in JSON.
 pub(super) const ATTACKED: &str = "attacked: ";
 /// `MODULE_INIT_COMPRESSED_FILE` of `include/uapi/linux/module.h`: the kernel decompresses it itself, since Linux 5.17.
@@ -71,6 +73,9 @@ pub(crate) struct GuestArguments {
     /// Run the attacks whose names contain this, and no tests.
     #[arg(long)]
     attack: Option<String>,
+    /// Run them in every mode.
+    #[arg(long, requires = "attack")]
+    all: bool,
 }
 
 /// Runs the machine from its start to its end.
@@ -98,7 +103,7 @@ fn work(arguments: &GuestArguments) -> anyhow::Result<()> {
     }
     load_modules()?;
     if let Some(only) = &arguments.attack {
-        return attack(only);
+        return attack(only, arguments.all);
     }
     let read = |name: &str| fs::read(format!("/{name}")).with_context(|| format!("cannot read {name}"));
     let object = read(OBJECT)?;
@@ -133,10 +138,13 @@ fn load_modules() -> anyhow::Result<()> {
 }
 
 /// Runs attacks on both builds of the agent. That there are rows is all that counts here: the caller reads them.
-fn attack(only: &str) -> anyhow::Result<()> {
+fn attack(only: &str, all: bool) -> anyhow::Result<()> {
     let [podgate, undefended] = [PODGATE, UNDEFENDED].map(|name| format!("/{name}"));
     let mut attacks = Command::new(format!("/{INIT}"));
     attacks.args(["attack", "--json", "--only", only, "--agents", &podgate, &undefended]);
+    if all {
+        attacks.arg(ALL);
+    }
     let output =
         attacks.env("PATH", PATH).stderr(Stdio::inherit()).output().context("cannot run the attacks")?;
     let rows: serde_json::Value =

@@ -2,7 +2,10 @@
 //!
 //! Owns the agents. Never judges an attack.
 
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+};
 
 use anyhow::{Context as _, bail};
 use lab::{AgentProcess, AgentSpec, Lab, LabSpec, enter};
@@ -10,22 +13,27 @@ use tokio::sync::Mutex;
 
 use super::Scene;
 use crate::attack::{
-    Builds, Without,
+    Builds, InAudit, Without,
+    modes::Mode,
     plan::{self, Attempt, Build, Needs},
 };
 
 /// The environment of `podgate-undefended` that switches defenses off.
 const WITHOUT: &str = "PODGATE_WITHOUT";
-/// Pods are kept from the node's role.
-const FLAGS: [&str; 2] = ["--imds", "intercept"];
+/// The namespaces of an attempt, but for its number.
+const NAMESPACES: [&str; 3] = [plan::EVIL, super::VICTIMS, super::HONEST];
+const IMDS: &str = "podgate.dev/imds";
+const TOKENLESS: &str = "podgate.dev/tokenless";
 
 impl Scene {
     /// A node without an agent yet.
     pub(in crate::attack) fn up(builds: &Builds, needs: &Needs) -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("attack-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
-        let lab = Lab::up(LabSpec::new(&name, enter::OWN_EXECUTABLE))?;
-        let flags: Vec<_> = FLAGS.into_iter().chain(needs.flags.iter().map(String::as_str)).collect();
+        let spec = LabSpec { driver: needs.driver, ..LabSpec::new(&name, enter::OWN_EXECUTABLE) };
+        let lab = Lab::up(spec)?;
+        let mode = ["--imds", needs.mode.label()];
+        let flags: Vec<_> = mode.into_iter().chain(needs.flags.iter().map(String::as_str)).collect();
         let binary = match needs.build {
             Build::Podgate => &builds.podgate,
             Build::Undefended => &builds.undefended,
@@ -45,19 +53,18 @@ impl Scene {
     /// that will.
     pub(in crate::attack) async fn begin_attempt(&mut self, attempt: &Attempt) -> anyhow::Result<()> {
         self.number = attempt.number;
-        let mut off = Vec::new();
-        for without in attempt.without {
-            match *without {
-                Without::Defense(defense) => off.push(defense.label()),
-                Without::Flags(..) => {}
-                Without::Annotation(key, value) => {
-                    let annotations = [(key.to_owned(), value.to_owned())].into();
-                    let namespace = plan::namespace(plan::EVIL, self.number);
-                    self.lab.cluster.add_namespace(&namespace, annotations);
-                }
-            }
+        for namespace in NAMESPACES {
+            let annotations = annotations(attempt, namespace);
+            self.lab.cluster.add_namespace(&plan::namespace(namespace, self.number), annotations);
         }
-        let off = off.join(",");
+        if attempt.mode == Mode::Audit && attempt.attack.pods == InAudit::Intercept {
+            self.lab.add_pod(&self.pod_spec("plain", "plain"))?;
+        }
+        let defenses = attempt.without.iter().filter_map(|without| match *without {
+            Without::Defense(defense) => Some(defense.label()),
+            Without::Flags(..) | Without::Annotation(..) => None,
+        });
+        let off = defenses.collect::<Vec<_>>().join(",");
         for spec in [&mut self.spec, &mut self.other_abi] {
             spec.env.insert(WITHOUT.to_owned(), off.clone());
         }
@@ -69,7 +76,7 @@ impl Scene {
     pub(in crate::attack) async fn end_attempt(&mut self) -> anyhow::Result<()> {
         self.switch_off("").await?;
         self.delete_pods()?;
-        let honest = self.lab.add_pod(&self.pod_spec("honest", "honest"))?;
+        let honest = self.lab.add_pod(&self.pod_spec(super::HONEST, "honest"))?;
         self.until_served(&honest).await?;
         self.lab.delete_pod(&honest)
     }
@@ -145,4 +152,27 @@ impl Scene {
     pub(in crate::attack) async fn log_tail(&self) -> String {
         self.agent.lock().await.as_ref().map(AgentProcess::log_tail).unwrap_or_default()
     }
+}
+
+/// What an attempt's namespace says. Pods are served without a token in every mode, or what the kernel attests would open
+/// nothing, unless the attack is about that.
+fn annotations(attempt: &Attempt, namespace: &str) -> BTreeMap<String, String> {
+    let mut annotations = BTreeMap::new();
+    let mut add = |key: &str, value: &str| annotations.insert(key.to_owned(), value.to_owned());
+    if attempt.mode == Mode::Audit && attempt.attack.pods == InAudit::Intercept {
+        add(IMDS, Mode::Intercept.label());
+    }
+    let is_about_tokens =
+        attempt.attack.without.iter().any(|without| matches!(without, Without::Annotation(TOKENLESS, _)));
+    if attempt.mode != Mode::Intercept && !(is_about_tokens && namespace == plan::EVIL) {
+        add(TOKENLESS, "allow");
+    }
+    for without in attempt.without {
+        if let Without::Annotation(key, value) = *without
+            && namespace == plan::EVIL
+        {
+            add(key, value);
+        }
+    }
+    annotations
 }
