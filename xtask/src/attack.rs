@@ -4,8 +4,10 @@
 //! the defense is switched off, on simulated nodes that attacks share as the plan says. What an attack is, its module
 //! knows; whether it got something, the simulated AWS side.
 
+mod arrivals;
 mod attacker;
 mod credentials;
+mod fetches;
 mod lifetime;
 mod list;
 mod modes;

@@ -76,6 +76,8 @@ pub(super) enum Act {
     Squat { port: u16 },
     /// Listens where somebody else does, makes all connections come here, and tells what is sent on the first.
     Join { at: SocketAddr },
+    /// Keeps processors busy, and stays.
+    BurnCpu { threads: usize },
     /// Sends a packet; whether anything came back.
     Knock { to: Ipv4Addr, how: Knock },
 }
@@ -247,6 +249,10 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
             Got::default()
         }
         Act::Join { at } => Got::of(join::join(*at)),
+        Act::BurnCpu { threads } => {
+            flood::burn_cpu(*threads)?;
+            Got::default()
+        }
         Act::Knock { to, how } => Got::of(forge::knock(*to, *how)),
     })
 }

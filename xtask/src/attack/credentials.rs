@@ -10,7 +10,7 @@ use lab::{Pod, cgroupfs, cluster::POD_IDENTITY_AUDIENCE, jwt::SigningKey};
 use super::{
     OWN, POD_IDENTITY, PROGRAM,
     attacker::Act,
-    get, network,
+    fetches, get, network,
     scene::{Outcome, Place, Scene, ask, http, on_host_network},
 };
 
@@ -40,6 +40,21 @@ pub(super) async fn stolen_token_at_own_pair(scene: &Scene) -> anyhow::Result<Ou
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let got = scene.act(Place::In(&attacker), &ask(OWN, &with_token(&token(scene, &victim)))).await?;
     Ok(scene.loot(&got, Some(&attacker)))
+}
+
+/// A pod that leaves itself to the EKS Pod Identity Agent: its connections are not redirected.
+pub(super) async fn stolen_token_of_one_left_alone(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.victim().await?;
+    let left_alone = scene.attacker_spec().annotation("podgate.dev/pod-identity", "off");
+    let attacker = scene.lab.add_pod(&left_alone)?;
+    scene.until_known(&attacker).await?;
+    let request = with_token(&token(scene, &victim));
+    let mut outcomes = Vec::new();
+    for to in fetches::CONTAINER {
+        let got = scene.act(Place::In(&attacker), &ask(to, &request)).await?;
+        outcomes.push(scene.loot(&got, Some(&attacker)).after(&to.to_string()));
+    }
+    Ok(Outcome::worst(outcomes))
 }
 
 pub(super) async fn stolen_token_by_sidecar(scene: &Scene) -> anyhow::Result<Outcome> {

@@ -5,7 +5,8 @@ use anyhow::ensure;
 use lab::cgroupfs::CgroupDriver;
 
 use super::{
-    Attack, InAudit, LabKind, Without, credentials, lifetime, network, packets, pods, requests, sockets,
+    Attack, InAudit, LabKind, Without, arrivals, credentials, fetches, lifetime, network, packets, pods,
+    requests, sockets,
 };
 
 /// Settings of an operator that take a defense away: for these the control needs no other build.
@@ -13,6 +14,7 @@ const NO_EGRESS_FILTER: Without = Without::Flags("--egress-filter", "off");
 const IMDS_V1: Without = Without::Flags("--imds-v1", "allow");
 const EVIL_EKS_AGENT: Without = Without::Flags("--eks-agent", "evil/eks-pod-identity-agent");
 const EVIL_DELEGATE: Without = Without::Flags("--token-delegate", "evil/attacker");
+const TOKENLESS: Without = Without::Annotation("podgate.dev/tokenless", "allow");
 const POD_OVERRIDE: Without = Without::Annotation("podgate.dev/imds-pod-override", "true");
 
 macro_rules! attacks {
@@ -31,6 +33,7 @@ macro_rules! attacks {
     (@without IMDS_V1) => { IMDS_V1 };
     (@without EVIL_EKS_AGENT) => { EVIL_EKS_AGENT };
     (@without EVIL_DELEGATE) => { EVIL_DELEGATE };
+    (@without TOKENLESS) => { TOKENLESS };
     (@without POD_OVERRIDE) => { POD_OVERRIDE };
     (@without $defense:ident) => { Without::Defense(Defense::$defense) };
     (@lab) => { LabKind::Shared };
@@ -107,6 +110,8 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [BelowKubepods, OwnNetwork], pods::lookalike_cgroup;
     "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
         [PodListeners, OutermostPod, OwnNetwork], pods::nested_cgroup;
+    "nested-pod-cgroup-cgroupfs", "the same on a node whose kubelet names cgroups with the driver cgroupfs",
+        [PodListeners, OutermostPod, OwnNetwork], pods::nested_cgroup, cgroupfs;
     "static-pod-annotation", "a tenant's pod with the annotations of a static pod, which then asks for credentials",
         [StaticPods], pods::static_pod;
     "claimed-owner", "a tenant's pod that says to be of the EKS Pod Identity Agent, which is left alone",
@@ -121,6 +126,8 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [EVIL_DELEGATE], credentials::stolen_token;
     "stolen-token-at-own-pair", "the same at podgate's own pair of addresses, where nothing is redirected",
         [PeerAddress, ConnectedAddresses], credentials::stolen_token_at_own_pair;
+    "stolen-token-when-left-alone", "the same at every address by a pod with podgate.dev/pod-identity: off",
+        [PeerAddress, ConnectedAddresses], credentials::stolen_token_of_one_left_alone;
     "stolen-token-by-sidecar", "the same by way of a mesh's sidecar, which connects again",
         [EVIL_DELEGATE], credentials::stolen_token_by_sidecar;
     "joined-listener", "a root pod on the host's network listens where the agent does, and takes its connections",
@@ -133,6 +140,14 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [HandoverProof], sockets::asked_handover;
     "fake-handover-socket", "the same pod puts its own socket there, and offers the next agent credentials for another pod",
         [HandoverProof], sockets::offered_handover, own;
+    "arrival-while-dead", "pods to be kept from the node's role start while the agent is dead, and ask IMDS at once",
+        [UnknownPods], arrivals::while_dead, own;
+    "arrival-while-hung", "the same while it hangs",
+        [UnknownPods], arrivals::while_hung;
+    "arrival-while-blind", "the same while the API server answers it nothing",
+        [UnknownPods], arrivals::while_blind;
+    "arrival-while-starved", "the same while busy loops leave it hardly any processor",
+        [UnknownPods], arrivals::while_starved, quiet;
     "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
         [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::killed, own, imds;
     "agent-stopped", "the same while it is stopped",
@@ -152,8 +167,14 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [HostHeader], requests::rebound_name;
     "rebound-imds", "the same with PUT and GET at IMDS, as a browser sends them",
         [WebPages], requests::rebound_imds, imds;
-    "open-proxy", "a server in a pod that fetches URLs for others, and says for whom",
-        [Forwarding], requests::open_proxy, imds;
+    "open-proxy", "a server in a pod that passes requests on to any of podgate's addresses, and says for whom",
+        [Forwarding], fetches::open_proxy, imds;
+    "fetched-url", "a server in a pod with a token that can be made to fetch a URL with GET, at each of podgate's addresses",
+        [TOKENLESS], fetches::fetched_url;
+    "kubelet-probe", "a tenant's probes and lifecycle hooks, with podgate's addresses or the loopback for a host: the kubelet asks",
+        [IdentityByTicket], fetches::probed_by_kubelet;
+    "port-forward", "a process of the node, or of another pod, in a pod's network at podgate's own listener there",
+        [IdentityByTicket], fetches::port_forward;
     "tricked-server", "a server in a pod that can be made to fetch a URL with GET",
         [IMDS_V1], requests::tricked_server, imds;
     "host-of-another-dialect", "the same with the path and the Host of EKS Pod Identity, at IMDS's address",

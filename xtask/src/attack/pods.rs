@@ -57,10 +57,26 @@ pub(super) async fn lookalike_cgroup(scene: &Scene) -> anyhow::Result<Outcome> {
     from_cgroup(scene, &attacker, elsewhere.join(below_root(scene, &victim)?)).await
 }
 
+/// A container to which its cgroup is delegated makes what it likes below it: named like a pod by either driver, of any class.
 pub(super) async fn nested_cgroup(scene: &Scene) -> anyhow::Result<Outcome> {
     let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
-    let nested = attacker.container.join(below_root(scene, &victim)?);
-    from_cgroup(scene, &attacker, nested).await
+    let systemd_uid = victim.uid.replace('-', "_");
+    let id = "5".repeat(64);
+    let names = [
+        below_root(scene, &victim)?,
+        format!("kubepods.slice/kubepods-pod{systemd_uid}.slice/cri-containerd-{id}.scope").into(),
+        format!(
+            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{systemd_uid}.slice/cri-containerd-{id}.scope"
+        )
+        .into(),
+        format!("kubepods/pod{}/{id}", victim.uid).into(),
+        format!("kubepods/burstable/pod{}/{id}", victim.uid).into(),
+    ];
+    let mut outcomes = Vec::new();
+    for name in names {
+        outcomes.push(from_cgroup(scene, &attacker, attacker.container.join(name)).await?);
+    }
+    Ok(Outcome::worst(outcomes))
 }
 
 pub(super) async fn unknown_pod(scene: &Scene) -> anyhow::Result<Outcome> {

@@ -33,18 +33,6 @@ pub(super) async fn absolute_form(scene: &Scene) -> anyhow::Result<Outcome> {
     one_of(scene, &[&requests[..], &[twice]].concat()).await
 }
 
-pub(super) async fn open_proxy(scene: &Scene) -> anyhow::Result<Outcome> {
-    let victim = scene.victim().await?;
-    let got = scene.act(Place::In(&victim), &Act::Imds { to: IMDS, headers: FORWARDED.to_owned() }).await?;
-    let by_imds = scene.loot(&got, None);
-    if by_imds.is_harm {
-        return Ok(by_imds);
-    }
-    let request = get(POD_IDENTITY.ip(), PROGRAM, FORWARDED);
-    let got = scene.act(Place::In(&victim), &ask(POD_IDENTITY, &request)).await?;
-    Ok(scene.loot(&got, None))
-}
-
 pub(super) async fn tricked_server(scene: &Scene) -> anyhow::Result<Outcome> {
     let victim = scene.victim().await?;
     let role = victim.role.as_deref().unwrap_or_default();

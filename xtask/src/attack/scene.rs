@@ -94,6 +94,12 @@ impl Outcome {
         Self { got: got.into(), is_harm: false }
     }
 
+    /// The worst of several; of what is equally bad the first.
+    pub(super) fn worst(outcomes: Vec<Self>) -> Self {
+        let nothing = Self::nothing("nothing was tried");
+        outcomes.into_iter().rev().max_by_key(|outcome| outcome.is_harm).unwrap_or(nothing)
+    }
+
     /// The same with what the attacker says of it first.
     pub(super) fn after(self, said: &str) -> Self {
         Self { got: format!("{said}; {}", self.got), ..self }
@@ -213,6 +219,22 @@ impl Scene {
             sleep(RETRY_DELAY).await;
         }
         Ok(())
+    }
+
+    /// Waits until the agent knows a pod's policy.
+    pub(super) async fn until_known(&self, pod: &Pod) -> anyhow::Result<()> {
+        let deadline = Instant::now() + SET_UP;
+        let whois = format!("/whois/{}", pod.sandbox.pid);
+        loop {
+            let answer = self.lab.node.ask_agent(&whois).await?;
+            if answer.status == 200 && answer.body.contains(&pod.name) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{} is not known: {}", pod.full_name(), answer.body);
+            }
+            sleep(RETRY_DELAY).await;
+        }
     }
 
     /// Whether a pod that has done nothing is served as usual, in the time that SDKs allow.

@@ -44,6 +44,18 @@ pub(super) fn begin_connects(to: &[SocketAddr], count: u32) -> io::Result<Got> {
     Ok(Got { number: held.len().try_into().ok(), ..Got::default() })
 }
 
+/// Computes nothing, in so many threads that end with this process.
+pub(super) fn burn_cpu(threads: usize) -> io::Result<()> {
+    for _ in 0..threads {
+        thread::spawn(|| {
+            loop {
+                std::hint::spin_loop();
+            }
+        });
+    }
+    stay()
+}
+
 /// Opens connections, and says this again and again on each.
 pub(super) fn hold_connections(to: SocketAddr, count: u32, saying: &str) -> io::Result<Got> {
     allow_files(count)?;
