@@ -113,7 +113,12 @@ pub fn parse(path: &Path) -> Option<PodPath> {
     if holds(Defense::OutermostPod) {
         return outermost(path);
     }
-    path.ancestors().filter_map(|parent| path.strip_prefix(parent).ok()).find_map(outermost)
+    let below = path.ancestors().filter_map(|parent| path.strip_prefix(parent).ok());
+    let mut pods = below.filter_map(outermost);
+    let innermost = pods.next()?;
+    // With its class where that is in its path: by the driver cgroupfs a pod's name alone tells none.
+    let with_class = pods.take_while(|pod| pod.owner == innermost.owner).last();
+    with_class.or(Some(innermost))
 }
 
 fn outermost(path: &Path) -> Option<PodPath> {

@@ -16,12 +16,12 @@ use super::{
     scene::{Outcome, Place, Scene},
 };
 
-/// Longer than the programs wait for a heartbeat, and long enough for a few attempts after that.
-const UNLUCKY: Duration = Duration::from_secs(4);
+/// Longer than the programs wait for a heartbeat.
+const STALE: Duration = Duration::from_millis(2_500);
 /// Long enough for a few attempts.
 const MOMENT: Duration = Duration::from_millis(500);
 /// How many pods come one after the other to a node whose agent has hardly any processor left.
-const ARRIVALS: usize = 3;
+const ARRIVALS: usize = 2;
 /// Busy loops, on a machine with few processors.
 const BUSY_LOOPS: usize = 8;
 /// The weight of a niceness of 19 is 15, where others have 1,024: less than the 10m that the agent requests have next to
@@ -30,18 +30,18 @@ const NICEST: i32 = 19;
 
 pub(super) async fn while_dead(scene: &Scene) -> anyhow::Result<Outcome> {
     scene.kill_agent().await?;
-    arrive(scene, async || scene.start_agent().await).await
+    arrive(scene, STALE, async || scene.start_agent().await).await
 }
 
 pub(super) async fn while_hung(scene: &Scene) -> anyhow::Result<Outcome> {
     scene.agent(async |agent| agent.suspend()).await?;
-    arrive(scene, async || scene.agent(async |agent| agent.resume()).await).await
+    arrive(scene, STALE, async || scene.agent(async |agent| agent.resume()).await).await
 }
 
 /// The agent lives, and its watches are silent.
 pub(super) async fn while_blind(scene: &Scene) -> anyhow::Result<Outcome> {
     scene.lab.faults.set(Service::KubeApi, Fault::Hang);
-    let outcome = arrive(scene, async || {
+    let outcome = arrive(scene, MOMENT, async || {
         scene.lab.faults.clear(Service::KubeApi);
         Ok(())
     })
@@ -72,10 +72,14 @@ pub(super) async fn while_starved(scene: &Scene) -> anyhow::Result<Outcome> {
     Ok(Outcome::worst(outcomes))
 }
 
-/// What pods get that come now and ask without pause, until a while after the agent is well again.
-async fn arrive(scene: &Scene, recover: impl AsyncFnOnce() -> anyhow::Result<()>) -> anyhow::Result<Outcome> {
+/// What pods get that come now and ask without pause, as long as this lasts and until a while after the agent is well again.
+async fn arrive(
+    scene: &Scene,
+    lasts: Duration,
+    recover: impl AsyncFnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
     let asking = ask_for_ever(scene, &strict_pods(scene, "new")?).await?;
-    sleep(UNLUCKY).await;
+    sleep(lasts).await;
     recover().await?;
     sleep(MOMENT).await;
     finish(scene, asking).await

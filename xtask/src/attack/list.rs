@@ -11,6 +11,7 @@ use super::{
 
 /// Settings of an operator that take a defense away: for these the control needs no other build.
 const NO_EGRESS_FILTER: Without = Without::Flags("--egress-filter", "off");
+const UNKNOWN_AS_KNOWN: Without = Without::Flags("--imds-unknown", "as-known");
 const IMDS_V1: Without = Without::Flags("--imds-v1", "allow");
 const EVIL_EKS_AGENT: Without = Without::Flags("--eks-agent", "evil/eks-pod-identity-agent");
 const EVIL_DELEGATE: Without = Without::Flags("--token-delegate", "evil/attacker");
@@ -30,6 +31,7 @@ macro_rules! attacks {
         }),+]
     };
     (@without NO_EGRESS_FILTER) => { NO_EGRESS_FILTER };
+    (@without UNKNOWN_AS_KNOWN) => { UNKNOWN_AS_KNOWN };
     (@without IMDS_V1) => { IMDS_V1 };
     (@without EVIL_EKS_AGENT) => { EVIL_EKS_AGENT };
     (@without EVIL_DELEGATE) => { EVIL_DELEGATE };
@@ -141,7 +143,7 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "fake-handover-socket", "the same pod puts its own socket there, and offers the next agent credentials for another pod",
         [HandoverProof], sockets::offered_handover, own;
     "arrival-while-dead", "pods to be kept from the node's role start while the agent is dead, and ask IMDS at once",
-        [UnknownPods], arrivals::while_dead, own;
+        [UNKNOWN_AS_KNOWN], arrivals::while_dead, own;
     "arrival-while-hung", "the same while it hangs",
         [UnknownPods], arrivals::while_hung;
     "arrival-while-blind", "the same while the API server answers it nothing",

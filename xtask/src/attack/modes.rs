@@ -28,18 +28,45 @@ pub(super) enum Scope {
 }
 
 /// Where an attack is harder to withstand than in `intercept`, and why.
-const HARDEST: &[(&str, Mode, &str)] = &[];
+const HARDEST: &[(&str, Mode, &str)] = &[
+    ("guessed-ticket", Mode::Audit, BY_HAND),
+    ("replayed-ticket", Mode::Audit, BY_HAND),
+    ("stolen-ticket", Mode::Audit, BY_HAND),
+    ("no-ticket", Mode::Audit, BY_HAND),
+    ("syn-flood", Mode::Audit, BY_HAND),
+    ("raw-tcp-to-imds", Mode::Audit, BOTH_KINDS),
+    ("udp-to-imds", Mode::Audit, BOTH_KINDS),
+    ("icmp-to-imds", Mode::Audit, BOTH_KINDS),
+    ("pod-not-known-yet", Mode::Audit, NOT_KNOWN),
+    ("arrival-while-dead", Mode::Audit, NOT_KNOWN),
+    ("arrival-while-hung", Mode::Audit, NOT_KNOWN),
+    ("arrival-while-blind", Mode::Audit, NOT_KNOWN),
+    ("arrival-while-starved", Mode::Audit, NOT_KNOWN),
+    ("loosening-annotation", Mode::Audit, "all but one namespace have what the pod asks for"),
+    (
+        "stolen-token-when-left-alone",
+        Mode::Audit,
+        "elsewhere podgate's addresses are attested for the sake of IMDS too",
+    ),
+];
+
+const BY_HAND: &str = "no filter drops the handshakes that a pod in audit makes by hand";
+const BOTH_KINDS: &str = "the filter must tell the pod from those whose packets to IMDS it leaves alone";
+const NOT_KNOWN: &str = "other pods have the node's role, and this one is not known from them";
 
 /// Where an attack cannot work whatever podgate does without, and why.
 const NO_CONTROL: &[(&str, Mode, &str)] = &[
     ("agent-killed", Mode::Deny, DENIED),
     ("agent-stopped", Mode::Deny, DENIED),
     ("agent-hung", Mode::Deny, DENIED),
+    ("arrival-while-dead", Mode::Intercept, AS_STRICT),
+    ("arrival-while-dead", Mode::Deny, AS_STRICT),
     ("rebound-imds", Mode::Deny, DENIED),
     ("tricked-server", Mode::Deny, DENIED),
     ("host-of-another-dialect", Mode::Deny, DENIED),
 ];
 
+const AS_STRICT: &str = "what the setting takes for an unknown pod's mode is as strict there";
 const DENIED: &str = "the kernel refuses connections to IMDS, whoever serves there";
 
 // === impl Mode ===
