@@ -146,6 +146,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(if is_withstood { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// The names of all attacks.
+#[cfg(test)]
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+    list::ATTACKS.iter().map(|attack| attack.name)
+}
+
 /// Says what will be installed and built, and installs the packages.
 fn announce(kernels: &[vm::Kernel]) -> anyhow::Result<()> {
     if kernels.is_empty() {

@@ -6,13 +6,20 @@ mod commands;
 #[path = "../../agent/tests/documents/markdown.rs"]
 mod markdown;
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::PathBuf,
+};
 
 use clap::{Command, CommandFactory as _};
 
 use crate::workspace::root;
 
 const CONTRIBUTING: &str = "xtask/CONTRIBUTING.md";
+const SECURITY: &str = "deploy/docs/security.md";
+/// Begins the rows of the table that says which attacks try to break what.
+const ATTACKED: &str = "| what holds |";
 
 fn pages() -> BTreeMap<PathBuf, String> {
     let mut files = vec![root().join("README.md"), root().join(CONTRIBUTING)];
@@ -66,6 +73,22 @@ fn every_command_is_documented() {
         let command = command.replacen("xtask", "cargo xtask", 1);
         assert!(page.contains(&command), "{CONTRIBUTING} does not have `{command}`");
     }
+}
+
+#[test]
+fn every_attack_is_named_by_what_it_tries_to_break() {
+    let page = fs::read_to_string(root().join(SECURITY)).unwrap();
+    let blocks = markdown::blocks(&page);
+    let table = blocks.iter().skip_while(|block| !block.text.starts_with(ATTACKED));
+    let rows = table.skip(2).take_while(|block| block.kind == markdown::Kind::Row);
+    let mut named = BTreeSet::new();
+    for row in rows {
+        let cells = markdown::cells(&row.text);
+        let attacks = markdown::spans(&cells[1]);
+        assert!(!attacks.is_empty(), "{}", cells[0]);
+        named.extend(attacks.into_iter().map(str::to_owned));
+    }
+    assert_eq!(named, crate::attack::names().map(str::to_owned).collect());
 }
 
 #[test]

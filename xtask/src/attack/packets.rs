@@ -144,7 +144,7 @@ pub(super) async fn full_queue(scene: &Scene) -> anyhow::Result<Outcome> {
     scene.until_served(&victim).await?;
     let attacker = scene.lab.add_pod(&on_host_network(scene.attacker_spec(), intercepted))?;
     limit_files(scene).await?;
-    let act = Act::ChurnConnections { to: POD_IDENTITY, count: 1_200 };
+    let act = Act::ChurnConnections { to: POD_IDENTITY, count: 800 };
     let processes = (0..4).map(|_| scene.must_begin(Place::In(&attacker), &act));
     let processes = try_join_all(processes).await?;
     let outcome = scene.unharmed(&victim).await;
