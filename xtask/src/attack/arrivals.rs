@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use lab::{
-    Pod,
+    Pod, PodSpec,
     fault_injection::{Fault, Service},
 };
 use rustix::process::{Pid, setpriority_process};
@@ -13,7 +13,7 @@ use tokio::time::sleep;
 use super::{
     IMDS,
     attacker::Act,
-    scene::{Outcome, Place, Scene},
+    scene::{Outcome, Place, Running, Scene},
 };
 
 /// Longer than the programs wait for a heartbeat.
@@ -24,8 +24,8 @@ const MOMENT: Duration = Duration::from_millis(500);
 const ARRIVALS: usize = 2;
 /// Busy loops, on a machine with few processors.
 const BUSY_LOOPS: usize = 8;
-/// The weight of a niceness of 19 is 15, where others have 1,024: less than the 10m that the agent requests have next to
-/// what is left of two processors.
+/// By its weight, 15 where others have 1,024, this leaves the agent 0.4 % of a processor next to four loops on each of two:
+/// less than the 10m of its requests do next to pods that request the rest.
 const NICEST: i32 = 19;
 
 pub(super) async fn while_dead(scene: &Scene) -> anyhow::Result<Outcome> {
@@ -90,14 +90,14 @@ async fn arrive(
 fn strict_pods(scene: &Scene, name: &str) -> anyhow::Result<[Pod; 2]> {
     let annotated = scene.attacker_spec().annotation("podgate.dev/imds", "intercept");
     let injected = scene.attacker_spec().with_token();
-    let add = |mut spec: lab::PodSpec, kind: &str| {
+    let add = |mut spec: PodSpec, kind: &str| {
         spec.name = format!("{name}-{kind}");
         scene.lab.add_pod(&spec)
     };
     Ok([add(annotated, "annotated")?, add(injected, "injected")?])
 }
 
-async fn ask_for_ever(scene: &Scene, pods: &[Pod; 2]) -> anyhow::Result<Vec<(Pod, super::scene::Running)>> {
+async fn ask_for_ever(scene: &Scene, pods: &[Pod; 2]) -> anyhow::Result<Vec<(Pod, Running)>> {
     let mut asking = Vec::new();
     for pod in pods {
         let running = scene.must_begin(Place::In(pod), &Act::ImdsForEver { to: IMDS }).await?;
@@ -106,7 +106,7 @@ async fn ask_for_ever(scene: &Scene, pods: &[Pod; 2]) -> anyhow::Result<Vec<(Pod
     Ok(asking)
 }
 
-async fn finish(scene: &Scene, asking: Vec<(Pod, super::scene::Running)>) -> anyhow::Result<Outcome> {
+async fn finish(scene: &Scene, asking: Vec<(Pod, Running)>) -> anyhow::Result<Outcome> {
     let mut outcomes = Vec::new();
     for (pod, running) in asking {
         let got = running.finish().await?;

@@ -52,7 +52,7 @@ const HARDEST: &[(&str, Mode, &str)] = &[
 
 const BY_HAND: &str = "no filter drops the handshakes that a pod in audit makes by hand";
 const BOTH_KINDS: &str = "the filter must tell the pod from those whose packets to IMDS it leaves alone";
-const NOT_KNOWN: &str = "other pods have the node's role, and this one is not known from them";
+const NOT_KNOWN: &str = "others may have the node's role, and nothing tells the pod from them yet";
 
 /// Where an attack cannot work whatever podgate does without, and why.
 const NO_CONTROL: &[(&str, Mode, &str)] = &[

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use super::{Attack, modes::Mode, scene::Outcome};
 use crate::report;
 
+/// How wide the columns with sentences are, at most.
+const WIDTH: usize = 34;
+
 /// One row.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Row {
@@ -131,7 +134,7 @@ impl InMode {
     }
 
     fn cell(&self) -> Cell {
-        let unproven = if self.control.is_none() { ", by nature" } else { "" };
+        let unproven = if self.control.is_none() { "\n(no control)" } else { "" };
         report::verdict(self.is_withstood, format!("{}{unproven}", self.verdict))
     }
 }
@@ -142,7 +145,9 @@ pub(super) fn print(rows: &[Row]) {
     let columns = [&["attack", "what was tried", "control: without …, it got"], &modes[..]].concat();
     let mut table = report::table(&columns);
     for row in rows {
-        let mut cells = vec![Cell::new(row.name()), Cell::new(&row.tried), Cell::new(row.control())];
+        let name = row.name().replace(", ", "\n");
+        let wrapped = |text: &str| Cell::new(report::wrap(text, WIDTH).join("\n"));
+        let mut cells = vec![Cell::new(name), wrapped(&row.tried), wrapped(&row.control())];
         cells.extend(Mode::ALL.map(|mode| {
             row.modes.iter().find(|in_mode| in_mode.mode == mode).map_or(Cell::new("-"), InMode::cell)
         }));

@@ -94,10 +94,12 @@ impl Outcome {
         Self { got: got.into(), is_harm: false }
     }
 
-    /// The worst of several; of what is equally bad the first.
+    /// The worst of several, of what is equally bad the first; and how many were harm.
     pub(super) fn worst(outcomes: Vec<Self>) -> Self {
-        let nothing = Self::nothing("nothing was tried");
-        outcomes.into_iter().rev().max_by_key(|outcome| outcome.is_harm).unwrap_or(nothing)
+        let (all, harm) = (outcomes.len(), outcomes.iter().filter(|outcome| outcome.is_harm).count());
+        let worst = outcomes.into_iter().rev().max_by_key(|outcome| outcome.is_harm);
+        let Self { got, is_harm } = worst.unwrap_or_else(|| Self::nothing("nothing was tried"));
+        Self { got: format!("{got}; harm by {harm} of {all}"), is_harm }
     }
 
     /// The same with what the attacker says of it first.
