@@ -65,9 +65,9 @@ pub(super) async fn while_starved(scene: &Scene) -> anyhow::Result<Outcome> {
         let new = strict_pods(scene, &format!("new{number}"))?;
         let asking = ask_for_ever(scene, &new).await?;
         sleep(MOMENT).await;
-        outcomes.push(finish(scene, asking).await?);
+        outcomes.extend(finish(scene, asking).await?);
     }
-    outcomes.push(finish(scene, known).await?);
+    outcomes.extend(finish(scene, known).await?);
     burning.finish().await?;
     Ok(Outcome::worst(outcomes))
 }
@@ -82,7 +82,7 @@ async fn arrive(
     sleep(lasts).await;
     recover().await?;
     sleep(MOMENT).await;
-    finish(scene, asking).await
+    Ok(Outcome::worst(finish(scene, asking).await?))
 }
 
 /// Pods that no cluster leaves the node's role to, whatever its mode: by an annotation of their own, and because the EKS
@@ -106,7 +106,7 @@ async fn ask_for_ever(scene: &Scene, pods: &[Pod; 2]) -> anyhow::Result<Vec<(Pod
     Ok(asking)
 }
 
-async fn finish(scene: &Scene, asking: Vec<(Pod, Running)>) -> anyhow::Result<Outcome> {
+async fn finish(scene: &Scene, asking: Vec<(Pod, Running)>) -> anyhow::Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     for (pod, running) in asking {
         let got = running.finish().await?;
@@ -114,7 +114,7 @@ async fn finish(scene: &Scene, asking: Vec<(Pod, Running)>) -> anyhow::Result<Ou
         anyhow::ensure!(attempts > 0, "{} has not asked", pod.full_name());
         outcomes.push(scene.loot(&got, Some(&pod)).after(&format!("{}: {attempts} attempts", pod.name)));
     }
-    Ok(Outcome::worst(outcomes))
+    Ok(outcomes)
 }
 
 /// Leaves the agent what nobody else wants of the processors.
