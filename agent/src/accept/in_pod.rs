@@ -77,16 +77,21 @@ impl PodSockets {
     pub fn iter(&self) -> impl Iterator<Item = &TcpListener> {
         self.v4.iter().chain(&self.v6)
     }
+
+    /// Where they listen.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        let v4 = self.v4.iter().map(|_| IpAddr::V4(Ipv4Addr::LOCALHOST));
+        let v6 = self.v6.iter().map(|_| IpAddr::V6(Ipv6Addr::LOCALHOST));
+        v4.chain(v6).map(|address| SocketAddr::new(address, self.port)).collect()
+    }
 }
 
-/// Begins to connect to the listeners on this thread's own loopback, as the pod does.
+/// Begins to connect to listeners on this thread's own loopback, as the pod does.
 ///
 /// # Errors
 /// When a connection cannot even begin.
-pub fn begin_probe(port: u16, v4: bool, v6: bool) -> io::Result<Vec<TcpStream>> {
-    let addresses: [(bool, IpAddr); 2] = [(v4, Ipv4Addr::LOCALHOST.into()), (v6, Ipv6Addr::LOCALHOST.into())];
-    let listened = addresses.into_iter().filter(|(listens, _)| *listens);
-    listened.map(|(_, address)| begin(SocketAddr::new(address, port))).collect()
+pub fn begin_probe(listeners: &[SocketAddr]) -> io::Result<Vec<TcpStream>> {
+    listeners.iter().copied().map(begin).collect()
 }
 
 fn begin(address: SocketAddr) -> io::Result<TcpStream> {

@@ -256,7 +256,10 @@ impl<D: Dataplane> Follower<D> {
     ) {
         let mut drain = self.drain.clone();
         // A start waits for those only that can be served at once.
-        let mut opening = opening.filter(|_| self.parts.networks.has_network(pod_cgroup_id));
+        let mut opening = match opening {
+            Some(opening) if self.parts.networks.has_network(pod_cgroup_id).await => Some(opening),
+            _ => None,
+        };
         let mut delay = RETRY_DELAY;
         loop {
             let open = async {

@@ -2,10 +2,10 @@
 //!
 //! Owns the steps into a pod's network and out of it; never decides when.
 
-use std::{io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
-use tokio::time::sleep;
+use tokio::{task::spawn_blocking, time::sleep};
 
 use crate::{
     accept::in_pod::{self, PodSockets},
@@ -35,7 +35,7 @@ pub struct OpenNetwork {
 /// Enters pods' networks. A trait because only root on a node can.
 pub trait PodNetworks: Send + Sync + 'static {
     /// Whether the pod with this own cgroup has a network of its own by now.
-    fn has_network(&self, pod_cgroup_id: u64) -> bool;
+    fn has_network(&self, pod_cgroup_id: u64) -> BoxFuture<'_, bool>;
     /// Listens in the network of the pod with this own cgroup, at none of the ports to avoid, as soon as the pod has one.
     fn open(&self, pod_cgroup_id: u64, avoided: Vec<u16>) -> BoxFuture<'_, io::Result<OpenNetwork>>;
     /// Makes sure that the listeners answer to the pod, and that the network is still the pod's; returns its addresses.
@@ -73,13 +73,19 @@ impl NodeNetworks {
         Ok(self.kubepods.path().join(below.ok_or(io::ErrorKind::NotFound)?))
     }
 
+    /// The network of a pod, searched for where nobody waits: a pod may have thousands of processes.
+    async fn find(&self, cgroup: PathBuf) -> io::Result<Option<OwnedFd>> {
+        let kubepods = Arc::clone(&self.kubepods);
+        spawn_blocking(move || pod_network::find(&kubepods, &cgroup)).await?
+    }
+
     async fn listen(&self, pod_cgroup_id: u64, avoided: Vec<u16>) -> io::Result<OpenNetwork> {
         let cgroup = self.cgroup(pod_cgroup_id)?;
         let mut populated = Populated::follow(&cgroup)?;
         let mut delay = FIRST_LOOK;
         let namespace = loop {
             populated.becomes(true).await?;
-            match pod_network::find(&self.kubepods, &cgroup)? {
+            match self.find(cgroup.clone()).await? {
                 Some(namespace) => break namespace,
                 None => sleep(delay).await,
             }
@@ -92,10 +98,11 @@ impl NodeNetworks {
 }
 
 impl PodNetworks for NodeNetworks {
-    fn has_network(&self, pod_cgroup_id: u64) -> bool {
-        let cgroup = self.cgroup(pod_cgroup_id);
-        cgroup
-            .is_ok_and(|cgroup| pod_network::find(&self.kubepods, &cgroup).is_ok_and(|found| found.is_some()))
+    fn has_network(&self, pod_cgroup_id: u64) -> BoxFuture<'_, bool> {
+        Box::pin(async move {
+            let Ok(cgroup) = self.cgroup(pod_cgroup_id) else { return false };
+            self.find(cgroup).await.is_ok_and(|found| found.is_some())
+        })
     }
 
     fn open(&self, pod_cgroup_id: u64, avoided: Vec<u16>) -> BoxFuture<'_, io::Result<OpenNetwork>> {
@@ -103,18 +110,17 @@ impl PodNetworks for NodeNetworks {
     }
 
     fn check<'a>(&'a self, open: &OpenNetwork) -> BoxFuture<'a, io::Result<Vec<IpAddr>>> {
-        let (v4, v6, port) = (open.sockets.v4.is_some(), open.sockets.v6.is_some(), open.sockets.port);
+        let listeners = open.sockets.addresses();
         let namespace = open.sockets.iter().next().map(netns::of_socket);
-        let current = pod_network::find(&self.kubepods, &open.cgroup);
+        let cgroup = open.cgroup.clone();
         Box::pin(async move {
             let namespace = namespace.ok_or(io::ErrorKind::NotFound)??;
-            if let Some(current) = current?
+            if let Some(current) = self.find(cgroup).await?
                 && !pod_network::is_same(&current, &namespace)?
             {
                 return Err(io::Error::other("the pod's sandbox was made again"));
             }
-            let begin =
-                move || Ok::<_, io::Error>((in_pod::begin_probe(port, v4, v6)?, in_pod::addresses()?));
+            let begin = move || Ok::<_, io::Error>((in_pod::begin_probe(&listeners)?, in_pod::addresses()?));
             let (probes, addresses) = self.thread.run(namespace, begin).await??;
             in_pod::finish_probe(probes).await?;
             Ok(addresses)

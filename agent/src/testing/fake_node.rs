@@ -299,8 +299,8 @@ impl ProcessCgroups for FakeProcesses {
 // === impl NoNetworks ===
 
 impl PodNetworks for NoNetworks {
-    fn has_network(&self, _: u64) -> bool {
-        false
+    fn has_network(&self, _: u64) -> BoxFuture<'_, bool> {
+        Box::pin(future::ready(false))
     }
 
     fn open(&self, _: u64, _: Vec<u16>) -> BoxFuture<'_, io::Result<OpenNetwork>> {

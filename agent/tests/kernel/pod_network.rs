@@ -152,8 +152,8 @@ fn a_network_that_other_users_own_is_listened_in_like_any_other() {
                     (PodSockets::listen(&[]).unwrap(), netns::own_cookie().unwrap())
                 };
                 let (sockets, cookie) = thread.run(namespace, listen).await.unwrap();
-                let (namespace, port) = (of(&sockets).unwrap(), sockets.port);
-                let begin = move || in_pod::begin_probe(port, true, true).unwrap();
+                let (namespace, listeners) = (of(&sockets).unwrap(), sockets.addresses());
+                let begin = move || in_pod::begin_probe(&listeners).unwrap();
                 in_pod::finish_probe(thread.run(namespace, begin).await.unwrap()).await.unwrap();
                 (sockets, cookie)
             });

@@ -56,7 +56,10 @@ async fn whatever_surrounds_a_pod_it_is_served() -> anyhow::Result<()> {
     }
     // The pods' own netdevs have the fence until they are known as such.
     let log = node.agent.log_text()?;
-    assert!(!log.lines().any(|line| line.contains("the second fence is on") && line.contains("eni")), "{log}");
+    assert!(
+        !log.lines().any(|line| line.contains("the second fence is on") && line.contains("eni")),
+        "{log}"
+    );
     node.down().await
 }
 
