@@ -36,6 +36,7 @@ use crate::{
         Namespaces, NodeFacts, Pods,
         cgroupfs::{CgroupPaths as _, Kubepods},
         peer::ProcessCgroups,
+        sandboxes::Sandboxes,
         tree::{self, TreeEvent},
         watch::ClusterEvent,
     },
@@ -217,9 +218,9 @@ fn kernel(config: &Config, node: &Node) -> Result<Kernel<NodeDataplane, Intercep
     let mut metrics = Registry::default();
     intercept::metrics::register(&mut metrics, interceptor.counters().clone());
     let fence = {
-        let (kubepods, metrics) = (Arc::clone(&node.kubepods), FenceMetrics::register(&mut metrics));
-        let interceptor = interceptor.clone();
-        fence::run(kubepods, metrics, async move |netdevs| interceptor.set_netdevs(netdevs).await)
+        let pods = Sandboxes::new(Arc::clone(&node.kubepods)).map_err(Error::NetworkNamespace)?;
+        let (metrics, interceptor) = (FenceMetrics::register(&mut metrics), interceptor.clone());
+        fence::run(pods, metrics, async move |netdevs| interceptor.set_netdevs(netdevs).await)
     };
     Ok(Kernel {
         dataplane: Arc::new(NodeDataplane::new(interceptor.clone(), &config.netdev)),

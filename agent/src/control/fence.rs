@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     os::fd::AsFd as _,
-    sync::{Arc, atomic::AtomicI64},
+    sync::atomic::AtomicI64,
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use crate::{
-    identity::{cgroupfs::Kubepods, sandboxes::Sandboxes},
+    identity::sandboxes::Sandboxes,
     intercept::{self, FENCE_FILTER, Fenced, Filter, Netdev, Netdevs},
     netdev::{
         self,
@@ -92,16 +92,16 @@ impl FenceMetrics {
     }
 }
 
-/// Follows the node's netdevs and the networks of the pods below kubepods until shutdown. `set` is called with what they
-/// are, when they change and at every [`CHECK_INTERVAL`]; it gives nothing while another agent is active.
+/// Follows the node's netdevs and the networks of its pods until shutdown. `set` is called with what they are, when they
+/// change and at every [`CHECK_INTERVAL`]; it gives nothing while another agent is active.
 pub async fn run(
-    kubepods: Arc<Kubepods>,
+    mut pods: Sandboxes,
     metrics: FenceMetrics,
     mut set: impl AsyncFnMut(Netdevs) -> Result<Option<Fenced>, intercept::Error>,
 ) {
     let mut said = Said::default();
     loop {
-        if let Err(error) = follow(&kubepods, &metrics, &mut said, &mut set).await {
+        if let Err(error) = follow(&mut pods, &metrics, &mut said, &mut set).await {
             error!(%error, "cannot keep the second fence on new netdevs of this node; trying again");
         }
         tokio::time::sleep(RETRY_DELAY).await;
@@ -110,15 +110,14 @@ pub async fn run(
 
 /// The same until the kernel sends no more notifications.
 async fn follow(
-    kubepods: &Arc<Kubepods>,
+    pods: &mut Sandboxes,
     metrics: &FenceMetrics,
     said: &mut Said,
     set: &mut impl AsyncFnMut(Netdevs) -> Result<Option<Fenced>, intercept::Error>,
 ) -> Result<(), Error> {
     let (inventory, mut changes) = Inventory::open()?;
-    let mut pods = Sandboxes::new(Arc::clone(kubepods)).map_err(Error::Pods)?;
     loop {
-        let netdevs = look(&inventory, &mut pods).await?;
+        let netdevs = look(&inventory, pods).await?;
         let fenced = set(netdevs).await?.unwrap_or_default();
         metrics.set(&fenced);
         let is_settled = !pods.are_incomplete(Instant::now());

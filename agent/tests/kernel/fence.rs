@@ -15,7 +15,7 @@ use std::{
 
 use agent::{
     control::fence::{self, FenceMetrics},
-    identity::cgroupfs::Kubepods,
+    identity::{cgroupfs::Kubepods, sandboxes::Sandboxes},
     intercept::{FENCE_FILTER, Fenced, Interceptor, Netdevs, pinned, remove_filter, unpin},
 };
 use agent_common::{
@@ -313,7 +313,7 @@ fn follow_until(node: &mut Node, mut is_done: impl FnMut(&Netdevs, &Fenced) -> b
     let mut registry = Registry::default();
     let metrics = FenceMetrics::register(&mut registry);
     let root = Path::new("/").join(node.kubepods.path.parent().and_then(Path::file_name).unwrap());
-    let kubepods = Arc::new(Kubepods::find(&root).unwrap());
+    let pods = Sandboxes::new(Arc::new(Kubepods::find(&root).unwrap())).unwrap();
     let last = RefCell::new(Netdevs::default());
     let done = Notify::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -329,7 +329,7 @@ fn follow_until(node: &mut Node, mut is_done: impl FnMut(&Netdevs, &Fenced) -> b
         tokio::select! {
             // First: what was found is in the metrics, too.
             biased;
-            () = fence::run(kubepods, metrics, set) => {}
+            () = fence::run(pods, metrics, set) => {}
             () = done.notified() => {}
             () = tokio::time::sleep(FOLLOWS) => panic!("the fence does not come to what it should be"),
         }
