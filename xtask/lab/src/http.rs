@@ -2,7 +2,13 @@
 //!
 //! Owns accepting, TLS, reading a request whole, and applying faults. Never looks into a request.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc};
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
+};
 
 use anyhow::Context as _;
 use bytes::Bytes;
@@ -16,6 +22,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::{AddressFamily, sockopt};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -30,6 +37,10 @@ const MAX_BODY: usize = 1 << 20;
 
 /// A response of a lab server.
 pub(crate) type Response = hyper::Response<UnsyncBoxBody<Bytes, io::Error>>;
+
+/// In a response's extensions: the hop limit of this answer's packets, and of those after it on the same connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HopLimit(pub(crate) u8);
 
 /// A request, read to its end.
 #[derive(Debug)]
@@ -126,13 +137,14 @@ impl Server {
 
 impl<H: Handler> Connection<H> {
     async fn run(&self, stream: TcpStream) {
+        let Ok(socket) = stream.as_fd().try_clone_to_owned() else { return };
         let served = async {
-            let Some(tls) = &self.tls else { return self.serve(stream, None).await };
+            let Some(tls) = &self.tls else { return self.serve(stream, &socket, None).await };
             // A client that does not trust the certificate stops here; it knows why.
             let Ok(stream) = tls.accept(stream).await else { return };
             let certificates = stream.get_ref().1.peer_certificates();
             let client = certificates.and_then(|chain| chain.first()).map(|certificate| certificate.to_vec());
-            self.serve(stream, client).await;
+            self.serve(stream, &socket, client).await;
         };
         tokio::select! {
             () = served => {}
@@ -140,8 +152,19 @@ impl<H: Handler> Connection<H> {
         }
     }
 
-    async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Unpin, client: Option<Vec<u8>>) {
-        let service = service_fn(|request| self.answer(request, client.clone()));
+    async fn serve(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+        socket: &OwnedFd,
+        client: Option<Vec<u8>>,
+    ) {
+        let service = service_fn(async |request| {
+            let response = self.answer(request, client.clone()).await?;
+            if let Some(HopLimit(hops)) = response.extensions().get() {
+                limit_hops(socket, *hops)?;
+            }
+            io::Result::Ok(response)
+        });
         // An error here is a client that went away, or a fault that closes the connection.
         let _ = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -195,6 +218,15 @@ async fn accept<H: Handler>(listener: TcpListener, connection: Arc<Connection<H>
             Some(_) = connections.join_next() => {}
         }
     }
+}
+
+fn limit_hops(socket: &OwnedFd, hops: u8) -> io::Result<()> {
+    if sockopt::socket_domain(socket)? == AddressFamily::INET6 {
+        sockopt::set_ipv6_unicast_hops(socket, Some(hops))?;
+    } else {
+        sockopt::set_ip_ttl(socket, hops.into())?;
+    }
+    Ok(())
 }
 
 /// A response whose body is complete.

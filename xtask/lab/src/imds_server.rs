@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -21,7 +21,7 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::{
     crypto::random,
     fault_injection::{Faults, Service},
-    http::{self, Handler, Refusal, Response, Server},
+    http::{self, Handler, HopLimit, Refusal, Response, Server},
 };
 
 mod metadata_tree;
@@ -34,6 +34,8 @@ const TTL_HEADER: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TOKEN_HEADER: &str = "x-aws-ec2-metadata-token";
 /// 40 bytes make the 56 characters of a real token.
 const TOKEN_BYTES: usize = 40;
+/// `HttpPutResponseHopLimit` of instances that run containers: the answer comes to pods behind the node too.
+pub(crate) const HOP_LIMIT: u8 = 2;
 
 /// A set of temporary credentials of the node's role.
 #[derive(Clone, PartialEq, Eq)]
@@ -94,6 +96,7 @@ struct State {
     requests: Mutex<Vec<Request>>,
     credential_reads: AtomicU64,
     v2_required: AtomicBool,
+    hop_limit: AtomicU8,
 }
 
 // === impl ImdsConfig ===
@@ -137,6 +140,7 @@ impl Imds {
             requests: Mutex::default(),
             credential_reads: AtomicU64::new(0),
             v2_required: AtomicBool::new(false),
+            hop_limit: AtomicU8::new(HOP_LIMIT),
         });
         Ok(Self { server: Server::spawn(listeners, None, faults, Arc::clone(&state))?, state })
     }
@@ -149,6 +153,12 @@ impl Imds {
     /// Whether a request without a session token is refused (`HttpTokens=required`). Off at first.
     pub fn v2_required(&self, required: bool) {
         self.state.v2_required.store(required, Relaxed);
+    }
+
+    /// How far the answer to the request for a session token goes (`HttpPutResponseHopLimit`), and nothing but it: with 1
+    /// as far as the node, and not to pods behind it.
+    pub fn set_hop_limit(&self, hops: u8) {
+        self.state.hop_limit.store(hops, Relaxed);
     }
 
     /// How often credentials of the node were handed out.
@@ -235,6 +245,7 @@ impl State {
         tokens.insert(token.clone(), now + Duration::from_secs(ttl));
         let mut response = http::response(StatusCode::OK, "text/plain", token);
         http::set_header(&mut response, TTL_HEADER, &ttl.to_string());
+        response.extensions_mut().insert(HopLimit(self.hop_limit.load(Relaxed)));
         response
     }
 

@@ -46,6 +46,8 @@ pub struct Node {
     pub place: NodePlace,
     /// Its network namespace.
     pub netns: NetNs,
+    /// That of the instance metadata service, beyond the node's uplink.
+    pub imds_netns: NetNs,
     /// How it routes its pods.
     pub routing: Routing,
     helper: PathBuf,
@@ -117,7 +119,8 @@ impl Node {
     ) -> anyhow::Result<Self> {
         let cgroups = NodeCgroups::create(name, driver)?;
         let netns = NetNs::create()?;
-        wire_node(&netns, routing)?;
+        let imds_netns = NetNs::create()?;
+        wire_node(&netns, &imds_netns, routing)?;
         let keeper = keep(&helper, &netns, &cgroups.system())?;
         let place = NodePlace { directory: directory.to_owned(), cgroups, keeper: Process::of(keeper.id())? };
         fs::create_dir(place.kubelet())?;
@@ -126,7 +129,7 @@ impl Node {
         fs::create_dir(&bpffs)?;
         mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
             .context("cannot mount a bpffs: the kernel needs CONFIG_BPF_SYSCALL, and this root")?;
-        Ok(Self { place, netns, routing, helper, keeper })
+        Ok(Self { place, netns, imds_netns, routing, helper, keeper })
     }
 
     /// Starts a process that keeps `netns` and `cgroup` busy.

@@ -141,7 +141,7 @@ impl Lab {
             faults.clone(),
         )?;
         let listeners: anyhow::Result<_> =
-            IMDS.into_iter().map(|address| node.netns.listen(address)).collect();
+            IMDS.into_iter().map(|address| node.imds_netns.listen(address)).collect();
         let imds = Imds::serve(listeners?, imds_config(credentials), faults.clone())?;
 
         let mut pods = Pods::new(state)?;

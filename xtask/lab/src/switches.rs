@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     fault_injection::{Fault, Service},
+    imds_server::HOP_LIMIT,
     simulation::{Lab, SESSION_DURATION},
 };
 
@@ -243,7 +244,7 @@ fn faults(of: (Service, &str)) -> [Switch; 5] {
 }
 
 /// What only one of the services has.
-fn settings() -> [Switch; 9] {
+fn settings() -> [Switch; 10] {
     let setting = |name: &str, about: &str, default, set| {
         Switch::new(name.to_owned(), about, default, Effect::Setting(set))
     };
@@ -252,6 +253,13 @@ fn settings() -> [Switch; 9] {
     [
         setting("eks-auth-session", "credentials that it issues live so long", Some("15m"), |lab, value| {
             lab.eks_auth.set_session(value.map_or(Ok(SESSION_DURATION), duration)?);
+            Ok(())
+        }),
+        setting("imds-hop-limit", "how far the answer with a session token goes", Some("1"), |lab, value| {
+            let hops = value.map(|value| value.parse().context("not a number of hops from 1 to 64"));
+            let hops = hops.transpose()?.unwrap_or(HOP_LIMIT);
+            ensure!((1..=64).contains(&hops), "not a number of hops from 1 to 64");
+            lab.imds.set_hop_limit(hops);
             Ok(())
         }),
         setting("imds-v2-required", "requests without a session token are refused", None, |lab, value| {

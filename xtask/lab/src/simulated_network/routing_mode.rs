@@ -21,6 +21,7 @@ use rtnetlink::{
 use super::{
     NetNs,
     netlink::{MAIN, add_default_route, add_host_route, add_neighbor, netdev_index},
+    wiring::UPLINK,
 };
 
 /// How the node routes its pods.
@@ -99,7 +100,7 @@ impl Routing {
         match self {
             Self::VpcCni | Self::Ipv6Only => Ok(()),
             Self::StrictSecurityGroups => node.netlink(async |handle| {
-                connect_to_vpc(&handle, "eth0", MAIN).await?;
+                route_to_vpc(&handle, UPLINK, MAIN).await?;
                 for family in [AddressFamily::Inet, AddressFamily::Inet6] {
                     add_rule(&handle, rule(family, LOCAL, LOCAL_PREFERENCE, None)).await?;
                     let first = rule(family, LOCAL, 0, None);
@@ -130,7 +131,10 @@ impl Routing {
         let table = POD_TABLES + u32::from(index);
         // The pod's own way to the VPC; its packets are dropped there, as link-local ones are.
         let uplink = format!("vlan.eth.{index}");
-        connect_to_vpc(handle, &uplink, table).await?;
+        // A bridge without ports: what is sent is lost.
+        let made = handle.link().add(LinkBridge::new(&uplink).build()).execute().await;
+        made.with_context(|| format!("cannot make the netdev {uplink}"))?;
+        route_to_vpc(handle, &uplink, table).await?;
         for &address in addresses {
             add_host_route(handle, netdev, address, table).await?;
             let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -142,10 +146,8 @@ impl Routing {
     }
 }
 
-/// Makes the netdev to the VPC and the default routes by it. A bridge without ports: what is sent is lost.
-async fn connect_to_vpc(handle: &Handle, name: &str, table: u32) -> anyhow::Result<()> {
-    let made = handle.link().add(LinkBridge::new(name).build()).execute().await;
-    made.with_context(|| format!("cannot make the netdev {name}"))?;
+/// Makes the default routes by a netdev to the VPC.
+async fn route_to_vpc(handle: &Handle, name: &str, table: u32) -> anyhow::Result<()> {
     let netdev = netdev_index(handle, name).await?;
     for router in VPC_ROUTER {
         add_neighbor(handle, netdev, router, VPC_ROUTER_MAC).await?;

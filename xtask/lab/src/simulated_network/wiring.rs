@@ -15,9 +15,15 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     NetNs, Routing,
-    netlink::{MAIN, add_address, add_default_route, add_neighbor, bring_up, netdev_index},
+    netlink::{
+        MAIN, add_address, add_default_route, add_host_route, add_neighbor, bring_up, netdev_index,
+    },
 };
 
+/// The node's way out, and the name of a pod's.
+pub(super) const UPLINK: &str = "eth0";
+const NODE_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 2];
+const IMDS_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 3];
 /// Where the simulated instance metadata service listens.
 const IMDS: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
@@ -79,14 +85,35 @@ pub fn node_addresses() -> NodeAddresses {
     NodeAddresses { v4: Ipv4Addr::new(10, 10, 0, 10), v6: Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 0x10) }
 }
 
-/// Brings up the node's `lo` with the node's addresses and those of the simulated metadata service, and what the
-/// routing of its pods wants.
-pub(crate) fn wire_node(node: &NetNs, routing: Routing) -> anyhow::Result<()> {
+/// Gives the node its uplink with the node's addresses, behind which the simulated metadata service is and nothing else,
+/// and what the routing of its pods wants.
+pub(crate) fn wire_node(node: &NetNs, imds: &NetNs, routing: Routing) -> anyhow::Result<()> {
+    let NodeAddresses { v4, v6 } = node_addresses();
+    let node_addresses = [IpAddr::V4(v4), v6.into()];
+    connect(imds, IMDS_MAC, node, UPLINK, NODE_MAC)?;
     node.netlink(async |handle| {
         bring_up(&handle, LO).await?;
-        let NodeAddresses { v4, v6 } = node_addresses();
-        for address in IMDS.into_iter().chain([v4.into(), v6.into()]) {
-            add_address(&handle, LO, address).await?;
+        let uplink = netdev_index(&handle, UPLINK).await?;
+        for address in node_addresses {
+            add_address(&handle, uplink, address).await?;
+        }
+        bring_up(&handle, uplink).await?;
+        for address in IMDS {
+            add_neighbor(&handle, uplink, address, IMDS_MAC).await?;
+            add_host_route(&handle, uplink, address, MAIN).await?;
+        }
+        Ok(())
+    })?;
+    // EC2 knows which instance an address of the VPC is at, that of a pod too.
+    imds.netlink(async |handle| {
+        let eth0 = netdev_index(&handle, "eth0").await?;
+        for address in IMDS {
+            add_address(&handle, eth0, address).await?;
+        }
+        bring_up(&handle, eth0).await?;
+        for address in node_addresses {
+            add_neighbor(&handle, eth0, address, NODE_MAC).await?;
+            add_default_route(&handle, eth0, address, MAIN).await?;
         }
         Ok(())
     })?;
@@ -110,17 +137,7 @@ pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) 
     let node_mac = [0x02, 0, 0, high, low, 1];
     let pod_mac = [0x02, 0, 0, high, low, 2];
 
-    // Made in the pod's namespace, so that the name eth0 is free.
-    pod.netlink(async |handle| {
-        bring_up(&handle, LO).await?;
-        let pair = LinkVeth::new("eth0", &node_netdev).address(pod_mac.to_vec()).build();
-        handle.link().add(pair).execute().await.context("cannot create the veth pair")?;
-        let end = LinkUnspec::new_with_name(&node_netdev)
-            .address(node_mac.to_vec())
-            .setns_by_fd(node.as_fd().as_raw_fd())
-            .build();
-        handle.link().set(end).execute().await.context("cannot move the veth's end to the node")
-    })?;
+    connect(pod, pod_mac, node, &node_netdev, node_mac)?;
     node.netlink(async |handle| {
         let netdev = netdev_index(&handle, &node_netdev).await?;
         bring_up(&handle, netdev).await?;
@@ -141,5 +158,32 @@ pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) 
             add_default_route(&handle, eth0, gateway, MAIN).await?;
         }
         Ok(())
+    })
+}
+
+/// Connects a new namespace to the node's by a veth pair: `eth0` there, `node_netdev` on the node.
+fn connect(
+    other: &NetNs,
+    other_mac: [u8; 6],
+    node: &NetNs,
+    node_netdev: &str,
+    node_mac: [u8; 6],
+) -> anyhow::Result<()> {
+    // Made in the new namespace, so that the name eth0 is free, and with another name for the node's end meanwhile.
+    const END: &str = "end";
+    other.netlink(async |handle| {
+        bring_up(&handle, LO).await?;
+        let pair = LinkVeth::new("eth0", END).address(other_mac.to_vec()).build();
+        handle.link().add(pair).execute().await.context("cannot create the veth pair")?;
+        let end = LinkUnspec::new_with_name(END)
+            .address(node_mac.to_vec())
+            .setns_by_fd(node.as_fd().as_raw_fd())
+            .build();
+        handle.link().set(end).execute().await.context("cannot move the veth's end to the node")
+    })?;
+    node.netlink(async |handle| {
+        let end = netdev_index(&handle, END).await?;
+        let renamed = LinkUnspec::new_with_index(end).name(node_netdev.to_owned()).build();
+        handle.link().set(renamed).execute().await.context("cannot name the veth's end on the node")
     })
 }

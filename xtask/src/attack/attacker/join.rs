@@ -35,16 +35,13 @@ pub(super) fn join(at: SocketAddr) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&request).into_owned())
 }
 
-/// Listens at every address, and stays. It shares the port with the simulated node's own IMDS, which on a real node is
-/// elsewhere, and from then on with nobody.
+/// Listens at every address, shares the port with nobody, and stays.
 pub(super) fn squat(port: u16) -> io::Result<()> {
     let at = SocketAddr::from(([0, 0, 0, 0], port));
     let socket = socket::tcp(at)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
-    sockopt::set_socket_reuseport(&socket, true)?;
     bind(&socket, &at)?;
     listen(&socket, 128)?;
-    sockopt::set_socket_reuseport(&socket, false)?;
     stay()
 }
 
