@@ -62,6 +62,8 @@ defenses! {
     StaticPods = "static-pods",
     /// A connection must come from the pod's own network.
     OwnNetwork = "own-network",
+    /// A strict pod's packets to IMDS do not leave the node, whatever gave them that address.
+    Fence = "fence",
     /// Nobody else listens where the agent does.
     AddressReservation = "address-reservation",
     /// Connections to the agent's address go to its listeners alone. Without: to whom the kernel finds among those who

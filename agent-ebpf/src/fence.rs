@@ -7,6 +7,7 @@
 
 use agent_common::{
     counter::Counter,
+    defense::{Defense, holds},
     net::{Endpoint, Service},
     policy::{IMDS_AUDIT, IMDS_OFF, PodPolicy, UNKNOWN_IN_POD_NETWORK, UNKNOWN_ON_HOST_NETWORK},
 };
@@ -91,7 +92,11 @@ impl Sender {
 #[inline(always)]
 pub(crate) fn fence(ctx: &FrameCtx) -> Verdict {
     match ctx.destination() {
-        Some(destination) if matches!(destination.service(), Some(Service::Imds)) => judge(ctx, destination),
+        Some(destination)
+            if matches!(destination.service(), Some(Service::Imds)) && holds(Defense::Fence) =>
+        {
+            judge(ctx, destination)
+        }
         _ => Verdict::Pass,
     }
 }

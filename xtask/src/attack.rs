@@ -20,6 +20,7 @@ mod row;
 mod scene;
 mod session;
 mod sockets;
+mod translation;
 
 use std::{fmt, net::IpAddr, path::PathBuf, pin::Pin, process::ExitCode, time::Duration};
 
@@ -39,7 +40,7 @@ use self::{
     scene::{Outcome, Scene},
 };
 use crate::{
-    ebpf, privilege,
+    clients, ebpf, privilege,
     setup::{Build, Plan},
     vm,
 };
@@ -160,6 +161,7 @@ fn announce(kernels: &[vm::Kernel]) -> anyhow::Result<()> {
     let runs = Duration::from_secs(if kernels.is_empty() { 300 } else { 900 });
     Plan::new("The attacks run on simulated nodes, with podgate's defenses and without.", runs)
         .needs(ebpf::missing_tools()?)
+        .needs(clients::missing_packet_filter())
         .needs(if kernels.is_empty() { Vec::new() } else { vm::missing(kernels) })
         .builds([Build::KernelPrograms, Build::Agent, Build::UndefendedAgent])
         .begin()

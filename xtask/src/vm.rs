@@ -215,7 +215,7 @@ fn test_files() -> anyhow::Result<Vec<File>> {
     Ok(files)
 }
 
-/// Both builds of the agent, and this program.
+/// Both builds of the agent, this program, and what loads rules into packet filters.
 fn attack_files() -> anyhow::Result<Vec<File>> {
     let files = [
         (guest::INIT, env::current_exe()?),
@@ -223,7 +223,9 @@ fn attack_files() -> anyhow::Result<Vec<File>> {
         (guest::UNDEFENDED, ebpf::build_undefended_agent()?),
         (AUTHORITIES, Path::new("/").join(AUTHORITIES)),
     ];
-    Ok(files.map(|(name, path)| (name.into(), path)).into())
+    let mut files: Vec<File> = files.map(|(name, path)| (name.into(), path)).into();
+    files.push(in_place(clients::packet_filter()?));
+    Ok(files)
 }
 
 /// Builds the kernel tests as they run on this machine, too; the path of the program.

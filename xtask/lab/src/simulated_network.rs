@@ -11,14 +11,15 @@ mod wiring;
 
 use std::{
     fs::File,
-    io,
+    io::{self, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, BorrowedFd},
     path::Path,
+    process::{Command, Stdio},
     thread,
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
@@ -79,6 +80,24 @@ impl NetNs {
     /// A connection from inside, by this process: outside any pod's cgroup.
     pub fn connect(&self, address: SocketAddr) -> io::Result<TcpStream> {
         self.run(|| Ok(TcpStream::connect(address))).map_err(io::Error::other)?
+    }
+
+    /// Loads a set of nftables' rules.
+    pub fn load_rules(&self, rules: &str) -> anyhow::Result<()> {
+        self.run(|| {
+            let mut nft = Command::new("nft")
+                .args(["-f", "-"])
+                .stdin(Stdio::piped())
+                .spawn()
+                .context("cannot run nft: install the package nftables")?;
+            nft.stdin.take().context("BUG: nft's input is not a pipe")?.write_all(rules.as_bytes())?;
+            let status = nft.wait()?;
+            ensure!(
+                status.success(),
+                "nft refused the rules ({status}): the kernel needs CONFIG_NF_TABLES_INET"
+            );
+            Ok(())
+        })
     }
 
     /// Runs `work` inside with a netlink connection.

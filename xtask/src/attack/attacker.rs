@@ -52,7 +52,8 @@ pub(super) enum Act {
     GiveUnsent { path: PathBuf, to: SocketAddr },
     /// Fetches that socket, connects it and sends these bytes.
     TakeSocket { path: PathBuf, to: SocketAddr, request: String },
-    /// Makes connections by hand, one for each ticket, and sends these bytes on each, until credentials come.
+    /// Makes connections by hand, one for each ticket, and sends these bytes on each, until credentials come; with no more
+    /// rights than a container has.
     Forge { from: Ipv4Addr, to: Ipv4Addr, layer: Layer, tickets: Vec<Option<u64>>, request: String },
     /// Tells the first ticket that `from` sends in a handshake.
     Sniff { from: Ipv4Addr },
@@ -217,6 +218,7 @@ fn act_out(act: &Act) -> anyhow::Result<Got> {
             Got::of(taken.and_then(|stream| exchange(stream, request)))
         }
         Act::Forge { from, to, layer, tickets, request } => {
+            local::drop_rights()?;
             Got::of(forge::ask_with_each(&forge::Forger::new(*from, *to, *layer)?, tickets, request))
         }
         Act::Sniff { from } => {

@@ -6,7 +6,7 @@ use lab::cgroupfs::CgroupDriver;
 
 use super::{
     Attack, InAudit, LabKind, Without, arrivals, credentials, fetches, lifetime, network, packets, pods,
-    requests, sockets,
+    requests, sockets, translation,
 };
 
 /// Settings of an operator that take a defense away: for these the control needs no other build.
@@ -93,21 +93,21 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "full-accept-queue", "four processes go on opening connections to an agent that may have 512 files open",
         [ConnectionLimit], packets::full_queue, quiet;
     "raw-tcp-to-imds", "a whole HTTP exchange with the real IMDS by raw packets",
-        [NO_EGRESS_FILTER], packets::raw_tcp, imds;
+        [NO_EGRESS_FILTER, Fence], packets::raw_tcp, imds;
     "udp-to-imds", "a datagram to the real IMDS",
-        [NO_EGRESS_FILTER], packets::datagram, imds;
+        [NO_EGRESS_FILTER, Fence], packets::datagram, imds;
     "icmp-to-imds", "a ping to the real IMDS",
-        [NO_EGRESS_FILTER], packets::ping, imds;
+        [NO_EGRESS_FILTER, Fence], packets::ping, imds;
     "ipv6-to-imds", "IMDSv2 at fd00:ec2::254",
-        [Ipv6, NO_EGRESS_FILTER], network::ipv6, imds;
+        [Ipv6, NO_EGRESS_FILTER, Fence], network::ipv6, imds;
     "v4-mapped-to-imds", "IMDSv2 at ::ffff:169.254.169.254",
-        [Ipv6, NO_EGRESS_FILTER], network::mapped, imds;
+        [Ipv6, NO_EGRESS_FILTER, Fence], network::mapped, imds;
     "socket-passed-on", "a socket that another pod has connected is passed on and connected again",
         [OriginOfEveryConnect], pods::passed_socket;
     "unsent-socket-passed-on", "the same with a socket whose connect has failed before its handshake",
         [PodListeners, OriginOfEveryConnect], pods::unsent_socket;
     "earlier-socket", "a connection to the real IMDS from before podgate came is used after",
-        [NO_EGRESS_FILTER], pods::earlier_socket, bare, imds;
+        [NO_EGRESS_FILTER, Fence], pods::earlier_socket, bare, imds;
     "lookalike-cgroup", "a cgroup named like another pod's outside kubepods, and a pod's socket",
         [BelowKubepods, OwnNetwork], pods::lookalike_cgroup;
     "nested-pod-cgroup", "a cgroup named like another pod's below one's own container",
@@ -151,11 +151,11 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "arrival-while-starved", "the same while busy loops leave it hardly any processor",
         [UnknownPods], arrivals::while_starved, quiet;
     "agent-killed", "IMDSv2 without pause while the agent is killed with -9 and started again",
-        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::killed, own, imds;
+        [RefusalWhenDown, NO_EGRESS_FILTER, Fence], lifetime::killed, own, imds;
     "agent-stopped", "the same while it is stopped",
-        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::stopped, own, imds;
+        [RefusalWhenDown, NO_EGRESS_FILTER, Fence], lifetime::stopped, own, imds;
     "agent-hung", "the same while it hangs",
-        [RefusalWhenDown, NO_EGRESS_FILTER], lifetime::hung, imds;
+        [RefusalWhenDown, NO_EGRESS_FILTER, Fence], lifetime::hung, imds;
     "agent-succeeded", "the same while others take over from it, one after the other",
         [ReplacedInPlace], lifetime::succeeded, own, imds;
     "agent-of-another-abi", "the same while one of another ABI takes over from it, and then one of its own again",
@@ -185,4 +185,20 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
         [Framing], requests::smuggled_request;
     "absolute-form", "a page in a pod's browser, with the endpoint in the request line and another name in Host",
         [HostHeader], requests::absolute_form;
+    "service-to-imds", "IMDSv2 at a Service's address that the node translates to IMDS's",
+        [Fence], translation::service;
+    "service-to-imds-over-ipv6", "the same over IPv6",
+        [Fence], translation::service_over_ipv6;
+    "packet-socket-to-imds", "a whole HTTP exchange with the real IMDS by a packet socket, below all that sees a pod's packets",
+        [Fence], packets::packet_socket;
+    "rewritten-to-imds", "a pod's own netdev rules write IMDS's address into its packets, below the egress filter",
+        [Fence], translation::rewritten;
+    "stolen-on-its-way", "a host port takes another pod's handshake, whose ticket is used while the connection is under way",
+        [PodListeners, PeerAddress], translation::stolen_on_its_way;
+    "stolen-from-host-network", "the same of a pod on the host's network",
+        [PeerAddress], translation::stolen_from_host_network;
+    "host-port-in-the-way", "a host port takes other pods' connections to podgate, and answers none",
+        [PodListeners], translation::host_port;
+    "masqueraded", "a pod without identity, where the node gives all pods its own address on their way to podgate",
+        [IdentityByTicket], translation::masqueraded;
 };

@@ -32,10 +32,10 @@ const AGENT_FILES: u64 = 512;
 const PROBES: u32 = 520;
 
 /// What an attacker gets where nothing leaves the pod.
-const UNSEEN: &str = "no ticket on the wire";
+pub(super) const UNSEEN: &str = "no ticket on the wire";
 
 pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     scene.lab.netns(&victim)?.mute()?;
     let act = Act::BeginConnects { to: vec![POD_IDENTITY], count: 1 };
     let under_way = scene.must_begin(Place::In(&victim), &act).await?;
@@ -48,7 +48,7 @@ pub(super) async fn guessed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let sniffer = scene.lab.add_pod(&sniffer(scene))?;
     let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
     let request = get(POD_IDENTITY.ip(), PROGRAM, "");
@@ -64,7 +64,7 @@ pub(super) async fn replayed_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
 }
 
 pub(super) async fn stolen_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
-    let (victim, attacker) = (scene.victim().await?, deaf_attacker(scene)?);
+    let (victim, attacker) = (scene.victim().await?, scene.attacker()?);
     let sniffer = scene.lab.add_pod(&sniffer(scene))?;
     let on_the_wire = scene.must_begin(Place::In(&sniffer), &Act::Sniff { from: address(&victim)? }).await?;
     scene.lab.netns(&victim)?.mute()?;
@@ -82,7 +82,6 @@ pub(super) async fn no_ticket(scene: &Scene) -> anyhow::Result<Outcome> {
     // The netdev of the pod that has ended goes a moment later.
     sleep(CLEARED).await;
     let heir = scene.lab.add_pod_at(&scene.attacker_spec(), &victim)?;
-    scene.lab.netns(&heir)?.deafen(address(&heir)?.into())?;
     forge(scene, &heir, vec![None]).await
 }
 
@@ -168,11 +167,19 @@ async fn limit_files(scene: &Scene) -> anyhow::Result<()> {
 }
 
 pub(super) async fn raw_tcp(scene: &Scene) -> anyhow::Result<Outcome> {
-    let attacker = deaf_attacker(scene)?;
+    imds_by_hand(scene, Layer::Ip).await
+}
+
+pub(super) async fn packet_socket(scene: &Scene) -> anyhow::Result<Outcome> {
+    imds_by_hand(scene, Layer::Link).await
+}
+
+async fn imds_by_hand(scene: &Scene, layer: Layer) -> anyhow::Result<Outcome> {
+    let attacker = scene.attacker()?;
     let act = Act::Forge {
         from: address(&attacker)?,
         to: IMDS_V4,
-        layer: Layer::Ip,
+        layer,
         tickets: vec![None],
         request: get(IMDS.ip(), &format!("{ROLES}{NODE_ROLE}"), ""),
     };
@@ -203,13 +210,17 @@ fn sniffer(scene: &Scene) -> PodSpec {
 }
 
 /// A pod whose own kernel does not meddle with the handshakes that it makes by hand.
-fn deaf_attacker(scene: &Scene) -> anyhow::Result<Pod> {
+pub(super) fn deaf_attacker(scene: &Scene) -> anyhow::Result<Pod> {
     let attacker = scene.attacker()?;
     scene.lab.netns(&attacker)?.deafen(address(&attacker)?.into())?;
     Ok(attacker)
 }
 
-async fn forge(scene: &Scene, attacker: &Pod, tickets: Vec<Option<u64>>) -> anyhow::Result<Outcome> {
+pub(super) async fn forge(
+    scene: &Scene,
+    attacker: &Pod,
+    tickets: Vec<Option<u64>>,
+) -> anyhow::Result<Outcome> {
     let act = Act::Forge {
         from: address(attacker)?,
         to: POD_IDENTITY_V4,

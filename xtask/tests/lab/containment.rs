@@ -18,8 +18,9 @@ add chain ip way_round output { type nat hook output priority -100; }
 add rule ip way_round output ip daddr 198.51.100.1 dnat to 169.254.169.254";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_egress_filter_stops_a_pod_that_translates_addresses() -> anyhow::Result<()> {
-    for (filter, status) in [("auto", 0), ("off", 200)] {
+async fn a_pod_that_translates_addresses_is_stopped_in_the_pod_and_where_packets_leave_the_node()
+-> anyhow::Result<()> {
+    for (filter, reason) in [("auto", "egress_dropped"), ("off", "fence_dropped")] {
         let node = Node::with_flags(&["--imds", "intercept", "--egress-filter", filter]).await?;
         let pod = node.pod("translator")?;
         effective(&node, &pod, "Intercept", "Default").await?;
@@ -29,24 +30,42 @@ async fn the_egress_filter_stops_a_pod_that_translates_addresses() -> anyhow::Re
 
         let translated = ROLES.replace("169.254.169.254", "198.51.100.1");
         let answer = node.curl(&pod, &["--connect-timeout", "2", &translated]).await?;
-        assert_eq!(answer.status, status, "egress filter {filter}: {answer:?}");
-        let reached = node.lab.imds.requests().len() > reads;
-        assert_eq!(
-            (reached, answer.body == NODE_ROLE),
-            (status == 200, status == 200),
-            "egress filter {filter}"
-        );
-        if filter == "auto" {
-            let line = said(&node, |line| line["reason"] == "egress_dropped").await?;
-            assert_eq!(line["pod.name"], "shop/translator");
-            assert_eq!(line["address"], "169.254.169.254:80");
-            assert!(counted(&node, "egress_dropped").await? > 0);
-        }
-        // The egress filter leaves the pod's own connections alone.
+        assert_eq!(answer.status, 0, "egress filter {filter}: {answer:?}");
+        assert_eq!(node.lab.imds.requests().len(), reads, "egress filter {filter}");
+        let line = said(&node, |line| line["reason"] == reason).await?;
+        assert_eq!(line["pod.name"], "shop/translator");
+        assert_eq!(line["address"], "169.254.169.254:80");
+        assert!(counted(&node, reason).await? > 0);
+        // Both leave the pod's own connections alone.
         node.assert_own_role(&pod, &node.imds_v2(&pod, IMDS, &[]).await?);
         node.down().await?;
     }
     Ok(())
+}
+
+/// As on EC2: the answer with a session token, and nothing but it, has a hop limit.
+#[tokio::test(flavor = "multi_thread")]
+async fn imds_is_beyond_the_node_and_as_far_from_pods_as_the_labs_switches_say() -> anyhow::Result<()> {
+    let node = Node::with_flags(&["--imds", "audit"]).await?;
+    let pod = node.pod("reader")?;
+    effective(&node, &pod, "Audit", "Default").await?;
+    let token = ["-X", "PUT", "-H", "X-aws-ec2-metadata-token-ttl-seconds: 60", "--max-time", "1"];
+    let (v4, v6) = ("http://169.254.169.254/latest/api/token", "http://[fd00:ec2::254]/latest/api/token");
+    let ways = [[&token[..], &[v4]].concat(), [&token[..], &[v6]].concat(), vec![ROLES]];
+    for (hops, required, from_pod, from_node) in [
+        (2, false, [200, 200, 200], [200, 200, 200]),
+        (1, false, [0, 0, 200], [200, 200, 200]),
+        (1, true, [0, 0, 401], [200, 200, 401]),
+    ] {
+        node.lab.imds.set_hop_limit(hops);
+        node.lab.imds.v2_required(required);
+        for (way, (from_pod, from_node)) in ways.iter().zip(from_pod.into_iter().zip(from_node)) {
+            let case = format!("{way:?}, hop limit {hops}, token required: {required}");
+            assert_eq!(node.curl(&pod, way).await?.status, from_pod, "from a pod: {case}");
+            assert_eq!(node.curl_on_node(way).await?.status, from_node, "from the node: {case}");
+        }
+    }
+    node.down().await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,13 +2,9 @@
 //!
 //! Owns what sets each apart from the VPC CNI's usual way, which is `wiring`'s.
 
-use std::{
-    io::Write as _,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    process::{Command, Stdio},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use clap::ValueEnum;
 use rtnetlink::{
     Handle, LinkBridge,
@@ -109,8 +105,8 @@ impl Routing {
                 }
                 Ok(())
             }),
-            Self::DefaultDenyEgress => filter(node, DEFAULT_DENY_EGRESS),
-            Self::DroppingInput => filter(node, DROPPING_INPUT),
+            Self::DefaultDenyEgress => node.load_rules(DEFAULT_DENY_EGRESS),
+            Self::DroppingInput => node.load_rules(DROPPING_INPUT),
         }
     }
 
@@ -170,19 +166,4 @@ async fn add_rule(handle: &Handle, rule: RuleMessage) -> anyhow::Result<()> {
     let mut request = handle.rule().add();
     *request.message_mut() = rule;
     request.execute().await.context("cannot add a routing rule")
-}
-
-/// Loads a set of nftables' rules into the namespace.
-fn filter(node: &NetNs, rules: &str) -> anyhow::Result<()> {
-    node.run(|| {
-        let mut nft = Command::new("nft")
-            .args(["-f", "-"])
-            .stdin(Stdio::piped())
-            .spawn()
-            .context("cannot run nft: install the package nftables")?;
-        nft.stdin.take().context("BUG: nft's input is not a pipe")?.write_all(rules.as_bytes())?;
-        let status = nft.wait()?;
-        ensure!(status.success(), "nft refused the rules ({status}): the kernel needs CONFIG_NF_TABLES_INET");
-        Ok(())
-    })
 }

@@ -15,13 +15,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     NetNs, Routing,
-    netlink::{
-        MAIN, add_address, add_default_route, add_host_route, add_neighbor, bring_up, netdev_index,
-    },
+    netlink::{MAIN, add_address, add_default_route, add_host_route, add_neighbor, bring_up, netdev_index},
 };
 
-/// The node's way out, and the name of a pod's.
+/// The node's way out, and its other end.
 pub(super) const UPLINK: &str = "eth0";
+const VPC: &str = "vpc0";
 const NODE_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 2];
 const IMDS_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 3];
 /// Where the simulated instance metadata service listens.
@@ -90,7 +89,7 @@ pub fn node_addresses() -> NodeAddresses {
 pub(crate) fn wire_node(node: &NetNs, imds: &NetNs, routing: Routing) -> anyhow::Result<()> {
     let NodeAddresses { v4, v6 } = node_addresses();
     let node_addresses = [IpAddr::V4(v4), v6.into()];
-    connect(imds, IMDS_MAC, node, UPLINK, NODE_MAC)?;
+    connect((imds, VPC, IMDS_MAC), (node, UPLINK, NODE_MAC))?;
     node.netlink(async |handle| {
         bring_up(&handle, LO).await?;
         let uplink = netdev_index(&handle, UPLINK).await?;
@@ -106,14 +105,14 @@ pub(crate) fn wire_node(node: &NetNs, imds: &NetNs, routing: Routing) -> anyhow:
     })?;
     // EC2 knows which instance an address of the VPC is at, that of a pod too.
     imds.netlink(async |handle| {
-        let eth0 = netdev_index(&handle, "eth0").await?;
+        let vpc = netdev_index(&handle, VPC).await?;
         for address in IMDS {
-            add_address(&handle, eth0, address).await?;
+            add_address(&handle, vpc, address).await?;
         }
-        bring_up(&handle, eth0).await?;
+        bring_up(&handle, vpc).await?;
         for address in node_addresses {
-            add_neighbor(&handle, eth0, address, NODE_MAC).await?;
-            add_default_route(&handle, eth0, address, MAIN).await?;
+            add_neighbor(&handle, vpc, address, NODE_MAC).await?;
+            add_default_route(&handle, vpc, address, MAIN).await?;
         }
         Ok(())
     })?;
@@ -137,7 +136,7 @@ pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) 
     let node_mac = [0x02, 0, 0, high, low, 1];
     let pod_mac = [0x02, 0, 0, high, low, 2];
 
-    connect(pod, pod_mac, node, &node_netdev, node_mac)?;
+    connect((pod, "eth0", pod_mac), (node, &node_netdev, node_mac))?;
     node.netlink(async |handle| {
         let netdev = netdev_index(&handle, &node_netdev).await?;
         bring_up(&handle, netdev).await?;
@@ -161,29 +160,18 @@ pub(crate) fn wire_pod(node: &NetNs, pod: &NetNs, index: u16, routing: Routing) 
     })
 }
 
-/// Connects a new namespace to the node's by a veth pair: `eth0` there, `node_netdev` on the node.
-fn connect(
-    other: &NetNs,
-    other_mac: [u8; 6],
-    node: &NetNs,
-    node_netdev: &str,
-    node_mac: [u8; 6],
-) -> anyhow::Result<()> {
-    // Made in the new namespace, so that the name eth0 is free, and with another name for the node's end meanwhile.
-    const END: &str = "end";
+/// Connects a new namespace to the node's by a veth pair, whose ends are these netdevs.
+fn connect(other: (&NetNs, &str, [u8; 6]), node: (&NetNs, &str, [u8; 6])) -> anyhow::Result<()> {
+    let ((other, other_netdev, other_mac), (node, node_netdev, node_mac)) = (other, node);
+    // Made in the new namespace, so that the names are free.
     other.netlink(async |handle| {
         bring_up(&handle, LO).await?;
-        let pair = LinkVeth::new("eth0", END).address(other_mac.to_vec()).build();
+        let pair = LinkVeth::new(other_netdev, node_netdev).address(other_mac.to_vec()).build();
         handle.link().add(pair).execute().await.context("cannot create the veth pair")?;
-        let end = LinkUnspec::new_with_name(END)
+        let end = LinkUnspec::new_with_name(node_netdev)
             .address(node_mac.to_vec())
             .setns_by_fd(node.as_fd().as_raw_fd())
             .build();
         handle.link().set(end).execute().await.context("cannot move the veth's end to the node")
-    })?;
-    node.netlink(async |handle| {
-        let end = netdev_index(&handle, END).await?;
-        let renamed = LinkUnspec::new_with_index(end).name(node_netdev.to_owned()).build();
-        handle.link().set(renamed).execute().await.context("cannot name the veth's end on the node")
     })
 }

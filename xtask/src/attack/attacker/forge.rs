@@ -1,11 +1,11 @@
 //! TCP by hand, as a pod with `CAP_NET_RAW` can speak it: handshakes with tickets of one's own choice, and packets that
 //! are no TCP.
 //!
-//! Owns the conversation. Needs a pod whose kernel is deaf: it would reset what it knows nothing of.
+//! Owns the conversation, and keeps the pod's kernel out of it, which would reset what it knows nothing of.
 
 use std::{
     fs, io,
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
     num::{NonZeroU16, NonZeroU32},
     os::fd::{AsRawFd as _, OwnedFd},
     thread,
@@ -70,6 +70,7 @@ impl Forger {
 
     /// Shakes hands, sends a request and reads the answer.
     fn ask(&self, port: u16, ticket: Option<u64>, request: &str) -> io::Result<String> {
+        let _kept_out = keep_kernel_out(port)?;
         self.begin(port, ticket)?;
         let is_mine = |seen: &Seen| seen.from == self.to && seen.to_port == port;
         let theirs = self.wire.next(FOR_HANDSHAKE, |seen| is_mine(seen) && seen.flags & SYN != 0)?;
@@ -193,6 +194,25 @@ fn timed_out() -> io::Error {
 
 fn socket(family: AddressFamily, kind: SocketType, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
     Ok(socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?)
+}
+
+/// A listener that nothing reaches, as long as it is: it takes segments of the highest hop limit only, and the kernel drops
+/// others to its port without a word.
+#[expect(unsafe_code, reason = "neither rustix nor nix has this option")]
+fn keep_kernel_out(port: u16) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
+    let highest: libc::c_int = 255;
+    // SAFETY: the option takes an int; the pointer and the length are those of one that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_MINTTL,
+            (&raw const highest).cast(),
+            size_of_val(&highest).try_into().unwrap_or(0),
+        )
+    };
+    if result == 0 { Ok(listener) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The pod's one neighbor.

@@ -87,7 +87,7 @@ fn offer(mut stream: UnixStream, entries: &str) -> io::Result<()> {
 }
 
 /// Leaves this process what root has in a container.
-fn drop_rights() -> io::Result<()> {
+pub(super) fn drop_rights() -> io::Result<()> {
     let sets = CapabilitySets {
         effective: OF_CONTAINERS,
         permitted: OF_CONTAINERS,
