@@ -22,8 +22,6 @@ use crate::{bpf, bpf::Link, files};
 
 /// The preference and the handle of the fence's filter, where it is one: no other is earlier, and `podgate detach` finds it.
 pub const FENCE_FILTER: (u16, u32) = (1, 0x706f_6467);
-/// Beginning of the names of its pinned links; the netdev's index follows.
-const PIN: &str = "fence-";
 
 /// The node's netdevs, as the fence sees them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -111,7 +109,7 @@ impl Fence {
         }
         let is_outward = |index| netdevs.outward.iter().any(|netdev| netdev.index == index);
         for name in names(&pins.links())? {
-            let index = name.strip_prefix(PIN).and_then(|index| index.parse().ok());
+            let index = name.strip_prefix(pins::FENCE).and_then(|index| index.parse().ok());
             if index.is_some_and(|index| !is_outward(index)) {
                 let path = pins.links().join(name);
                 pins::remove(&path).map_err(|source| Error::Pin { path, source })?;
@@ -147,7 +145,7 @@ impl Fence {
 
 /// Attaches by tcx.
 fn put_link(netdev: &Netdev, program: &SchedClassifier, id: u32, links: &Path) -> io::Result<()> {
-    let name = format!("{PIN}{}", netdev.index);
+    let name = format!("{}{}", pins::FENCE, netdev.index);
     let program = program.fd().map_err(io::Error::other)?.as_fd();
     if let Some(link) = files::if_present(Link::open(&links.join(&name)))?
         && link.target()? == u64::from(netdev.index)

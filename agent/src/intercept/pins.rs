@@ -25,6 +25,8 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const LOCK_RETRY_DELAY: Duration = Duration::from_millis(20);
 /// The directory of an ABI's links.
 pub(super) const LINKS: &str = "links";
+/// Beginning of the names of the second fence's links; the netdev's index follows.
+pub(super) const FENCE: &str = "fence-";
 /// The directory of its maps.
 const MAPS: &str = "maps";
 /// Maps that agents of all ABIs share: which is active, which pods the programs of none of them touch, and the key of
@@ -120,11 +122,20 @@ impl Pins {
         Ok(())
     }
 
-    /// Detaches the programs of all ABIs.
+    /// Detaches the programs of all ABIs but for the second fence.
     pub(super) fn remove_links(&self) -> Result<(), Error> {
         let own = self.links();
         let others = self.others()?.into_iter().map(|path| path.join(LINKS));
-        others.chain([own]).try_for_each(|links| remove_all(&links))
+        for directory in others.chain([own]) {
+            let is_other = |link: &&PathBuf| {
+                !link.file_name().is_some_and(|name| name.to_string_lossy().starts_with(FENCE))
+            };
+            let found = children(&directory);
+            let removed =
+                found.and_then(|links| links.iter().filter(is_other).try_for_each(|link| remove(link)));
+            removed.map_err(|source| Error::Pin { path: directory, source })?;
+        }
+        Ok(())
     }
 
     /// The directories of other ABIs.

@@ -131,6 +131,9 @@ async fn meanwhile(
     sleep(MOMENT).await;
     let got = asking.finish().await?;
     let outcome = scene.loot(&got, Some(&attacker));
+    // The attempt that was under way when it began has met it too.
+    let under_way = got.asked_at.range(..time.start).next_back().copied();
+    let time = under_way.unwrap_or(time.start)..time.end;
     let (asked, refused) = (got.asked_at.range(time.clone()).count(), got.refused_at.range(time).count());
     if asked == 0 || sees == Sees::Refusals && refused == 0 && !outcome.is_harm {
         bail!("no attempt has met what happened to the agent: {asked} asked then, {refused} were refused");

@@ -157,9 +157,9 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "agent-hung", "the same while it hangs",
         [RefusalWhenDown, NO_EGRESS_FILTER, Fence], lifetime::hung, imds;
     "agent-succeeded", "the same while others take over from it, one after the other",
-        [ReplacedInPlace], lifetime::succeeded, own, imds;
+        [ReplacedInPlace, Fence], lifetime::succeeded, own, imds;
     "agent-of-another-abi", "the same while one of another ABI takes over from it, and then one of its own again",
-        [ReplacedInPlace], lifetime::succeeded_by_other_abi, own, imds;
+        [ReplacedInPlace, Fence], lifetime::succeeded_by_other_abi, own, imds;
     "squatted-port", "a pod on the host's network listens at port 80 of every address after the agent is killed with -9, and \
                       it is started again",
         [OwnPorts], lifetime::squatted_after_death, own, imds;
