@@ -200,5 +200,5 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "host-port-in-the-way", "a host port takes other pods' connections to podgate, and answers none",
         [PodListeners], translation::host_port;
     "masqueraded", "a pod without identity, where the node gives all pods its own address on their way to podgate",
-        [IdentityByTicket], translation::masqueraded;
+        [PodListeners, IdentityByTicket], translation::masqueraded;
 };

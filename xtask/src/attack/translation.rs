@@ -2,13 +2,17 @@
 //!
 //! Owns the rules, which leave the node with the attempt.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use agent_common::net::{IMDS_V4, IMDS_V6, POD_IDENTITY_V4};
 use lab::{
     Pod,
     simulated_network::{NetNs, node_addresses},
 };
+use tokio::time::sleep;
 
 use super::{
     POD_IDENTITY, PROGRAM,
@@ -22,6 +26,8 @@ const SERVICE_V4: Ipv4Addr = Ipv4Addr::new(10, 100, 0, 77);
 const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd20, 0, 0, 0, 0, 0, 0, 0x77);
 /// Where a thief's pod lets connections come that it does not answer.
 const SWALLOWS: u16 = 8080;
+/// Longer than the agent takes to listen in a new pod's network.
+const LISTENS: Duration = Duration::from_secs(1);
 
 /// Rules of the node's packet filter, as long as this is.
 struct Rules<'a>(&'a NetNs);
@@ -123,9 +129,11 @@ pub(super) async fn host_port(scene: &Scene) -> anyhow::Result<Outcome> {
 
 /// All pods have the node's own address for the node itself.
 pub(super) async fn masqueraded(scene: &Scene) -> anyhow::Result<Outcome> {
+    let victim = scene.victim().await?;
+    sleep(LISTENS).await;
     let rule = format!("ip daddr {POD_IDENTITY_V4} tcp dport 80 snat ip to {}", node_addresses().v4);
     let _rules = Rules::load(scene, "nat hook input priority 100", &rule)?;
-    let _victim = scene.victim().await?;
+    scene.until_served(&victim).await?;
     let left_alone = scene.attacker_spec().annotation("podgate.dev/pod-identity", "off");
     let attacker = scene.lab.add_pod(&left_alone)?;
     let request = get(POD_IDENTITY.ip(), PROGRAM, "");
