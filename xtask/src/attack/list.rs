@@ -186,13 +186,13 @@ pub(super) const ATTACKS: &[Attack] = attacks! {
     "absolute-form", "a page in a pod's browser, with the endpoint in the request line and another name in Host",
         [HostHeader], requests::absolute_form;
     "service-to-imds", "IMDSv2 at a Service's address that the node translates to IMDS's",
-        [Fence], translation::service;
+        [Fence], translation::service, imds;
     "service-to-imds-over-ipv6", "the same over IPv6",
-        [Fence], translation::service_over_ipv6;
+        [Fence], translation::service_over_ipv6, imds;
     "packet-socket-to-imds", "a whole HTTP exchange with the real IMDS by a packet socket, below all that sees a pod's packets",
-        [Fence], packets::packet_socket;
+        [Fence], packets::packet_socket, imds;
     "rewritten-to-imds", "a pod's own netdev rules write IMDS's address into its packets, below the egress filter",
-        [Fence], translation::rewritten;
+        [Fence], translation::rewritten, imds;
     "stolen-on-its-way", "a host port takes another pod's handshake, whose ticket is used while the connection is under way",
         [PodListeners, PeerAddress], translation::stolen_on_its_way;
     "stolen-from-host-network", "the same of a pod on the host's network",
