@@ -13,7 +13,10 @@ use serde::Deserialize;
 use tokio::{sync::watch, time::sleep};
 use tracing::{info, warn};
 
+use self::exposure::Exposure;
 use crate::error::chain;
+
+mod exposure;
 
 /// The facts do not change while an instance runs, and its type changes only while it is stopped. A copy that is wrong
 /// anyway is corrected by then.
@@ -77,12 +80,20 @@ pub(crate) fn directly() -> ProviderConfig {
 /// Keeps the copy current until shutdown. While the node's IMDS is unavailable, known facts stay.
 pub async fn follow(imds: Client, copy: watch::Sender<Instance>) {
     let mut delay = RETRY_DELAY_MIN;
+    let mut exposure = None;
     loop {
         match fetch(&imds).await {
             Ok(instance) => {
                 let is_new = copy.send_if_modified(|known| merge(known, instance));
                 if is_new {
                     info!(instance = ?*copy.borrow(), "the facts of the instance changed");
+                }
+                // Who cannot tell says nothing: some replacements of EC2's IMDS know neither.
+                if let Ok(measured) = Exposure::measure().await
+                    && exposure.replace(measured) != Some(measured)
+                {
+                    let id = copy.borrow().id.clone();
+                    measured.say(id.as_deref());
                 }
                 delay = RETRY_DELAY_MIN;
                 sleep(REFRESH_INTERVAL).await;

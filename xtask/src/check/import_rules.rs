@@ -200,6 +200,7 @@ pub(super) const AGENT: &[Rule] = &[
     Rule { module: "identity::pod", imports: &["identity::cgroup", "identity::injection"], may: &[] },
     Rule { module: "identity::watch", imports: &["identity"], may: &[] },
     Rule { module: "instance_metadata", imports: &["error"], may: &[Aws] },
+    Rule { module: "instance_metadata::exposure", imports: &[], may: &[Network] },
     Rule {
         module: "intercept",
         imports: &["files", "bpf::*", "error", "undefended"],

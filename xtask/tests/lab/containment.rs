@@ -1,6 +1,9 @@
 //! What leaves a pod other than by connect, and what pods in audit ask the real IMDS for.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use lab::{EnvKind, NODE_ROLE, agent_process::ADMIN};
@@ -8,10 +11,12 @@ use serde_json::Value;
 use tokio::time::sleep;
 
 use crate::{
-    lab_node::{IMDS, Node, ROLES},
+    lab_node::{self, IMDS, Node, ROLES},
     policy::effective,
 };
 
+/// In which the agent has measured its node's IMDS.
+const SOON: Duration = Duration::from_secs(20);
 /// Makes an address of a documentation range another name of IMDS, in the network that it is loaded in.
 const TRANSLATE: &str = "add table ip way_round
 add chain ip way_round output { type nat hook output priority -100; }
@@ -69,6 +74,30 @@ async fn imds_is_beyond_the_node_and_as_far_from_pods_as_the_labs_switches_say()
         }
     }
     node.down().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_agent_says_what_aws_itself_leaves_open() -> anyhow::Result<()> {
+    for (hops, required, said) in [
+        (2, false, [r#""answers_v1":true"#, r#""tokens_travel":true"#, "--instance-id i-0123456789abcdef0"]),
+        (2, true, [r#""answers_v1":false"#, r#""tokens_travel":true"#, "--http-put-response-hop-limit 1"]),
+        (1, false, [r#""answers_v1":true"#, r#""tokens_travel":false"#, "--http-tokens required"]),
+        (1, true, ["AWS itself keeps pods", "tokens are required", "travel one hop"]),
+    ] {
+        let lab = lab_node::lab()?;
+        lab.imds.set_hop_limit(hops);
+        lab.imds.v2_required(required);
+        let agent = lab.start_agent(&lab_node::agent(&["--imds", "intercept"])?).await?;
+        let is_said = |line: &str| said.iter().all(|words| line.contains(words));
+        let begun = Instant::now();
+        while !agent.log_text()?.lines().any(is_said) {
+            assert!(begun.elapsed() < SOON, "{hops}, {required}: {}", agent.log_tail());
+            sleep(Duration::from_millis(20)).await;
+        }
+        assert!(agent.stop().await?.success());
+        lab.down()?;
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
