@@ -45,10 +45,14 @@ const ATTACK_ALL_SECONDS: &str = "10800";
 const AUTHORITIES: &str = "etc/ssl/certs/ca-certificates.crt";
 /// What of Debian's kernels simulated nodes need, each after what it needs itself: netdevs, filters on them, and the
 /// translation of addresses.
-const MODULES: [&str; 15] = [
+const MODULES: [&str; 21] = [
     "drivers/net/veth",
     "drivers/net/dummy",
     "drivers/net/macvlan",
+    "drivers/net/ipvlan/ipvlan",
+    "net/llc/llc",
+    "net/802/stp",
+    "net/bridge/bridge",
     "net/sched/sch_ingress",
     "net/sched/cls_bpf",
     "lib/libcrc32c",
@@ -61,6 +65,8 @@ const MODULES: [&str; 15] = [
     "net/netfilter/nft_nat",
     "net/netfilter/nft_chain_nat",
     "net/netfilter/nft_masq",
+    "net/netfilter/ipvs/ip_vs",
+    "net/netfilter/ipvs/ip_vs_rr",
 ];
 
 /// A kernel to test on: Amazon Linux 2023 has both.

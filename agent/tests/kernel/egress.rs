@@ -187,10 +187,24 @@ fn packet(to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     }
 }
 
+pub(crate) fn packet_socket() -> OwnedFd {
+    socket(AddressFamily::PACKET, SocketType::DGRAM, None)
+}
+
+/// Its packets go to the netdev's driver at once.
+#[expect(unsafe_code, reason = "neither rustix nor nix has this option")]
+pub(crate) fn pass_by_queues(raw: &OwnedFd) {
+    let on: libc::c_int = 1;
+    let (level, option) = (libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS);
+    let size = size_of_val(&on).try_into().unwrap();
+    // SAFETY: the pointer is to as much as is said, for as long as the call takes.
+    let set = unsafe { libc::setsockopt(raw.as_raw_fd(), level, option, (&raw const on).cast(), size) };
+    assert_eq!(set, 0, "{}", io::Error::last_os_error());
+}
+
 /// To a netdev and a neighbor behind it, without the kernel's IP.
 #[expect(unsafe_code, reason = "neither rustix nor nix makes a sockaddr_ll")]
-pub(crate) fn below_ip(packet: &[u8], netdev: u32, neighbor: [u8; 6]) {
-    let raw = socket(AddressFamily::PACKET, SocketType::DGRAM, None);
+pub(crate) fn below_ip(raw: &OwnedFd, packet: &[u8], netdev: u32, neighbor: [u8; 6]) {
     let mut address = [0; 8];
     address[..6].copy_from_slice(&neighbor);
     let to = libc::sockaddr_ll {
@@ -347,7 +361,7 @@ fn packets_made_below_ip_are_not_seen() {
         let pod = node.pod("a", IMDS_DENY, POD_IDENTITY_ON);
         let (wire, mark) = (Wire::watch(), fresh_mark());
         let to = IpAddr::from(IMDS_V4);
-        pod.run(|| below_ip(&packet(to, TCP, &segment(mark)), 1, [0; 6]));
+        pod.run(|| below_ip(&packet_socket(), &packet(to, TCP, &segment(mark)), 1, [0; 6]));
         assert!(wire.has(mark), "this is closed outside the pod only");
         assert_eq!(node.count(Counter::EgressDropped), 0);
     });

@@ -1,14 +1,22 @@
 //! The second fence: a node with pods behind veths, and IMDS beyond its uplink, as on a real one.
 
+mod ipvs;
+mod network;
+mod redirect;
+mod ways;
+
 use std::{
     cell::RefCell,
     fs::{self, File},
-    io::{self, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket},
-    os::fd::{AsFd as _, AsRawFd as _},
+    io::{self, Write as _},
+    net::{IpAddr, UdpSocket},
+    os::fd::AsRawFd as _,
     path::Path,
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -31,34 +39,21 @@ use aya::{
         tc::{NlOptions, TcAttachOptions, TcHandle, qdisc_add_clsact},
     },
 };
-use futures::TryStreamExt as _;
-use nix::{
-    sys::{
-        signal::{Signal, kill},
-        wait::waitpid,
-    },
-    unistd::Pid,
-};
 use prometheus_client::{encoding::text::encode, registry::Registry};
-use rtnetlink::{
-    Handle, LinkMacVlan, LinkUnspec, LinkVeth, RouteMessageBuilder,
-    packet_route::{address::AddressHeaderFlags, link::MacVlanMode, route::RouteMessage},
-};
+use rtnetlink::{Handle, LinkUnspec, LinkVeth};
 use tokio::sync::Notify;
 
+use self::network::{
+    Imds, NetworkPod, POD_UIDS, UPLINK, add_address, datagram, index, is_answered, packet, route_v4, up,
+};
 use crate::{
-    egress::below_ip,
+    egress::{below_ip, packet_socket, pass_by_queues},
     events,
-    kernel_node::{Node, Pod, in_network, netlink, new_network, outside},
-    socket_kinds::fork_and_stay,
+    kernel_node::{Node, in_network, netlink, outside},
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podgate.o"));
 
-/// What tells a datagram of a test from all others.
-type Mark = [u8; 8];
-
-const UPLINK: &str = "uplink";
 /// An address that the node translates into that of IMDS, as it does a Service's.
 const SERVICE_V4: &str = "10.96.0.77:80";
 const SERVICE_V6: &str = "[fd96::77]:80";
@@ -77,212 +72,48 @@ const HAPPENS: Duration = Duration::from_secs(5);
 const NOTHING: Duration = Duration::from_millis(300);
 /// How long the follower may take.
 const FOLLOWS: Duration = Duration::from_secs(10);
-const POD_UIDS: [&str; 3] = [
-    "0c5cb3f2_7a47_4a4b_8f0c_5b0f6a3d2e11",
-    "1c5cb3f2_7a47_4a4b_8f0c_5b0f6a3d2e11",
-    "2c5cb3f2_7a47_4a4b_8f0c_5b0f6a3d2e11",
-];
-
-/// The instance metadata service, behind the node's uplink.
-struct Imds {
-    datagrams: [UdpSocket; 2],
-}
-
-/// A pod with a network of its own, and a process in it as long as it lives.
-struct NetworkPod {
-    pod: Pod,
-    network: File,
-    sandbox: Option<Pid>,
-    /// The node's end of its veth.
-    netdev: u32,
-    /// That end's hardware address.
-    gateway: [u8; 6],
-    eth0: u32,
-}
 
 /// A way from a pod to IMDS: whether something arrives.
 type Way = (&'static str, fn(&Imds, &NetworkPod, Duration) -> bool);
 
-/// With the egress filter off and in a pod that `connect` leaves nothing.
-const WAYS: [Way; 6] = [
-    ("a Service over IPv4", |_, pod, patience| pod.run(|| is_answered(SERVICE_V4, patience))),
-    ("a Service over IPv6", |_, pod, patience| pod.run(|| is_answered(SERVICE_V6, patience))),
+const DATAGRAMS: [Way; 2] = [
     ("a datagram over IPv4", |imds, pod, patience| {
         imds.gets(patience, |mark| pod.run(|| datagram(IMDS_V4.into(), mark)))
     }),
     ("a datagram over IPv6", |imds, pod, patience| {
         imds.gets(patience, |mark| pod.run(|| datagram(IMDS_V6.into(), mark)))
     }),
+];
+/// With the egress filter off and in a pod that `connect` leaves nothing.
+const WAYS: [Way; 7] = [
+    ("a Service over IPv4", |_, pod, patience| pod.run(|| is_answered(SERVICE_V4, patience))),
+    ("a Service over IPv6", |_, pod, patience| pod.run(|| is_answered(SERVICE_V6, patience))),
+    DATAGRAMS[0],
+    DATAGRAMS[1],
     ("a packet socket", |imds, pod, patience| {
-        imds.gets(patience, |mark| pod.run(|| below_ip(&packet(pod, mark), pod.eth0, pod.gateway)))
+        let send = |mark| below_ip(&packet_socket(), &packet(pod, mark), pod.eth0, pod.gateway);
+        imds.gets(patience, |mark| pod.run(|| send(mark)))
+    }),
+    ("a packet socket past the queues", |imds, pod, patience| {
+        let send = |mark| {
+            let socket = packet_socket();
+            pass_by_queues(&socket);
+            below_ip(&socket, &packet(pod, mark), pod.eth0, pod.gateway);
+        };
+        imds.gets(patience, |mark| pod.run(|| send(mark)))
     }),
     ("the host's network", |imds, pod, patience| {
         imds.gets(patience, |mark| pod.pod.run(|| datagram(IMDS_V4.into(), mark)))
     }),
 ];
 
-// === impl Imds ===
-
-impl Imds {
-    /// In place of the one on the node's `lo`.
-    fn beyond_an_uplink() -> Self {
-        let network = new_network();
-        netlink(async |handle| {
-            for ip in [IpAddr::from(IMDS_V4), IMDS_V6.into()] {
-                remove_address(&handle, ip).await?;
-            }
-            let uplink = add_veth(&handle, UPLINK, [2, 0, 0, 0, 0, 1], &network).await?;
-            add_address(&handle, uplink, "192.168.7.2", 24).await?;
-            add_address(&handle, uplink, "fd77::2", 64).await?;
-            for route in
-                [route_v4("169.254.169.254", 32, "192.168.7.1"), route_v6("fd00:ec2::254", 128, "fd77::1")]
-            {
-                handle.route().add(route).execute().await?;
-            }
-            Ok(())
-        });
-        for switch in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-            fs::write(format!("/proc/sys/net/{switch}"), "1").unwrap();
-        }
-        let datagrams = in_network(&network, || {
-            netlink(async |handle| {
-                up(&handle, 1).await?;
-                let eth0 = index(&handle, "eth0").await?;
-                up(&handle, eth0).await?;
-                add_address(&handle, eth0, "192.168.7.1", 24).await?;
-                add_address(&handle, eth0, "fd77::1", 64).await?;
-                add_address(&handle, 1, "169.254.169.254", 32).await?;
-                add_address(&handle, 1, "fd00:ec2::254", 128).await?;
-                handle.route().add(route_v4("10.70.0.0", 16, "192.168.7.2")).execute().await?;
-                handle.route().add(route_v6("fd70::", 32, "fd77::2")).execute().await
-            });
-            [IpAddr::from(IMDS_V4), IMDS_V6.into()].map(|ip| {
-                let listener = outside(|| TcpListener::bind((ip, 80)).unwrap());
-                thread::spawn(move || {
-                    for stream in listener.incoming() {
-                        let _ = stream.and_then(|mut stream| stream.write_all(b"node-role"));
-                    }
-                });
-                let socket = outside(|| UdpSocket::bind((ip, 53)).unwrap());
-                socket.set_nonblocking(true).unwrap();
-                socket
-            })
-        });
-        Self { datagrams }
-    }
-
-    /// Whether a datagram with a mark arrives that `send` sends.
-    fn gets(&self, patience: Duration, send: impl FnOnce(Mark)) -> bool {
-        static COUNT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0x5aa5_0001_3cc3_0000);
-        let mark = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed).to_be_bytes();
-        send(mark);
-        let deadline = Instant::now() + patience;
-        while Instant::now() < deadline {
-            let mut received = [0; 64];
-            for socket in &self.datagrams {
-                while let Ok(length) = socket.recv(&mut received) {
-                    if received[..length] == mark {
-                        return true;
-                    }
-                }
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-        false
-    }
-}
-
-// === impl NetworkPod ===
-
-impl NetworkPod {
-    fn create(node: &mut Node, number: u8, imds: u32) -> Self {
-        let pod = node.pod(POD_UIDS[usize::from(number)], imds, POD_IDENTITY_ON);
-        let mut created = Self::behind_a_veth(pod, number);
-        created.start();
-        created
-    }
-
-    /// Without a process yet.
-    fn behind_a_veth(pod: Pod, number: u8) -> Self {
-        let network = new_network();
-        let gateway = [2, 0, 0, 1, 0, number];
-        let netdev = netlink(async |handle| {
-            let netdev = add_veth(&handle, &format!("veth{number}"), gateway, &network).await?;
-            add_address(&handle, netdev, &format!("10.70.{number}.1"), 24).await?;
-            add_address(&handle, netdev, &format!("fd70:0:0:{number}::1"), 64).await?;
-            Ok(netdev)
-        });
-        let eth0 = in_network(&network, || {
-            netlink(async |handle| {
-                up(&handle, 1).await?;
-                let eth0 = index(&handle, "eth0").await?;
-                up(&handle, eth0).await?;
-                add_address(&handle, eth0, &format!("10.70.{number}.2"), 24).await?;
-                add_address(&handle, eth0, &format!("fd70:0:0:{number}::2"), 64).await?;
-                handle.route().add(route_v4("0.0.0.0", 0, &format!("10.70.{number}.1"))).execute().await?;
-                handle.route().add(route_v6("::", 0, &format!("fd70:0:0:{number}::1"))).execute().await?;
-                Ok(eth0)
-            })
-        });
-        Self { pod, network, sandbox: None, netdev, gateway, eth0 }
-    }
-
-    /// Its first process, as a sandbox has one.
-    fn start(&mut self) {
-        self.sandbox = Some(self.run(|| fork_and_stay(|| Ok(()))));
-    }
-
-    fn stop(&mut self) {
-        if let Some(sandbox) = self.sandbox.take() {
-            kill(sandbox, Signal::SIGKILL).unwrap();
-            waitpid(sandbox, None).unwrap();
-        }
-    }
-
-    /// Runs `work` in the pod and in its network.
-    fn run<T>(&self, work: impl FnOnce() -> T) -> T {
-        self.pod.run(|| in_network(&self.network, work))
-    }
-}
-
-impl Drop for NetworkPod {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-/// Whether whoever listens there answers as IMDS.
-fn is_answered(address: &str, patience: Duration) -> bool {
-    let ask = || -> io::Result<String> {
-        let mut stream = TcpStream::connect_timeout(&address.parse().unwrap(), patience)?;
-        stream.set_read_timeout(Some(patience))?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
-    };
-    ask().is_ok_and(|answer| answer == "node-role")
-}
-
-fn datagram(to: IpAddr, mark: Mark) {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind((any, 0)).unwrap();
-    // Whether it is refused at once or later makes no difference here.
-    let _ = socket.send_to(&mark, (to, 53));
-}
-
-/// A datagram to IMDS with its IP header, from a pod's own address. It needs no checksum of UDP's.
-fn packet(pod: &NetworkPod, mark: Mark) -> Vec<u8> {
-    let mut header = vec![0x45, 0, 0, 36, 0, 1, 0, 0, 64, 17, 0, 0, 10, 70, pod.gateway[5], 2];
-    header.extend(IMDS_V4.octets());
-    let sum: u32 = header.chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1])).sum();
-    let folded = u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
-    header[10..12].copy_from_slice(&(!folded).to_be_bytes());
-    [&header[..], &[0x9c, 0x40, 0, 53, 0, 16, 0, 0], &mark].concat()
-}
-
 /// Tries all ways; each leads to IMDS, or none.
 fn try_all(imds: &Imds, pod: &NetworkPod, arrives: bool, case: &str) {
-    for (way, arrived) in WAYS {
+    try_ways(&WAYS, imds, pod, arrives, case);
+}
+
+fn try_ways(ways: &[Way], imds: &Imds, pod: &NetworkPod, arrives: bool, case: &str) {
+    for (way, arrived) in ways {
         let patience = if arrives { HAPPENS } else { NOTHING };
         assert_eq!(arrived(imds, pod, patience), arrives, "{case}: {way}");
     }
@@ -301,11 +132,16 @@ fn node_gets_through(imds: &Imds) {
 fn without_the_egress_filter(node: &mut Node) -> Imds {
     node.reload(|settings| settings.egress_filter = false);
     let imds = Imds::beyond_an_uplink();
+    load_rules(TRANSLATE);
+    imds
+}
+
+/// Gives rules to the node's packet filter.
+fn load_rules(rules: &str) {
     let mut nft =
         Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().expect("nft is missing");
-    nft.stdin.take().unwrap().write_all(TRANSLATE.as_bytes()).unwrap();
+    nft.stdin.take().unwrap().write_all(rules.as_bytes()).unwrap();
     assert!(nft.wait().unwrap().success(), "nft");
-    imds
 }
 
 /// Follows the node's netdevs until `is_done`; the netdevs then, and what the metrics say.
@@ -347,55 +183,6 @@ fn fence(node: &mut Node, pods: &[&NetworkPod]) {
     });
 }
 
-async fn up(handle: &Handle, netdev: u32) -> Result<(), rtnetlink::Error> {
-    handle.link().set(LinkUnspec::new_with_index(netdev).up().build()).execute().await
-}
-
-async fn index(handle: &Handle, name: &str) -> Result<u32, rtnetlink::Error> {
-    let found = handle.link().get().match_name(name.to_owned()).execute().try_next().await?;
-    Ok(found.unwrap().header.index)
-}
-
-/// A veth whose other end is `eth0` of another network.
-async fn add_veth(
-    handle: &Handle,
-    name: &str,
-    address: [u8; 6],
-    other: &File,
-) -> Result<u32, rtnetlink::Error> {
-    let pair = LinkVeth::new(name, "eth0").address(address.to_vec()).build();
-    handle.link().add(pair).execute().await?;
-    let end = LinkUnspec::new_with_name("eth0").setns_by_fd(other.as_fd().as_raw_fd()).build();
-    handle.link().set(end).execute().await?;
-    let netdev = index(handle, name).await?;
-    up(handle, netdev).await?;
-    Ok(netdev)
-}
-
-async fn add_address(handle: &Handle, netdev: u32, ip: &str, prefix: u8) -> Result<(), rtnetlink::Error> {
-    let mut request = handle.address().add(netdev, ip.parse().unwrap(), prefix);
-    request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
-    request.execute().await
-}
-
-async fn remove_address(handle: &Handle, ip: IpAddr) -> Result<(), rtnetlink::Error> {
-    let mut found = handle.address().get().set_address_filter(ip).execute();
-    while let Some(address) = found.try_next().await? {
-        handle.address().del(address).execute().await?;
-    }
-    Ok(())
-}
-
-fn route_v4(to: &str, prefix: u8, by: &str) -> RouteMessage {
-    let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to.parse().unwrap(), prefix);
-    route.gateway(by.parse().unwrap()).build()
-}
-
-fn route_v6(to: &str, prefix: u8, by: &str) -> RouteMessage {
-    let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(to.parse().unwrap(), prefix);
-    route.gateway(by.parse().unwrap()).build()
-}
-
 #[test]
 fn no_strict_pod_gets_a_packet_to_imds_out_of_the_node() {
     Node::run(|node| {
@@ -407,7 +194,7 @@ fn no_strict_pod_gets_a_packet_to_imds_out_of_the_node() {
             fence(node, &[&strict, &audited]);
             let before = node.count(Counter::FenceDropped);
             try_all(&imds, &strict, false, "with the fence");
-            assert!(node.count(Counter::FenceDropped) >= before + 6);
+            assert!(node.count(Counter::FenceDropped) >= before + 7);
             try_all(&imds, &audited, true, "a pod in audit");
             node_gets_through(&imds);
 
@@ -437,7 +224,8 @@ fn a_drop_is_told_with_its_pod_and_where_it_goes() {
             (2, 53, strict.pod.cgroup.id),
             (3, 53, strict.pod.cgroup.id),
             (4, 53, strict.pod.cgroup.id),
-            (5, 53, strict.pod.container.id),
+            (5, 53, strict.pod.cgroup.id),
+            (6, 53, strict.pod.container.id),
         ] {
             let (name, arrived) = WAYS[way];
             assert!(!arrived(&imds, &strict, NOTHING));
@@ -506,47 +294,9 @@ fn a_netdev_that_is_nobodys_follows_unknown_pods() {
         let strict = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
         for (unknown, arrives) in [(loose, true), (strict, false)] {
             node.interceptor.set_unknown_pods(unknown, loose).unwrap();
-            for (way, arrived) in &WAYS[..5] {
-                let patience = if arrives { HAPPENS } else { NOTHING };
-                assert_eq!(arrived(&imds, &pod, patience), arrives, "{way}, {unknown:?}");
-            }
-            assert!(WAYS[5].1(&imds, &pod, HAPPENS), "on the host's network other unknown pods count");
+            try_ways(&WAYS[..6], &imds, &pod, arrives, &format!("{unknown:?}"));
+            assert!(WAYS[6].1(&imds, &pod, HAPPENS), "on the host's network other unknown pods count");
         }
-    });
-}
-
-#[test]
-fn a_netdev_that_shares_the_nodes_is_known_by_the_pods_socket() {
-    Node::run(|node| {
-        let imds = without_the_egress_filter(node);
-        let pod = NetworkPod::create(node, 0, IMDS_AUDIT);
-        share_the_uplink(&pod);
-        let arrives = |patience| imds.gets(patience, |mark| pod.run(|| datagram(IMDS_V4.into(), mark)));
-        assert!(arrives(HAPPENS), "without the fence");
-        fence(node, &[&pod]);
-        assert!(arrives(HAPPENS), "in audit");
-        let deny = PodPolicy { imds: IMDS_DENY, pod_identity: POD_IDENTITY_ON };
-        node.interceptor.set_policy(pod.pod.cgroup.id, deny).unwrap();
-        assert!(!arrives(NOTHING), "in deny");
-    });
-}
-
-/// Gives a pod a macvlan on the node's uplink, and its route to IMDS.
-fn share_the_uplink(pod: &NetworkPod) {
-    netlink(async |handle| {
-        let uplink = index(&handle, UPLINK).await?;
-        let shared = LinkMacVlan::new("shared", uplink, MacVlanMode::Bridge).build();
-        handle.link().add(shared).execute().await?;
-        let pods = LinkUnspec::new_with_name("shared").setns_by_fd(pod.network.as_fd().as_raw_fd());
-        handle.link().set(pods.build()).execute().await
-    });
-    in_network(&pod.network, || {
-        netlink(async |handle| {
-            let shared = index(&handle, "shared").await?;
-            up(&handle, shared).await?;
-            add_address(&handle, shared, "192.168.7.9", 24).await?;
-            handle.route().add(route_v4("169.254.169.254", 32, "192.168.7.1")).execute().await
-        });
     });
 }
 
@@ -599,10 +349,90 @@ fn a_netdev_that_appears_later_has_the_fence_within_a_moment() {
                 && fenced.first.iter().any(|name| name == "second")
         });
         let took = since.unwrap().elapsed();
-        println!("a new netdev has the fence after {took:?}");
+        say(&format!("a new netdev has the fence after {took:?}"));
         assert!(took < Duration::from_secs(2), "{took:?}");
         try_all(&imds, &strict, false, "with more netdevs");
     });
+}
+
+#[test]
+fn packets_by_a_netdev_that_appears_later_stop_within_a_moment() {
+    Node::run(|node| {
+        let imds = without_the_egress_filter(node);
+        let strict = NetworkPod::create(node, 0, IMDS_DENY);
+        let audited = NetworkPod::create(node, 1, IMDS_AUDIT);
+        fence(node, &[&strict, &audited]);
+        let socket = strict.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+        let (is_followed, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_followed.load(Ordering::Acquire) {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                let since = Instant::now();
+                let second = lead_through_another_uplink(&imds);
+                let ready = since.elapsed();
+                let (last, count) = last_arrival(&imds, &socket, since);
+                say(&format!(
+                    "a new netdev is used after {ready:?}; {count} packets of a strict pod leave by it, the last \
+                     after {last:?}"
+                ));
+                let audit = DATAGRAMS[0].1(&imds, &audited, HAPPENS);
+                is_over.store(true, Ordering::Release);
+                // What also tells the follower to look once more.
+                remove_netdevs(&[second]);
+                assert!(audit, "a pod in audit, by the new netdev");
+                assert!(last < Duration::from_secs(2), "{last:?}");
+            });
+            follow_until(node, |_, _| {
+                is_followed.store(true, Ordering::Release);
+                is_over.load(Ordering::Acquire)
+            });
+        });
+    });
+}
+
+/// A second uplink, ready before it appears on the node, which has all packets to IMDS at once; its index.
+fn lead_through_another_uplink(imds: &Imds) -> u32 {
+    let node = File::open("/proc/thread-self/ns/net").unwrap();
+    in_network(&imds.network, || {
+        netlink(async |handle| {
+            handle.link().add(LinkVeth::new("second", "eth1").build()).execute().await?;
+            let eth1 = index(&handle, "eth1").await?;
+            up(&handle, eth1).await?;
+            add_address(&handle, eth1, "192.168.8.1", 24).await?;
+            let appear = LinkUnspec::new_with_name("second").setns_by_fd(node.as_raw_fd());
+            handle.link().set(appear.build()).execute().await
+        });
+        // Pods' addresses are expected from the other uplink.
+        for netdev in ["all", "eth1"] {
+            fs::write(format!("/proc/sys/net/ipv4/conf/{netdev}/rp_filter"), "0").unwrap();
+        }
+    });
+    netlink(async |handle| {
+        let second = index(&handle, "second").await?;
+        up(&handle, second).await?;
+        add_address(&handle, second, "192.168.8.2", 24).await?;
+        let route = route_v4("169.254.169.254", 32, "192.168.8.1");
+        handle.route().add(route).replace().execute().await?;
+        Ok(second)
+    })
+}
+
+/// Sends until nothing arrives any more: when the last did, and how many.
+fn last_arrival(imds: &Imds, socket: &UdpSocket, since: Instant) -> (Duration, u32) {
+    let (mut last, mut count, mut missing) = (Duration::ZERO, 0, 0);
+    while missing < 5 && since.elapsed() < FOLLOWS / 2 {
+        let arrived = imds.gets(NOTHING / 5, |mark| {
+            socket.send_to(&mark, (IMDS_V4, 53)).unwrap();
+        });
+        if arrived {
+            (last, count, missing) = (since.elapsed(), count + 1, 0);
+        } else {
+            missing += 1;
+        }
+    }
+    (last, count)
 }
 
 #[test]
@@ -635,6 +465,11 @@ fn put_first(program: &mut SchedClassifier) {
     let _ = qdisc_add_clsact(UPLINK);
     let options = NlOptions { priority: FENCE_FILTER.0, handle: TcHandle::new(0, 9), classid: None };
     program.attach_with_options(UPLINK, TcAttachType::Egress, TcAttachOptions::Netlink(options)).unwrap();
+}
+
+/// Says something that is to be read even where the test passes.
+fn say(line: &str) {
+    writeln!(io::stderr(), "fence: {line}").unwrap();
 }
 
 fn remove_netdevs(netdevs: &[u32]) {
