@@ -9,7 +9,7 @@ use std::{
     cell::RefCell,
     fs::{self, File},
     io::{self, Write as _},
-    net::{IpAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     os::fd::AsRawFd as _,
     path::Path,
     process::{Command, Stdio},
@@ -40,12 +40,10 @@ use aya::{
     },
 };
 use prometheus_client::{encoding::text::encode, registry::Registry};
-use rtnetlink::{Handle, LinkUnspec, LinkVeth};
+use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder, packet_route::route::RouteScope};
 use tokio::sync::Notify;
 
-use self::network::{
-    Imds, NetworkPod, POD_UIDS, UPLINK, add_address, datagram, index, is_answered, packet, route_v4, up,
-};
+use self::network::{Imds, NetworkPod, POD_UIDS, UPLINK, datagram, index, is_answered, packet, up};
 use crate::{
     egress::{below_ip, packet_socket, pass_by_queues},
     events,
@@ -72,6 +70,9 @@ const HAPPENS: Duration = Duration::from_secs(5);
 const NOTHING: Duration = Duration::from_millis(300);
 /// How long the follower may take.
 const FOLLOWS: Duration = Duration::from_secs(10);
+
+/// The index of a netdev that moves from one network to another: free in both.
+const SECOND: u32 = 777;
 
 /// A way from a pod to IMDS: whether something arrives.
 type Way = (&'static str, fn(&Imds, &NetworkPod, Duration) -> bool);
@@ -369,8 +370,7 @@ fn packets_by_a_netdev_that_appears_later_stop_within_a_moment() {
                 while !is_followed.load(Ordering::Acquire) {
                     thread::sleep(Duration::from_millis(1));
                 }
-                let since = Instant::now();
-                let second = lead_through_another_uplink(&imds);
+                let since = lead_through_another_uplink(&imds);
                 let ready = since.elapsed();
                 let (last, count) = last_arrival(&imds, &socket, since);
                 say(&format!(
@@ -380,7 +380,7 @@ fn packets_by_a_netdev_that_appears_later_stop_within_a_moment() {
                 let audit = DATAGRAMS[0].1(&imds, &audited, HAPPENS);
                 is_over.store(true, Ordering::Release);
                 // What also tells the follower to look once more.
-                remove_netdevs(&[second]);
+                remove_netdevs(&[SECOND]);
                 assert!(audit, "a pod in audit, by the new netdev");
                 assert!(last < Duration::from_secs(2), "{last:?}");
             });
@@ -392,30 +392,26 @@ fn packets_by_a_netdev_that_appears_later_stop_within_a_moment() {
     });
 }
 
-/// A second uplink, ready before it appears on the node, which has all packets to IMDS at once; its index.
-fn lead_through_another_uplink(imds: &Imds) -> u32 {
+/// A second uplink with all packets to IMDS, ready before it appears on the node; when it did. It is used as soon as two
+/// messages to the kernel can make it so.
+fn lead_through_another_uplink(imds: &Imds) -> Instant {
     let node = File::open("/proc/thread-self/ns/net").unwrap();
-    in_network(&imds.network, || {
-        netlink(async |handle| {
-            handle.link().add(LinkVeth::new("second", "eth1").build()).execute().await?;
-            let eth1 = index(&handle, "eth1").await?;
-            up(&handle, eth1).await?;
-            add_address(&handle, eth1, "192.168.8.1", 24).await?;
-            let appear = LinkUnspec::new_with_name("second").setns_by_fd(node.as_raw_fd());
-            handle.link().set(appear.build()).execute().await
-        });
-        // Pods' addresses are expected from the other uplink.
-        for netdev in ["all", "eth1"] {
-            fs::write(format!("/proc/sys/net/ipv4/conf/{netdev}/rp_filter"), "0").unwrap();
-        }
-    });
+    // Pods' addresses are expected from the other uplink.
+    let trust = |netdev| fs::write(format!("/proc/sys/net/ipv4/conf/{netdev}/rp_filter"), "0").unwrap();
     netlink(async |handle| {
-        let second = index(&handle, "second").await?;
-        up(&handle, second).await?;
-        add_address(&handle, second, "192.168.8.2", 24).await?;
-        let route = route_v4("169.254.169.254", 32, "192.168.8.1");
+        let (connection, beyond, _) = in_network(&imds.network, || rtnetlink::new_connection().unwrap());
+        tokio::spawn(connection);
+        beyond.link().add(LinkVeth::new("second", "eth1").index(SECOND).build()).execute().await?;
+        up(&beyond, index(&beyond, "eth1").await?).await?;
+        in_network(&imds.network, || ["all", "eth1"].map(trust));
+        let appear = LinkUnspec::new_with_index(SECOND).setns_by_fd(node.as_raw_fd()).build();
+        let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(IMDS_V4, 32);
+        let route = route.output_interface(SECOND).scope(RouteScope::Link).build();
+        beyond.link().set(appear).execute().await?;
+        let since = Instant::now();
+        up(&handle, SECOND).await?;
         handle.route().add(route).replace().execute().await?;
-        Ok(second)
+        Ok(since)
     })
 }
 
@@ -469,7 +465,7 @@ fn put_first(program: &mut SchedClassifier) {
 
 /// Says something that is to be read even where the test passes.
 fn say(line: &str) {
-    writeln!(io::stderr(), "fence: {line}").unwrap();
+    io::stderr().write_all(format!("fence: {line}\n").as_bytes()).unwrap();
 }
 
 fn remove_netdevs(netdevs: &[u32]) {
