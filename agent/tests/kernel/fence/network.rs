@@ -113,6 +113,12 @@ impl Imds {
         Self { network, datagrams }
     }
 
+    /// How many datagrams have arrived that nobody has looked for.
+    pub(super) fn arrived(&self) -> usize {
+        let waiting = |socket: &UdpSocket| std::iter::from_fn(|| socket.recv(&mut [0; 64]).ok()).count();
+        self.datagrams.iter().map(waiting).sum()
+    }
+
     /// Whether a datagram with a mark arrives that `send` sends.
     pub(super) fn gets(&self, patience: Duration, send: impl FnOnce(Mark)) -> bool {
         static COUNT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0x5aa5_0001_3cc3_0000);
