@@ -11,7 +11,7 @@ use aws_config::{
 };
 use serde::Deserialize;
 use tokio::{sync::watch, time::sleep};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use self::exposure::Exposure;
 use crate::error::chain;
@@ -88,15 +88,21 @@ pub async fn follow(imds: Client, copy: watch::Sender<Instance>) {
                 if is_new {
                     info!(instance = ?*copy.borrow(), "the facts of the instance changed");
                 }
-                // Who cannot tell says nothing: some replacements of EC2's IMDS know neither.
-                if let Ok(measured) = Exposure::measure().await
-                    && exposure.replace(measured) != Some(measured)
-                {
-                    let id = copy.borrow().id.clone();
-                    measured.say(id.as_deref());
-                }
                 delay = RETRY_DELAY_MIN;
-                sleep(REFRESH_INTERVAL).await;
+                match Exposure::measure().await {
+                    Ok(measured) => {
+                        if exposure.replace(measured) != Some(measured) {
+                            let id = copy.borrow().id.clone();
+                            measured.say(id.as_deref());
+                        }
+                        sleep(REFRESH_INTERVAL).await;
+                    }
+                    Err(error) => {
+                        // Some replacements of EC2's IMDS know neither.
+                        debug!(%error, "cannot tell how far the node's IMDS is open");
+                        sleep(RETRY_DELAY_MAX).await;
+                    }
+                }
             }
             Err(error) => {
                 if delay == RETRY_DELAY_MIN {

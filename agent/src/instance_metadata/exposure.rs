@@ -1,6 +1,6 @@
 //! What keeps pods from the node's IMDS at AWS itself, besides podgate: that it requires tokens, and how far these travel.
 //!
-//! Owns the measurement and what is said of it. It asks for nothing that is secret for longer than a second. The hop limit
+//! Owns the measurement and what is said of it. The session token that it asks for is good for a second. The hop limit
 //! is the TTL of the response that has the token, and of nothing else:
 //! <https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html>
 
@@ -21,9 +21,9 @@ use tracing::info;
 
 const IMDS: SocketAddr = SocketAddr::new(IpAddr::V4(IMDS_V4), HTTP_PORT);
 /// It is on the instance's own link, and answers within a millisecond.
-const PATIENCE: Duration = Duration::from_millis(500);
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
 /// In which a server sends again what has not been acknowledged, some times over.
-const RETRANSMISSIONS: Duration = Duration::from_secs(5);
+const RETRANSMISSION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Leaves a socket only what would go on by one more hop: packets with a TTL of 2 or more. The network header is at
 /// `SKF_NET_OFF` of `include/uapi/linux/filter.h`, and the TTL is its byte 8.
 const MORE_HOPS: [(u16, u8, u8, u32); 4] = [
@@ -75,7 +75,7 @@ impl Exposure {
 
 async fn answers_v1() -> io::Result<bool> {
     let request = request(Method::GET, "/latest/meta-data/instance-id")?;
-    match timeout(PATIENCE, ask(connect().await?, request)).await?? {
+    match timeout(ANSWER_TIMEOUT, ask(connect().await?, request)).await?? {
         StatusCode::OK => Ok(true),
         StatusCode::UNAUTHORIZED => Ok(false),
         other => Err(io::Error::other(format!("status {other}"))),
@@ -91,18 +91,18 @@ async fn tokens_travel() -> io::Result<bool> {
     request.headers_mut().insert("x-aws-ec2-metadata-token-ttl-seconds", header::HeaderValue::from(1));
     let answer = ask(stream, request);
     pin!(answer);
-    if let Ok(answer) = timeout(PATIENCE, &mut answer).await {
+    if let Ok(answer) = timeout(ANSWER_TIMEOUT, &mut answer).await {
         answer?;
         return Ok(true);
     }
     // It must be the filter that kept it away.
     SockRef::from(&socket).detach_filter()?;
-    timeout(RETRANSMISSIONS, answer).await??;
+    timeout(RETRANSMISSION_TIMEOUT, answer).await??;
     Ok(false)
 }
 
 async fn connect() -> io::Result<TcpStream> {
-    timeout(PATIENCE, TcpStream::connect(IMDS)).await?
+    timeout(ANSWER_TIMEOUT, TcpStream::connect(IMDS)).await?
 }
 
 fn request(method: Method, path: &str) -> io::Result<Request<Empty<Bytes>>> {

@@ -64,7 +64,7 @@ async fn whatever_surrounds_a_pod_it_is_served() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_shuts_its_loopback_is_refused_soon_and_the_log_says_why() -> anyhow::Result<()> {
+async fn a_pod_that_shuts_its_loopback_gets_no_answer_and_the_log_says_why() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     let pod = node.pod("shut")?;
     node.listener_port(&pod).await?;

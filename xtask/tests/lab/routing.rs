@@ -73,18 +73,20 @@ async fn a_pod_with_ipv6_alone_gets_its_own_role() -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_that_allows_what_the_eks_agent_needs_is_enough() -> anyhow::Result<()> {
+async fn a_policy_that_lets_pods_reach_nothing_needs_no_exception() -> anyhow::Result<()> {
     let node = routed(Routing::DefaultDenyEgress).await?;
     let pod = node.pod("confined")?;
+    node.listener_port(&pod).await?;
     assert_eq!(node.python(&pod, CONNECT_TO_THE_NODE).await?, "lost\nlost");
     assert_served(&node, &pod, &BOTH).await?;
     node.down().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dropping_input_chain_needs_only_the_exception_for_the_eks_agent() -> anyhow::Result<()> {
+async fn an_input_chain_that_drops_everything_needs_no_exception() -> anyhow::Result<()> {
     let node = routed(Routing::DroppingInput).await?;
     let pod = node.pod("guest")?;
+    node.listener_port(&pod).await?;
     assert_eq!(node.python(&pod, CONNECT_TO_THE_NODE).await?, "lost\nlost");
     assert_served(&node, &pod, &BOTH).await?;
     node.down().await
@@ -92,7 +94,6 @@ async fn a_dropping_input_chain_needs_only_the_exception_for_the_eks_agent() -> 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_connection_is_logged_with_the_pod_and_a_remedy() -> anyhow::Result<()> {
-    // Other addresses than those that everybody allows.
     let target = ["--target", "own"];
     let lab =
         Lab::up(LabSpec { routing: Routing::DroppingInput, ..LabSpec::new(&lab_node::lab_name(), HELPER) })?;

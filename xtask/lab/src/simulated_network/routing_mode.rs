@@ -56,8 +56,6 @@ table inet pods {
     chain from_pod {
         ct state established,related accept
         icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
-        ip daddr 169.254.170.23 tcp dport 80 accept
-        ip6 daddr fd00:ec2::23 tcp dport 80 accept
         drop
     }
     chain input {
@@ -77,8 +75,6 @@ table inet hardened {
         iifname lo accept
         ct state established,related accept
         icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
-        ip daddr 169.254.170.23 tcp dport 80 accept
-        ip6 daddr fd00:ec2::23 tcp dport 80 accept
     }
 }
 ";
