@@ -355,6 +355,10 @@ async fn a_static_pod_has_its_mirror_pods_policy_and_no_credentials() -> anyhow:
     let cgroup = node.lab.node.place.cgroups.pod(Qos::Burstable, CONFIG_HASH);
     let container = node.lab.node.place.cgroups.container(&cgroup, &"5".repeat(64));
     cgroupfs::create(&container)?;
+    // The sandbox, too: whose the network is shows by its process.
+    let sandbox = node.lab.node.place.cgroups.container(&cgroup, &"6".repeat(64));
+    cgroupfs::create(&sandbox)?;
+    cgroupfs::join(&sandbox, started.sandbox.pid)?;
     let pod = Pod { cgroup, container, ..started };
     let is_static = ["static pod"];
     node.curl(&pod, &[ROLES]).await?.assert_refused(403, &is_static);
