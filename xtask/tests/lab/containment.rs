@@ -23,8 +23,7 @@ add chain ip way_round output { type nat hook output priority -100; }
 add rule ip way_round output ip daddr 198.51.100.1 dnat to 169.254.169.254";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_translates_addresses_is_stopped_in_the_pod_and_where_packets_leave_the_node()
--> anyhow::Result<()> {
+async fn a_pod_that_translates_addresses_is_stopped_by_filter_and_fence() -> anyhow::Result<()> {
     for (filter, reason) in [("auto", "egress_dropped"), ("off", "fence_dropped")] {
         let node = Node::with_flags(&["--imds", "intercept", "--egress-filter", filter]).await?;
         let pod = node.pod("translator")?;

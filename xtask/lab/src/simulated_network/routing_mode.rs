@@ -17,8 +17,10 @@ use rtnetlink::{
 use super::{
     NetNs,
     netlink::{MAIN, add_default_route, add_host_route, add_neighbor, netdev_index},
-    wiring::UPLINK,
 };
+
+/// The node's way out.
+pub(super) const UPLINK: &str = "eth0";
 
 /// How the node routes its pods.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

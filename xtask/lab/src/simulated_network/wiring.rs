@@ -16,10 +16,10 @@ use serde::{Deserialize, Serialize};
 use super::{
     NetNs, Routing,
     netlink::{MAIN, add_address, add_default_route, add_host_route, add_neighbor, bring_up, netdev_index},
+    routing_mode::UPLINK,
 };
 
-/// The node's way out, and its other end.
-pub(super) const UPLINK: &str = "eth0";
+/// The other end of the node's way out.
 const VPC: &str = "vpc0";
 const NODE_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 2];
 const IMDS_MAC: [u8; 6] = [0x02, 0, 0, 0xff, 0xff, 3];
