@@ -16,7 +16,7 @@ for address in ['10.10.0.10', 'fd10::10']:
     except TimeoutError: print('lost')
     except OSError as error: print(errno.errorcode[error.errno])";
 /// In which the log has a line.
-const SOON: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_secs(5);
 /// Endpoints of the metadata service and of Pod Identity, IPv4 and IPv6.
 const BOTH: [(&str, &str); 2] = [(IMDS, POD_IDENTITY), (IMDS_V6, POD_IDENTITY_V6)];
 
@@ -105,6 +105,7 @@ async fn a_dropped_connection_is_logged_with_the_pod_and_a_remedy() -> anyhow::R
     let node = Node { lab, agent };
     // The control: in its own network a pod is served all the same.
     let open = node.pod("open")?;
+    node.listener_port(&open).await?;
     node.assert_own_role(&open, &node.curl(&open, &[POD_IDENTITY]).await?);
     let answer = node.curl(&pod, &["--connect-timeout", "1", POD_IDENTITY]).await?;
     assert_eq!(answer.status, 0, "{answer:?}");
