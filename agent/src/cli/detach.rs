@@ -9,6 +9,7 @@ use crate::{config, control::fence, files, intercept, netdev, takeover::transfer
 
 /// Some heartbeat intervals of a running agent.
 const HEARTBEATS: Duration = Duration::from_millis(750);
+
 /// What to remove, and from where.
 #[derive(Debug, clap::Args)]
 pub struct Args {

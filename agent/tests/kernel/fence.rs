@@ -11,19 +11,15 @@ use std::{
     io::{self, Write as _},
     net::{IpAddr, Ipv4Addr, UdpSocket},
     os::fd::AsRawFd as _,
-    path::Path,
     process::{Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use agent::{
     control::fence::{self, FenceMetrics},
-    identity::{cgroupfs::Kubepods, sandboxes::Sandboxes},
+    identity::sandboxes::Sandboxes,
     intercept::{FENCE_FILTER, Fenced, Interceptor, Netdevs, pinned, remove_filter, unpin},
 };
 use agent_common::{
@@ -149,8 +145,7 @@ fn load_rules(rules: &str) {
 fn follow_until(node: &mut Node, mut is_done: impl FnMut(&Netdevs, &Fenced) -> bool) -> (Netdevs, String) {
     let mut registry = Registry::default();
     let metrics = FenceMetrics::register(&mut registry);
-    let root = Path::new("/").join(node.kubepods.path.parent().and_then(Path::file_name).unwrap());
-    let pods = Sandboxes::new(Arc::new(Kubepods::find(&root).unwrap())).unwrap();
+    let pods = Sandboxes::new(node.found_kubepods()).unwrap();
     let last = RefCell::new(Netdevs::default());
     let done = Notify::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -16,7 +16,7 @@ use std::{
 
 use agent::{
     accept::listen,
-    identity::netns,
+    identity::{cgroupfs::Kubepods, netns},
     intercept::{Interceptor, OriginLookup as _, Settings, SocketOrigins, TicketKey, pinned, unpin},
 };
 use agent_common::{
@@ -112,6 +112,12 @@ impl Node {
         if let Err(panic) = thread.unwrap().join() {
             std::panic::resume_unwind(panic);
         }
+    }
+
+    /// Its kubepods, as an agent finds them.
+    pub(crate) fn found_kubepods(&self) -> Arc<Kubepods> {
+        let root = Path::new("/").join(self.kubepods.path.parent().and_then(Path::file_name).unwrap());
+        Arc::new(Kubepods::find(&root).unwrap())
     }
 
     fn new(name: &str, host: File, host_netns_cookie: u64) -> Self {

@@ -3,10 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
-    },
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::Path,
     sync::Arc,
     thread,
@@ -52,35 +49,29 @@ impl Process {
     /// Starts one in a cgroup that goes to a network of its own.
     fn in_own_network(cgroup: &Path, flags: CloneFlags) -> Self {
         let before = inode(&File::open("/proc/thread-self/ns/net").unwrap().into());
-        let flags = flags | CloneFlags::CLONE_NEWNET;
-        let enter = move || unshare(flags).map_err(|error| Errno::from_raw_os_error(error as i32));
-        let pid = Cgroup::create(cgroup.to_owned()).run(|| fork_and_stay(enter));
-        let begun = Instant::now();
-        loop {
-            let network = inode(&network_of(pid));
-            if network != before {
-                return Self { pid, network };
-            }
-            assert!(begun.elapsed() < SOON, "{flags:?}");
-            thread::sleep(Duration::from_millis(5));
-        }
+        Self::start(cgroup, || unshare(flags | CloneFlags::CLONE_NEWNET), |network| network != before)
     }
 
     /// The same that goes to the network that the node's processes are in.
     fn in_nodes_network(cgroup: &Path) -> Self {
-        let node = File::open("/proc/self/ns/net").unwrap();
-        let network = inode(&node.try_clone().unwrap().into());
-        let enter = || {
-            let entered = setns(node.as_fd(), CloneFlags::CLONE_NEWNET);
-            entered.map_err(|error| Errno::from_raw_os_error(error as i32))
-        };
-        let pid = Cgroup::create(cgroup.to_owned()).run(|| fork_and_stay(enter));
+        let node = OwnedFd::from(File::open("/proc/self/ns/net").unwrap());
+        let network = inode(&node);
+        Self::start(cgroup, || setns(&node, CloneFlags::CLONE_NEWNET), |found| found == network)
+    }
+
+    /// Starts one, and waits until it is where it goes.
+    fn start(cgroup: &Path, go: impl FnOnce() -> nix::Result<()>, is_there: impl Fn(u64) -> bool) -> Self {
+        let go = || go().map_err(|error| Errno::from_raw_os_error(error as i32));
+        let pid = Cgroup::create(cgroup.to_owned()).run(|| fork_and_stay(go));
         let begun = Instant::now();
-        while inode(&network_of(pid)) != network {
-            assert!(begun.elapsed() < SOON, "it is not in the node's network");
+        loop {
+            let network = inode(&network_of(pid));
+            if is_there(network) {
+                return Self { pid, network };
+            }
+            assert!(begun.elapsed() < SOON, "it is in another network");
             thread::sleep(Duration::from_millis(5));
         }
-        Self { pid, network }
     }
 }
 
@@ -106,9 +97,8 @@ fn found(kubepods: &Kubepods, pod: &Path) -> Option<u64> {
 
 /// A node's kubepods, and the cgroup of a pod of its.
 fn pod(node: &Node) -> (Arc<Kubepods>, Cgroup) {
-    let root = Path::new("/").join(node.kubepods.path.parent().and_then(Path::file_name).unwrap());
     let pod = Cgroup::create(node.kubepods.path.join("kubepods-podfound.slice"));
-    (Arc::new(Kubepods::find(&root).unwrap()), pod)
+    (node.found_kubepods(), pod)
 }
 
 #[test]

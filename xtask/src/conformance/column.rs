@@ -171,12 +171,11 @@ impl Column {
 
     /// What is injected, and what else is in the environment.
     pub(super) const fn environment(self) -> (EnvKind, &'static [&'static str]) {
-        if matches!(self, Self::Delegate) {
+        match self {
             // The token is another pod's.
-            return (EnvKind::None, &[FULL_URI]);
-        }
-        if matches!(self, Self::ByHand) {
-            return (EnvKind::None, &[FULL_URI_BY_HAND]);
+            Self::Delegate => return (EnvKind::None, &[FULL_URI]),
+            Self::ByHand => return (EnvKind::None, &[FULL_URI_BY_HAND]),
+            _ => {}
         }
         match self.same_way_as() {
             Self::NoToken => (EnvKind::None, &[FULL_URI]),

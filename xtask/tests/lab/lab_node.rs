@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use lab::{AgentProcess, AgentSpec, EnvKind, Lab, LabSpec, NODE_ACCESS_KEY_ID, Pod, PodSpec};
 use serde_json::Value;
 use tokio::{
@@ -100,6 +100,19 @@ impl Node {
             sleep(Duration::from_millis(10)).await;
         }
         bail!("nothing listens in the network of {}", pod.full_name())
+    }
+
+    /// A shell's script in a pod, which must succeed.
+    pub(crate) async fn shell(&self, pod: &Pod, script: &str) -> anyhow::Result<()> {
+        let status = self.lab.exec(pod, EnvKind::None, &["sh", "-ec", script])?.status().await?;
+        ensure!(status.success(), "{script}: {status}");
+        Ok(())
+    }
+
+    /// How many veths end on the node: one for each pod's network, and the uplink.
+    pub(crate) async fn veths(&self) -> anyhow::Result<usize> {
+        let listed = text(self.lab.on_node(&["ip", "-o", "link", "show", "type", "veth"])?).await?;
+        Ok(listed.lines().count())
     }
 
     /// A Python program in a pod; what it prints.

@@ -39,18 +39,6 @@ async fn ask(node: &Node, pod: &Pod, address: &str, interface: &str) -> anyhow::
     lab_node::text(node.lab.exec(pod, EnvKind::None, &["python3", "-c", ASK, address, interface])?).await
 }
 
-/// How many ends of networks are on the node: one for each pod, and the uplink.
-async fn networks(node: &Node) -> anyhow::Result<usize> {
-    let listed = lab_node::text(node.lab.on_node(&["ip", "-o", "link", "show", "type", "veth"])?).await?;
-    Ok(listed.lines().count())
-}
-
-async fn shell(node: &Node, pod: &Pod, script: &str) -> anyhow::Result<()> {
-    let status = node.lab.exec(pod, EnvKind::None, &["sh", "-ec", script])?.status().await?;
-    anyhow::ensure!(status.success(), "{script}: {status}");
-    Ok(())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_socket_bound_to_an_interface_is_served_on_the_nodes_addresses() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
@@ -72,7 +60,7 @@ async fn a_pod_that_switches_ipv6_off_is_served_as_before() -> anyhow::Result<()
     let v4: Vec<IpAddr> = pod.addresses.v4.into_iter().map(Into::into).collect();
     node.lab.cluster.set_pod_ips(&pod.namespace, &pod.name, &v4);
     node.listener_port(&pod).await?;
-    shell(&node, &pod, "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6").await?;
+    node.shell(&pod, "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6").await?;
     for _ in ["the agent that had listened before", "one that finds it so"] {
         assert_eq!(ask(&node, &pod, "169.254.170.23", "").await?, "200 127.0.0.1");
         assert_eq!(ask(&node, &pod, "::ffff:169.254.170.23", "").await?, "200 ::ffff:127.0.0.1");
@@ -88,7 +76,7 @@ async fn a_pod_that_removes_127_0_0_1_is_served_on_the_nodes_addresses() -> anyh
     let node = Node::intercepting().await?;
     let (pod, other) = (node.pod("bare")?, node.pod("other")?);
     node.listener_port(&pod).await?;
-    shell(&node, &pod, "ip address delete 127.0.0.1/8 dev lo").await?;
+    node.shell(&pod, "ip address delete 127.0.0.1/8 dev lo").await?;
     let own = pod.addresses.v4.map(|address| address.to_string()).unwrap_or_default();
     let begun = Instant::now();
     // The first ones find nothing there.
@@ -106,7 +94,7 @@ async fn a_pod_that_redirects_all_of_its_loopback_is_refused_at_once() -> anyhow
     node.listener_port(&pod).await?;
     let all = "nft 'add table ip mesh; add chain ip mesh out { type nat hook output priority -100; }; add rule ip mesh out \
                meta l4proto tcp redirect to :15001'";
-    shell(&node, &pod, all).await?;
+    node.shell(&pod, all).await?;
     let answer = node.curl(&pod, &["--connect-timeout", "1", POD_IDENTITY]).await?;
     assert!(answer.status == 0 && answer.milliseconds < 500.0, "{answer:?}");
     node.agent.kill().await?;
@@ -138,7 +126,7 @@ async fn a_sandbox_that_is_made_again_has_listeners_of_its_own() -> anyhow::Resu
     let node = Node::intercepting().await?;
     let spec = lab_node::spec("phoenix");
     let before = node.lab.add_pod(&spec)?;
-    let with_one = networks(&node).await?;
+    let with_one = node.veths().await?;
     for _ in 0..3 {
         let pod = node.lab.restart_sandbox(&before, &spec)?;
         assert_ne!(pod.addresses.v4, before.addresses.v4);
@@ -147,7 +135,7 @@ async fn a_sandbox_that_is_made_again_has_listeners_of_its_own() -> anyhow::Resu
         node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
         // Each other network is gone: this pod's, the agent has none of its own.
         let begun = Instant::now();
-        while networks(&node).await? != with_one {
+        while node.veths().await? != with_one {
             assert!(begun.elapsed() < SOON, "the network before is still there");
         }
     }

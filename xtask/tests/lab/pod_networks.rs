@@ -10,7 +10,7 @@ use tokio::{
     time::sleep,
 };
 
-use crate::lab_node::{self, IMDS, Node, POD_IDENTITY};
+use crate::lab_node::{IMDS, Node, POD_IDENTITY};
 
 /// In which the log has a line.
 const SOON: Duration = Duration::from_secs(5);
@@ -35,19 +35,13 @@ const SURROUNDINGS: [(&str, &str); 4] = [
     ),
 ];
 
-async fn shell(node: &Node, pod: &Pod, script: &str) -> anyhow::Result<()> {
-    let status = node.lab.exec(pod, EnvKind::None, &["sh", "-ec", script])?.status().await?;
-    anyhow::ensure!(status.success(), "{script}: {status}");
-    Ok(())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_surrounds_a_pod_it_is_served() -> anyhow::Result<()> {
     let node = Node::intercepting().await?;
     for (number, (what, script)) in SURROUNDINGS.into_iter().enumerate() {
         let pod = node.pod(&format!("app-{number}"))?;
         node.listener_port(&pod).await?;
-        shell(&node, &pod, script).await?;
+        node.shell(&pod, script).await?;
         // The control: nothing gets out to the node.
         let direct = node.curl(&pod, &["--connect-timeout", "1", "http://169.254.175.1"]).await?;
         assert_eq!(direct.status, 0, "{what}: {direct:?}");
@@ -69,7 +63,7 @@ async fn a_pod_that_shuts_its_loopback_gets_no_answer_and_the_log_says_why() -> 
     let pod = node.pod("shut")?;
     node.listener_port(&pod).await?;
     let drop_all = "nft 'add table inet shut; add chain inet shut in { type filter hook input priority 0; policy drop; }'";
-    shell(&node, &pod, drop_all).await?;
+    node.shell(&pod, drop_all).await?;
     let answer = node.curl(&pod, &["--connect-timeout", "0.9", POD_IDENTITY]).await?;
     assert_eq!(answer.status, 0, "{answer:?}");
     let said = |line: &str| line.contains("on its own loopback") && line.contains("shop/shut");
@@ -87,7 +81,7 @@ async fn a_listener_that_its_pod_destroys_is_made_again_without_a_flood() -> any
     let (pod, other) = (node.pod("hostile")?, node.pod("other")?);
     for _ in 0..3 {
         let port = node.listener_port(&pod).await?;
-        shell(&node, &pod, &format!("ss -K state listening sport = :{port} >/dev/null")).await?;
+        node.shell(&pod, &format!("ss -K state listening sport = :{port} >/dev/null")).await?;
         node.assert_own_role(&pod, &node.curl(&pod, &[POD_IDENTITY]).await?);
         node.assert_own_role(&other, &node.curl(&other, &[POD_IDENTITY]).await?);
         sleep(Duration::from_millis(1_200)).await;
@@ -110,16 +104,10 @@ async fn the_network_of_an_ended_pod_is_gone_at_once_with_its_connections() -> a
     let mut held = held.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn()?;
     let output = held.stdout.take().context("BUG: no pipe")?;
     assert_eq!(BufReader::new(output).lines().next_line().await?.as_deref(), Some("held"));
-    let networks = async || -> anyhow::Result<usize> {
-        Ok(lab_node::text(node.lab.on_node(&["ip", "-o", "link", "show", "type", "veth"])?)
-            .await?
-            .lines()
-            .count())
-    };
-    let before = networks().await?;
+    let before = node.veths().await?;
     node.lab.complete_pod(&pod)?;
     let begun = Instant::now();
-    while networks().await? == before {
+    while node.veths().await? == before {
         assert!(begun.elapsed() < GONE_WITHIN, "the network is still there");
     }
     println!("the network was gone after {:?}", begun.elapsed());

@@ -10,12 +10,12 @@ use std::{
 
 use agent_common::abi::{ABI_VERSION, PIN_DIRECTORY, SHARED_DIRECTORY};
 use anyhow::Context as _;
-use lab::{AgentSpec, Lab, LabSpec, Pod};
+use lab::{AgentSpec, Pod};
 use serde_json::Value;
 use tokio::time::sleep;
 
 use crate::{
-    lab_node::{self, HELPER, Node, POD_IDENTITY},
+    lab_node::{self, Node, POD_IDENTITY},
     load::Load,
 };
 
@@ -186,7 +186,7 @@ async fn crashes_under_load_give_nobody_a_wrong_role_and_let_nobody_wait() -> an
 #[tokio::test(flavor = "multi_thread")]
 async fn with_250_pods_a_start_and_a_takeover_listen_in_all_of_their_networks() -> anyhow::Result<()> {
     const PODS: usize = 250;
-    let lab = Lab::up(LabSpec::new(&lab_node::lab_name(), HELPER))?;
+    let lab = lab_node::lab()?;
     let pods: anyhow::Result<Vec<_>> =
         (0..PODS).map(|number| lab.add_pod(&lab_node::spec(&format!("app-{number}")))).collect();
     let pods = pods?;

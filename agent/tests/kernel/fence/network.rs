@@ -218,7 +218,7 @@ fn gateways(number: u8) -> [(String, u8); 2] {
     [(format!("10.70.{number}.1"), 24), (format!("fd70:0:0:{number}::1"), 64)]
 }
 
-/// Whether whoever listens there answers as IMDS.
+/// Whether IMDS answers there.
 pub(super) fn is_answered(address: &str, patience: Duration) -> bool {
     let ask = || -> io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&address.parse().unwrap(), patience)?;
